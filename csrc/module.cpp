@@ -1,0 +1,12 @@
+// The one extension module. Each idea binds its own kernels: csrc/<idea>.cpp defines bind_<idea>.
+// No libtorch here: kernels take addresses, sizes and a thread count, so one build serves every torch version.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+void bind_divergence(nb::module_ &m);
+
+NB_MODULE(_C, m) {
+    m.doc() = "CPU kernels of effopd_kernels";
+    bind_divergence(m);
+}
