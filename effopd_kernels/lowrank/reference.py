@@ -1,0 +1,169 @@
+"""The low-rank operators in plain PyTorch, on panels that stay in cache.
+
+Shape legend: N rows, M columns of one matrix; L sketch columns; C rows of a panel.
+
+A panel is C rows of X = scale · (x − base), subtracted into one reused buffer. So a difference is never held at full size, every
+matrix runs through equally aligned memory (a result does not depend on where its input lay), and one reading of the pair serves
+both products of XᵀXQ:
+
+    for P in panels:  Z += Pᵀ (P Q)
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+PANEL = 1 << 19  # entries of a panel: 2 MiB of fp32, two cores' L2
+GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below the diagonal are computed
+
+# The exponent field alone, read as a float, is the power of two at or below |x|; times eps it is the unit in the last place.
+_EXPONENT = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+
+def ulp(x: Tensor) -> Tensor:
+    """Distance from |x| to the next larger number of x's dtype; 0 for zeros and denormals, which no weight of interest is."""
+    integer, mask = _EXPONENT[x.dtype]
+    return (
+        (x.contiguous().view(integer) & mask)
+        .view(x.dtype)
+        .to(torch.promote_types(x.dtype, torch.float32))
+        .mul_(torch.finfo(x.dtype).eps)
+    )
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones here."""
+    if device.type != "cpu":
+        return True
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(supported() and avx512())
+
+
+def panels(
+    x: Tensor, base: Tensor | None, scale: Tensor | None, dtype: torch.dtype, entries: int = PANEL
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, X[rows]) with X = scale · (x − base) in ``dtype``. The panel's memory is reused: finish with it before the next."""
+    rows, columns = x.shape
+    step = max(1, min(rows, max(16, entries // max(1, columns))))
+    transposed = x.stride(0) == 1 and x.stride(1) != 1
+
+    def empty() -> Tensor:
+        shape = (columns, step) if transposed else (step, columns)
+        buffer = torch.empty(shape, dtype=dtype, device=x.device)
+        return buffer.mT if transposed else buffer
+
+    buffer, other = empty(), None if base is None else empty()
+    if scale is not None and scale.device.type == "cpu" and scale.item() == 1:
+        scale = None
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        panel = buffer[: stop - start].copy_(x[start:stop])
+        if base is not None:
+            panel.sub_(other[: stop - start].copy_(base[start:stop]))
+        if scale is not None:
+            panel.mul_(scale)
+        yield slice(start, stop), panel
+
+
+def _each(
+    x: list[Tensor], base: list[Tensor], scale: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    for i, matrix in enumerate(x):
+        yield matrix, base[i] if base else None, None if scale is None else scale[i]
+
+
+def _sum_squares(panel: Tensor, largest: Tensor) -> Tensor:
+    """Σ P² in fp64. Row sums in fp32 are exact enough (their errors average out) and eight times faster, while squares stay in range."""
+    if panel.dtype == torch.float32 and panel.device.type == "cpu" and not 1e-12 < float(largest) < 1e12:
+        panel = panel.double()
+    return torch.linalg.vector_norm(panel, dim=0 if panel.stride(0) == 1 else 1).double().square_().sum()
+
+
+def _accumulate(row: Tensor, panel: Tensor, values: Tensor, full: bool) -> None:
+    """Add one panel to a row of statistics; ``values`` are the entries of x the panel was made from."""
+    if panel.numel() == 0:
+        return
+    largest = panel.abs().amax()
+    row[0] += _sum_squares(panel, largest)
+    row[1] = torch.maximum(row[1], largest.double())
+    row[4] += (~torch.isfinite(panel)).sum()
+    if full:
+        row[2] += (panel == 0).sum()
+        row[3] += torch.linalg.vector_norm(ulp(values), dtype=torch.float64).square()
+
+
+def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
+    result = torch.zeros(len(x), 5, dtype=torch.float64, device=x[0].device)
+    for row, (matrix, other, _) in zip(result, _each(x, base, None), strict=True):
+        for rows, panel in panels(matrix, other, None, _arithmetic(matrix)):
+            _accumulate(row, panel, matrix[rows], full)
+    return result
+
+
+def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
+    y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
+    result = torch.zeros(len(x), 5, dtype=torch.float64, device=q.device)
+    for i, (matrix, other, _) in enumerate(_each(x, base, None)):
+        q_i, half = _operand(q[i], fast)
+        for rows, panel in panels(matrix, other, None, q.dtype):
+            _accumulate(result[i], panel, matrix[rows], full)
+            y[i, rows] = (panel.bfloat16() if half else panel) @ q_i
+    return y, result
+
+
+def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+    y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
+    for i, matrix in enumerate(_each(x, base, scale)):
+        q_i, half = _operand(q[i], fast)
+        for rows, panel in panels(*matrix, q.dtype):
+            if half:
+                y[i, rows] = panel.bfloat16() @ q_i
+            else:
+                torch.mm(panel, q_i, out=y[i, rows])
+    return y
+
+
+def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+    z = torch.zeros_like(q)
+    for i, matrix in enumerate(_each(x, base, scale)):
+        q_i, half = _operand(q[i], fast)
+        for _, panel in panels(*matrix, q.dtype):
+            if half:
+                panel = panel.bfloat16()
+                z[i] += panel.mT @ (panel @ q_i)
+            else:
+                z[i].addmm_(panel.mT, panel @ q_i)
+    return z
+
+
+def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:
+    m = x[0].shape[1]
+    g = torch.zeros(len(x), m, m, dtype=torch.float64 if double else _arithmetic(x[0]), device=x[0].device)
+    for i, matrix in enumerate(_each(x, base, scale)):
+        for _, panel in panels(*matrix, g.dtype, entries=4 * PANEL):
+            for start in range(0, m, GRAM_BLOCK):
+                stop = min(start + GRAM_BLOCK, m)
+                g[i, start:stop, :stop].addmm_(panel[:, start:stop].mT, panel[:, :stop])
+    lower = g.tril(-1)
+    return g.tril_().add_(lower.mT)
+
+
+def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(g)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _operand(q: Tensor, fast: bool) -> tuple[Tensor, bool]:
+    half = fast and q.dtype == torch.float32 and bf16_is_native(q.device)
+    return (q.bfloat16() if half else q.contiguous()), half
