@@ -1,0 +1,90 @@
+"""What ranks tell each other during an event: small numbers and scores, never a parameter.
+
+Every exchange is one `all_gather_object` on a gloo group of its own, so it needs no GPU stream and a rank that failed
+can say so while the others are still on their way to the exchange. Shapes: R ranks.
+"""
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from .records import Scores
+
+__all__ = ["Ranks", "share"]
+
+T = TypeVar("T")
+
+
+class RankFailed(RuntimeError):
+    """Another rank reported an error; this rank's weights were restored too."""
+
+
+class Ranks:
+    """The ranks that take a decision together; alone when torch.distributed is not initialised.
+
+    Args:
+        process_group: whom to decide with; None for all ranks, in which case a gloo group is made, and the
+            constructor must be called by all of them.
+        timeout_s: how long to wait for the slowest rank before the exchange fails.
+    """
+
+    def __init__(self, process_group=None, timeout_s: float = 1800.0, report_s: float = 60.0):
+        self.report_s = report_s
+        self.group, self.size, self.rank = process_group, 1, 0
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        self.size, self.rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+        if self.size > 1 and process_group is None:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+    def gather(self, value: T, error: BaseException | None = None) -> list[T]:
+        """Every rank's value, in rank order. If any rank passes an error, all others raise `RankFailed` naming it."""
+        if self.size == 1:
+            return [value]
+        message = f"{type(error).__name__}: {error}" if error is not None else None
+        answers: list = [None] * self.size
+        dist.all_gather_object(answers, (value, message), group=self.group)
+        failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text is not None]
+        if failed and error is None:
+            raise RankFailed("; ".join(failed))
+        return [value for value, _ in answers]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over ranks, the same bits on every rank."""
+        return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def merge(self, scores: Scores) -> Scores:
+        """Scores of all ranks' prompts in rank order; tokens add up and the slowest rank gives the time."""
+        if self.size == 1:
+            return scores
+        every = self.gather(scores)
+        values = tuple(v for s in every for v in s.values)
+        return Scores(values, sum(s.tokens for s in every), max(s.seconds for s in every))
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks that this one failed; they raise `RankFailed` at their next exchange.
+
+        If they do not come to it within `report_s`, they hang in a collective of the engine's that this rank left: then
+        it is this process's end that tells them.
+        """
+        if self.size == 1 or isinstance(error, RankFailed):
+            return
+        thread = threading.Thread(target=self._report, args=(error,), daemon=True)
+        thread.start()
+        thread.join(self.report_s)
+
+    def _report(self, error: BaseException) -> None:
+        with contextlib.suppress(Exception):  # the others are gone already: nobody is left to be told
+            self.gather(None, error)
+
+
+def share(items: Sequence[T], rank: int | None = None, size: int | None = None) -> Sequence[T]:
+    """This rank's contiguous part of items: merged scores then come in the order of items, as on one process."""
+    if rank is None or size is None:
+        ranks = dist.is_available() and dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+    return items[rank * len(items) // size : (rank + 1) * len(items) // size]

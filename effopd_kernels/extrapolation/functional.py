@@ -1,0 +1,136 @@
+"""The two functions users import: `extrapolate_` for a list of weights in place, `extrapolate` with gradients."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (registers torch.ops.effopd.extrapolate*)
+from .shards import local
+
+__all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
+
+
+class ExtrapolationStats(NamedTuple):
+    """Per tensor, fp32, on the parameters' device, of the local shards; reading one is what synchronises."""
+
+    delta_sq: Tensor  # (L,) ‖current − anchor‖²
+    weight_sq: Tensor  # (L,) ‖W‖² of the parameters as written
+    nonfinite: Tensor  # (L,) elements of W that are inf or NaN
+
+
+@torch.no_grad()
+def extrapolate_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    currents: Sequence[Tensor],
+    alpha: float | Sequence[float] | Tensor,
+    *,
+    masters: Sequence[Tensor | None] | None = None,
+    stats: bool = True,
+) -> ExtrapolationStats | None:
+    """Write ``anchor + alpha * (current - anchor)`` into every parameter of a list, in place.
+
+    Args:
+        params: L floating tensors (bf16, fp16, fp32, fp64), plain or DTensor. A DTensor's local shard is written and
+            nothing is communicated; anchors and currents are then DTensors placed alike, or the local shards.
+        anchors, currents: L tensors of the shapes and devices of params, any mix of floating dtypes. currents may
+            be params themselves.
+        alpha: a number, or one per tensor (sequence or (L,) tensor). 0 gives anchor and 1 current, bit for bit.
+        masters: per tensor an fp32 copy that the optimizer owns, or None: written first, in the same pass.
+        stats: also measure what was written; on the CPU this is a second and third read of each block from cache.
+
+    Returns:
+        `ExtrapolationStats`, or None if not stats. Values are computed in fp32 (fp64 for fp64 inputs) and rounded once.
+
+    Raises:
+        ValueError: lengths, shapes, devices or placements disagree; TypeError: a tensor is not floating.
+    """
+    masters = [None] * len(params) if masters is None else list(masters)
+    alphas = _one_alpha_per_tensor(alpha, len(params))
+    columns = [[None if t is None else local(t) for t in ts] for ts in (params, anchors, currents, masters)]
+    _check(*columns)
+    out = torch.empty((len(params), 3), device=columns[0][0].device if len(params) else "cpu")
+    for index in _groups(columns[0], masters):
+        p, a, c, m = ([column[i] for i in index] for column in columns)
+        m = [] if m[0] is None else m
+        device = p[0].device
+        mine = alphas if len(index) == len(params) else alphas[torch.tensor(index, device=alphas.device)]
+        result = torch.ops.effopd.extrapolate_(p, a, c, mine.to(device, non_blocking=True), m, stats)
+        if stats and len(index) == len(params):
+            out = result
+        elif stats:
+            out[torch.tensor(index, device=out.device)] = result.to(out.device)
+    return ExtrapolationStats(*out.unbind(1)) if stats else None
+
+
+def extrapolate(w0, delta, alpha):
+    """``w0 + alpha * delta``, differentiable in all three: ∂L/∂alpha = Σ ∂L/∂W · delta.
+
+    Args:
+        w0, delta: tensors of one shape, or two equally long sequences of them; any floating dtypes.
+        alpha: a number or scalar tensor, or for sequences one per tensor ((L,) tensor).
+
+    Returns:
+        A tensor like w0, or a list of them; computed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        ValueError: shapes or lengths disagree.
+    """
+    if isinstance(w0, Tensor):
+        if w0.shape != delta.shape:
+            raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
+        if not isinstance(alpha, Tensor):
+            alpha = torch.tensor(float(alpha), dtype=torch.float64, device="cpu").to(w0.device)
+        if alpha.numel() != 1:
+            raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
+        return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()))
+    if len(w0) != len(delta):
+        raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
+    if isinstance(alpha, Tensor) and alpha.ndim == 1 and len(alpha) != len(w0):
+        raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
+    one_each = not isinstance(alpha, (int, float)) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
+    return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
+
+
+def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
+    """(count,) fp64; numbers are checked, a tensor on an accelerator is not (that would synchronise)."""
+    if isinstance(alpha, Tensor):
+        if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
+            raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
+        return alpha.detach().to(torch.float64).expand(count)
+    values = [float(alpha)] * count if isinstance(alpha, (int, float)) else [float(x) for x in alpha]
+    if len(values) != count:
+        raise ValueError(f"{len(values)} alphas for {count} tensors")
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _check(params, anchors, currents, masters) -> None:
+    if not len(params) == len(anchors) == len(currents) == len(masters):
+        raise ValueError(
+            f"lists of different length: {len(params)} params, {len(anchors)} anchors, {len(currents)} currents, "
+            f"{len(masters)} masters"
+        )
+    for i, (param, *others) in enumerate(zip(params, anchors, currents, masters, strict=True)):
+        for name, t in zip(("params", "anchors", "currents", "masters"), (param, *others), strict=True):
+            if t is None:
+                continue
+            if not t.is_floating_point():
+                raise TypeError(f"{name}[{i}] is {t.dtype}: only floating tensors can be extrapolated")
+            if t.shape != param.shape or t.device != param.device:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(t.shape)} on {t.device}, params[{i}] {tuple(param.shape)} on "
+                    f"{param.device} (local shards, for DTensors)"
+                )
+
+
+def _groups(params, masters) -> list[list[int]]:
+    """Indices that one op call can serve: one device, all with masters or all without."""
+    groups: dict[tuple, list[int]] = {}
+    for i, (param, master) in enumerate(zip(params, masters, strict=True)):
+        groups.setdefault((param.device, master is None), []).append(i)
+    return list(groups.values())

@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM wait while weights are being written.
+
+A signal raises its exception between any two bytecodes, so also between two tensors of a write, or inside the `except`
+that would repair it. Inside `Deferred` signals are therefore kept and delivered at the end, except within `open()`,
+where the caller has already prepared to be interrupted.
+"""
+
+import signal
+import threading
+from contextlib import contextmanager
+
+__all__ = ["Deferred"]
+
+
+class Deferred:
+    """Context manager: SIGINT and SIGTERM are held back inside, but let through inside `open()`.
+
+    Python runs signal handlers in the main thread only; elsewhere, and for handlers not set from Python, this does
+    nothing.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "Deferred":
+        self._previous, self._pending, self._open = {}, [], False
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                if signal.getsignal(number) is not None:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        for number in self._pending:
+            signal.raise_signal(number)
+
+    @contextmanager
+    def open(self):
+        """Let signals through, first those that waited. The one that raises closes the block behind it."""
+        self._open = True
+        try:
+            while self._pending:
+                self._deliver(self._pending.pop(0), None)
+            yield
+        finally:
+            self._open = False
+
+    def _receive(self, number, frame) -> None:
+        if self._open:
+            self._deliver(number, frame)
+        else:
+            self._pending.append(number)
+
+    def _deliver(self, number, frame) -> None:
+        # Closed before the handler runs: a second Ctrl-C must not interrupt the clean-up after the first.
+        self._open = False
+        handler = self._previous[number]
+        if callable(handler):
+            handler(number, frame)
+        elif handler == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._open = True

@@ -1,0 +1,39 @@
+"""The same random numbers for every candidate, and none taken from training.
+
+Each evaluation starts from the generators' state at the start of the event, and leaves them there: candidates are
+compared on equal draws, and a run with EffOPD draws the training data it would have drawn without.
+"""
+
+import random
+import sys
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["SameRandomness"]
+
+
+class SameRandomness:
+    """Captures torch (CPU and initialised CUDA devices), `random` and, if loaded, numpy."""
+
+    def __init__(self):
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._python = random.getstate()
+        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    @contextmanager
+    def rewound(self):
+        self._rewind()
+        try:
+            yield
+        finally:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)

@@ -1,0 +1,68 @@
+"""Which parameters move: attention and MLP (experts included), never embeddings, heads or norms (arXiv 2605.11739)."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "named_tensors", "select"]
+
+# A path component that is an attention or feed-forward block in the Hugging Face families: self_attn (Llama, Qwen,
+# Gemma, ...), attn (GPT-2, MPT), attention and self_attention (NeoX, Falcon), linear_attn (Qwen3-Next), mlp, ffn,
+# feed_forward, block_sparse_moe and experts; OPT keeps fc1 and fc2 in the layer itself.
+DEFAULT_INCLUDE = (
+    r"(^|\.)(self_|linear_|cross_)?(attn|attention)\.",
+    r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|experts?|shared_experts?)\.",
+    r"(^|\.)fc[12]\.",
+)
+# Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.
+DEFAULT_EXCLUDE = (
+    r"(^|[._])(layer_?norm|norm|ln)\d*(_[a-z0-9]+)?\.[^.]+$",
+    r"layernorm\.[^.]+$",
+    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_head)\.",
+    r"rotary|relative_attention_bias",
+)
+
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+
+
+def named_tensors(params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Name → tensor without what DDP, FSDP, compile and checkpoint wrappers put into names; tied tensors once.
+
+    Frozen `nn.Parameter`s are left out: they do not move, so an anchor of them would be wasted memory.
+    """
+    if isinstance(params, nn.Module):
+        items = params.named_parameters()
+    else:
+        items = params.items() if isinstance(params, Mapping) else params
+    out, seen = {}, set()
+    for name, tensor in items:
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"params must be a module or named tensors, got ({name!r}, {type(tensor).__name__})")
+        if id(tensor) in seen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
+            continue
+        seen.add(id(tensor))
+        out[_WRAPPERS.sub("", name).lstrip(".")] = tensor
+    return out
+
+
+def select(
+    named: Mapping[str, Tensor], include: str | Sequence[str], exclude: str | Sequence[str]
+) -> dict[str, Tensor]:
+    """The tensors whose name some `include` regular expression finds and no `exclude` one does.
+
+    Raises ValueError, naming the patterns and a few parameters, when nothing is left: EffOPD would silently do nothing.
+    """
+    include, exclude = ([p] if isinstance(p, str) else list(p) for p in (include, exclude))
+    chosen = {
+        name: tensor
+        for name, tensor in named.items()
+        if any(re.search(p, name) for p in include) and not any(re.search(p, name) for p in exclude)
+    }
+    if not chosen:
+        some = ", ".join(list(named)[:5]) or "none that requires a gradient"
+        raise ValueError(
+            f"no parameter to extrapolate: include {include} and exclude {exclude} leave none of {len(named)} "
+            f"(the first: {some})"
+        )
+    return chosen
