@@ -1,5 +1,6 @@
 """W ← A + α·ΔW in place, and the controller that chooses α."""
 
+from .checkpoint import CheckpointError, newest_intact
 from .controller import EffOPDController
 from .distributed import share
 from .functional import ExtrapolationStats, extrapolate, extrapolate_
@@ -7,11 +8,13 @@ from .records import Candidate, EffOPDEvent, Scores
 
 __all__ = [
     "Candidate",
+    "CheckpointError",
     "EffOPDController",
     "EffOPDEvent",
     "ExtrapolationStats",
     "Scores",
     "extrapolate",
     "extrapolate_",
+    "newest_intact",
     "share",
 ]

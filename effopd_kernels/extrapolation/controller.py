@@ -13,10 +13,12 @@ alone. All it takes of an engine is a list of named tensors and a function that 
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import checkpoint
 from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .interrupts import Deferred
@@ -159,21 +161,27 @@ class EffOPDController:
         return start + (global_step - self.last_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"anchor": name → this rank's part of A, "scalars": JSON-able}. Not during an event."""
-        scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "ranks": self.ranks.size}
-        return {
-            "anchor": self.weights.state(),
-            "scalars": {**scalars, "events": [event.to_dict() for event in self.events]},
-        }
+        """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}."""
+        events = [event.to_dict() for event in self.events]
+        scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "events": events}
+        return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights."""
         scalars = state["scalars"]
-        if scalars["ranks"] != self.ranks.size:
-            raise ValueError(f"EffOPD state saved by {scalars['ranks']} ranks cannot be loaded by {self.ranks.size}")
         self.weights.load_state(state["anchor"])
         self.events = [EffOPDEvent.from_dict(event) for event in scalars["events"]]
         self.last_step, self.val_tokens = scalars["last_step"], scalars["val_tokens"]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the state to a directory, atomically; every rank calls it (see `checkpoint`)."""
+        with Deferred():
+            checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, sharded=self.weights.sharded)
+
+    def load(self, directory: str | os.PathLike) -> None:
+        """Continue from `save`; every rank calls it. Raises `CheckpointError`, naming the file, if it is not intact."""
+        anchor, scalars = checkpoint.load(directory, self.ranks)
+        self.load_state_dict({"anchor": anchor, "scalars": scalars})
 
     def _norms(self) -> tuple[float, float]:
         """‖W_t − A‖ and ‖W_t‖ over all moved parameters and ranks; writes W_t, which is there already."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +30,11 @@ class Scores:
             values, tokens, seconds = result.values, int(result.tokens), result.seconds
         if isinstance(values, Tensor):
             values = values.detach().flatten().tolist()
-        elif isinstance(values, (int, float)):
+        elif isinstance(values, Real):
             values = [values]
         try:
             values = tuple(float(v) for v in values)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise TypeError(
                 f"score_fn must return Scores, a tensor, numbers or a number, got {type(result).__name__}"
             ) from error

@@ -52,6 +52,11 @@ class DenseWeights:
         """(L,) on how many ranks each tensor's local part is found: what sums over ranks are divided by."""
         return torch.tensor([copies(t, world_size) for t in self.tensors])
 
+    @property
+    def sharded(self) -> bool:
+        """Whether other ranks hold parts of these tensors that this one does not."""
+        return any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
+
     def state(self) -> dict[str, Tensor]:
         """The anchor's local parts by name."""
         return dict(zip(self.names, self.anchors, strict=True))

@@ -1,0 +1,322 @@
+"""The published rule against scripted scores, and what an event leaves behind however it ends."""
+
+import random
+
+import pytest
+import torch
+
+from effopd_kernels.extrapolation import EffOPDController, EffOPDEvent, Scores
+
+
+def model(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    layers = {"self_attn": torch.nn.Linear(5, 4), "mlp": torch.nn.Linear(3, 2), "norm": torch.nn.LayerNorm(5)}
+    return torch.nn.ModuleDict(layers).to(dtype)
+
+
+def train(net, step=1):
+    """Stands for an optimizer step: every parameter moves, and differently each time."""
+    g = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=g).to(p.dtype))
+
+
+def snapshot(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def same(net, weights):
+    return all(torch.equal(p.view(torch.uint8), weights[n].view(torch.uint8)) for n, p in net.named_parameters())
+
+
+def expected(anchor, current, alpha):
+    return {n: w if n.startswith("norm") else torch.lerp(anchor[n], w, alpha) for n, w in current.items()}
+
+
+class Script:
+    """A score_fn that plays a list back; an exception in the list is raised. Records the weights it was asked about."""
+
+    def __init__(self, net, *scores):
+        self.net, self.scores, self.seen = net, list(scores), []
+
+    def __call__(self):
+        self.seen.append(snapshot(self.net))
+        score = self.scores.pop(0)
+        if isinstance(score, BaseException):
+            raise score
+        return score
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "scores, alpha, tried",
+    [
+        ([0.5, 0.4], 1.0, 1),  # the first candidate is no better
+        ([0.5, 0.5], 1.0, 1),  # strictly better is asked for
+        ([0.5, 0.6, 0.6], 3.0, 2),
+        ([0.5, 0.6, 0.7, 0.8, 0.75], 7.0, 4),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 11.0, 5),  # all five
+        ([0.5, float("nan")], 1.0, 1),
+        ([0.5, float("inf")], 1.0, 1),
+    ],
+)
+def test_published_rule(dtype, scores, alpha, tried):
+    net = model(dtype)
+    script = Script(net, *scores)
+    controller = EffOPDController(net, script)
+    anchor = snapshot(net)
+    train(net)
+    current = snapshot(net)
+    event = controller.step(1)
+    assert (event.alpha, event.num_candidates, event.step) == (alpha, tried, 1)
+    assert [c.accepted for c in event.candidates] == [a <= alpha for a in (3, 5, 7, 9, 11)][:tried]
+    assert event.score_initial == scores[0] and event.score_best == scores[{1.0: 0, 3.0: 1, 7.0: 3, 11.0: 5}[alpha]]
+    assert same(net, expected(anchor, current, alpha))
+    for seen, a in zip(script.seen, (1, 3, 5, 7, 9, 11), strict=False):
+        assert all(torch.equal(w, seen[n]) for n, w in expected(anchor, current, a).items())
+    # The next event extrapolates from what was accepted.
+    accepted = snapshot(net)
+    train(net, 2)
+    current = snapshot(net)
+    script.scores = [1.0, 2.0, 0.0]
+    assert controller.step(2).alpha == 3.0
+    assert same(net, expected(accepted, current, 3.0))
+
+
+def test_off_schedule_and_repeated_steps_do_nothing():
+    net = model()
+    controller = EffOPDController(net, Script(net, 1.0, 0.0, 1.0, 0.0))
+    train(net)
+    assert controller.step(3) is None and controller.step(0) is None
+    assert controller.step(4) is not None
+    assert controller.step(4) is None and controller.step(2) is None
+    assert [e.step for e in controller.events] == [4]
+
+
+@pytest.mark.parametrize(
+    "schedule, steps", [("pow2", [1, 2, 4, 8, 16]), (5, [5, 10, 15]), ({3, 7}, [3, 7]), ([2], [2])], ids=str
+)
+def test_schedules(schedule, steps):
+    net = model()
+    controller = EffOPDController(net, lambda: 0.0, schedule=schedule)
+    for step in range(1, 18):
+        train(net, step)
+        controller.step(step)
+    assert [e.step for e in controller.events] == steps
+
+
+def test_an_exception_leaves_the_weights_of_the_step_and_the_event_can_be_repeated():
+    for failing in range(6):
+        net = model()
+        changes = []
+        controller = EffOPDController(net, None, on_weights_changed=lambda n=net, c=changes: c.append(snapshot(n)))
+        anchor = snapshot(net)
+        train(net)
+        current = snapshot(net)
+        scores = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+        controller.score_fn = Script(net, *scores[:failing], RuntimeError("score server lost"))
+        before = random.getstate(), torch.get_rng_state()
+        with pytest.raises(RuntimeError, match="score server lost"):
+            controller.step(1)
+        assert same(net, current) and controller.events == [] and controller.last_step == 0
+        assert same(net, changes[-1])  # engines were told of the rollback
+        assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+        controller.score_fn = Script(net, *scores)
+        assert controller.step(1).alpha == 11.0
+        assert same(net, expected(anchor, current, 11.0))
+
+
+def test_a_failing_hook_restores_and_does_not_hide_the_first_error():
+    net = model()
+
+    def hook():
+        raise RuntimeError("engine gone")
+
+    controller = EffOPDController(net, Script(net, 0.1, ValueError("never reached")), on_weights_changed=hook)
+    train(net)
+    current = snapshot(net)
+    with pytest.raises(RuntimeError, match="engine gone"):
+        controller.step(1)
+    assert same(net, current)
+    controller.score_fn = Script(net, ValueError("scoring"))
+    with pytest.raises(ValueError, match="scoring"):
+        controller.step(1)
+
+
+def test_hook_sees_every_change_and_the_end():
+    net = model()
+    seen = []
+    controller = EffOPDController(
+        net, Script(net, 0.1, 0.2, 0.0), on_weights_changed=lambda: seen.append(snapshot(net))
+    )
+    anchor = snapshot(net)
+    train(net)
+    current = snapshot(net)
+    controller.step(1)
+    for weights, alpha in zip(seen, (3, 5, 3), strict=True):
+        assert all(torch.equal(weights[n], w) for n, w in expected(anchor, current, alpha).items())
+
+
+def test_every_candidate_is_scored_with_the_same_random_numbers_and_training_keeps_its_own():
+    net = model()
+    draws = []
+
+    def score():
+        draws.append((random.random(), torch.rand(1).item()))
+        return len(draws)
+
+    controller = EffOPDController(net, score)
+    train(net)
+    torch.manual_seed(5)
+    random.seed(5)
+    plain = (random.random(), torch.rand(1).item())
+    torch.manual_seed(5)
+    random.seed(5)
+    controller.step(1)
+    assert len(draws) == 6 and set(draws) == {plain}
+    assert (random.random(), torch.rand(1).item()) == plain
+
+
+def test_tokens_seconds_and_budget():
+    net = model()
+    scores = [Scores([x], tokens=100, seconds=2.0) for x in (1, 2, 3, 4, 5, 6)]
+    controller = EffOPDController(net, Script(net, *scores), max_val_tokens=350)
+    train(net)
+    event = controller.step(1)
+    assert (event.val_tokens, event.num_candidates, event.alpha) == (300, 2, 5.0)
+    assert [c.seconds for c in event.candidates] == [2.0, 2.0]
+    train(net, 2)
+    controller.score_fn = Script(net, Scores([1], tokens=100))
+    assert controller.step(2).num_candidates == 0 and controller.val_tokens == 400
+    train(net, 3)
+    skipped = controller.step(4)
+    assert skipped.skipped == "max_val_tokens is spent" and skipped.score_initial is None
+
+
+def test_weights_that_did_not_move_are_not_scored():
+    net = model()
+    controller = EffOPDController(net, Script(net))
+    event = controller.step(1)
+    assert "not moved" in event.skipped and event.alpha == 1.0 and event.delta_norm == 0.0
+
+
+def test_a_candidate_that_overflows_is_not_scored():
+    net = model(torch.float16)
+    controller = EffOPDController(net, Script(net, 0.1, 0.2, 0.3))
+    with torch.no_grad():
+        net["mlp"].bias.fill_(10_000.0)
+    current = snapshot(net)
+    event = controller.step(1)
+    assert event.alpha == 5.0 and event.num_candidates == 2  # 7 · 10,000 is beyond fp16
+    assert event.candidates[-1].score is None
+    del current
+
+
+def test_weights_that_are_not_finite_are_left_alone():
+    net = model()
+    controller = EffOPDController(net, Script(net))
+    with torch.no_grad():
+        net["mlp"].bias.fill_(torch.nan)
+    assert controller.step(1).skipped == "the weights are not finite"
+
+
+def test_initial_scores_must_be_finite():
+    net = model()
+    controller = EffOPDController(net, Script(net, float("nan")))
+    train(net)
+    current = snapshot(net)
+    with pytest.raises(ValueError, match="not finite for the weights of step 1"):
+        controller.step(1)
+    assert same(net, current)
+
+
+def test_delta_norm_and_virtual_step():
+    net = model()
+    controller = EffOPDController(net, Script(net, 0.1, 0.2, 0.3, 0.0, 1.0, 0.0))
+    anchor = snapshot(net)
+    train(net)
+    delta = [(p - anchor[n]).flatten().double() for n, p in snapshot(net).items() if not n.startswith("norm")]
+    event = controller.step(1)
+    assert event.delta_norm == pytest.approx(torch.cat(delta).norm().item(), rel=1e-5)
+    assert event.virtual_step == 5.0  # one step, taken five times over
+    train(net, 2)
+    assert controller.step(4).virtual_step == 8.0  # three more, as they are
+    assert controller.virtual_step(6) == 10.0
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_state_dict_resumes_step_for_step(accepted):
+    def run(net, controller, steps):
+        for step in steps:
+            train(net, step)
+            controller.step(step)
+
+    score = {True: lambda n: lambda: n["mlp"].bias.sum().item(), False: lambda n: lambda: 0.0}[accepted]
+    whole = model()
+    run(whole, EffOPDController(whole, score(whole)), range(1, 20))
+    first = model()
+    before = EffOPDController(first, score(first))
+    run(first, before, range(1, 7))
+    second = model(seed=1)
+    second.load_state_dict(first.state_dict())
+    after = EffOPDController(second, score(second))
+    after.load_state_dict(before.state_dict())
+    assert after.events == before.events and isinstance(after.events[0], EffOPDEvent)
+    run(second, after, range(7, 20))
+    assert same(second, snapshot(whole))
+
+
+def test_state_of_other_weights_is_refused():
+    net = model()
+    controller = EffOPDController(net, lambda: 0.0)
+    state = controller.state_dict()
+    short = {**state, "anchor": {k: v for k, v in state["anchor"].items() if "bias" in k}}
+    with pytest.raises(ValueError, match=r"missing \['mlp\.weight'"):
+        controller.load_state_dict(short)
+    wrong = {**state, "anchor": {k: v[..., :1] for k, v in state["anchor"].items()}}
+    with pytest.raises(ValueError, match=r"anchor of self_attn\.weight is"):
+        controller.load_state_dict(wrong)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(alphas=()), "alphas"),
+        (dict(alphas=(3, float("nan"))), "alphas"),
+        (dict(alphas=(1,)), "alphas"),
+        (dict(schedule="pow3"), "schedule"),
+        (dict(schedule=0), "schedule"),
+        (dict(schedule=[]), "schedule"),
+        (dict(schedule=[0]), "schedule"),
+        (dict(min_delta=-1), "min_delta"),
+        (dict(min_delta=float("nan")), "min_delta"),
+        (dict(accept="median"), "accept"),
+        (dict(accept="paired", confidence=1.0), "confidence"),
+        (dict(include="nothing"), "no parameter to extrapolate"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        EffOPDController(model(), lambda: 0.0, **options)
+
+
+@pytest.mark.parametrize(
+    "scores, error, words",
+    [
+        (["good"], TypeError, "score_fn must return"),
+        ([None], TypeError, "score_fn must return"),
+        ([[]], ValueError, "no score"),
+        ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),
+    ],
+    ids=str,
+)
+def test_what_score_fn_must_not_return(scores, error, words):
+    net = model()
+    controller = EffOPDController(net, Script(net, *scores))
+    train(net)
+    current = snapshot(net)
+    with pytest.raises(error, match=words):
+        controller.step(1)
+    assert same(net, current)

@@ -1,0 +1,248 @@
+"""extrapolate_ and extrapolate against fp64, bit for bit at the ends of the line, for every backend of this machine."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effopd_kernels.extrapolation import cpu, extrapolate, extrapolate_, reference
+
+BACKENDS = pytest.mark.parametrize("backend", [reference.extrapolate_, cpu.extrapolate_], ids=["reference", "cpu"])
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SHAPES = [(), (0,), (1,), (7, 3), (2, 0, 5), (cpu.BLOCK + 13,)]
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+def triple(shape, dtypes, seed=0):
+    """Parameter (poisoned), anchor and a current close to it."""
+    g = torch.Generator().manual_seed(seed)
+    anchor = torch.randn(shape, generator=g, dtype=torch.float64)
+    current = anchor + 1e-2 * torch.randn(shape, generator=g, dtype=torch.float64)
+    return torch.full(shape, torch.nan, dtype=dtypes[0]), anchor.to(dtypes[1]), current.to(dtypes[2])
+
+
+def run(backend, params, anchors, currents, alpha, masters=(), stats=True):
+    alphas = torch.as_tensor(alpha, dtype=torch.float64).expand(len(params))
+    return backend(params, anchors, currents, alphas, list(masters), stats)
+
+
+def spacing(x):
+    """Distance from |x| (fp64) to the next value of each dtype: the unit in the last place."""
+    return lambda dtype: torch.finfo(dtype).eps * 2.0 ** torch.floor(torch.log2(x.abs().clamp_min(1e-30)))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(DTYPES, repeat=3)), ids=lambda d: "-".join(str(x)[6:] for x in d)
+)
+def test_value_is_fp32_arithmetic_rounded_once(backend, dtypes):
+    param, anchor, current = triple((1000,), dtypes)
+    run(backend, [param], [anchor], [current], 3.0)
+    exact = anchor.double() + 3.0 * (current.double() - anchor.double())
+    inner = torch.float64 if torch.float64 in dtypes[1:] else torch.float32
+    scale = torch.maximum(exact.abs(), anchor.double().abs())
+    # Half a unit of the result for rounding, a few units of the inner dtype for the arithmetic.
+    bound = 0.5 * spacing(exact)(dtypes[0]) + 8 * torch.finfo(inner).eps * scale
+    assert ((param.double() - exact).abs() <= bound).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_ends_are_copies_bit_for_bit(backend, dtype, alpha):
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-38, -6e-8, 65504.0]).to(dtype)
+    anchor, current = (t.flatten().clone() for t in torch.meshgrid(special, special, indexing="ij"))
+    param = torch.empty_like(anchor)
+    run(backend, [param], [anchor], [current], alpha)
+    assert torch.equal(bits(param), bits(current if alpha else anchor))
+
+
+def test_lerp_alone_would_not_be_a_copy():
+    """Why the ends are copies: the guard above fails for torch.lerp."""
+    anchor, current = torch.tensor([-0.0, 1.0]), torch.tensor([0.0, torch.inf])
+    assert not torch.equal(bits(torch.lerp(anchor, current, 0.0)), bits(anchor))
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_statistics(backend, shape):
+    param, anchor, current = triple(shape, (torch.float32,) * 3)
+    stats = run(backend, [param], [anchor], [current], 5.0)
+    assert stats.shape == (1, 3) and stats.dtype == torch.float32
+    delta_sq, weight_sq, nonfinite = stats[0].double()
+    torch.testing.assert_close(delta_sq, (current.double() - anchor.double()).square().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(weight_sq, param.double().square().sum(), rtol=1e-5, atol=0)
+    assert nonfinite == 0
+
+
+@BACKENDS
+def test_nonfinite_elements_are_counted_and_large_ones_are_not(backend):
+    anchor = torch.tensor([torch.inf, torch.nan, 0.0, 3e38, 1e30])  # 1e30 is finite, its square is not
+    current = torch.tensor([0.0, 0.0, -torch.inf, -3e38, 1e30])
+    param = torch.empty(5)
+    assert run(backend, [param], [anchor], [current], 3.0)[0, 2] == (~param.isfinite()).sum() == 4
+
+
+@BACKENDS
+def test_master_is_written_and_the_working_copy_is_its_rounding(backend):
+    _, anchor, current = triple((300,), (torch.float32,) * 3)
+    master, param = torch.full((300,), torch.nan), torch.full((300,), torch.nan, dtype=torch.bfloat16)
+    run(backend, [param], [anchor], [current], 7.0, masters=[master])
+    alone = torch.empty(300)
+    run(backend, [alone], [anchor], [current], 7.0)
+    assert torch.equal(master, alone) and torch.equal(param, master.bfloat16())
+
+
+@BACKENDS
+def test_current_may_be_the_parameter_itself(backend):
+    _, anchor, current = triple((cpu.BLOCK + 1,), (torch.float32,) * 3)
+    apart, together = torch.empty_like(current), current.clone()
+    one = run(backend, [apart], [anchor], [current], 3.0)
+    two = run(backend, [together], [anchor], [together], 3.0)
+    assert torch.equal(apart, together) and torch.equal(one, two)
+
+
+@BACKENDS
+def test_strided_parameters(backend):
+    param, anchor, current = triple((6, 4), (torch.float32,) * 3)
+    strided = torch.full((4, 12), torch.nan)[:, ::2].t()
+    one = run(backend, [param], [anchor], [current], 3.0)
+    two = run(backend, [strided], [anchor], [current.t().contiguous().t()], 3.0)
+    assert torch.equal(param, strided)
+    torch.testing.assert_close(one, two)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    alphas=st.lists(st.floats(-20, 20), min_size=1, max_size=5),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES[:3])] * 3),
+    with_masters=st.booleans(),
+)
+def test_backends_agree(alphas, dtypes, with_masters):
+    triples = [triple((5, i), dtypes, seed=i) for i in range(len(alphas))]
+    results = []
+    for backend in (reference.extrapolate_, cpu.extrapolate_):
+        params, anchors, currents = ([t.clone() for t in ts] for ts in zip(*triples, strict=True))
+        masters = [torch.full(p.shape, torch.nan) for p in params] if with_masters else []
+        stats = backend(params, anchors, currents, torch.tensor(alphas, dtype=torch.float64), masters, True)
+        results.append((params, masters, stats))
+    (p0, m0, s0), (p1, m1, s1) = results
+    for x, y in zip(p0, p1, strict=True):
+        torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps, atol=2e-5 if x.dtype.itemsize == 4 else 2e-3)
+    torch.testing.assert_close(m0, m1, rtol=1e-6, atol=2e-5)
+    torch.testing.assert_close(s0, s1, rtol=2e-2, atol=1e-4)
+
+
+class TestPublicFunction:
+    def test_one_alpha_per_tensor_and_statistics(self):
+        params, anchors, currents = map(
+            list, zip(*(triple((4,), (torch.float32,) * 3, i) for i in range(3)), strict=True)
+        )
+        stats = extrapolate_(params, anchors, currents, [0.0, 1.0, 2.0])
+        assert torch.equal(params[0], anchors[0]) and torch.equal(params[1], currents[1])
+        torch.testing.assert_close(params[2], anchors[2] + 2 * (currents[2] - anchors[2]))
+        assert [column.shape for column in stats] == [(3,)] * 3
+        assert extrapolate_(params, anchors, currents, 1.0, stats=False) is None
+        assert [column.shape for column in extrapolate_([], [], [], 1.0)] == [(0,)] * 3
+
+    def test_some_masters(self):
+        params, anchors, currents = map(
+            list, zip(*(triple((4,), (torch.float32,) * 3, i) for i in range(3)), strict=True)
+        )
+        params[1] = params[1].bfloat16()
+        masters = [None, torch.empty(4), None]
+        stats = extrapolate_(params, anchors, currents, [2.0, 3.0, 4.0], masters=masters)
+        assert torch.equal(params[1], masters[1].bfloat16())
+        expected = torch.stack([p.double().square().sum() for p in params])
+        torch.testing.assert_close(stats.weight_sq.double(), expected)
+
+    def test_parameters_that_require_grad(self):
+        param = torch.nn.Parameter(torch.zeros(3))
+        version = param._version
+        extrapolate_([param], [torch.zeros(3)], [torch.ones(3)], 2.0)
+        assert torch.equal(param, torch.full((3,), 2.0)) and param._version > version and param.grad_fn is None
+
+    @pytest.mark.parametrize(
+        "change, error, words",
+        [
+            (dict(anchors=[torch.zeros(4)]), ValueError, r"anchors\[0\] has shape \(4,\)"),
+            (dict(currents=[]), ValueError, "1 params, 1 anchors, 0 currents"),
+            (dict(alpha=[1.0, 2.0]), ValueError, "2 alphas for 1 tensors"),
+            (dict(alpha=torch.ones(2)), ValueError, "alpha has shape"),
+            (dict(alpha=float("nan")), ValueError, "finite"),
+            (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
+            (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
+            (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),
+        ],
+    )
+    def test_what_does_not_fit_is_named_before_anything_is_written(self, change, error, words):
+        arguments = dict(params=[torch.zeros(3)], anchors=[torch.ones(3)], currents=[torch.ones(3)], alpha=2.0) | change
+        before = [p.clone() for p in arguments["params"]]
+        with pytest.raises(error, match=words):
+            extrapolate_(**arguments)
+        assert all(map(torch.equal, arguments["params"], before))
+
+
+class TestDifferentiable:
+    @pytest.mark.parametrize("shape", [(), (5,), (3, 0), (2, 3, 4)], ids=str)
+    def test_gradcheck(self, shape):
+        w0, delta = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        alpha = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(extrapolate, (w0, delta, alpha))
+
+    def test_lists_with_one_alpha_or_one_each(self):
+        w0 = [torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)]
+        delta = [torch.randn(3, requires_grad=True), torch.randn(2, 2)]
+        for alpha in (torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor(2.0, requires_grad=True)):
+            out = extrapolate(w0, delta, alpha)
+            sum(x.square().sum() for x in out).backward()
+            expected = torch.stack([(2 * x * d).sum() for x, d in zip(out, delta, strict=True)])
+            torch.testing.assert_close(alpha.grad, expected if alpha.ndim else expected.sum())
+        assert [x.shape for x in extrapolate(w0, delta, 2)] == [(3,), (2, 2)]
+
+    def test_half_precision_accumulates_alpha_in_fp32(self):
+        w0, delta = torch.ones(5000, dtype=torch.bfloat16), torch.ones(5000, dtype=torch.bfloat16)
+        alpha = torch.tensor(1.0, requires_grad=True)
+        extrapolate(w0, delta, alpha).sum().backward()
+        assert alpha.grad == 5000  # a bf16 sum stops at 256
+
+    def test_shapes_that_disagree(self):
+        with pytest.raises(ValueError, match="shape"):
+            extrapolate(torch.zeros(3), torch.zeros(4), 2.0)
+        with pytest.raises(ValueError, match="2 alphas for 1 tensors"):
+            extrapolate([torch.zeros(3)], [torch.zeros(3)], torch.ones(2))
+        with pytest.raises(ValueError, match="1 tensors in w0"):
+            extrapolate([torch.zeros(3)], [], 2.0)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
+    def test_compile(self):
+        def loss(w0, delta, alpha):
+            return extrapolate(w0, delta, alpha).square().sum()
+
+        leaves = [
+            torch.randn(6, requires_grad=True),
+            torch.randn(6, requires_grad=True),
+            torch.tensor(2.0, requires_grad=True),
+        ]
+        eager = torch.autograd.grad(loss(*leaves), leaves)
+        compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    param, anchor, current = triple((3, 5), (dtype,) * 3)
+    param = torch.zeros_like(anchor)
+    alphas = torch.tensor([2.0], dtype=torch.float64)
+    ops = torch.ops.effopd
+    for stats, masters in itertools.product((True, False), ([], [torch.zeros(3, 5)])):
+        arguments = ([param], [anchor], [current], alphas, masters, stats)
+        torch.library.opcheck(ops.extrapolate_.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    leaves = (anchor.requires_grad_(), current.requires_grad_(), torch.tensor(2.0, requires_grad=True))
+    torch.library.opcheck(ops.extrapolate.default, leaves)
+    torch.library.opcheck(ops.extrapolate_backward.default, tuple(x.detach() for x in (anchor, current, leaves[2])))

@@ -1,0 +1,91 @@
+"""The default moves attention and MLP weights, and nothing else, in the spellings of the Hugging Face families."""
+
+from textwrap import dedent
+
+import pytest
+import torch
+
+from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, named_tensors, select
+
+MOVES = dedent("""
+    model.layers.0.self_attn.q_proj.weight model.layers.0.self_attn.q_proj.bias model.layers.0.mlp.gate_up_proj.weight
+    model.layers.3.mlp.experts.gate_up_proj model.layers.3.mlp.experts.7.down_proj.weight model.layers.3.mlp.gate.weight
+    model.layers.0.block_sparse_moe.experts.0.w1.weight model.layers.0.mlp.shared_expert.up_proj.weight
+    model.layers.0.self_attn.kv_a_proj_with_mqa.weight model.layers.0.linear_attn.in_proj_qkvz.weight
+    model.layers.0.feed_forward.w2.weight transformer.h.0.attn.c_attn.weight transformer.h.0.mlp.c_fc.bias
+    gpt_neox.layers.0.attention.query_key_value.weight gpt_neox.layers.0.mlp.dense_h_to_4h.weight
+    transformer.h.1.self_attention.dense.weight model.decoder.layers.0.fc1.weight
+    transformer.blocks.0.ffn.up_proj.weight transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight
+    model.language_model.layers.0.self_attn.o_proj.weight
+""").split()
+
+STAYS = dedent("""
+    model.embed_tokens.weight lm_head.weight model.norm.weight model.layers.0.input_layernorm.weight
+    model.layers.0.post_attention_layernorm.weight model.layers.0.self_attn.q_norm.weight
+    model.layers.0.self_attn.kv_a_layernorm.weight model.layers.0.pre_feedforward_layernorm.weight
+    model.layers.0.self_attn_layer_norm.weight model.layers.0.linear_attn.norm.weight
+    transformer.wte.weight transformer.wpe.weight transformer.h.0.ln_1.weight transformer.ln_f.bias
+    gpt_neox.embed_in.weight embed_out.weight gpt_neox.final_layer_norm.weight
+    transformer.word_embeddings_layernorm.weight model.decoder.embed_positions.weight
+    transformer.blocks.0.norm_1.weight transformer.blocks.0.norm_attn_norm.norm_1.weight
+    model.layers.0.self_attn.rotary_emb.inv_freq score.weight
+""").split()
+
+
+def test_default_patterns():
+    named = {name: torch.zeros(1) for name in MOVES + STAYS}
+    assert list(select(named, DEFAULT_INCLUDE, DEFAULT_EXCLUDE)) == MOVES
+
+
+def test_real_models_split_into_blocks_and_the_rest():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30)
+    configs = [
+        transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=8),
+        transformers.Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8),
+        transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2),
+        transformers.GPTNeoXConfig(**sizes),
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30),
+        transformers.OPTConfig(
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=30,
+            word_embed_proj_dim=16,
+        ),
+    ]
+    for config in configs:
+        with torch.device("meta"):
+            named = named_tensors(transformers.AutoModelForCausalLM.from_config(config))
+        chosen = select(named, DEFAULT_INCLUDE, DEFAULT_EXCLUDE)
+        left = [name for name, t in named.items() if name not in chosen]
+        assert all(
+            named[name].ndim == 1 or named[name].shape[0] == 30 or "embed" in name or "wpe" in name for name in left
+        )
+        matrices = [name for name, t in named.items() if t.ndim >= 2 and (".layers." in name or ".h." in name)]
+        assert matrices and set(matrices) <= set(chosen), config.model_type
+
+
+def test_own_patterns():
+    named = {"a.down_proj.weight": torch.zeros(1), "a.up_proj.weight": torch.zeros(1), "b": torch.zeros(1)}
+    assert list(select(named, "proj", ())) == ["a.down_proj.weight", "a.up_proj.weight"]
+    assert list(select(named, ["."], ["proj"])) == ["b"]
+
+
+def test_nothing_left_is_an_error_that_names_patterns_and_parameters():
+    with pytest.raises(ValueError, match=r"'attn'.*leave none of 1 \(the first: backbone\.w\)"):
+        select({"backbone.w": torch.zeros(1)}, "attn", ())
+    with pytest.raises(ValueError, match="none that requires a gradient"):
+        select(named_tensors(torch.nn.Linear(2, 2).requires_grad_(False)), "", ())
+
+
+def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
+    linear = torch.nn.Linear(2, 2)
+    named = named_tensors([("module._orig_mod.a.weight", linear.weight), ("b.weight", linear.weight)])
+    assert list(named) == ["a.weight"]
+    linear.bias.requires_grad_(False)
+    assert list(named_tensors(linear)) == ["weight"]
+    assert list(named_tensors({"plain": torch.zeros(1)})) == ["plain"]
+    with pytest.raises(TypeError, match="named tensors"):
+        named_tensors([torch.zeros(2)])
