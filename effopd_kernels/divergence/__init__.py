@@ -1,0 +1,20 @@
+"""Student–teacher divergences over the vocabulary: value and gradient without N×V probabilities."""
+
+from .autograd import DivergenceStats
+from .family import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
+from .linear import linear_divergence_loss, linear_reverse_kl_loss
+from .logits import divergence_loss, reverse_kl_loss
+
+__all__ = [
+    "FORWARD_KL",
+    "REVERSE_KL",
+    "Divergence",
+    "DivergenceStats",
+    "divergence_loss",
+    "jsd",
+    "linear_divergence_loss",
+    "linear_reverse_kl_loss",
+    "reverse_kl_loss",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+]

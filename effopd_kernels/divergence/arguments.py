@@ -1,0 +1,72 @@
+"""What the public functions share: checks before any work, the reduction's factor per row, the answer's shape."""
+
+import torch
+from torch import Tensor
+
+from .autograd import DivergenceStats, Spec
+from .family import Divergence
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """A sharded tensor (DTensor) in full, on every rank, differentiably; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def check_float(**tensors: Tensor) -> None:
+    """Raise TypeError unless every tensor is floating point, and ValueError unless all are on one device."""
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
+
+
+def make_spec(divergence: Divergence, temperature: float, teacher_temperature: float | None, **model: float) -> Spec:
+    if not isinstance(divergence, Divergence):
+        raise TypeError(f"divergence must be a Divergence such as REVERSE_KL or jsd(0.5), got {divergence!r}")
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    pair = float(temperature), float(teacher_temperature)
+    return Spec(float(divergence.a), float(divergence.b), float(divergence.pi), *pair, **model)
+
+
+def row_factor(
+    shape: torch.Size, device: torch.device, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask (N,) and each row's factor in the loss (N,), fp32, either None where it has no effect.
+
+    Raises ValueError or TypeError for a mask, weight, reduction or num_tokens that does not fit.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if num_tokens is not None and reduction != "mean":
+        raise ValueError(f'num_tokens is the normaliser of reduction="mean", got it with reduction={reduction!r}')
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
+    for name, tensor in (("mask", mask), ("weight", weight)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
+    if mask is not None:
+        mask = mask.reshape(-1)
+    if weight is not None:
+        weight = weight.detach().reshape(-1)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight if mask is None else weight.masked_fill(~mask, 0)
+    if reduction != "mean":
+        return mask, weight
+    if weight is None:
+        weight = torch.ones(shape.numel(), device=device) if mask is None else mask.to(torch.float32)
+    total = weight.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=device)
+    return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
+
+
+def answer(loss: Tensor, rows: Tensor, stats: Tensor, shape: torch.Size, reduction: str, return_stats: bool):
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    if not return_stats:
+        return loss
+    return loss, DivergenceStats(*(s.detach().reshape(shape) for s in (rows, *stats)))

@@ -1,0 +1,106 @@
+"""How gradients computed ahead of time enter autograd, the same way from logits and from hidden states.
+
+A public function hands over a module-level `run(tensors, row_scale, spec, needs, with_stats)`, which returns the
+per-row divergence D (N,), the gradients of row_scale·D for each needed tensor, and the stats. A scalar loss computes
+its gradients in the forward, where the row is still in cache; backward only scales them. With reduction "none" the
+upstream gradient differs per row, so the gradients are computed from it, in backward.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class DivergenceStats(NamedTuple):
+    """Per token, fp32, of the mask's shape, detached, 0 where masked; entropies in nats."""
+
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    top1_agreement: Tensor
+
+
+class Spec(NamedTuple):
+    """The nine numbers of a row op, in the order of its schema."""
+
+    a: float
+    b: float
+    pi: float
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    student_softcap: float = 0.0
+    teacher_softcap: float = 0.0
+
+
+def _may_hand_over(grad_output: Tensor) -> bool:
+    # A factor of exactly 1 needs no scaling copy, but a graph that is kept must keep its gradient too. Reading the
+    # factor is free on the CPU and a synchronisation elsewhere.
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return (
+        not torch.compiler.is_compiling() and grad_output.device.type == "cpu" and not keep_graph() and grad_output == 1
+    )
+
+
+class _WithGradients(torch.autograd.Function):
+    """The identity on `value`, whose gradients with respect to `inputs` are known already."""
+
+    @staticmethod
+    def forward(value, *grads_and_inputs):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1 : 1 + len(inputs) // 2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        grads = ctx.saved_tensors
+        scaled = grads if _may_hand_over(grad_output) else [grad * grad_output for grad in grads]
+        return None, *(None for _ in grads), *scaled
+
+
+class _PerRow(torch.autograd.Function):
+    """Per-row divergences (N,), times `weight_N` where given; gradients wait for the upstream gradient of each row."""
+
+    @staticmethod
+    def forward(run, spec, needs, with_stats, weight_N, *tensors):
+        rows, _, stats = run(tensors, None, spec, (False,) * len(needs), with_stats)
+        return rows if weight_N is None else rows * weight_N, rows, stats
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.run, ctx.spec, ctx.needs, _, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, *_):
+        weight_N, *tensors = ctx.saved_tensors
+        row_scale = grad_output if weight_N is None else grad_output * weight_N
+        _, grads, _ = ctx.run(tensors, row_scale, ctx.spec, ctx.needs, False)
+        return None, None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
+
+
+def reduced_loss(
+    run: Any, tensors: tuple, num_inputs: int, spec: tuple, scale_N: Tensor | None, per_row: bool, stats: bool
+):
+    """(loss, per-row divergence, stats), where loss is Σ scale·D, or with `per_row` scale·D (N,).
+
+    The first `num_inputs` of `tensors` are differentiable; `scale_N` None is 1."""
+    inputs = tensors[:num_inputs]
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+    if per_row:
+        return _PerRow.apply(run, spec, needs, stats, scale_N, *tensors)
+    detached = tuple(t if t is None else t.detach() for t in tensors)
+    rows, grads, stats_3N = run(detached, scale_N, spec, needs, stats)
+    loss = (rows if scale_N is None else rows * scale_N).sum()
+    if any(needs):
+        needed = [(grad, t) for grad, t, need in zip(grads, inputs, needs, strict=True) if need]
+        loss = _WithGradients.apply(loss, *(grad for grad, _ in needed), *(t for _, t in needed))
+    return loss, rows, stats_3N

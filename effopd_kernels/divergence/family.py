@@ -1,0 +1,50 @@
+"""The family of divergences as data.
+
+With p the teacher's distribution, q the student's and m = π·p + (1−π)·q,
+
+    D = a·KL(p‖m) + b·KL(q‖m)
+
+so a divergence is three numbers, and one kernel per language serves all of them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """a·KL(p‖m) + b·KL(q‖m) with m = pi·p + (1−pi)·q; p is the teacher, q the student.
+
+    Raises ValueError unless a, b ≥ 0 and 0 ≤ pi ≤ 1.
+    """
+
+    a: float
+    b: float
+    pi: float
+
+    def __post_init__(self):
+        if not (self.a >= 0 and self.b >= 0 and 0 <= self.pi <= 1):
+            raise ValueError(f"a divergence needs a >= 0, b >= 0 and 0 <= pi <= 1, got {self}")
+
+
+REVERSE_KL = Divergence(0.0, 1.0, 1.0)  # KL(q‖p)
+FORWARD_KL = Divergence(1.0, 0.0, 0.0)  # KL(p‖q)
+
+
+def jsd(beta: float = 0.5) -> Divergence:
+    """Generalised Jensen–Shannon divergence of GKD (arXiv 2306.13649, eq. 1): beta·KL(p‖m) + (1−beta)·KL(q‖m).
+
+    It vanishes identically at beta 0 and 1, where its direction is that of FORWARD_KL and REVERSE_KL: use those.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; its limits are FORWARD_KL (0) and REVERSE_KL (1)")
+    return Divergence(beta, 1 - beta, beta)
+
+
+def skew_forward_kl(alpha: float) -> Divergence:
+    """KL(p ‖ alpha·p + (1−alpha)·q), DistiLLM's skew KL (arXiv 2402.03898, eq. 4); alpha 0 is FORWARD_KL."""
+    return Divergence(1.0, 0.0, alpha)
+
+
+def skew_reverse_kl(alpha: float) -> Divergence:
+    """KL(q ‖ (1−alpha)·p + alpha·q), DistiLLM's skew reverse KL; alpha 0 is REVERSE_KL."""
+    return Divergence(0.0, 1.0, 1 - alpha)

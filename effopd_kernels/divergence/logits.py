@@ -1,0 +1,89 @@
+"""Divergences from logits. N tokens, V vocabulary."""
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
+from .arguments import answer, check_float, local, make_spec, row_factor
+from .autograd import reduced_loss
+from .family import REVERSE_KL, Divergence
+
+
+def _rows(tensors, row_scale, spec, needs, with_stats):
+    student_NV, teacher_NV, mask_N = tensors
+    loss, grad, stats = torch.ops.effopd.divergence_rows(
+        student_NV, teacher_NV, mask_N, row_scale, *spec, needs[0], with_stats
+    )
+    return loss, (grad,) if needs[0] else (None,), stats
+
+
+def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
+    student_NV, teacher_NV, mask_N = tensors
+    loss, stats = torch.ops.effopd.divergence_rows_(
+        student_NV, teacher_NV, mask_N, row_scale, *spec, needs[0], with_stats
+    )
+    return loss, (student_NV,) if needs[0] else (None,), stats
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(..., V) as (N, V) with neighbouring columns adjacent; a view wherever strides allow."""
+    return logits.reshape(-1, logits.shape[-1]) if logits.stride(-1) == 1 else logits.contiguous().flatten(0, -2)
+
+
+def divergence_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: Divergence = REVERSE_KL,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    reduction: str = "mean",
+    num_tokens: int | float | Tensor | None = None,
+    return_stats: bool = False,
+    inplace: bool = False,
+):
+    """Divergence between student and teacher over the vocabulary; the teacher is a constant.
+
+    student_logits (..., Vs), teacher_logits (..., Vt): fp32, bf16, fp16 or fp64, not necessarily alike; where the
+        vocabularies are padded to different lengths both are renormalised over the shared prefix.
+    mask (...): bool, True where the token counts. weight (...): a constant factor per token.
+    temperature divides the student's logits, teacher_temperature (default: the same) the teacher's. No T² is applied.
+    reduction: "mean" is Σ weight·D / Σ weight over the tokens that count, or / num_tokens where given (accumulation,
+        several ranks); "sum" is Σ weight·D; "none" has the mask's shape and is 0 where masked.
+    return_stats: return (loss, DivergenceStats), from the same pass.
+    inplace: write the gradient over the student's logits, whose values are then gone. The logits must not be needed
+        by anything else; memory then does not grow at all.
+
+    Computed in fp32 (fp64 for fp64 logits) whatever the logits' dtype. An entry at −inf on both sides is outside the
+    support; where one side alone is −inf its log-probability counts as −1e4: large, but finite.
+    Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
+    """
+    student_logits, teacher_logits = local(student_logits), local(teacher_logits)
+    check_float(student_logits=student_logits, teacher_logits=teacher_logits)
+    shape = student_logits.shape[:-1]
+    if student_logits.ndim < 1 or teacher_logits.ndim < 1 or teacher_logits.shape[:-1] != shape:
+        raise ValueError(
+            "student_logits (..., Vs) and teacher_logits (..., Vt) must have the same leading shape, got "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    if 0 in (student_logits.shape[-1], teacher_logits.shape[-1]):
+        raise ValueError(f"empty vocabulary: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+    spec = make_spec(divergence, temperature, teacher_temperature)
+    mask_N, scale_N = row_factor(shape, student_logits.device, mask, weight, reduction, num_tokens)
+    loss, rows, stats = reduced_loss(
+        _rows_inplace if inplace else _rows,
+        (_as_rows(student_logits), _as_rows(teacher_logits.detach()), mask_N),
+        1,
+        spec,
+        scale_N,
+        reduction == "none",
+        return_stats,
+    )
+    return answer(loss, rows, stats, shape, reduction, return_stats)
+
+
+def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, **options):
+    """KL(student ‖ teacher): `divergence_loss` with REVERSE_KL, and its options."""
+    return divergence_loss(student_logits, teacher_logits, REVERSE_KL, **options)

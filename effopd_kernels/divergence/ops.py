@@ -1,0 +1,109 @@
+"""The row ops of the divergences, and which implementation serves which device: all dispatch of this idea.
+
+N tokens, V vocabulary. `effopd::divergence_rows` returns a fresh gradient, `effopd::divergence_rows_` writes it over
+the student's logits. CUDA and ROCm: Triton. CPU: C++. Any other device or dtype, or a backend that is not there: the
+reference. The ops themselves are not differentiable; the public functions are.
+"""
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+ARGS = (
+    "Tensor? mask, Tensor? row_scale, float a, float b, float pi, float student_temperature, "
+    "float teacher_temperature, float student_scale, float teacher_scale, float student_softcap, float teacher_softcap"
+)
+torch.library.define(
+    "effopd::divergence_rows",
+    f"(Tensor student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "effopd::divergence_rows_",
+    f"(Tensor(a!) student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
+)
+
+_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def native():
+    """The C++ extension, or None (said once) where it was not built."""
+    try:
+        from .. import _C
+    except ImportError:
+        warnings.warn(
+            "effopd_kernels was installed without its C++ extension, so CPU kernels run as plain PyTorch, many times "
+            "slower; reinstall with a C++17 compiler present to build it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return _C
+
+
+def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _reference(student, teacher, *args, grad_out, with_stats):
+    loss, grad, stats = reference.divergence_rows(
+        student, teacher, *args, with_grad=grad_out is not None, with_stats=with_stats
+    )
+    if grad_out is not None:
+        grad_out.copy_(grad)
+    return loss, stats if with_stats else loss.new_empty(0)
+
+
+def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats):
+    module = native() if {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys() else None
+    if module is None or not hasattr(module, "divergence_rows"):
+        return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
+    raise NotImplementedError
+
+
+def _triton(student, teacher, *args, grad_out, with_stats):
+    if not {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys():
+        return _reference(student, teacher, *args, grad_out=grad_out, with_stats=with_stats)
+    from .triton_kernels import launch_divergence_rows
+
+    return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
+
+
+def _register(device: str, launch):
+    @torch.library.impl("effopd::divergence_rows", device)
+    def rows(student, teacher, *args):
+        *args, with_grad, with_stats = args
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else None
+        loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
+        return loss, student.new_empty(0) if grad is None else grad, stats
+
+    @torch.library.impl("effopd::divergence_rows_", device)
+    def rows_(student, teacher, *args):
+        *args, with_grad, with_stats = args
+        return launch(student, teacher, *args, grad_out=student if with_grad else None, with_stats=with_stats)
+
+
+_register("CompositeExplicitAutograd", _reference)
+_register("CPU", _cpp)
+if importlib.util.find_spec("triton") is not None:
+    _register("CUDA", _triton)
+
+
+@torch.library.register_fake("effopd::divergence_rows_")
+def _(student, teacher, *args):
+    *_, with_stats = args
+    loss = student.new_empty(student.shape[0], dtype=_loss_dtype(student, teacher))
+    return loss, loss.new_empty((3, student.shape[0]) if with_stats else 0)
+
+
+@torch.library.register_fake("effopd::divergence_rows")
+def _(student, teacher, *args):
+    *_, with_grad, with_stats = args
+    loss = student.new_empty(student.shape[0], dtype=_loss_dtype(student, teacher))
+    grad = student.new_empty(student.shape if with_grad else 0)
+    return loss, grad, loss.new_empty((3, student.shape[0]) if with_stats else 0)

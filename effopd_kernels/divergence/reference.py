@@ -1,0 +1,84 @@
+"""The definition, in plain PyTorch: readable first, exact in fp64, and the fallback that runs on any device.
+
+N tokens, V vocabulary. With lq, lp the student's and teacher's log-probabilities and m = π·p + (1−π)·q:
+
+    phi   = a·p·(lp − lm) + b·q·(lq − lm)              D = Σ phi
+    share = (1−π)·q/m                                   in [0, 1]
+    w     = b·q·(lq − lm) − share·(a·p + b·q)           dD/dz_s = w − q·Σw
+
+An entry at −inf on both sides is outside the support: it adds nothing and its gradient is 0. Where one side alone is
+−inf its log-probability counts as FLOOR, so the value is large but finite, and so is the gradient.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOOR = -1e4
+
+
+def _transform(logits: Tensor, scale: float, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
+    """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none) and dz/dx, in at least fp32."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not softcap:
+        return x * (scale / temperature), scale / temperature
+    tanh = torch.tanh(x * (scale / softcap))
+    return tanh * (softcap / temperature), (1 - tanh.square()) * (scale / temperature)
+
+
+def _log_probs(z: Tensor) -> Tensor:
+    log_probs = torch.log_softmax(z, -1)
+    return log_probs.masked_fill(log_probs == -math.inf, FLOOR)
+
+
+def divergence_rows(
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    mask_N: Tensor | None,
+    row_scale_N: Tensor | None,
+    a: float,
+    b: float,
+    pi: float,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    student_softcap: float = 0.0,
+    teacher_softcap: float = 0.0,
+    with_grad: bool = True,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per-row divergence (N,) fp32 (fp64 for fp64 logits), row_scale·dD/dstudent (N, Vs) in the student's dtype, and
+    stats (3, N): student entropy, teacher entropy, top-1 agreement. All three are 0 in masked rows."""
+    V = min(student_NV.shape[-1], teacher_NV.shape[-1])  # both are renormalised over the shared prefix
+    student, teacher = student_NV[:, :V], teacher_NV[:, :V]
+    if mask_N is not None:  # whatever masked rows hold, NaN included, must not leak
+        student = student.masked_fill(~mask_N[:, None], 0)
+        teacher = teacher.masked_fill(~mask_N[:, None], 0)
+    z_s, slope = _transform(student, student_scale, student_softcap, student_temperature)
+    z_t, _ = _transform(teacher, teacher_scale, teacher_softcap, teacher_temperature)
+    lq, lp = _log_probs(z_s), _log_probs(z_t)
+    q, p = lq.exp(), lp.exp()
+    if pi == 1:
+        lm, share = lp, 0.0
+    elif pi == 0:
+        lm, share = lq, 1.0
+    else:  # share as a sigmoid: exp(lq − lm) overflows on sharply peaked rows as π → 1
+        lm = torch.logaddexp(lp + math.log(pi), lq + math.log(1 - pi))
+        share = torch.sigmoid(lq - lp + math.log((1 - pi) / pi))
+
+    b_term = b * q * (lq - lm)
+    loss = (a * p * (lp - lm) + b_term).sum(-1)
+    kept = 1.0 if mask_N is None else mask_N.to(loss.dtype)
+    grad = stats = None
+    if with_grad:
+        w = b_term - share * (a * p + b * q)
+        row_scale = kept if row_scale_N is None else kept * row_scale_N
+        dz = (w - q * w.sum(-1, keepdim=True)) * slope
+        grad = torch.zeros_like(student_NV)
+        grad[:, :V] = dz * row_scale[:, None] if isinstance(row_scale, Tensor) else dz
+    if with_stats:
+        same = (z_s.argmax(-1) == z_t.argmax(-1)).to(loss.dtype)
+        stats = torch.stack([-(q * lq).sum(-1), -(p * lp).sum(-1), same]) * kept
+    return loss * kept, grad, stats
