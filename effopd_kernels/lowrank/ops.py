@@ -2,10 +2,11 @@
 
 Shape legend: B matrices of equal shape, dtype and strides; N rows, M columns of each; L sketch columns.
 
-Every operator takes the difference X_b = scale_b · (x_b − base_b) as two lists of tensors ("a batch by pointers"): nothing is stacked
-and the difference is never written at full size. An empty ``base`` list means X_b = scale_b · x_b. ``scale`` (B,) holds powers of two,
-so it is exact; None means 1. A transposed product is asked for with transposed views (``x.mT``), so exactly one stride of each matrix
-is 1, and it may be either. Subtraction is in fp32 (fp64 when ``q`` is fp64 or ``double``); results are fp32 (fp64).
+Every operator takes the difference X_b = scale_b · (x_b − base_b) as two lists of tensors ("a batch by pointers"):
+nothing is stacked and the difference is never written at full size. An empty ``base`` list means X_b = scale_b · x_b.
+``scale`` (B,) holds powers of two, so it is exact; None means 1. A transposed product is asked for with transposed
+views (``x.mT``), so exactly one stride of each matrix is 1, and it may be either. Subtraction is in fp32 (fp64 when
+``q`` is fp64 or ``double``); results are fp32 (fp64).
 
 The PyTorch reference serves every device; Triton takes CUDA over when it imports.
 """
@@ -20,9 +21,11 @@ SUM_SQUARES, MAX_ABS, UNCHANGED, SUM_ULP_SQUARES, NON_FINITE = range(5)
 
 @torch.library.custom_op("effopd::lowrank_stats", mutates_args=())
 def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
-    """First-pass statistics of the unscaled differences, (B, 5) fp64: Σ Δ², max |Δ|, entries with Δ = 0, Σ ulp(x)², non-finite entries.
+    """First-pass statistics of the unscaled differences, (B, 5) fp64: Σ Δ², max |Δ|, entries with Δ = 0, Σ ulp(x)²,
+    non-finite entries.
 
-    The two middle ones are filled only when ``full``. A matrix with non-finite entries may hold anything in the first two.
+    The two middle ones are filled only when ``full``. A matrix with non-finite entries may hold anything in the first
+    two.
     """
     return reference.stats(x, base, full)
 
@@ -35,25 +38,33 @@ def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: boo
 
 @torch.library.custom_op("effopd::lowrank_skinny", mutates_args=())
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to bf16 (accumulation stays fp32)."""
+    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to bf16 (accumulation
+    stays fp32).
+    """
     return reference.skinny(x, base, q, scale, fast)
 
 
 @torch.library.custom_op("effopd::lowrank_gram_apply", mutates_args=())
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    """Z_b = X_bᵀ (X_b q_b): x_b (N, M), q (B, M, L) → (B, M, L). One reading of the pair on CPU; two skinny products elsewhere."""
+    """Z_b = X_bᵀ (X_b q_b): x_b (N, M), q (B, M, L) → (B, M, L). One reading of the pair on CPU; two skinny products
+    elsewhere.
+    """
     return reference.gram_apply(x, base, q, scale, fast)
 
 
 @torch.library.custom_op("effopd::lowrank_gram", mutates_args=())
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:
-    """G_b = X_bᵀ X_b, (B, M, M), exactly symmetric; only one triangle is computed. ``double``: fp64 products and result."""
+    """G_b = X_bᵀ X_b, (B, M, M), exactly symmetric; only one triangle is computed. ``double``: fp64 products and
+    result.
+    """
     return reference.gram(x, base, scale, double)
 
 
 @torch.library.custom_op("effopd::lowrank_eigh", mutates_args=())
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, descending, (B, L) and eigenvectors in columns (B, L, L) of symmetric g (B, L, L), in g's dtype (fp32 or fp64)."""
+    """Eigenvalues, descending, (B, L) and eigenvectors in columns (B, L, L) of symmetric g (B, L, L), in g's dtype
+    (fp32 or fp64).
+    """
     return reference.eigh(g)
 
 

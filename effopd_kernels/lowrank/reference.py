@@ -2,9 +2,9 @@
 
 Shape legend: N rows, M columns of one matrix; L sketch columns; C rows of a panel.
 
-A panel is C rows of X = scale · (x − base), subtracted into one reused buffer. So a difference is never held at full size, every
-matrix runs through equally aligned memory (a result does not depend on where its input lay), and one reading of the pair serves
-both products of XᵀXQ:
+A panel is C rows of X = scale · (x − base), subtracted into one reused buffer. So a difference is never held at full
+size, every matrix runs through equally aligned memory (a result does not depend on where its input lay), and one
+reading of the pair serves both products of XᵀXQ:
 
     for P in panels:  Z += Pᵀ (P Q)
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 PANEL = 1 << 19  # entries of a panel: 2 MiB of fp32, two cores' L2
 GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below the diagonal are computed
 
-# The exponent field alone, read as a float, is the power of two at or below |x|; times eps it is the unit in the last place.
+# The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
 _EXPONENT = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
@@ -27,7 +27,9 @@ _EXPONENT = {
 
 
 def ulp(x: Tensor) -> Tensor:
-    """Distance from |x| to the next larger number of x's dtype; 0 for zeros and denormals, which no weight of interest is."""
+    """Distance from |x| to the next larger number of x's dtype; 0 for zeros and denormals, which no weight of interest
+    is.
+    """
     integer, mask = _EXPONENT[x.dtype]
     return (
         (x.contiguous().view(integer) & mask)
@@ -49,7 +51,9 @@ def bf16_is_native(device: torch.device) -> bool:
 def panels(
     x: Tensor, base: Tensor | None, scale: Tensor | None, dtype: torch.dtype, entries: int = PANEL
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, X[rows]) with X = scale · (x − base) in ``dtype``. The panel's memory is reused: finish with it before the next."""
+    """Yield (rows, X[rows]) with X = scale · (x − base) in ``dtype``. The panel's memory is reused: finish with it
+    before the next.
+    """
     rows, columns = x.shape
     step = max(1, min(rows, max(16, entries // max(1, columns))))
     transposed = x.stride(0) == 1 and x.stride(1) != 1
@@ -80,7 +84,9 @@ def _each(
 
 
 def _sum_squares(panel: Tensor, largest: Tensor) -> Tensor:
-    """Σ P² in fp64. Row sums in fp32 are exact enough (their errors average out) and eight times faster, while squares stay in range."""
+    """Σ P² in fp64. Row sums in fp32 are exact enough (their errors average out) and eight times faster, while squares
+    stay in range.
+    """
     if panel.dtype == torch.float32 and panel.device.type == "cpu" and not 1e-12 < float(largest) < 1e12:
         panel = panel.double()
     return torch.linalg.vector_norm(panel, dim=0 if panel.stride(0) == 1 else 1).double().square_().sum()

@@ -1,0 +1,61 @@
+"""Comparing subspaces of singular vectors. All of it is invariant under the free signs, and the overlap under rotation
+as well.
+
+Shape legend: D rows of a basis, K columns.
+"""
+
+import torch
+from torch import Tensor
+
+from .types import RSVD
+
+
+def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
+    """Mean over i ≤ k of |cos(u_i, u_i,final)|, the alignment of arXiv 2605.11739: (...) in [0, 1].
+
+    It compares vectors one by one, so inside a cluster of equal σ, where they are arbitrary, it falls although the
+    subspaces agree; :func:`principal_cosines` does not.
+
+    Args:
+        u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale.
+    """
+    u, u_final = _leading(u, u_final, k)
+    return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().mean(-1)
+
+
+def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
+    """Cosines of the principal angles between span(u) and span(v), (..., k) descending; the columns must be
+    orthonormal.
+    """
+    k = min(u.shape[-1], v.shape[-1]) if k is None else k
+    u, v = _leading(u, v, k)
+    return torch.linalg.svdvals(u.mT @ v).clamp_max(1)
+
+
+def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
+    """‖UᵀV‖_F² / k, the mean squared principal cosine: a smooth, gauge-invariant function for losses on subspaces.
+    (...).
+    """
+    u, v = _promoted(u, v)
+    return (u.mT @ v).square().sum((-2, -1)) / min(u.shape[-1], v.shape[-1])
+
+
+def reconstruct(svd: RSVD) -> Tensor:
+    """U diag(S) Vh, (..., m, n): gauge-invariant, so any loss on it has a gradient wherever σ_k > σ_{k+1}."""
+    return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
+
+
+def _leading(u: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if u.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"the bases have shapes {tuple(u.shape)} and {tuple(v.shape)}; all but the last size must agree"
+        )
+    if not 1 <= k <= min(u.shape[-1], v.shape[-1]):
+        raise ValueError(f"k must be between 1 and the fewer columns, {min(u.shape[-1], v.shape[-1])}; it is {k}")
+    u, v = _promoted(u, v)
+    return u[..., :k], v[..., :k]
+
+
+def _promoted(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
+    return u.to(dtype), v.to(dtype)

@@ -1,0 +1,144 @@
+"""Reading named tensors one at a time, from a mapping or from safetensors files.
+
+Files are read with plain reads into fresh memory, not mapped: of a mapped file every page touched counts as this
+process's memory until the file is closed, and two checkpoints would never fit a small limit. A header is checked
+against its file before any work.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class MappingCheckpoint:
+    """Tensors already in memory, in the mapping's order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}[{name!r}] must be a tensor, not {type(tensor).__name__}")
+        self._tensors, self.label = tensors, label
+        self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+class FileCheckpoint:
+    """A safetensors file, or a folder of them with or without an index; names in the order they lie on disk."""
+
+    def __init__(self, path: str | Path):
+        self.label = str(path)
+        self._entries: dict[str, Entry] = {}
+        for shard in _shards(Path(path)):
+            for name, entry in _header(shard).items():
+                if name in self._entries:
+                    raise ValueError(f"tensor {name!r} is in both {self._entries[name].path} and {shard}")
+                self._entries[name] = entry
+        self.shapes = {name: (entry.shape, entry.dtype) for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        view, done = memoryview(raw.numpy()), 0
+        with open(entry.path, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{entry.path}: the file ended inside tensor {name!r}")
+                done += count
+        return raw.view(entry.dtype).view(entry.shape)
+
+
+def open_checkpoint(source: "Mapping[str, Tensor] | str | Path", label: str) -> "MappingCheckpoint | FileCheckpoint":
+    """Raises FileNotFoundError or ValueError (a damaged shard, by name), TypeError for anything else than a mapping or
+    a path.
+    """
+    if isinstance(source, Mapping):
+        return MappingCheckpoint(source, label)
+    if isinstance(source, str | Path):
+        return FileCheckpoint(source)
+    raise TypeError(
+        f"{label} must be a mapping of names to tensors or the path of safetensors files, not {type(source).__name__}"
+    )
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error})") from error
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
+        return [path / name for name in names]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{path}: no *.safetensors in this folder")
+    return found
+
+
+def _header(path: Path) -> dict[str, Entry]:
+    """The entries of one file by position, after checking that the file holds exactly what its header says."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"its header would take {length} of {size} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, name, about, 8 + length) for name, about in header.items()}
+        end = max((entry.stop for entry in entries.values()), default=8 + length)
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end}, the file at {size}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from error
+    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:
+    if about["dtype"] not in _DTYPES:
+        raise ValueError(f"tensor {name!r} has unknown dtype {about['dtype']!r}")
+    dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
+    start, stop = (offset + int(position) for position in about["data_offsets"])
+    expected = torch.Size(shape).numel() * dtype.itemsize
+    if stop - start != expected or start < offset:
+        raise ValueError(f"tensor {name!r} {shape} {dtype} needs {expected} bytes, its offsets give {stop - start}")
+    return Entry(path, dtype, shape, start, stop)

@@ -1,0 +1,196 @@
+"""The truncated SVD of a group of equally shaped differences: first pass, basis, final projection, certificates.
+
+    Q from one of three routes;   Y = X Q = U S Wᵀ;   V = Q W;   ρ = ‖XᵀU − V S‖ by column
+
+X v_i = σ_i u_i by construction, so σ̃_i ≤ σ_i and ‖X‖² − Σσ̃² is the squared norm of what was left out; the last
+product measures how far the triplets are from being singular.
+
+Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K = rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, orth, routes
+from .difference import Difference
+from .types import RSVD, Flag
+
+MAX_ROUNDS = 8  # of power iterations, while `tol` is not met
+_SCALE_BEYOND = 40  # |log₂ max |Δ|| up to which fp32 squares and their sums are safe as they are
+
+
+class Settings(NamedTuple):
+    """What :func:`batched_rsvd` was asked for, checked."""
+
+    rank: int
+    oversample: int | None
+    power_iters: int
+    tol: float | None
+    seed: int
+    route: str | None
+
+    def width(self, m: int) -> int:
+        """Columns L of the sketch for a short side m."""
+        oversample = max(self.rank, 32) if self.oversample is None else self.oversample
+        return min(m, self.rank + oversample)
+
+
+class Rest(NamedTuple):
+    """Ritz pairs beyond the rank: they precondition the gradient's solve."""
+
+    s: Tensor  # (B, L − K)
+    v: Tensor  # (B, M, L − K), on the short side
+
+
+def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD, Rest]:
+    """Factor a (B, m, n) − base. On CPU one by one, so that no result depends on its batch; elsewhere as one group."""
+    x, y = list(a.unbind()), [] if base is None else list(base.unbind())
+    size = 1 if a.device.type == "cpu" else max(1, len(x))
+    parts = [decompose_group(x[i : i + size], y[i : i + size], settings) for i in range(0, len(x), size)]
+    if not parts:
+        return _blank(a, settings)
+    svds, rests = zip(*parts, strict=True)
+    return RSVD(*map(torch.cat, zip(*svds, strict=True))), Rest(*map(torch.cat, zip(*rests, strict=True)))
+
+
+def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
+    """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,)."""
+    tall = x[0].shape[0] >= x[0].shape[1]
+    difference = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base])
+    (n, m), k = difference.x[0].shape, settings.rank
+    width = settings.width(m)
+    route = settings.route or routes.choose(n, m, k, width, x[0].device)
+
+    like = difference.x[0].new_empty(0, dtype=difference.dtype)
+    start = None
+    if k and route == "subspace":
+        omega = routes.gaussian(settings.seed, n, width, like).expand(len(x), n, width)
+        start, statistics = ops.sketch(difference.mT.x, difference.mT.base, omega, False, True)
+    else:
+        statistics = ops.stats(difference.x, difference.base, False)
+
+    svd, rest = _blank_oriented(len(x), n, m, k, width, like)
+    svd.frobenius_norm.copy_(statistics[:, ops.SUM_SQUARES].sqrt())
+    largest = statistics[:, ops.MAX_ABS]
+    bad = (statistics[:, ops.NON_FINITE] > 0) | ~largest.isfinite()
+    zero = ~bad & (largest == 0)
+    svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
+
+    plain = ~bad & ~zero
+    if k and plain.any():
+        index = plain.nonzero()[:, 0]
+        scale = power_of_two(largest[index])
+        chosen = Difference(
+            *([group[i] for i in index.tolist() if group] for group in (difference.x, difference.base)), scale
+        )
+        if start is not None:
+            start = start[index] * scale.to(start.dtype)[:, None, None]
+        q = _first_basis(chosen, start, width, route, settings)
+        found, found_rest = _triplets(
+            chosen, q, svd.frobenius_norm[index] * scale, settings, may_iterate=route != "exact"
+        )
+        for field, value in zip(svd, _unscaled(found, scale), strict=True):
+            field[index] = value.to(field.dtype)
+        rest.s[index], rest.v[index] = found_rest.s / scale[:, None].to(like.dtype), found_rest.v
+    elif not k:
+        svd.residual_norm.copy_(svd.frobenius_norm)
+
+    for field in svd[:-1]:
+        field[bad] = float("nan")
+    svd.flags[bad] = int(Flag.NON_FINITE)
+    return (svd if tall else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
+
+
+def oriented(v: Tensor, tall: bool) -> Tensor:
+    """The long side first, one stride 1."""
+    v = v.detach() if 1 in v.stride() else v.detach().contiguous()
+    return v if tall else v.mT
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """(B,) exact scales that bring entries as small as 1e-25 or as large as 1e30 to where fp32 can square them; 1 for
+    usual ones.
+    """
+    exponent = largest.log2().floor().clamp(-126, 126)
+    return torch.where(exponent.abs() > _SCALE_BEYOND, torch.exp2(-exponent), 1.0)
+
+
+def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, settings: Settings) -> Tensor:
+    if route == "exact":
+        return routes.exact(x, width)
+    if route == "subspace":
+        return routes.iterate(x, orth.basis(start), settings.power_iters)
+    m = x.x[0].shape[1]
+    omega = routes.gaussian(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype))
+    return routes.gram(x, omega.expand(len(x.x), m, width), settings.power_iters)
+
+
+def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, may_iterate: bool) -> tuple[RSVD, Rest]:
+    """Rayleigh–Ritz in span(q), certified; while ``tol`` is not met, iterate on."""
+    k, tol = settings.rank, settings.tol
+    eps = torch.finfo(q.dtype).eps
+    rounding = (eps * frobenius).unsqueeze(-1)
+    for _ in range(MAX_ROUNDS):
+        u, s, w = orth.svd_of_tall(x.apply(q), k)
+        v = q @ w
+        leading, v_k = s[:, :k], v[..., :k]
+        gap = x.mT.apply(u) - v_k * leading.to(v.dtype).unsqueeze(-2)
+        rho = gap.double().square().sum(-2).sqrt() + 2 * rounding
+        met = ((rho <= (tol or torch.inf) * leading) | (rho <= 16 * rounding)).all(-1)
+        if met.all() or not may_iterate:
+            break
+        q = routes.iterate(x, v, max(1, settings.power_iters))
+
+    residual = _residual_norm(x, u, leading.to(v.dtype), v_k, frobenius, eps)
+    flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
+    flags[~met] |= int(Flag.TOL_NOT_MET)
+    deficient = leading[:, -1] <= 8 * rounding[:, 0]
+    flags[deficient] |= int(Flag.RANK_DEFICIENT)
+    if s.shape[-1] > k:
+        flags[~deficient & (s[:, k] > 0.999 * leading[:, -1])] |= int(Flag.CLUSTERED)
+    svd = RSVD(u, leading.to(u.dtype), v_k.mT, residual, frobenius, rho, flags)
+    return svd, Rest(s[:, k:].to(u.dtype), v[..., k:])
+
+
+def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Tensor, eps: float) -> Tensor:
+    """‖X − U S Vᵀ‖_F from ‖X‖² − Σs², or entry by entry where that difference would be rounding; rounded up."""
+    squares = frobenius.square() - s.double().square().sum(-1)
+    cancels = squares < 1e-4 * frobenius.square()
+    if cancels.any():
+        squares = torch.where(cancels, x.distance(u, s, v).square(), squares)
+    slack = torch.where(cancels, eps**2, eps) * 4 * frobenius.square()
+    return (squares.clamp_min(0) + slack).sqrt()
+
+
+def _unscaled(svd: RSVD, scale: Tensor) -> RSVD:
+    column = scale.unsqueeze(-1)
+    return svd._replace(
+        S=svd.S.double() / column,
+        residual_norm=svd.residual_norm / scale,
+        frobenius_norm=svd.frobenius_norm / scale,
+        triplet_residual=svd.triplet_residual / column,
+    )
+
+
+def _blank_oriented(count: int, n: int, m: int, k: int, width: int, like: Tensor) -> tuple[RSVD, Rest]:
+    """The answer for zero matrices, (N, M) oriented: columns of the identity and zeros."""
+    norm = torch.zeros(count, dtype=torch.float64, device=like.device)
+    svd = RSVD(
+        torch.eye(n, k, dtype=like.dtype, device=like.device).repeat(count, 1, 1),
+        like.new_zeros(count, k),
+        torch.eye(k, m, dtype=like.dtype, device=like.device).repeat(count, 1, 1),
+        norm,
+        norm.clone(),
+        norm.new_zeros(count, k),
+        norm.new_zeros(count, dtype=torch.int32),
+    )
+    return svd, Rest(like.new_zeros(count, width - k), like.new_zeros(count, m, width - k))
+
+
+def _blank(a: Tensor, settings: Settings) -> tuple[RSVD, Rest]:
+    m, n = a.shape[-2:]
+    like = a.new_empty(0, dtype=torch.promote_types(a.dtype, torch.float32))
+    svd, rest = _blank_oriented(len(a), max(m, n), min(m, n), settings.rank, settings.width(min(m, n)), like)
+    return (svd if m >= n else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest

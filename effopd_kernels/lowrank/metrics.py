@@ -1,0 +1,172 @@
+"""How concentrated an update is, and how much of what its spectrum shows is rounding.
+
+    p_i = σ_i / Σσ                    effective rank exp(−Σ p log p)           Roy & Vetterli 2007
+    ‖Δ‖_F⁴ / ‖ΔᵀΔ‖_F²                 participation ratio of σ²
+    √(mean ulp²/12) · (√m + √n)       noise edge: the largest σ of rounding errors uniform within an ulp
+    (Marchenko–Pastur)
+
+bf16 checkpoints round every weight: a rank-16 update shows an effective rank of hundreds, all of it below the noise
+edge.
+
+Shape legend: B matrices; N ≥ M long and short side.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .decompose import oriented, power_of_two
+from .difference import Difference
+from .rsvd import as_batch, check_pair
+from .slq import Spectrum, sampled_spectrum
+
+LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
+
+
+class SpectralMetrics(NamedTuple):
+    """Metrics of every matrix of a batch, each (...) fp64 unless said; NaN where a matrix has non-finite entries.
+
+    A zero matrix has norms and ranks 0 and NaN for the ratios.
+    """
+
+    spectral_norm: Tensor  # σ₁
+    frobenius_norm: Tensor
+    spectral_to_frobenius: Tensor
+    effective_rank: Tensor
+    top_fraction_norm_ratio: Tensor  # ‖Δ_top‖_F / ‖Δ‖_F, Δ_top the leading ⌈top_fraction · min(m, n)⌉ triplets
+    participation_ratio: Tensor
+    stable_rank: Tensor  # ‖Δ‖_F² / σ₁²
+    noise_edge: Tensor  # spectral norm that rounding ``a`` to its dtype alone would give
+    rank_above_noise: Tensor  # int64, σ above the edge
+    unchanged_fraction: Tensor  # entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise
+    quantisation_limited: (
+        Tensor  # bool, a tenth or more of Σσ lies below the edge: the effective rank counts rounding noise
+    )
+    standard_error: "dict[str, Tensor] | None" = None  # of the sampled metrics, method="slq" only
+
+
+def spectral_metrics(
+    a: Tensor,
+    *,
+    base: Tensor | None = None,
+    top_fraction: float = 0.01,
+    method: str = "exact",
+    probes: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+) -> SpectralMetrics:
+    """Spectral metrics of every matrix of ``a − base``.
+
+    Args:
+        a, base: (..., m, n) as for `batched_rsvd`.
+        top_fraction: share of min(m, n) that counts as the top, at least one.
+        method: "exact" takes every σ from an fp64 Gram matrix (σ down to 1e-8 σ₁ resolved). "slq" samples: the leading
+            triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes`` vectors of ``steps``
+            steps, for screening; see ``standard_error``.
+        seed: of the samples.
+
+    Raises:
+        TypeError, ValueError: as `batched_rsvd`; ``top_fraction`` outside (0, 1], an unknown method, no probes or
+            steps.
+    """
+    check_pair(a, base)
+    if not 0 < top_fraction <= 1:
+        raise ValueError(f"top_fraction must be in (0, 1], not {top_fraction}")
+    if method not in ("exact", "slq"):
+        raise ValueError(f'method must be "exact" or "slq", not {method!r}')
+    if min(a.shape[-2:]) == 0:
+        raise ValueError(f"a has no entries per matrix: shape {tuple(a.shape)}")
+    if probes < 2 or steps < 1:
+        raise ValueError(f"at least two probes and one step are needed, not {probes} and {steps}")
+    top = math.ceil(top_fraction * min(a.shape[-2:]))
+    bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
+    rows = []
+    for x, y in zip(as_batch(a), bases, strict=True):
+        tall = x.shape[0] >= x.shape[1]
+        difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
+        statistics = ops.stats(difference.x, difference.base, True)[0]
+        usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
+        if not usable:
+            spectrum = Spectrum(statistics.new_zeros(0))
+        elif method == "exact":
+            spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
+        else:
+            spectrum = sampled_spectrum(difference, max(top, 16), probes, steps, seed)
+        rows.append(_metrics(spectrum, statistics, x, top, method == "slq"))
+    return _stacked(rows, a, method == "slq")
+
+
+def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:
+    """Every σ, from the eigenvalues of the fp64 Gram.
+
+    Products of fp32 entries are exact in fp64, so λ is known to a few ε λ₁; what lies below is below the resolution of
+    fp32 entries too, and a thousand such σ would count, so it is cut off.
+    """
+    scale = power_of_two(largest.unsqueeze(0))
+    squares = torch.linalg.eigvalsh(Difference(x.x, x.base, scale).gram(double=True))[0].flip(0)
+    floor = 16 * torch.finfo(torch.float64).eps * squares[0]
+    return Spectrum(torch.where(squares > floor, squares, 0.0).sqrt() / scale)
+
+
+def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sampled: bool) -> dict[str, Tensor]:
+    """All metrics of one matrix; with ``sampled``, also "<name> error" by the jackknife over probes."""
+    m, n = x.shape
+    bad = (statistics[ops.NON_FINITE] > 0) | ~statistics[ops.MAX_ABS].isfinite()
+    squares = statistics[ops.SUM_SQUARES]
+    s = spectrum.leading
+    first = s[0] if len(s) else squares.new_zeros(())
+    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * (math.sqrt(m) + math.sqrt(n))
+
+    def from_sums(sums: Tensor) -> dict[str, Tensor]:
+        total, s_log_s, fourth, above, below = sums.unbind(-1)
+        return {
+            "effective_rank": torch.where(total > 0, (total.log() - s_log_s / total).exp(), 0.0),
+            "participation_ratio": torch.where(fourth > 0, squares.square() / fourth, 0.0),
+            "rank_above_noise": above,
+            "quantisation_limited": (below >= LIMITED * total) & (total > 0),
+        }
+
+    unit = torch.where(first > 0, first, 1.0)  # sums of σ/σ₁: fourth powers stay in range
+    squares = squares / unit**2
+    sums = spectrum.sums(
+        lambda t: torch.stack([t, torch.special.xlogy(t, t), t**4, t > edge / unit, t * (t <= edge / unit)], -1), unit
+    )
+    values = {
+        "spectral_norm": first,
+        "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
+        "spectral_to_frobenius": 1 / squares.sqrt(),
+        "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
+        "stable_rank": squares,
+        "noise_edge": edge,
+        "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
+    } | from_sums(sums.mean(0))
+    if statistics[ops.MAX_ABS] == 0:
+        values["spectral_to_frobenius"] = values["top_fraction_norm_ratio"] = squares.new_full((), math.nan)
+    values["rank_above_noise"] = values["rank_above_noise"].round().long()
+    if bad:
+        keep = ("rank_above_noise", "quantisation_limited", "unchanged_fraction", "noise_edge")
+        values |= {name: squares.new_full((), math.nan) for name in values if name not in keep}
+    if sampled:
+        count = max(2, len(sums))
+        left_out = from_sums((sums.sum(0) - sums) / (count - 1))
+        for name in SAMPLED:
+            replicas = left_out[name]
+            values[name + " error"] = ((count - 1) / count * (replicas - replicas.mean()).square().sum()).sqrt()
+    return values
+
+
+SAMPLED = ("effective_rank", "participation_ratio", "rank_above_noise")
+
+
+def _stacked(rows: list[dict[str, Tensor]], a: Tensor, sampled: bool) -> SpectralMetrics:
+    def column(name: str) -> Tensor:
+        dtype = {"rank_above_noise": torch.int64, "quantisation_limited": torch.bool}.get(name, torch.float64)
+        values = [row[name] for row in rows]
+        flat = torch.stack(values).to(dtype) if values else torch.empty(0, dtype=dtype, device=a.device)
+        return flat.reshape(a.shape[:-2])
+
+    error = {name: column(name + " error") for name in SAMPLED} if sampled else None
+    return SpectralMetrics(*(column(name) for name in SpectralMetrics._fields[:-1]), error)

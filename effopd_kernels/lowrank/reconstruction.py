@@ -1,0 +1,72 @@
+"""W0 plus part of a truncated update.
+
+    head   W0 + α · Σ_{i ≤ rank} σ_i u_i v_iᵀ
+    tail   W0 + α · Σ_{i > tail} σ_i u_i v_iᵀ   over the triplets at hand
+
+With ΔW = W_t − W0 the *whole* tail, W0 + ΔW − Σ_{i ≤ k}, is ``low_rank_update(w_t, svd, rank=k, alpha=-1)``: no further
+triplets needed.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .reference import PANEL
+from .types import RSVD
+
+
+def low_rank_update(
+    w0: Tensor,
+    svd: RSVD,
+    *,
+    rank: int | None = None,
+    tail: int | None = None,
+    alpha: float = 1.0,
+    match_norm: float | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Add the head or the tail of an update to ``w0``, summed in fp32 and rounded once, panel by panel.
+
+    Args:
+        w0: (..., m, n) floating.
+        svd: factors of (..., m, n).
+        rank: use triplets 1 … rank (default: all). tail: use triplets tail + 1 … instead. Not both.
+        alpha: factor on the sum.
+        match_norm: rescale the sum to this Frobenius norm before ``alpha`` (a number or (...)): the norm-matched
+            comparison of arXiv 2605.11739. A zero sum stays zero.
+        out: written and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
+
+    Raises:
+        ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k.
+    """
+    k = svd.S.shape[-1]
+    if rank is not None and tail is not None:
+        raise ValueError("give rank or tail, not both")
+    for name, value in (("rank", rank), ("tail", tail)):
+        if value is not None and not 0 <= value <= k:
+            raise ValueError(f"{name} must be between 0 and the {k} triplets at hand, not {value}")
+    shape = (*svd.U.shape[:-1], svd.Vh.shape[-1])
+    if w0.shape != shape:
+        raise ValueError(f"w0 is {tuple(w0.shape)}, the factors make {tuple(shape)}")
+    if out is not None and (out.shape != w0.shape or out.dtype != w0.dtype):
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, w0 is {tuple(w0.shape)} {w0.dtype}")
+
+    part = slice(tail, None) if tail is not None else slice(0, rank)
+    u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
+    if match_norm is not None:
+        norm = torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64)
+        factor = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device) / norm
+        s = s * torch.where(norm > 0, factor, 0.0).to(s.dtype).unsqueeze(-1)
+    us = u * (alpha * s).unsqueeze(-2)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
+        return (w0.to(us.dtype) + us @ vh).to(w0.dtype)
+
+    out = torch.empty_like(w0) if out is None else out
+    m, n = w0.shape[-2:]
+    rows = max(1, min(m, PANEL // max(1, n)))
+    for where in itertools.product(*map(range, w0.shape[:-2])):
+        for start in range(0, m, rows):
+            panel = (*where, slice(start, start + rows))
+            out[panel] = torch.addmm(w0[panel].to(us.dtype), us[panel], vh[where])
+    return out

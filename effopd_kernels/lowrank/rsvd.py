@@ -1,0 +1,126 @@
+"""Truncated SVD of many weight updates, with error bounds.
+
+    A = a − base;   Q from one of three routes;   Y = A Q = U S Wᵀ;   V = Q W
+
+Then A v_i = σ_i u_i by construction, so σ̃_i ≤ σ_i; one more product Aᵀ U measures how far the triplets are from being
+singular.
+
+Shape legend: B matrices of a group; N ≥ M long and short side; L = rank + oversample columns of the sketch; K = rank.
+"""
+
+import torch
+from torch import Tensor
+
+from . import routes
+from .decompose import Settings, decompose
+from .types import RSVD, Flag
+
+
+def batched_rsvd(
+    a: Tensor,
+    rank: int,
+    *,
+    base: Tensor | None = None,
+    oversample: int | None = None,
+    power_iters: int = 2,
+    tol: float | None = None,
+    seed: int = 0,
+    align_to: "RSVD | Tensor | None" = None,
+    route: str | None = None,
+    clip_rank: bool = False,
+) -> RSVD:
+    """The ``rank`` leading singular triplets of every matrix of ``a − base``.
+
+    Args:
+        a: (..., m, n) bf16, fp16, fp32 or fp64, any strides. Arithmetic is fp32, or fp64 for fp64 input.
+        rank: k, 0 ≤ k ≤ min(m, n).
+        base: like ``a``, or None for zero. Subtracted on the fly, exactly for bf16 pairs; never written at full size.
+        oversample: extra columns of the sketch, default max(k, 32). Generous on purpose: columns are cheap, a slow
+            spectrum is not.
+        power_iters: iterations XᵀX after the first pass (times four inside a Gram matrix).
+        tol: iterate until every triplet residual ≤ tol · σ_i, or is at rounding level; else `Flag.TOL_NOT_MET` is set.
+        seed: of the sketch. It depends on the seed and the shape alone, so a matrix's result does not depend on its
+            batch.
+        align_to: a previous RSVD or its U (..., m, k'): signs are chosen so that uᵢ·uᵢ,previous ≥ 0. Default: the
+            largest |u_i| is positive.
+        route: "subspace", "gram" or "exact" instead of the one chosen by shape and rank (see `routes`).
+        clip_rank: take min(m, n) where ``rank`` exceeds it, and set `Flag.CLIPPED`, instead of raising.
+
+    Returns:
+        `RSVD`. A matrix with non-finite entries gives NaN and a flag, and does not disturb the others.
+
+    Raises:
+        TypeError: integer or complex input. ValueError: shapes, rank, route or options out of range.
+    """
+    check_pair(a, base)
+    m, n = a.shape[-2:]
+    k = check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank)
+    settings = Settings(k, oversample, power_iters, tol, seed, route)
+    result = decompose(as_batch(a), None if base is None else as_batch(base), settings)[0]
+    result = RSVD(*(field.reshape((*a.shape[:-2], *field.shape[1:])) for field in result))
+    if rank > k:
+        result = result._replace(flags=result.flags | Flag.CLIPPED)
+    return fix_signs(result, align_to)
+
+
+def as_batch(a: Tensor) -> Tensor:
+    return a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
+
+
+def fix_signs(svd: RSVD, align_to: RSVD | Tensor | None) -> RSVD:
+    """Choose the free sign of every triplet: towards ``align_to``, else such that the largest |u_i| is positive."""
+    u = svd.U
+    if align_to is None:
+        if u.shape[-2] == 0:
+            return svd
+        pivot = u.gather(-2, u.abs().argmax(-2, keepdim=True)).squeeze(-2)
+    else:
+        previous = align_to.U if isinstance(align_to, RSVD) else align_to
+        k = min(u.shape[-1], previous.shape[-1])
+        if previous.shape[:-1] != u.shape[:-1]:
+            raise ValueError(f"align_to has U of shape {tuple(previous.shape)}; this one's is {tuple(u.shape)}")
+        pivot = torch.ones_like(svd.S)
+        pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
+    sign = torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
+    return svd._replace(U=u * sign.unsqueeze(-2), Vh=svd.Vh * sign.unsqueeze(-1))
+
+
+def check_pair(a: Tensor, base: Tensor | None, name: str = "a", base_name: str = "base") -> None:
+    """Raise for anything that is not one floating matrix (or a batch), or two of one shape, on one device."""
+    for tensor, label in ((a, name), (base, base_name)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, not {found}")
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, not {tensor.dtype}")
+        if tensor.ndim < 2:
+            raise ValueError(
+                f"{label} must be a matrix or a batch of matrices (..., m, n), not of shape {tuple(tensor.shape)}"
+            )
+    if base is None:
+        return
+    if a.shape != base.shape:
+        raise ValueError(f"{name} {tuple(a.shape)} and {base_name} {tuple(base.shape)} must have one shape")
+    if a.device != base.device:
+        raise ValueError(f"{name} is on {a.device} and {base_name} on {base.device}; both must be on one device")
+
+
+def check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank) -> int:
+    """Raise for options out of range; return the rank to compute."""
+    if not isinstance(rank, int) or rank < 0:
+        raise ValueError(f"rank must be an integer ≥ 0, not {rank!r}")
+    if rank > min(m, n) and not clip_rank:
+        raise ValueError(
+            f"rank {rank} exceeds min(m, n) = {min(m, n)} of a {m} × {n} matrix; clip_rank=True takes that instead"
+        )
+    if oversample is not None and oversample < 0:
+        raise ValueError(f"oversample must be ≥ 0, not {oversample}")
+    if power_iters < 0:
+        raise ValueError(f"power_iters must be ≥ 0, not {power_iters}")
+    if tol is not None and not tol > 0:
+        raise ValueError(f"tol must be positive, not {tol}")
+    if route not in (None, *routes.ROUTES):
+        raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, not {route!r}")
+    return min(rank, m, n)

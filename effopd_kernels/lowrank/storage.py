@@ -1,0 +1,44 @@
+"""Factors on disk: one safetensors file, tensors named "<matrix>/<field>"."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .types import RSVD
+
+_FORMAT = "effopd_kernels.lowrank.RSVD/1"
+
+
+def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
+    """Write factors and certificates of named matrices (never the matrices). The file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors = {
+        f"{name}/{field}": getattr(svd, field).detach().contiguous().clone()
+        for name, svd in svds.items()
+        for field in svd._fields
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": _FORMAT})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict[str, RSVD]:
+    """What :func:`save` wrote, on the CPU. Raises ValueError for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT:
+                raise ValueError(f"{path}: not written by effopd_kernels.lowrank.save")
+            fields: dict[str, dict] = {}
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                name, field = key.rsplit("/", 1)
+                fields.setdefault(name, {})[field] = file.get_tensor(key)
+        return {name: RSVD(**group) for name, group in fields.items()}
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{path}: damaged or truncated: {error}") from error

@@ -1,0 +1,41 @@
+"""What a truncated SVD comes back as: factors, error bounds, flags."""
+
+from enum import IntFlag
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Flag(IntFlag):
+    """Bits of ``RSVD.flags``."""
+
+    NON_FINITE = 1  # the matrix has NaN or infinite entries; its factors and norms are NaN
+    ZERO = 2  # the matrix is exactly zero: σ = 0, factors are columns of the identity
+    RANK_DEFICIENT = 4  # σ_k is at rounding level: its vectors are orthonormal but arbitrary
+    CLUSTERED = 8  # σ_k and σ_{k+1} agree to 1e-3: the k-th subspace itself is poorly determined
+    TOL_NOT_MET = 16  # `tol` was asked for and not reached
+    CLIPPED = 32  # the rank asked for exceeded min(m, n)
+
+
+class RSVD(NamedTuple):
+    """A ≈ U diag(S) Vh, with what bounds its error. Batch dimensions lead; k triplets, σ descending."""
+
+    U: Tensor  # (..., m, k) orthonormal columns; fp32 (fp64 for fp64 input)
+    S: Tensor  # (..., k)
+    Vh: Tensor  # (..., k, n) orthonormal rows
+    residual_norm: Tensor  # (...) fp64, at least ‖A − U S Vh‖_F
+    frobenius_norm: Tensor  # (...) fp64, ‖A‖_F
+    triplet_residual: Tensor  # (..., k) fp64, at least ‖A v_i − σ_i u_i‖ and ‖Aᵀ u_i − σ_i v_i‖
+    flags: Tensor  # (...) int32, bits of `Flag`
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(lower, upper), each (..., k) fp64: the exact i-th singular value lies between.
+
+        U_kᵀA has singular values S, so σ̃_i ≤ σ_i; and A Aᵀ = (U_k S Vh)(·)ᵀ + R Rᵀ, so by Weyl σ_i² ≤ σ̃_i² + ‖R‖².
+        Both are widened by the rounding of the arithmetic, 4 ε ‖A‖_F.
+        """
+        s = self.S.double()
+        rounding = 4 * torch.finfo(self.S.dtype).eps * self.frobenius_norm.unsqueeze(-1)
+        upper = torch.hypot(s, self.residual_norm.unsqueeze(-1).expand_as(s)) + rounding
+        return (s - rounding).clamp_min(0), upper

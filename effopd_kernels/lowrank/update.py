@@ -1,0 +1,170 @@
+"""The truncated SVD of every update between two checkpoints, streamed.
+
+A reader thread fetches the next pair of matrices while the last one is factored, so at most two pairs and the factors
+are in memory. On a GPU equal shapes wait for one another, up to a limit, and are factored as a group.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
+from .decompose import Settings, decompose_group
+from .rsvd import check_options, check_pair, fix_signs
+from .types import RSVD, Flag
+
+GROUP_BYTES = 2 << 30  # of waiting pairs on a GPU
+
+
+def update_svd(
+    current: "Mapping[str, Tensor] | str | Path",
+    anchor: "Mapping[str, Tensor] | str | Path",
+    rank: int,
+    *,
+    include: "str | Callable[[str], bool] | None" = None,
+    oversample: int | None = None,
+    power_iters: int = 2,
+    tol: float | None = None,
+    seed: int = 0,
+    align_to: Mapping[str, RSVD] | None = None,
+    route: str | None = None,
+    clip_rank: bool = True,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> dict[str, RSVD]:
+    """The ``rank`` leading triplets of current[name] − anchor[name] for every matrix (two or more dimensions; leading
+    ones are a batch).
+
+    Args:
+        current, anchor: mappings of names to tensors, or paths of safetensors files or folders, which are read one
+            tensor at a time.
+        rank, oversample, power_iters, tol, seed, route, clip_rank: as for `batched_rsvd`, with the same result bit for
+            bit on CPU; small matrices are clipped by default.
+        include: a regular expression to search in names, or a predicate; default every matrix.
+        align_to: earlier results by name; signs follow them.
+        strict: whether a matrix that only one side has is an error; otherwise it is left out.
+        device: where to compute; default where the tensors are.
+        progress: show a progress bar; default only on a terminal.
+
+    Returns:
+        name → `RSVD`, in the order of ``current``.
+
+    Raises:
+        ValueError: matrices missing on one side (all are listed), unequal shapes, damaged shards: before any work is
+            done.
+        TypeError: a selected matrix is not floating. FileNotFoundError: a folder or shard that is not there.
+    """
+    sides = open_checkpoint(current, "current"), open_checkpoint(anchor, "anchor")
+    names = _matching_names(*sides, include, strict)
+    for name in names:
+        m, n = sides[0].shapes[name][0][-2:]
+        check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank)
+
+    from tqdm import tqdm
+
+    found: dict[str, RSVD] = {}
+    with tqdm(
+        total=len(names), desc="update_svd", unit="matrix", disable=None if progress is None else not progress
+    ) as bar:
+        for group in _groups(_pairs(*sides, names, device)):
+            x, y = [v for _, a, _ in group for v in _matrices(a)], [v for _, _, b in group for v in _matrices(b)]
+            parts = iter(_factor(x, y, Settings(min(rank, *x[0].shape), oversample, power_iters, tol, seed, route)))
+            for name, a, _ in group:
+                batch = [next(parts) for _ in range(a.shape[:-2].numel())]
+                svd = RSVD(*(torch.stack(f).reshape((*a.shape[:-2], *f[0].shape)) for f in zip(*batch, strict=True)))
+                if rank > svd.S.shape[-1]:
+                    svd = svd._replace(flags=svd.flags | Flag.CLIPPED)
+                found[name] = fix_signs(svd, None if align_to is None else align_to.get(name))
+            bar.update(len(group))
+    return {name: found[name] for name in names}
+
+
+def _matching_names(
+    current: "MappingCheckpoint | FileCheckpoint",
+    anchor: "MappingCheckpoint | FileCheckpoint",
+    include: "str | Callable[[str], bool] | None",
+    strict: bool,
+) -> list[str]:
+    """Names of the matrices to factor, after checking that both sides fit."""
+    wanted = include if callable(include) else (lambda name: include is None or re.search(include, name) is not None)
+    mine, theirs = (
+        [
+            name
+            for name, (shape, _) in side.shapes.items()
+            if len(shape) >= 2 and shape[:-2].count(0) == 0 and wanted(name)
+        ]
+        for side in (current, anchor)
+    )
+    missing = [f"{name} (not in {anchor.label})" for name in mine if name not in anchor.shapes]
+    missing += [f"{name} (not in {current.label})" for name in theirs if name not in current.shapes]
+    if missing and strict:
+        raise ValueError(
+            f"{len(missing)} matrices are on one side only; strict=False leaves them out: {', '.join(missing)}"
+        )
+    names = [name for name in mine if name in anchor.shapes]
+    for name in names:
+        (shape, dtype), (other_shape, other_dtype) = current.shapes[name], anchor.shapes[name]
+        if shape != other_shape:
+            raise ValueError(f"{name!r} is {shape} in {current.label} and {other_shape} in {anchor.label}")
+        for side, kind in ((current, dtype), (anchor, other_dtype)):
+            if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+                raise TypeError(
+                    f"{name!r} in {side.label} is {kind}, not bf16, fp16, fp32 or fp64; `include` can leave it out"
+                )
+    return names
+
+
+def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Read pairs one ahead of their use."""
+
+    def read(name: str) -> tuple[str, Tensor, Tensor]:
+        a, b = current.read(name), anchor.read(name)
+        target = a.device if device is None else torch.device(device)
+        a, b = a.to(target), b.to(target)
+        check_pair(a, b, f"current[{name!r}]", f"anchor[{name!r}]")
+        return name, a, b
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for name in names:
+            this, ahead = ahead, reader.submit(read, name)
+            if this is not None:
+                yield this.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """Equal shapes, dtypes and strides together; on CPU, where a group is no faster, one by one."""
+    waiting: dict[tuple, list] = {}
+    size = 0
+    for pair in pairs:
+        _, a, b = pair
+        if a.device.type == "cpu":
+            yield [pair]
+            continue
+        waiting.setdefault((a.shape[-2:], a.dtype, b.dtype, a.stride()[-2:], b.stride()[-2:]), []).append(pair)
+        size += a.nbytes + b.nbytes
+        if size > GROUP_BYTES:
+            yield from waiting.values()
+            waiting, size = {}, 0
+    yield from waiting.values()
+
+
+def _matrices(a: Tensor) -> list[Tensor]:
+    return list(a.reshape(a.shape[:-2].numel(), *a.shape[-2:]).unbind())
+
+
+def _factor(x: list[Tensor], y: list[Tensor], settings: Settings) -> list[RSVD]:
+    """One RSVD per matrix; alone on CPU, as a group elsewhere."""
+    size = 1 if x[0].device.type == "cpu" else len(x)
+    svds = []
+    for i in range(0, len(x), size):
+        svd, _ = decompose_group(x[i : i + size], y[i : i + size], settings)
+        svds += [RSVD(*fields) for fields in zip(*svd, strict=True)]
+    return svds
