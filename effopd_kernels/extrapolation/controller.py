@@ -14,33 +14,33 @@ alone. All it takes of an engine is a list of named tensors and a function that 
 
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor, nn
 
 from . import checkpoint
 from .acceptance import acceptance_rule
 from .distributed import Ranks
+from .event import Event
 from .interrupts import Deferred
-from .randomness import SameRandomness
-from .records import Candidate, EffOPDEvent, Scores
+from .masters import reset_state
+from .records import EffOPDEvent
 from .schedules import schedule_of
-from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, named_tensors, select
-from .weights import DenseWeights
+from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
+from .weights import weights_of
 
 __all__ = ["EffOPDController"]
-
-FP32_EPS = 2.0**-23
 
 
 class EffOPDController:
     """Call `step(global_step)` after every optimizer and scheduler step; on schedule it tries to jump ahead.
 
     Args:
-        params: a module or named tensors as the engine holds them (plain or DTensor shards). The anchor W_0 is taken
-            here, so construct it before the first training step.
+        params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
+            students and FSDP2. The anchor W_0 is taken here: construct the controller before the first training step.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
-            or one number. Always the same prompts; seeds are handled here for torch, random and numpy. On several
+            or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
             ranks each scores its `share` of the prompts and all take the same decision.
         schedule: "pow2" (published), an int n for every n-th step, or a collection of steps.
         alphas: candidates in the order they are tried.
@@ -48,6 +48,15 @@ class EffOPDController:
         min_delta: a candidate's mean score must exceed the best by more than this.
         accept, confidence: "mean", or "paired" differences per prompt, see `acceptance_rule`.
         max_val_tokens: over the whole run; an evaluation that would exceed it, judged by the last one, is not started.
+        search: "candidates" (published), or "gradient": α from the slope of loss_fn, see `line_minimum`, then tried
+            against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
+        loss_fn: () → differentiable scalar of a fixed validation batch, or an iterable of them (micro-batches).
+            Gradients in place before the event are there again afterwards. Without score_fn, −loss is the score.
+        max_gradients: forward-backward passes per event of search="gradient".
+        optimizer: to find fp32 masters in, and for optimizer_policy.
+        optimizer_policy: "keep" (published), or "reset" the moments of moved parameters after a jump.
+        masters: name → fp32 copy, where the optimizer keeps them out of reach.
+        anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir) for A and W_t.
         on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
 
@@ -57,10 +66,10 @@ class EffOPDController:
 
     def __init__(
         self,
-        params,
-        score_fn: Callable[[], Any],
+        params: nn.Module | Mapping[str, Tensor] | Collection[tuple[str, Tensor]],
+        score_fn: Callable[[], Any] | None,
         *,
-        schedule: str | int | Sequence[int] = "pow2",
+        schedule: str | int | Collection[int] = "pow2",
         alphas: Sequence[float] = (3, 5, 7, 9, 11),
         include: str | Sequence[str] = DEFAULT_INCLUDE,
         exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
@@ -68,18 +77,37 @@ class EffOPDController:
         accept: str = "mean",
         confidence: float = 0.84,
         max_val_tokens: int | None = None,
+        search: str = "candidates",
+        loss_fn: Callable[[], Any] | None = None,
+        max_gradients: int = 6,
+        optimizer=None,
+        optimizer_policy: str = "keep",
+        masters: Mapping[str, Tensor] | None = None,
+        anchor_device: str = "device",
+        anchor_dir: str | os.PathLike | None = None,
         on_weights_changed: Callable[[], None] | None = None,
         process_group=None,
     ):
         self.alphas = tuple(float(a) for a in alphas)
         if not self.alphas or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in self.alphas):
             raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")
+        if search not in ("candidates", "gradient"):
+            raise ValueError(f'search must be "candidates" or "gradient", got {search!r}')
+        if search == "gradient" and loss_fn is None:
+            raise ValueError('search="gradient" needs loss_fn')
+        if search == "candidates" and score_fn is None:
+            raise ValueError('search="candidates" needs score_fn')
+        if optimizer_policy not in ("keep", "reset"):
+            raise ValueError(f'optimizer_policy must be "keep" or "reset", got {optimizer_policy!r}')
+        if optimizer_policy == "reset" and optimizer is None:
+            raise ValueError('optimizer_policy="reset" needs optimizer')
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
-        self.max_val_tokens = max_val_tokens
-        self.score_fn = score_fn
+        self.score_fn, self.loss_fn = score_fn, loss_fn
+        self.search, self.max_gradients, self.max_val_tokens = search, max_gradients, max_val_tokens
+        self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed
-        self.weights = DenseWeights(select(named_tensors(params), include, exclude))
+        self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
         self.ranks = Ranks(process_group)
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
@@ -94,66 +122,21 @@ class EffOPDController:
         if global_step <= self.last_step or not self.due(global_step):
             return None
         with Deferred() as signals:
-            self.weights.hold()
+            event = Event(self, global_step, signals)
             try:
-                event = self._event(global_step, signals)
+                self.weights.hold()
+                if event.worth_trying():
+                    event.score_initial()
+                    for alpha in self.alphas if self.search == "candidates" else [event.slope_alpha]:
+                        if not event.improves_at(alpha):
+                            break
+                    event.write_best()
             except BaseException as error:
-                self.weights.write(1.0)
-                self._after(error, signals)
+                event.roll_back(error)
                 raise
-            self.weights.anchor_here()
-            self.events.append(event)
-            self.last_step = global_step
-            self.val_tokens += event.val_tokens
-        return event
-
-    def _event(self, step: int, signals: Deferred) -> EffOPDEvent:
-        clock = time.perf_counter()
-        randomness = SameRandomness()
-        tried: list[Candidate] = []
-        accepted, best, first, tokens = 1.0, None, None, 0
-        delta_norm, weight_norm = self._norms()
-
-        def score() -> Scores:
-            nonlocal tokens
-            scores = self._score(randomness, signals)
-            tokens += scores.tokens
-            return scores
-
-        skipped = self._reason_to_skip(delta_norm, weight_norm)
-        if skipped is None:
-            best = first = score()
-            if not all(map(math.isfinite, first.values)):
-                raise ValueError(f"score_fn returned a score that is not finite for the weights of step {step}")
-            for alpha in self.alphas:
-                if not self._affordable(tokens, best.tokens):
-                    break
-                if self._overflows(alpha):
-                    tried.append(Candidate(alpha, None, False, 0, 0.0))
-                    break
-                self._changed(signals)
-                scores = score()
-                keep = self.better(scores, best)
-                tried.append(Candidate(alpha, scores.mean, keep, scores.tokens, scores.seconds))
-                if not keep:
-                    break
-                accepted, best = alpha, scores
-            if tried and not tried[-1].accepted:
-                self.weights.write(accepted)
-                self._changed(signals)
-        return EffOPDEvent(
-            step=step,
-            alpha=accepted,
-            score_initial=first and first.mean,
-            score_best=best and best.mean,
-            num_candidates=sum(c.score is not None for c in tried),
-            delta_norm=delta_norm,
-            val_tokens=tokens,
-            seconds=time.perf_counter() - clock,
-            virtual_step=self.virtual_step(self.last_step) + accepted * (step - self.last_step),
-            candidates=tuple(tried),
-            skipped=skipped,
-        )
+            self.weights.settle()
+            self._remember(event.record())
+        return self.events[-1]
 
     def virtual_step(self, global_step: int) -> float:
         """Where plain OPD would be if an update taken α times over were α times the steps."""
@@ -183,50 +166,9 @@ class EffOPDController:
         anchor, scalars = checkpoint.load(directory, self.ranks)
         self.load_state_dict({"anchor": anchor, "scalars": scalars})
 
-    def _norms(self) -> tuple[float, float]:
-        """‖W_t − A‖ and ‖W_t‖ over all moved parameters and ranks; writes W_t, which is there already."""
-        stats = self.weights.write(1.0, stats=True)
-        share = 1.0 / self.weights.replication(self.ranks.size)
-        sums = [float((column.cpu().double() * share).sum()) for column in stats[:2]]
-        return tuple(math.sqrt(x) for x in self.ranks.sum(sums))
-
-    def _reason_to_skip(self, delta_norm: float, weight_norm: float) -> str | None:
-        if not math.isfinite(delta_norm):
-            return "the weights are not finite"
-        if delta_norm <= FP32_EPS * weight_norm:
-            return "the weights have not moved by more than rounding since the last event"
-        if not self._affordable(0, 0):
-            return "max_val_tokens is spent"
-        return None
-
-    def _affordable(self, spent: int, next_cost: int) -> bool:
-        return self.max_val_tokens is None or self.val_tokens + spent + next_cost < self.max_val_tokens
-
-    def _overflows(self, alpha: float) -> bool:
-        """Write a candidate; true if an element of it is not finite on some rank, so that scoring would be wasted."""
-        stats = self.weights.write(alpha, stats=True)
-        return self.ranks.sum([float(stats.nonfinite.sum())])[0] > 0
-
-    def _score(self, randomness: SameRandomness, signals: Deferred) -> Scores:
-        """This event's next evaluation, over all ranks."""
-        start = time.perf_counter()
-        with signals.open(), randomness.rewound():
-            scores = Scores.of(self.score_fn())
-        seconds = time.perf_counter() - start if scores.seconds is None else scores.seconds
-        merged = self.ranks.merge(Scores(scores.values, scores.tokens, seconds))
-        if not merged.values:
-            raise ValueError("score_fn returned no score")
-        return merged
-
-    def _changed(self, signals: Deferred) -> None:
-        if self.on_weights_changed is not None:
-            with signals.open():
-                self.on_weights_changed()
-
-    def _after(self, error: BaseException, signals: Deferred) -> None:
-        """Tell engines and other ranks that an error rolled W_t back; a hook that fails now must not hide the error."""
-        try:
-            self._changed(signals)
-        except BaseException as second:
-            error.__context__ = second
-        self.ranks.report(error)
+    def _remember(self, record: EffOPDEvent) -> None:
+        self.events.append(record)
+        self.last_step = record.step
+        self.val_tokens += record.val_tokens
+        if record.alpha != 1.0 and self.optimizer_policy == "reset":
+            reset_state(self.weights.tensors, self.weights.masters, self.optimizer)

@@ -70,6 +70,7 @@ class EffOPDEvent:
     seconds: float  # spent in this event, scoring included
     virtual_step: float  # the step OPD would be at if α times an update were α times the steps
     candidates: tuple[Candidate, ...] = ()
+    num_gradients: int = 0  # forward-backward passes of search="gradient"
     skipped: str | None = None  # why nothing was scored
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,8 +42,13 @@ def named_tensors(params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
         if id(tensor) in seen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
             continue
         seen.add(id(tensor))
-        out[_WRAPPERS.sub("", name).lstrip(".")] = tensor
+        out[plain_name(name)] = tensor
     return out
+
+
+def plain_name(name: str) -> str:
+    """name without the components that wrappers put into it."""
+    return _WRAPPERS.sub("", name).lstrip(".")
 
 
 def select(

@@ -1,8 +1,8 @@
 """What a rank holds of a tensor: the local shard of a DTensor, the tensor itself otherwise. Nothing communicates."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["copies", "local"]
+__all__ = ["local", "replicas", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -17,11 +17,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local()
 
 
-def copies(tensor: Tensor, world_size: int) -> float:
+def replicas(tensor: Tensor, world_size: int) -> float:
     """How many ranks of world_size hold the same elements; a plain tensor is taken to be replicated on all."""
-    if not hasattr(tensor, "placements"):
-        return float(world_size)
     shards = 1
-    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-        shards *= size if placement.is_shard() else 1
+    if hasattr(tensor, "placements"):
+        for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+            shards *= size if placement.is_shard() else 1
     return world_size / shards
+
+
+def reshard(module: nn.Module | None) -> None:
+    """Drop what FSDP2 gathered. After a forward without backward the root module keeps its full parameters, and would
+    go on computing with them after the shards were rewritten."""
+    for part in module.modules() if module is not None else ():
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            part.reshard()

@@ -4,15 +4,45 @@ Every candidate is computed from A and W_t directly, so nothing is compounded, a
 is W_t bit for bit. Where an optimizer keeps fp32 masters, A and W_t are the masters' values and both are written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .functional import ExtrapolationStats, extrapolate_
-from .shards import copies, local
+from . import buffers
+from .functional import extrapolate_
+from .lora import LoraWeights, is_lora_name
+from .masters import find_masters, given_masters
+from .selection import named_tensors, select
+from .shards import local, replicas, reshard
 
-__all__ = ["DenseWeights"]
+__all__ = ["DenseWeights", "weights_of"]
+
+STAGED_BYTES = 1 << 28  # of each buffer at a time, when it is not on the parameters' device
+
+
+def weights_of(params, include, exclude, optimizer, masters, place, directory) -> "DenseWeights | LoraWeights":
+    """What `EffOPDController` is to move; its arguments say what each of these means."""
+    if place not in buffers.PLACES:
+        raise ValueError(f"anchor_device must be one of {buffers.PLACES}, got {place!r}")
+    if place == "disk" and directory is None:
+        raise ValueError('anchor_device="disk" needs anchor_dir')
+    module = params if isinstance(params, nn.Module) else None
+    reshard(module)
+    named = named_tensors(params)
+    chosen = select(named, include, exclude)
+    if any(map(is_lora_name, chosen)):
+        dense = [name for name in chosen if not is_lora_name(name)]
+        if module is None:
+            raise ValueError("LoRA factors cannot be extrapolated one by one: pass the PeftModel as params")
+        if dense:
+            raise ValueError(f"{dense[0]} is trained beside LoRA adapters: exclude it, or train without LoRA")
+        return LoraWeights(module, chosen)
+    if masters is not None:
+        return DenseWeights(chosen, lambda: given_masters(chosen, masters), place, directory, module)
+    if optimizer is not None:
+        return DenseWeights(chosen, lambda: find_masters(chosen, optimizer), place, directory, module)
+    return DenseWeights(chosen, dict, place, directory, module)
 
 
 class DenseWeights:
@@ -20,42 +50,100 @@ class DenseWeights:
 
     Args:
         named: name → tensor as the engine holds it.
-        masters: name → the fp32 copy that an optimizer steps, where there is one.
+        find_masters: → name → the fp32 copy that an optimizer steps; asked at every event, as many optimizers create
+            masters at their first step.
+        place, directory: where the two buffers are kept, see `buffers.allocate`.
+        module: whose parameters they are, where FSDP2 may have gathered copies of them.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], masters: Mapping[str, Tensor] | None = None):
-        masters = masters or {}
-        self.names = list(named)
-        self.tensors = list(named.values())
-        self.masters = [masters.get(name) for name in self.names]
-        self.anchors = [t.clone() for t in self._sources()]
+    def __init__(
+        self,
+        named: Mapping[str, Tensor],
+        find_masters: Callable[[], Mapping[str, Tensor]] = dict,
+        place: str = "device",
+        directory=None,
+        module: nn.Module | None = None,
+    ):
+        self.names, self.tensors = list(named), list(named.values())
+        self.masters: list[Tensor | None] = [None] * len(named)
+        self._find_masters, self._place, self._directory = find_masters, place, directory
+        self._module = module
+        self.anchors = self._copy()
         self.currents: list[Tensor] | None = None
-
-    def hold(self) -> None:
-        """Keep W_t."""
-        self.currents = [t.clone() for t in self._sources()]
-
-    def write(self, alpha: float, stats: bool = False) -> ExtrapolationStats | None:
-        """W ← A + α(W_t − A); α = 1 is W_t, bit for bit."""
-        return extrapolate_(
-            [local(t) for t in self.tensors], self.anchors, self.currents, alpha, masters=self.masters, stats=stats
-        )
-
-    @torch.no_grad()
-    def anchor_here(self) -> None:
-        """A ← W, and forget W_t."""
-        for anchor, source in zip(self.anchors, self._sources(), strict=True):
-            anchor.copy_(source)
-        self.currents = None
-
-    def replication(self, world_size: int) -> Tensor:
-        """(L,) on how many ranks each tensor's local part is found: what sums over ranks are divided by."""
-        return torch.tensor([copies(t, world_size) for t in self.tensors])
 
     @property
     def sharded(self) -> bool:
         """Whether other ranks hold parts of these tensors that this one does not."""
         return any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
+
+    def hold(self) -> None:
+        """Keep W_t."""
+        reshard(self._module)
+        masters = self._find_masters()
+        self.masters = [masters.get(name) for name in self.names]
+        self.currents = self._copy()
+
+    def write(self, alpha: float) -> list[Tensor]:
+        """W ← A + α(W_t − A); α = 1 is W_t, bit for bit.
+
+        Returns per tensor of this rank ‖W_t − A‖², ‖W‖² and the count of non-finite elements: three (L,) tensors.
+        """
+        reshard(self._module)
+        stats = []
+        for part in self._parts():
+            params, masters = (
+                [None if ts[i] is None else local(ts[i]) for i in part] for ts in (self.tensors, self.masters)
+            )
+            anchors, currents = (
+                [ts[i].to(p.device, non_blocking=True) for i, p in zip(part, params, strict=True)]
+                for ts in (self.anchors, self.currents)
+            )
+            stats.append(extrapolate_(params, anchors, currents, alpha, masters=masters))
+        return [torch.cat([column.cpu() for column in columns]) for columns in zip(*stats, strict=True)]
+
+    def write_for_slope(self, alpha: float) -> None:
+        """As `write`, such that a backward pass leaves what `slope` needs."""
+        if not all(t.requires_grad for t in self.tensors):
+            raise ValueError('search="gradient" needs the parameters themselves, with requires_grad')
+        self.write(alpha)
+
+    @torch.no_grad()
+    def slope(self, world_size: int) -> float:
+        """This rank's part of ∂L/∂α = Σ ∂L/∂W·(W_t − A), after `write_for_slope` and a backward pass."""
+        total = 0.0
+        for tensor, anchor, current in zip(self.tensors, self.anchors, self.currents, strict=True):
+            if tensor.grad is not None:
+                gradient = local(tensor.grad).float()
+                delta = current.to(gradient.device).float() - anchor.to(gradient.device).float()
+                total += float((gradient * delta).sum()) / replicas(tensor, world_size)
+        return total
+
+    def trained(self) -> list[Tensor]:
+        """Every parameter that a backward pass may give a gradient."""
+        return self.tensors if self._module is None else list(self._module.parameters())
+
+    def restore(self) -> None:
+        """W ← W_t, and forget W_t."""
+        if self.currents is not None:
+            self.write(1.0)
+        self.currents = None
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """A ← W, and forget W_t."""
+        sources = [local(t) for t in self._sources()]
+        if all(a.dtype == s.dtype for a, s in zip(self.anchors, sources, strict=True)):
+            for anchor, source in zip(self.anchors, sources, strict=True):
+                anchor.copy_(source)
+        else:  # masters appeared since
+            self.anchors = self._copy()
+        self.currents = None
+
+    def norms(self, world_size: int) -> tuple[float, float]:
+        """This rank's part of ‖W_t − A‖² and ‖W_t‖², such that summing over ranks counts every element once."""
+        delta_sq, weight_sq, _ = self.write(1.0)
+        share = 1.0 / torch.tensor([replicas(t, world_size) for t in self.tensors], dtype=torch.float64)
+        return float((delta_sq * share).sum()), float((weight_sq * share).sum())
 
     def state(self) -> dict[str, Tensor]:
         """The anchor's local parts by name."""
@@ -63,19 +151,41 @@ class DenseWeights:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when names, shapes or dtypes are not those of the weights, before anything is changed."""
+        """Raises ValueError when names or shapes are not those of the weights, before anything is changed."""
         missing, unexpected = sorted(set(self.names) - set(state)), sorted(set(state) - set(self.names))
         if missing or unexpected:
             raise ValueError(f"anchor of other weights: missing {missing[:3]}, unexpected {unexpected[:3]}")
         for name, anchor in zip(self.names, self.anchors, strict=True):
-            got = state[name]
-            if got.shape != anchor.shape or got.dtype != anchor.dtype:
+            if state[name].shape != anchor.shape:
                 raise ValueError(
-                    f"anchor of {name} is {tuple(got.shape)} {got.dtype}, here it is {tuple(anchor.shape)} "
-                    f"{anchor.dtype} (saved with another number of ranks?)"
+                    f"anchor of {name} is {tuple(state[name].shape)}, here it is {tuple(anchor.shape)} "
+                    "(saved with another number of ranks?)"
                 )
+        like = {n: a.to(state[n].dtype) for n, a in zip(self.names, self.anchors, strict=True)}
+        if any(like[n].dtype != a.dtype for n, a in zip(self.names, self.anchors, strict=True)):
+            self.anchors = buffers.allocate(like, self._place, self._directory)
         for name, anchor in zip(self.names, self.anchors, strict=True):
             anchor.copy_(state[name])
 
     def _sources(self) -> list[Tensor]:
-        return [local(t if m is None else m) for t, m in zip(self.tensors, self.masters, strict=True)]
+        return [t if m is None else m for t, m in zip(self.tensors, self.masters, strict=True)]
+
+    @torch.no_grad()
+    def _copy(self) -> list[Tensor]:
+        sources = {name: local(t) for name, t in zip(self.names, self._sources(), strict=True)}
+        out = buffers.allocate(sources, self._place, self._directory)
+        for copy, source in zip(out, sources.values(), strict=True):
+            copy.copy_(source)
+        return out
+
+    def _parts(self) -> Iterator[list[int]]:
+        """All indices at once, or as many as are staged at a time."""
+        part, size = [], 0
+        for i, (anchor, tensor) in enumerate(zip(self.anchors, self.tensors, strict=True)):
+            away = anchor.device != tensor.device
+            if away and part and size + anchor.nbytes > STAGED_BYTES:
+                yield part
+                part, size = [], 0
+            part.append(i)
+            size += anchor.nbytes if away else 0
+        yield part

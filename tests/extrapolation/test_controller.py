@@ -110,7 +110,9 @@ def test_an_exception_leaves_the_weights_of_the_step_and_the_event_can_be_repeat
     for failing in range(6):
         net = model()
         changes = []
-        controller = EffOPDController(net, None, on_weights_changed=lambda n=net, c=changes: c.append(snapshot(n)))
+        controller = EffOPDController(
+            net, lambda: 0.0, on_weights_changed=lambda n=net, c=changes: c.append(snapshot(n))
+        )
         anchor = snapshot(net)
         train(net)
         current = snapshot(net)

@@ -1,0 +1,159 @@
+"""One EffOPD event in progress: writing candidates, scoring them on all ranks, and what it all cost."""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from .distributed import RankFailed
+from .interrupts import Deferred
+from .randomness import SameRandomness
+from .records import Candidate, EffOPDEvent, Scores
+from .search import Point, backward, gradients_aside, line_minimum
+
+if TYPE_CHECKING:
+    from .controller import EffOPDController
+
+__all__ = ["Event"]
+
+FP32_EPS = 2.0**-23
+
+
+class Event:
+    """The state of one call of `EffOPDController.step`, which reads these methods in order."""
+
+    def __init__(self, controller: "EffOPDController", step: int, signals: Deferred):
+        self.controller, self.weights, self.ranks = controller, controller.weights, controller.ranks
+        self.step, self.signals = step, signals
+        self.started = time.perf_counter()
+        self.randomness = SameRandomness()
+        self.alpha, self.first, self.best = 1.0, None, None
+        self.slope_alpha = 1.0
+        self.tried: list[Candidate] = []
+        self.points: list[Point] = []
+        self.delta_norm = 0.0
+        self.tokens = 0
+        self.skipped: str | None = None
+
+    def worth_trying(self) -> bool:
+        """False, with the reason in `skipped`, where nothing could be gained or afforded."""
+        norms = self.weights.norms(self.ranks.size)
+        every = self.ranks.gather((self.step, *norms))
+        if len({step for step, _, _ in every}) > 1:
+            raise RuntimeError(f"ranks are at different steps: {[step for step, _, _ in every]}")
+        self.delta_norm, weight_norm = (math.sqrt(sum(column)) for column in list(zip(*every, strict=True))[1:])
+        if not math.isfinite(self.delta_norm):
+            self.skipped = "the weights are not finite"
+        elif self.delta_norm <= FP32_EPS * weight_norm:
+            self.skipped = "the weights have not moved by more than rounding since the last event"
+        elif not self._affordable(0):
+            self.skipped = "max_val_tokens is spent"
+        elif self.controller.search == "gradient":
+            self.slope_alpha = self._line_minimum()
+            if self.slope_alpha == 1.0:
+                self.skipped = "the loss does not fall beyond the current weights"
+        return self.skipped is None
+
+    def score_initial(self) -> None:
+        """Score W_t. Raises ValueError if a score is not finite: no candidate could be compared with it."""
+        self.best = self.first = self._score()
+        if not all(map(math.isfinite, self.first.values)):
+            raise ValueError(f"score_fn returned a score that is not finite for the weights of step {self.step}")
+
+    def improves_at(self, alpha: float) -> bool:
+        """Write A + α·δ and score it; true if it is the new best. A candidate that overflows is not scored."""
+        if not self._affordable(self.best.tokens):
+            return False
+        if self._write(alpha):
+            self.tried.append(Candidate(alpha, None, False, 0, 0.0))
+            return False
+        self._changed()
+        scores = self._score()
+        accepted = self.controller.better(scores, self.best)
+        self.tried.append(Candidate(alpha, scores.mean, accepted, scores.tokens, scores.seconds))
+        if accepted:
+            self.alpha, self.best = alpha, scores
+        return accepted
+
+    def write_best(self) -> None:
+        """Leave the best weights in place, if the last candidate left others."""
+        if self.tried and not self.tried[-1].accepted:
+            self._write(self.alpha)
+            self._changed()
+
+    def roll_back(self, error: BaseException) -> None:
+        """W ← W_t; tell engines, then the other ranks. A hook that fails now must not hide the error."""
+        self.weights.restore()
+        try:
+            self._changed()
+        except BaseException as second:
+            error.__context__ = second
+        if not isinstance(error, RankFailed):
+            self.ranks.report(error)
+
+    def record(self) -> EffOPDEvent:
+        last = self.controller.last_step
+        return EffOPDEvent(
+            step=self.step,
+            alpha=self.alpha,
+            score_initial=self.first and self.first.mean,
+            score_best=self.best and self.best.mean,
+            num_candidates=sum(c.score is not None for c in self.tried),
+            delta_norm=self.delta_norm,
+            val_tokens=self.tokens,
+            seconds=time.perf_counter() - self.started,
+            virtual_step=self.controller.virtual_step(last) + self.alpha * (self.step - last),
+            candidates=tuple(self.tried),
+            num_gradients=len(self.points),
+            skipped=self.skipped,
+        )
+
+    def _write(self, alpha: float) -> bool:
+        """True if an element is not finite on some rank."""
+        nonfinite = self.weights.write(alpha)[2]
+        return self.ranks.sum([float(nonfinite.sum())])[0] > 0
+
+    def _score(self) -> Scores:
+        start = time.perf_counter()
+        with self.signals.open(), self.randomness.rewound():
+            score_fn = self.controller.score_fn or self._negative_loss
+            scores = Scores.of(score_fn())
+        seconds = time.perf_counter() - start if scores.seconds is None else scores.seconds
+        merged = self.ranks.merge(Scores(scores.values, scores.tokens, seconds))
+        if not merged.values:
+            raise ValueError("score_fn returned no score")
+        self.tokens += merged.tokens
+        return merged
+
+    def _changed(self) -> None:
+        if self.controller.on_weights_changed is not None:
+            with self.signals.open():
+                self.controller.on_weights_changed()
+
+    def _affordable(self, next_cost: int) -> bool:
+        limit = self.controller.max_val_tokens
+        return limit is None or self.controller.val_tokens + self.tokens + next_cost < limit
+
+    def _line_minimum(self) -> float:
+        """The α of least loss along the line; W_t is in place again afterwards."""
+        alphas = self.controller.alphas
+        with gradients_aside(self.weights.trained()):
+            self.points = line_minimum(self._point, max(alphas), min(alphas), self.controller.max_gradients)
+        self.weights.write(1.0)
+        return min(self.points, key=lambda p: p.loss if math.isfinite(p.loss) else math.inf).alpha
+
+    def _point(self, alpha: float) -> Point:
+        self.weights.write_for_slope(alpha)
+        for param in self.weights.trained():
+            param.grad = None
+        with self.signals.open(), self.randomness.rewound(), torch.enable_grad():
+            loss, count = backward(self.controller.loss_fn())
+        slope = self.weights.slope(self.ranks.size)
+        loss, slope = self.ranks.sum([loss / count / self.ranks.size, slope / count])
+        return Point(alpha, loss, slope)
+
+    @torch.no_grad()
+    def _negative_loss(self) -> float:
+        total, count = backward(self.controller.loss_fn())
+        return -total / count

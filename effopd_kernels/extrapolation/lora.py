@@ -1,0 +1,256 @@
+"""LoRA students: extrapolating the merged product exactly, while the trained factors stay as they are.
+
+An adapter changes a layer's weight by P = s·B·A (s scaling, A (r, in), B (out, r)). Extrapolating A and B one by one
+would not extrapolate P. What has to be added to the weight to make it W_A + α(W_t − W_A) is
+
+    F = (α − 1)·(P_t − P_anchor)            rank ≤ 2r: (α − 1)·s·[B_t, −B_anchor] [A_t; A_anchor]
+
+and F goes into a second, frozen adapter by concatenation of ranks. The trained adapter keeps its factors, its shape and
+its optimizer state, as the published rule asks of every weight. Over events F = Σ c_j·P_j, where an event adds one
+product and changes the coefficient of another, so the companion's rank is at most r·(accepted events + 1).
+
+The alternatives lose something: folding F into the base weights rounds it to their dtype, fails on quantised ones, and
+makes the saved adapter wrong on the published base; truncating to rank r is not the extrapolation; lengthening the
+trained factors changes parameters an optimizer holds. The price of the companion is its forward pass and a second
+folder when saving; `add_weighted_adapter([trained, "effopd"], [1, 1], "merged", combination_type="cat")` of peft joins
+the two exactly.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .selection import plain_name
+
+__all__ = ["COMPANION", "LoraWeights", "is_lora_name"]
+
+COMPANION = "effopd"
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (r, in), s·B (out, r)), fp32
+
+
+@dataclass
+class Term:
+    coefficient: float
+    factors: Factors
+
+
+def is_lora_name(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+class LoraWeights:
+    """The merged products of a peft LoRA model; the interface of `DenseWeights`.
+
+    Args:
+        model: a `peft.PeftModel` with one trained LoRA adapter, or a wrapper (DDP) around it.
+        chosen: names of the factors that move. A layer moves if its A does.
+
+    Raises:
+        ValueError: not a PeftModel; several trained adapters; DoRA or another variant that is not W + s·B·A; adapter
+            bias; sharded factors.
+    """
+
+    sharded = False
+
+    def __init__(self, model: nn.Module, chosen: Collection[str]):
+        while not hasattr(model, "peft_config") and hasattr(model, "module"):
+            model = model.module
+        if not hasattr(model, "peft_config") or not hasattr(model, "base_model"):
+            raise ValueError("LoRA parameters outside a peft.PeftModel: pass the PeftModel itself as params")
+        self.model = model
+        layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")}
+        trained = {
+            adapter
+            for layer in layers.values()
+            for adapter, a in layer.lora_A.items()
+            if a.weight.requires_grad and adapter in layer.active_adapters
+        }
+        if len(trained) != 1:
+            raise ValueError(f"EffOPD moves one trained LoRA adapter, the model has {sorted(trained) or 'none'}")
+        (self.adapter,) = trained
+        self.layers = {
+            name: layer
+            for name, layer in layers.items()
+            if plain_name(f"{name}.lora_A.{self.adapter}.weight") in chosen
+        }
+        for name, layer in self.layers.items():
+            self._check(name, layer)
+        self.tensors = [ab[self.adapter].weight for m in self.layers.values() for ab in (m.lora_A, m.lora_B)]
+        self.masters = [None] * len(self.tensors)
+        self.settled: list[Term] = []  # what the companion holds; the last one is the anchor's product
+        if COMPANION in model.peft_config:  # left by an earlier run: part of the weights, and not of this run's δ
+            self.settled = [Term(1.0, self._factors(COMPANION))]
+        self.settled.append(Term(0.0, self._factors(self.adapter)))
+        self.held: Factors | None = None
+        self.offered: list[Term] = self.settled
+        self._install(self.settled)
+
+    def hold(self) -> None:
+        """Keep P_t."""
+        self.held = self._factors(self.adapter)
+
+    @torch.no_grad()
+    def write(self, alpha: float) -> list[Tensor]:
+        """F(α) into the companion. Returns three (1,) tensors as `DenseWeights.write`; ‖·‖² are those of products."""
+        self.offered = self.settled if alpha == 1.0 else self._line(alpha)
+        self._install(self.offered)
+        return self._stats()
+
+    def write_for_slope(self, alpha: float) -> None:
+        """As `write`, such that a backward pass leaves what `slope` needs."""
+        self._install(self._line(alpha), slope=True)
+
+    def slope(self, world_size: int) -> float:
+        """This rank's part of ∂L/∂α = Σ ∂L/∂F·(P_t − P_anchor), after `write_for_slope` and a backward pass."""
+        total = 0.0
+        for name, (_, b) in self.held.items():
+            b0 = self.settled[-1].factors[name][1]
+            used = sum(t.factors[name][0].shape[0] for t in self.settled) + b.shape[1]
+            gradient = self.layers[name].lora_B[COMPANION].weight.grad
+            direction = torch.cat([-b0, b], 1)  # ∂B/∂α of the last two of the concatenated ranks
+            total += float((gradient[:, used - direction.shape[1] : used].double() * direction).sum())
+        return total / world_size
+
+    def trained(self) -> list[Tensor]:
+        """Every parameter that a backward pass may give a gradient."""
+        return list(self.model.parameters())
+
+    def restore(self) -> None:
+        self.held, self.offered = None, self.settled
+        self._install(self.settled)
+
+    def settle(self) -> None:
+        """The anchor becomes the current weights: the companion keeps F, and δ counts from P_t."""
+        coefficient = 0.0 if self.offered is self.settled else self.offered[-1].coefficient
+        others = self.offered if self.offered is self.settled else self.offered[:-1]
+        self.settled = [*filter(self._counts, others), Term(coefficient, self.held)]
+        self.held, self.offered = None, self.settled
+        self._install(self.settled)
+
+    def norms(self, world_size: int) -> tuple[float, float]:
+        """As `DenseWeights.norms`, of the products; every rank holds them all."""
+        delta_sq, weight_sq = self._squares()
+        return delta_sq / world_size, weight_sq / world_size
+
+    def state(self) -> dict[str, Tensor]:
+        out = {"coefficients": torch.tensor([t.coefficient for t in self.settled], dtype=torch.float64)}
+        for j, term in enumerate(self.settled):
+            for name, (a, b) in term.factors.items():
+                out[f"{j}.{name}.A"], out[f"{j}.{name}.B"] = a, b
+        return out
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ValueError when the layers are not those of the state, before anything is changed."""
+        coefficients = state["coefficients"].tolist() if "coefficients" in state else []
+        expected = {f"{j}.{n}.{x}" for j in range(len(coefficients)) for n in self.layers for x in "AB"}
+        if not coefficients or expected != set(state) - {"coefficients"}:
+            some = sorted(expected ^ (set(state) - {"coefficients"}))[:3]
+            raise ValueError(f"EffOPD state of other LoRA layers: {some} are in one and not in the other")
+        self.settled = self.offered = [
+            Term(c, {n: tuple(state[f"{j}.{n}.{x}"].to(self._device(n)) for x in "AB") for n in self.layers})
+            for j, c in enumerate(coefficients)
+        ]
+        self._install(self.settled)
+
+    def _line(self, alpha: float) -> list[Term]:
+        """Σ c_j·P_j with α − 1 of P_anchor moved to P_t."""
+        *others, anchor = self.settled
+        moved = Term(anchor.coefficient - (alpha - 1.0), anchor.factors)
+        return [*others, moved, Term(alpha - 1.0, self.held)]
+
+    @torch.no_grad()
+    def _install(self, terms: list[Term], slope: bool = False) -> None:
+        """Make the companion Σ coefficient·P, ranks concatenated; no companion if that is nothing."""
+        terms = terms if slope else list(filter(self._counts, terms))
+        if not terms:
+            if self._has_companion():
+                self.model.delete_adapter(COMPANION)
+            return
+        rank = max(sum(t.factors[n][0].shape[0] for t in terms) for n in self.layers)
+        if not self._has_companion():
+            self._add_companion(rank)
+        for name, layer in self._companion_layers():
+            a, b = layer.lora_A[COMPANION], layer.lora_B[COMPANION]
+            pairs = [t.factors[name] for t in terms] if name in self.layers else []
+            factor_a = torch.zeros(rank, layer.in_features, device=a.weight.device)
+            factor_b = torch.zeros(layer.out_features, rank, device=a.weight.device)
+            start = 0
+            for term, (fa, fb) in zip(terms, pairs, strict=False):
+                rows = slice(start, start := start + fa.shape[0])
+                factor_a[rows], factor_b[:, rows] = fa, term.coefficient * fb
+            a.weight, b.weight = (nn.Parameter(f, requires_grad=False) for f in (factor_a, factor_b))
+            a.out_features = b.in_features = layer.r[COMPANION] = layer.lora_alpha[COMPANION] = rank
+            layer.scaling[COMPANION] = 1.0
+        config = self.model.peft_config[COMPANION]
+        config.r = config.lora_alpha = rank
+        self._activate(slope)
+
+    def _add_companion(self, rank: int) -> None:
+        config = copy.deepcopy(self.model.peft_config[self.adapter])
+        config.r = config.lora_alpha = rank
+        config.lora_dropout, config.rank_pattern, config.alpha_pattern = 0.0, {}, {}
+        config.init_lora_weights, config.use_rslora, config.modules_to_save = False, False, None
+        self.model.add_adapter(COMPANION, config)
+
+    def _activate(self, slope: bool) -> None:
+        """Both adapters add to the forward pass; the companion has gradients only while a slope is measured."""
+        self.model.base_model.set_adapter([self.adapter, COMPANION])
+        for _, layer in self._companion_layers():
+            layer.lora_A[COMPANION].requires_grad_(False)
+            layer.lora_B[COMPANION].requires_grad_(slope)
+
+    def _has_companion(self) -> bool:
+        return COMPANION in self.model.peft_config
+
+    def _companion_layers(self):
+        named = self.model.named_modules()
+        return [(n, m) for n, m in named if hasattr(m, "scaling") and COMPANION in getattr(m, "lora_A", ())]
+
+    @torch.no_grad()
+    def _factors(self, adapter: str) -> Factors:
+        return {
+            name: (
+                layer.lora_A[adapter].weight.detach().float().clone(),
+                layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter],
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def _stats(self) -> list[Tensor]:
+        bad = 0
+        if self._has_companion():
+            bad = sum(int((~layer.lora_B[COMPANION].weight.isfinite()).sum()) for layer in self.layers.values())
+        return [torch.tensor([float(x)]) for x in (*self._squares(), bad)]
+
+    def _squares(self) -> tuple[float, float]:
+        """‖P_t − P_anchor‖² and ‖P_t‖² from Gram matrices of the factors, in fp64: nothing of size out × in."""
+        delta = weight = 0.0
+        for name, (a, b) in self.held.items():
+            a0, b0 = self.settled[-1].factors[name]
+            delta += _square_of_product(torch.cat([b, -b0], 1), torch.cat([a, a0], 0))
+            weight += _square_of_product(b, a)
+        return delta, weight
+
+    def _counts(self, term: Term) -> bool:
+        return term.coefficient != 0.0 and any(b.any() for _, b in term.factors.values())
+
+    def _device(self, name: str) -> torch.device:
+        return self.layers[name].lora_A[self.adapter].weight.device
+
+    def _check(self, name: str, layer: nn.Module) -> None:
+        a, b = layer.lora_A[self.adapter], layer.lora_B[self.adapter]
+        if not isinstance(a, nn.Linear) or self.adapter in getattr(layer, "lora_variant", {}):
+            raise ValueError(f"{name} is not plain linear LoRA (W + s·B·A), so its product cannot be extrapolated")
+        if b.bias is not None:
+            raise ValueError(f"{name} has a trained LoRA bias, which a product cannot hold: use lora_bias=False")
+        if hasattr(a.weight, "placements"):
+            raise ValueError(f"the LoRA factors of {name} are sharded; EffOPD needs them whole on every rank (DDP)")
+
+
+def _square_of_product(b: Tensor, a: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)

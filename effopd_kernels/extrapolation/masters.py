@@ -1,0 +1,91 @@
+"""Optimizers that step an fp32 copy of each parameter: the copy must jump too, or the next step undoes the jump.
+
+A master is recognised by what it is, not by its name: a wider tensor of the parameter's shape whose rounding is the
+parameter, bit for bit. It is looked for where optimizers keep one: in the parameter's own state (Transformer Engine's
+and apex's FusedAdam) and in the parameter groups, in the parameter's place (apex O2 and hand-written loops). Under
+accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters are the fp32 masters themselves.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .shards import local
+
+__all__ = ["find_masters", "given_masters", "reset_state"]
+
+
+def find_masters(named: Mapping[str, Tensor], optimizer) -> dict[str, Tensor]:
+    """name → master for the parameters that have one.
+
+    Raises ValueError when the optimizer steps neither a parameter nor a master of it (flattened partitions, as
+    DeepSpeed's): it would undo every jump.
+    """
+    optimizer = _unwrapped(optimizer)
+    stepped = [t for group in optimizer.param_groups for t in group["params"]]
+    ids = {id(t) for t in stepped}
+    masters = {}
+    for name, param in named.items():
+        candidates = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor)]
+        if id(param) not in ids:
+            candidates += [t for t in stepped if t.shape == param.shape]
+        master = next((t for t in candidates if is_master(t, param)), None)
+        if master is not None:
+            masters[name] = master
+            if id(param) not in ids:
+                stepped = [t for t in stepped if t is not master]  # equal tensors have masters of their own, in order
+        elif id(param) not in ids:
+            raise ValueError(
+                f"the optimizer steps neither {name} nor an fp32 master of it that could be found, so it would undo a "
+                "jump: pass masters={name: tensor}"
+            )
+    return masters
+
+
+def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """masters, checked: ValueError for a name that does not move, or a tensor that is not a master of it."""
+    for name, master in masters.items():
+        if name not in named:
+            raise ValueError(f"masters names {name}, which is not among the parameters that move")
+        if not is_master(master, named[name]):
+            raise ValueError(
+                f"{name} is not its master rounded to {named[name].dtype}, bit for bit: W_t could not be restored"
+            )
+    return masters
+
+
+@torch.no_grad()
+def is_master(master: Tensor, param: Tensor) -> bool:
+    """Whether param is master rounded, bit for bit, and master is the wider one."""
+    if not master.is_floating_point() or master.shape != param.shape or master.device != param.device:
+        return False
+    master, param = local(master), local(param)
+    if master.element_size() <= param.element_size():
+        return False
+    head = slice(None) if param.ndim == 0 else slice(0, 1)  # most candidates are moments: one row tells them apart
+    return _rounds_to(master[head], param[head]) and _rounds_to(master, param)
+
+
+@torch.no_grad()
+def reset_state(params: list[Tensor], masters: list[Tensor | None], optimizer) -> None:
+    """Zero what the optimizer remembers of these parameters (moments, step counts), but not a master kept there."""
+    state = _unwrapped(optimizer).state
+    for param, master in zip(params, masters, strict=True):
+        for key in (param, master):
+            for value in state.get(key, {}).values() if key is not None else ():
+                if isinstance(value, Tensor) and value is not master:
+                    value.zero_()
+
+
+def _rounds_to(master: Tensor, param: Tensor) -> bool:
+    return torch.equal(master.to(param.dtype), param)
+
+
+def _unwrapped(optimizer):
+    while not hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer"):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            raise TypeError(f"{type(optimizer).__name__} is not an optimizer: it has no param_groups")
+        optimizer = inner
+    return optimizer

@@ -1,0 +1,104 @@
+"""Choosing α: the published walk through candidates, and a secant on the slope of a validation loss.
+
+    L(α) = loss at W = A + α·δ,      L'(α) = Σ ∂L/∂W·δ        one forward and one backward pass, no generation
+
+The slope at α = 1 says whether to jump at all, and where it crosses zero how far. Losses are fixed-batch and
+noise-free, so a few passes find the minimum along the line to well within the spacing of the published candidates.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Point", "backward", "gradients_aside", "line_minimum"]
+
+
+class Point(NamedTuple):
+    """One evaluation along the line."""
+
+    alpha: float
+    loss: float
+    slope: float
+
+
+def line_minimum(
+    evaluate: Callable[[float], Point],
+    limit: float,
+    first: float = 3.0,
+    max_passes: int = 6,
+    tolerance: float = 0.1,
+) -> list[Point]:
+    """Evaluate L along α ∈ [1, limit] until its minimum is found; the best point is the one of least loss.
+
+    From α = 1: a loss that rises there ends the search. Otherwise step out (to `first`, then where the secant points,
+    at most trebling) until the slope is positive or `limit` is reached, then secants inside the bracket, kept a tenth
+    of it away from its ends. Stops when |slope| ≤ tolerance·|slope at 1| or after max_passes. A loss or slope that is
+    not finite counts as a rise.
+    """
+    points = [evaluate(1.0)]
+    low, high = points[0], None
+    if _rises(low):
+        return points
+    flat = tolerance * abs(low.slope)
+    alpha = min(first, limit)
+    while len(points) < max_passes:
+        point = evaluate(alpha)
+        points.append(point)
+        if abs(point.slope) <= flat or (point.alpha == limit and not _rises(point)):
+            break
+        previous = low
+        if _rises(point):
+            high = point
+        else:
+            low = point
+        if high is None:
+            alpha = min(max(_secant(previous, point), 1.5 * point.alpha), 3.0 * point.alpha, limit)
+        else:
+            margin = 0.1 * (high.alpha - low.alpha)
+            alpha = min(max(_secant(low, high), low.alpha + margin), high.alpha - margin)
+    return points
+
+
+def _rises(point: Point) -> bool:
+    return not (math.isfinite(point.loss) and point.slope < 0.0)
+
+
+def _secant(a: Point, b: Point) -> float:
+    """Where the line through two slopes is zero; halfway (or beyond reach) where there is none."""
+    if not (math.isfinite(b.slope) and math.isfinite(b.loss)):
+        return 0.5 * (a.alpha + b.alpha)
+    if b.slope <= a.slope:
+        return math.inf
+    return a.alpha - a.slope * (b.alpha - a.alpha) / (b.slope - a.slope)
+
+
+@contextmanager
+def gradients_aside(params: Iterable[Tensor]):
+    """Inside, no parameter has a gradient; afterwards each has the one it had."""
+    params = list(params)
+    kept = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in zip(params, kept, strict=True):
+            p.grad = grad
+
+
+def backward(losses: Tensor | Iterable[Tensor]) -> tuple[float, int]:
+    """Backpropagate the sum of one scalar or of several; returns it and how many they were.
+
+    Several may come from an iterator that computes each when asked: then only one graph is alive at a time.
+    """
+    total, count = 0.0, 0
+    for loss in [losses] if isinstance(losses, Tensor) else losses:
+        if loss.requires_grad:
+            loss.backward()
+        total, count = total + float(loss.detach()), count + 1
+    if not count:
+        raise ValueError("loss_fn returned no loss")
+    return total, count

@@ -1,0 +1,85 @@
+"""EffOPD for any `transformers.Trainer`: the controller's `step` after each optimizer step, its state beside each checkpoint.
+
+trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..extrapolation import EffOPDController
+from .errors import UserError
+
+STATE_DIR = "effopd"  # inside each checkpoint folder
+
+
+class EffOPDCallback(TrainerCallback):
+    """Extrapolates a trainer's student along its update, with a step size chosen on validation (arXiv 2605.11739).
+
+    Args:
+        score_fn: no arguments; returns per-prompt scores of the model's current weights, higher is better, as
+            `EffOPDController` takes them. Called with the model as training left it.
+        log: receives a dict of `effopd/*` metrics after each event; pass `trainer.log`.
+        controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
+
+    The anchor is taken when training begins, so add the callback before `train()`. On `on_save` the controller's state
+    goes into the checkpoint folder, and resuming from that checkpoint restores it.
+
+    Raises:
+        UserError: on resume, when the checkpoint holds no EffOPD state.
+    """
+
+    def __init__(
+        self,
+        score_fn: Callable[[], Any],
+        *,
+        log: Callable[[dict[str, float]], None] | None = None,
+        **controller_args: Any,
+    ):
+        self.score_fn = score_fn
+        self.log = log
+        self.controller_args = controller_args
+        self.controller: EffOPDController | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.controller = EffOPDController(model, self.score_fn, **self.controller_args)
+        if state.global_step > 0:
+            folder = self._checkpoint(args, state) / STATE_DIR
+            if not folder.is_dir():
+                raise UserError(
+                    f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'): it was saved without EffOPD; "
+                    "resume with EffOPD disabled, or start afresh"
+                )
+            self.controller.load(folder)
+            self._step(state)  # a no-op unless the run was interrupted inside this step's event
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step(state)
+
+    def _step(self, state) -> None:
+        event = self.controller.step(state.global_step)
+        if event is not None and self.log is not None:
+            self.log(
+                {
+                    "effopd/score_initial": event.score_initial,
+                    "effopd/score_best": event.score_best,
+                    "effopd/alpha_accepted": event.alpha,
+                    "effopd/num_candidates": event.num_candidates,
+                    "effopd/delta_norm": event.delta_norm,
+                    "effopd/val_tokens": event.val_tokens,
+                    "effopd/overhead_s": event.seconds,
+                    "effopd/virtual_step": event.virtual_step,
+                }
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = self._checkpoint(args, state) / STATE_DIR
+        if not folder.is_dir():
+            self.controller.save(folder)
+
+    @staticmethod
+    def _checkpoint(args, state) -> Path:
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,0 +1,253 @@
+"""`effopd-train`: one command from prompts, a teacher and a student to a distilled student.
+
+Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (a checkpoint was written).
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trl
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from .config import OPDConfig
+from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
+from .errors import NonFiniteLossError, UserError
+from .report import MetricsFile, run_summary, write_report
+from .trainer import OPDTrainer
+
+logger = logging.getLogger(__name__)
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+@dataclass
+class DataArguments:
+    """Where the prompts come from. A name is a hub id or a .jsonl, .json or .parquet file."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Training prompts: hub id or file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of the held-out set and of candidates' prompts."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out prompts for the curve. Unset: eval_size prompts of the training set."}
+    )
+    val_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts that score EffOPD's candidates. Unset: effopd_val_size prompts of the training set."
+        },
+    )
+    eval_size: int = field(default=256, metadata={"help": "Held-out prompts, when they come from the training set."})
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Build a tiny world, run OPD and EffOPD in it and compare them. Other flags apply."},
+    )
+
+
+HELP = {
+    "models": ["model_name_or_path", "teacher_model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha"],
+    "data": [
+        "dataset_name", "dataset_train_split", "eval_dataset_name", "dataset_test_split", "val_dataset_name", "eval_size",
+        "overlong_prompts",
+    ],
+    "training": [
+        "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "max_completion_length", "temperature", "divergence", "loss_temperature", "use_vllm", "bf16", "seed",
+    ],
+    "validation": ["eval_metric", "eval_steps", "eval_at_powers_of_two", "eval_temperature", "per_device_eval_batch_size"],
+    "EffOPD": [name for name in OPDConfig.__dataclass_fields__ if name.startswith("effopd_")],
+    "output": ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to"],
+}  # fmt: skip
+
+
+def print_help(parser: trl.TrlParser) -> None:
+    """The sixty options a run is made of, grouped; `--help_all` lists every one of TRL's and transformers'."""
+    actions = {a.dest: a for a in parser._actions}
+    print("usage: effopd-train [--config run.yaml] [--option value ...]      flags override the YAML file\n")
+    print("  effopd-train --demo                                              a complete run in a few minutes")
+    print("  effopd-train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\")
+    print("      --dataset_name train.jsonl --eval_steps 50 --output_dir out\n")
+    formatter = parser._get_formatter()
+    for title, names in HELP.items():
+        formatter.start_section(title)
+        formatter.add_arguments([actions[n] for n in names])
+        formatter.end_section()
+    print(formatter.format_help())
+    print("  --help_all   every option of TRL's DistillationConfig and transformers' TrainingArguments")
+
+
+def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
+    parser = trl.TrlParser((DataArguments, OPDConfig, trl.ModelConfig), prog="effopd-train")
+    if "-h" in argv or "--help" in argv:
+        print_help(parser)
+        raise SystemExit(0)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    flag = "--resume_from_checkpoint"
+    if flag in argv and (argv[-1] == flag or argv[argv.index(flag) + 1].startswith("--")):
+        argv = [*argv[: argv.index(flag) + 1], "true", *argv[argv.index(flag) + 1 :]]
+    return parser.parse_args_and_config(argv)
+
+
+def check_output_dir(args: OPDConfig) -> None:
+    """An output folder in use is resumed or overwritten on request, never by accident. Resolves the checkpoint's name."""
+    folder = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume and str(resume).lower() in ("true", "1", "latest"):
+        args.resume_from_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if args.resume_from_checkpoint is None:
+            raise UserError(f"--resume_from_checkpoint: '{folder}' holds no checkpoint")
+    elif resume and not Path(resume).is_dir():
+        raise UserError(f"--resume_from_checkpoint: '{resume}' is not a folder")
+    elif not resume and not args.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"--output_dir '{folder}' exists and is not empty; pass --resume_from_checkpoint to go on with it, "
+            "--overwrite_output_dir to write over it, or another folder"
+        )
+
+
+def _load_tokenizer(name: str, **kwargs):
+    try:
+        return AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
+    except (OSError, ValueError) as e:
+        raise UserError(f"no tokenizer can be loaded from '{name}': {_first_sentence(e)}") from e
+
+
+def _load_config(name: str, **kwargs):
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs).get_text_config()
+    except (OSError, ValueError) as e:
+        raise UserError(f"no model can be loaded from '{name}': {_first_sentence(e)}") from e
+
+
+def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
+    """Check everything that can be checked without a model, then load the models.
+
+    Raises:
+        UserError: see `data.py`, `OPDConfig` and the checks here.
+    """
+    for name, value in {
+        "model_name_or_path": model_args.model_name_or_path,
+        "teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "dataset_name": data.dataset_name,
+    }.items():
+        if value is None:
+            raise UserError(f"--{name} is required (or --demo, which needs nothing)")
+    student, teacher = model_args.model_name_or_path, args.teacher_model_name_or_path
+    with PartialState().main_process_first():  # the others read what the first has downloaded
+        train = load_prompts(data.dataset_name, config=data.dataset_config, split=data.dataset_train_split)
+        held_out = {}
+        if args.do_eval:
+            held_out["eval"] = (data.eval_dataset_name, data.eval_size)
+        if args.effopd_enabled:
+            held_out["val"] = (data.val_dataset_name, args.effopd_val_size)
+        sets = {
+            kind: load_prompts(name, config=data.dataset_config, split=data.dataset_test_split)
+            for kind, (name, _) in held_out.items()
+            if name is not None
+        }
+        trust = {"trust_remote_code": args.trust_remote_code}
+        tokenizer = _load_tokenizer(student, revision=model_args.model_revision, **trust)
+        configs = [_load_config(student, revision=model_args.model_revision, **trust)]
+        configs.append(_load_config(teacher, revision=args.teacher_model_revision, **trust))
+        check_tokenizers(
+            tokenizer,
+            _load_tokenizer(teacher, revision=args.teacher_model_revision, **trust),
+            shared=min(c.vocab_size for c in configs),
+        )
+    if args.eval_metric == "accuracy":
+        for kind in held_out:
+            require_answers(sets.get(kind, train), getattr(data, f"{kind}_dataset_name") or data.dataset_name)
+    for kind, (name, size) in held_out.items():
+        if name is None:
+            train, sets[kind] = split_off(
+                train, size, args.seed, {"eval": "evaluation", "val": "EffOPD's candidates"}[kind]
+            )
+
+    contexts = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
+    limit = min(contexts) - args.max_completion_length if contexts else None
+    chat = args.chat_template_kwargs or {}
+    train, dropped = fit_context(train, tokenizer, limit, args.overlong_prompts, data.dataset_name, **chat)
+    for kind, dataset in sets.items():
+        name = getattr(data, f"{kind}_dataset_name") or data.dataset_name
+        sets[kind], n = fit_context(dataset, tokenizer, limit, args.overlong_prompts, name, **chat)
+        dropped += n
+    if dropped:
+        logger.warning("dropped %d prompts longer than %d tokens", dropped, limit)
+
+    quantization = trl.get_quantization_config(model_args)
+    shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
+    args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
+    try:
+        return OPDTrainer(
+            student,
+            teacher,
+            args,
+            train_dataset=train,
+            eval_dataset=sets.get("eval"),
+            val_dataset=sets.get("val"),
+            processing_class=tokenizer,
+            callbacks=[MetricsFile()],
+            quantization_config=quantization,
+            peft_config=trl.get_peft_config(model_args),
+        )
+    except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
+        raise UserError(_first_sentence(e)) from e
+
+
+def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
+    """Train, then write the student, summary.json and curves.png into `output_dir`."""
+    if PartialState().is_main_process:
+        check_output_dir(args)
+    trainer = build_trainer(data, args, model_args)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.eval_dataset is not None and trainer.last_evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
+        write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))
+        logger.info("student, metrics.jsonl, summary.json and curves.png are in %s", args.output_dir)
+    return trainer
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            data, args, model_args = parse(argv)
+        except (ValueError, OSError) as e:  # HfArgumentParser, TrainingArguments and the YAML reader
+            raise UserError(_first_sentence(e)) from e
+        if data.demo:
+            from .demo import run_demo
+
+            run_demo(argv, args)
+        else:
+            run(data, args, model_args)
+    except (UserError, NonFiniteLossError) as e:
+        if PartialState().is_main_process:
+            print(f"effopd-train: error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print("effopd-train: interrupted; go on with --resume_from_checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The one flat configuration of a run: TRL's own fields under TRL's names, and ours beside them."""
+
+from dataclasses import dataclass, field
+
+import torch
+import trl
+
+from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
+from .errors import UserError
+from .loss import divergence_from_beta
+
+EVAL_METRICS = ("accuracy", "teacher_kl")
+_FAMILY = {"jsd": jsd, "skew_forward_kl": skew_forward_kl, "skew_reverse_kl": skew_reverse_kl}
+_MEMBERS = {"reverse_kl": REVERSE_KL, "forward_kl": FORWARD_KL}
+
+
+def parse_divergence(text: str) -> Divergence:
+    """`reverse_kl`, `forward_kl`, `jsd:0.5`, `skew_reverse_kl:0.1`, `skew_forward_kl:0.1` as a member of the family."""
+    name, _, parameter = text.partition(":")
+    if name in _MEMBERS and not parameter:
+        return _MEMBERS[name]
+    try:
+        return _FAMILY[name](float(parameter))
+    except (KeyError, ValueError) as e:
+        raise UserError(
+            f"--divergence {text!r} is not one of reverse_kl, forward_kl, jsd:BETA, skew_reverse_kl:ALPHA, "
+            "skew_forward_kl:ALPHA"
+        ) from e
+
+
+def parse_schedule(text: str) -> str | int | list[int]:
+    """`pow2`, `N` (every N steps) or `N,N,…` (exactly these steps) as the controller's `schedule`."""
+    if text == "pow2":
+        return text
+    try:
+        steps = [int(part) for part in text.split(",")]
+        if all(s > 0 for s in steps):
+            return steps if "," in text else steps[0]
+    except ValueError:
+        pass
+    raise UserError(f"--effopd_schedule {text!r} is not 'pow2', a number of steps, or a list of steps such as 1,2,4,8")
+
+
+@dataclass
+class OPDConfig(trl.DistillationConfig):
+    """Everything `trl.DistillationConfig` has, and how to validate and extrapolate.
+
+    Lengths in tokens, sizes in prompts, times in optimizer steps. See the `help` of each field.
+
+    Raises:
+        UserError: a value outside its domain.
+    """
+
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "Loss per completion token: reverse_kl, forward_kl, jsd:BETA, skew_reverse_kl:ALPHA or "
+            "skew_forward_kl:ALPHA. Unset: what `beta` says (1 = reverse KL)."
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Softmax temperature of the loss; `temperature` is that of sampling."}
+    )
+    overlong_prompts: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with prompts that the context cannot hold: 'error' counts them, 'drop' removes them."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into a non-empty output_dir. Files of an earlier run may remain."}
+    )
+    eval_metric: str = field(
+        default="accuracy",
+        metadata={
+            "help": "What is validated and what EffOPD maximises: 'accuracy' (final answers, needs an answer column) or "
+            "'teacher_kl' (minus the KL to the teacher on the student's own completions, needs no labels)."
+        },
+    )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sampling temperature in validation; 0 is greedy. Unset: greedy for accuracy, `temperature` for "
+            "teacher_kl. Prompts and seeds are the same at every validation."
+        },
+    )
+    eval_at_powers_of_two: bool = field(
+        default=False, metadata={"help": "Evaluate at steps 1, 2, 4, 8, … too, beside every eval_steps."}
+    )
+    effopd_enabled: bool = field(default=True, metadata={"help": "Extrapolate (EffOPD). False: plain OPD."})
+    effopd_alphas: list[float] = field(
+        default_factory=lambda: [3, 5, 7, 9, 11],
+        metadata={"help": "Candidate step sizes α in W = anchor + α·(W_t − anchor), in the order tried."},
+    )
+    effopd_max_candidates: int = field(default=5, metadata={"help": "Most candidates tried at one event."})
+    effopd_schedule: str = field(
+        default="pow2", metadata={"help": "Steps with an event: pow2, a number N (every N steps), or a list 1,2,4,8."}
+    )
+    effopd_min_delta: float = field(
+        default=0.0, metadata={"help": "Accept a candidate only if it beats the best score by more than this."}
+    )
+    effopd_acceptance: str = field(
+        default="mean",
+        metadata={
+            "help": "'mean': compare mean scores (published). 'paired': the per-prompt differences must be "
+            "positive beyond effopd_confidence."
+        },
+    )
+    effopd_confidence: float = field(
+        default=0.84,
+        metadata={"help": "One-sided confidence asked of 'paired' acceptance (0.84 is one standard error)."},
+    )
+    effopd_include: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of parameter names to move. Unset: attention and MLP weights."}
+    )
+    effopd_exclude: list[str] | None = field(
+        default=None, metadata={"help": "Patterns of parameter names never to move. Unset: embeddings, head, norms."}
+    )
+    effopd_anchor_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the anchor lives: unset (beside the weights), 'cpu', or a folder for a memory-mapped file."
+        },
+    )
+    effopd_optimizer: str = field(
+        default="keep", metadata={"help": "Optimizer state after an accepted jump: 'keep' (published) or 'reset'."}
+    )
+    effopd_val_size: int = field(
+        default=256, metadata={"help": "Prompts that score candidates; taken from the training set unless given."}
+    )
+    effopd_max_val_tokens: int | None = field(
+        default=None, metadata={"help": "Stop extrapolating once validation has generated this many tokens."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default is True, which transformers refuses on a CPU
+        if self.eval_steps is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        super().__post_init__()
+        for name, allowed in {
+            "eval_metric": EVAL_METRICS,
+            "overlong_prompts": ("error", "drop"),
+            "effopd_acceptance": ("mean", "paired"),
+            "effopd_optimizer": ("keep", "reset"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("loss_temperature", "effopd_val_size", "effopd_max_candidates"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be positive, not {getattr(self, name)}")
+        parse_schedule(self.effopd_schedule)
+        self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
+
+    @property
+    def loss_divergence(self) -> Divergence:
+        """The member of the family this run minimises."""
+        return divergence_from_beta(self.beta) if self.divergence is None else parse_divergence(self.divergence)
+
+    @property
+    def validation_temperature(self) -> float:
+        """Sampling temperature of validation; 0 means greedy."""
+        if self.eval_temperature is not None:
+            return self.eval_temperature
+        return 0.0 if self.eval_metric == "accuracy" else self.temperature

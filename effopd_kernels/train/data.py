@@ -1,0 +1,171 @@
+"""Prompts in, from a hub id or a local file, under two column names whatever they were called: `prompt` and `answer`.
+
+Every check here runs before a model is loaded, and names the file, the column and the row it speaks of.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UserError
+
+PROMPT_NAMES = ("prompt", "problem", "question")
+ANSWER_NAMES = ("answer", "solution")
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_prompts(name: str, *, config: str | None = None, split: str = "train") -> datasets.Dataset:
+    """Load prompts as a `datasets.Dataset` with columns `prompt` (str or chat messages) and, if present, `answer`.
+
+    Args:
+        name: a `.jsonl`, `.json` or `.parquet` file, or the id of a dataset on the Hugging Face hub.
+        config, split: which configuration and split of a hub dataset; ignored for a file.
+
+    Columns may be called `problem` or `question` for the prompt and `solution` for the answer; verl's parquet layout
+    (`prompt` as messages, `reward_model.ground_truth`) is read as it is.
+
+    Raises:
+        UserError: nothing to load there, no prompt column, an empty dataset, or an empty prompt (row named).
+    """
+    path = Path(name)
+    if path.suffix in _BUILDERS:
+        if not path.is_file():
+            raise UserError(f"dataset file '{name}' does not exist")
+        try:
+            dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        except Exception as e:
+            # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
+            raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e
+    elif path.exists():
+        raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file")
+    else:
+        try:
+            dataset = datasets.load_dataset(name, config, split=split)
+        except Exception as e:
+            raise UserError(f"dataset '{name}' (split '{split}') cannot be loaded: {_innermost(e)}") from e
+    return unify_columns(dataset, name)
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
+    """Rename aliased columns to `prompt` and `answer`, and check that there is something to train on."""
+    found = dataset.column_names
+    prompt = next((n for n in PROMPT_NAMES if n in found), None)
+    if prompt is None:
+        raise UserError(f"dataset '{where}' has no column {_either(PROMPT_NAMES)}; its columns are {_listed(found)}")
+    if len(dataset) == 0:
+        raise UserError(f"dataset '{where}' is empty")
+    answer = next((n for n in ANSWER_NAMES if n in found), None)
+    if answer is None and "reward_model" in found:
+        truths = [(row or {}).get("ground_truth") for row in dataset["reward_model"]]
+        if all(t is not None for t in truths):
+            dataset, answer = dataset.add_column("answer", [str(t) for t in truths]), "answer"
+    if prompt != "prompt":
+        dataset = dataset.rename_column(prompt, "prompt")
+    if answer not in (None, "answer"):
+        dataset = dataset.rename_column(answer, "answer")
+    for row, value in enumerate(dataset["prompt"]):
+        if not value:
+            raise UserError(f"dataset '{where}' has an empty prompt in row {row}")
+    return dataset.select_columns([c for c in ("prompt", "answer", "image", "images") if c in dataset.column_names])
+
+
+def require_answers(dataset: datasets.Dataset, where: str) -> None:
+    """Raise UserError unless every row has an `answer`."""
+    if "answer" not in dataset.column_names:
+        raise UserError(
+            f"--eval_metric accuracy needs a column {_either((*ANSWER_NAMES, 'reward_model.ground_truth'))} in '{where}', "
+            f"whose columns are {_listed(dataset.column_names)}; --eval_metric teacher_kl needs none"
+        )
+    for row, value in enumerate(dataset["answer"]):
+        if value is None or value == "":
+            raise UserError(f"dataset '{where}' has no answer in row {row}")
+
+
+def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **chat_kwargs: Any) -> int:
+    """Length of one prompt in tokens, with the chat template and generation prompt for messages."""
+    if isinstance(prompt, str):
+        return len(tokenizer(text=prompt)["input_ids"])
+    ids = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_kwargs
+    )
+    return len(ids["input_ids"])
+
+
+def fit_context(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    overlong: str,
+    where: str,
+    **chat_kwargs: Any,
+) -> tuple[datasets.Dataset, int]:
+    """Keep the prompts of at most `limit` tokens; returns the dataset and how many were dropped.
+
+    Raises:
+        UserError: prompts are too long and `overlong` is "error", or none is left.
+    """
+    if limit is None:
+        return dataset, 0
+    if limit < 1:
+        raise UserError("--max_completion_length leaves no room for a prompt in the models' context")
+    keep = [i for i, p in enumerate(dataset["prompt"]) if prompt_length(p, tokenizer, **chat_kwargs) <= limit]
+    dropped = len(dataset) - len(keep)
+    if dropped and overlong == "error":
+        raise UserError(
+            f"{dropped} of {len(dataset)} prompts in '{where}' are longer than the {limit} tokens that the context leaves "
+            "beside --max_completion_length; shorten them, or pass --overlong_prompts drop"
+        )
+    if not keep:
+        raise UserError(
+            f"all {len(dataset)} prompts in '{where}' are longer than the {limit} tokens the context leaves"
+        )
+    return (dataset.select(keep) if dropped else dataset), dropped
+
+
+def split_off(dataset: datasets.Dataset, size: int, seed: int, what: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Take `size` seeded-random rows away from `dataset`; returns (the rest, the rows taken)."""
+    if size >= len(dataset):
+        raise UserError(f"cannot hold out {size} prompts for {what} from a training set of {len(dataset)}")
+    parts = dataset.train_test_split(test_size=size, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, shared: int) -> None:
+    """Student and teacher must mean the same by every token id, and use no id beyond the shared vocabulary.
+
+    Args:
+        shared: rows that both heads have, min(V_student, V_teacher).
+
+    Raises:
+        UserError: naming the first id at which the two tokenizers differ, or the first token beyond `shared`.
+    """
+    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student, teacher))
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i):
+            raise UserError(
+                f"the tokenizers differ: id {i} is {ours.get(i)!r} for the student and {theirs.get(i)!r} for the teacher; "
+                "distillation compares distributions id by id and needs one tokenizer"
+            )
+    beyond = [i for i in ours if i >= shared]
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"token {ours[first]!r} (id {first}) lies beyond the {shared} ids that both models' heads have; "
+            "resize the smaller model's embeddings or remove the token"
+        )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(f"'{n}'" for n in names)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{n}'" for n in names) or "(none)"

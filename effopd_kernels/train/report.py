@@ -1,0 +1,133 @@
+"""What a run leaves behind for people and scripts: metrics.jsonl while it runs, summary.json and curves.png after it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+SUMMARY_NAME, CURVES_NAME, METRICS_NAME = "summary.json", "curves.png", "metrics.jsonl"
+
+
+class MetricsFile(TrainerCallback):
+    """Every logged record as one JSON line. On resume the file is rewritten from the checkpoint's history, so that what
+    an abandoned stretch of training had written is gone."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / METRICS_NAME
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / METRICS_NAME, "a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+def run_summary(trainer) -> dict[str, Any]:
+    """One run as data. `score` is the held-out `eval_metric`, higher is better (minus the KL for teacher_kl)."""
+    args, sign = trainer.args, 1 if trainer.args.eval_metric == "accuracy" else -1
+    key = f"eval_{args.eval_metric}"
+    points = {r["step"]: r for r in trainer.state.log_history if key in r}  # one per step, the last one written
+    curve = [
+        {
+            "step": step,
+            "score": sign * r[key],
+            "train_tokens": r["train_tokens"],
+            "val_tokens": r["val_tokens"],
+            "seconds": r["seconds"],
+        }
+        for step, r in sorted(points.items())
+    ]
+    events = trainer.effopd.controller.events if trainer.effopd is not None else []
+    return {
+        "method": "effopd" if trainer.effopd is not None else "opd",
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "eval_metric": args.eval_metric,
+        "final_score": curve[-1]["score"] if curve else None,
+        "curve": curve,
+        "events": [
+            {
+                "step": e.step,
+                "alpha": e.alpha,
+                "score_initial": e.score_initial,
+                "score_best": e.score_best,
+                "num_candidates": e.num_candidates,
+            }
+            for e in events
+        ],
+    }
+
+
+def _first_reaching(run: dict[str, Any], target: float) -> dict[str, Any] | None:
+    return next((p for p in run["curve"] if p["score"] >= target), None)
+
+
+def compare(opd: dict[str, Any], effopd: dict[str, Any]) -> dict[str, Any]:
+    """Steps and generated tokens (candidate validation included) each run needed to reach OPD's final score.
+
+    An acceleration is OPD's cost over EffOPD's, None where EffOPD never got there.
+    """
+    target = opd["final_score"]
+    first = {"opd": _first_reaching(opd, target), "effopd": _first_reaching(effopd, target)}
+    steps = {m: p and p["step"] for m, p in first.items()}
+    tokens = {m: p and p["train_tokens"] + p["val_tokens"] for m, p in first.items()}
+
+    def ratio(cost: dict[str, Any]) -> float | None:
+        return cost["opd"] / cost["effopd"] if cost["effopd"] else None
+
+    return {
+        "runs": [opd, effopd],
+        "target_score": target,
+        "steps_to_target": steps,
+        "tokens_to_target": tokens,
+        "step_acceleration": ratio(steps),
+        "token_acceleration": ratio(tokens),
+    }
+
+
+def write_report(summary: dict[str, Any], folder: Path) -> None:
+    """summary.json and curves.png into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+    draw_curves(summary["runs"], folder / CURVES_NAME)
+
+
+def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
+    """Score against steps, and against generated tokens including validation; events marked where a jump was accepted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_step, by_token = figure.subplots(1, 2, sharey=True)
+    for i, run in enumerate(runs):
+        curve, label = run["curve"], f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})"
+        scores = [p["score"] for p in curve]
+        by_step.plot([p["step"] for p in curve], scores, marker=".", color=f"C{i}", label=label)
+        by_token.plot(
+            [p["train_tokens"] + p["val_tokens"] for p in curve], scores, marker=".", color=f"C{i}", label=label
+        )
+        score_at = {p["step"]: p["score"] for p in curve}
+        for event in run["events"]:
+            if event["alpha"] != 1 and event["step"] in score_at:
+                by_step.annotate(
+                    f"α={event['alpha']:g}",
+                    (event["step"], score_at[event["step"]]),
+                    textcoords="offset points",
+                    xytext=(4, -11),
+                    fontsize=8,
+                    color=f"C{i}",
+                )
+    by_step.set_xscale("symlog", linthresh=1)
+    by_step.set_xlabel("optimizer step")
+    by_step.set_ylabel(
+        "held-out " + (runs[0]["eval_metric"] if runs[0]["eval_metric"] == "accuracy" else "−KL to teacher")
+    )
+    by_token.set_xlabel("completion tokens generated, candidate validation included")
+    for axes in (by_step, by_token):
+        axes.grid(alpha=0.3)
+    by_step.legend(loc="lower right")
+    figure.savefig(path, dpi=120)

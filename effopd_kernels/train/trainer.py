@@ -1,0 +1,324 @@
+"""The thin trainer: `trl.DistillationTrainer` with our loss, validation that EffOPD can act on, and safe stops.
+
+Rollouts, chat templates, LoRA, accumulation, mixed precision, sharding, checkpoints and trackers are TRL's,
+transformers' and accelerate's; nothing of them is written again here.
+"""
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import trl
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from trl.models import prepare_deepspeed
+from trl.trainer.utils import RepeatSampler, create_model_from_path
+
+from ..extrapolation import Scores
+from ..extrapolation.interrupts import Deferred
+from .callback import STATE_DIR, EffOPDCallback
+from .config import OPDConfig, parse_schedule
+from .errors import NonFiniteLossError
+from .interrupt import Interrupts
+from .ledger import Ledger
+from .loss import FusedLoss, use_fused_loss
+from .validation import Validator
+
+LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler with the order of an epoch a function of (seed, epoch), so that resuming in epoch 2 is exact."""
+
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        yield from super().__iter__()
+
+
+class OPDTrainer(trl.DistillationTrainer):
+    """On-policy distillation with the fused loss and EffOPD.
+
+    Args:
+        model, teacher_model: model, folder or hub id. Width, depth, dtype and padded vocabulary length may differ; the
+            divergence is taken over the shared prefix of the vocabularies.
+        args: `OPDConfig`.
+        train_dataset: column `prompt` (str or messages).
+        eval_dataset: held-out prompts, evaluated at `eval_steps`; logged as `eval_accuracy` and `eval_teacher_kl`.
+        val_dataset: prompts that score EffOPD's candidates; must differ from `eval_dataset` for its curve to be honest.
+        others: as `trl.DistillationTrainer`.
+
+    Raises:
+        UserError: see `OPDConfig` and `EffOPDCallback`.
+        NonFiniteLossError: during training; weights are those of the last completed step.
+    """
+
+    _tag_names = ("trl", "distillation", "effopd")
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        teacher_model: "str | PreTrainedModel",
+        args: OPDConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        val_dataset: Dataset | None = None,
+        **kwargs,
+    ):
+        if isinstance(teacher_model, str):
+            teacher_model = _load_teacher(teacher_model, args)
+        # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
+        super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
+        else:
+            self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+        self._observed: list[torch.Tensor] = []
+        self.fused_loss = use_fused_loss(
+            self, FusedLoss(args.loss_divergence, args.loss_temperature, observer=self._observe)
+        )
+        self.ledger = Ledger()
+        self.last_evaluated: int | None = None
+        self.interrupts = Interrupts(immediate=self.accelerator.num_processes == 1)
+        self.guard = _StepGuard(self)
+        self.add_callback(self.guard)
+        self._staging: Path | None = None
+        self.effopd: EffOPDCallback | None = None
+        self._validators = {}
+        if eval_dataset is not None:
+            both = ("accuracy", "teacher_kl") if "answer" in eval_dataset.column_names else ("teacher_kl",)
+            self._validators["eval"] = self._validator(eval_dataset, both)
+        if args.effopd_enabled and val_dataset is not None:
+            self._validators["val"] = self._validator(val_dataset, (args.eval_metric,))
+            self.effopd = EffOPDCallback(
+                self._score,
+                # Not self.log: TRL's adds and clears the averages of the steps since the last log.
+                log=partial(Trainer.log, self),
+                schedule=parse_schedule(args.effopd_schedule),
+                alphas=tuple(args.effopd_alphas[: args.effopd_max_candidates]),
+                min_delta=args.effopd_min_delta,
+                on_weights_changed=self._weights_changed,
+            )
+            self.add_callback(self.effopd)
+
+    # ---- the loss -----------------------------------------------------------------------------------------------
+
+    def _observe(self, stats, mask) -> None:
+        sums = [stats.divergence.sum(), stats.teacher_entropy.sum(), mask.sum()]
+        self._observed = [torch.stack([s.double() for s in sums])]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # One small gather beside TRL's own for the entropy; every rank sees the same numbers and stops together.
+        divergence, teacher_entropy, tokens = self.accelerator.gather(self._observed.pop()[None]).sum(0).tolist()
+        step = self.state.global_step + 1
+        if not math.isfinite(teacher_entropy):
+            raise NonFiniteLossError(f"the teacher's logits are not finite at step {step}; nothing was updated in it")
+        if not math.isfinite(divergence):
+            raise NonFiniteLossError(f"the loss is not finite at step {step}; nothing was updated in it")
+        if tokens:
+            self._metrics["train"]["teacher_kl"].append(divergence / tokens)
+        return output
+
+    # ---- rollouts and data --------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            sampler.data_source,
+            sampler.mini_repeat_count,
+            sampler.batch_size,
+            sampler.repeat_count,
+            sampler.shuffle,
+            sampler.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _generate(self, prompts: list):
+        start = time.perf_counter()
+        output = super()._generate(prompts)
+        completion_ids = output[1]
+        local = torch.tensor(sum(map(len, completion_ids)), device=self.accelerator.device)
+        self.ledger.train_tokens += int(self.accelerator.reduce(local, "sum"))
+        self._metrics["train"]["timing_s/rollout"].append(time.perf_counter() - start)
+        return output
+
+    # ---- validation ---------------------------------------------------------------------------------------------
+
+    def _validator(self, dataset: Dataset, metrics: tuple[str, ...]) -> Validator:
+        return Validator(self, dataset, metrics, self.args.per_device_eval_batch_size, self.args.validation_temperature)
+
+    def _score(self) -> Scores:
+        """EffOPD's score of the current weights on this rank's share of the prompts; the controller merges the ranks'."""
+        start = time.perf_counter()
+        _, tokens, accuracy, kl = zip(*self._validators["val"].share(), strict=True)
+        values = accuracy if self.args.eval_metric == "accuracy" else tuple(-x for x in kl)
+        return Scores(values, sum(tokens), time.perf_counter() - start)
+
+    def _costs(self) -> dict[str, float]:
+        val_tokens = self.effopd.controller.val_tokens if self.effopd and self.effopd.controller else 0
+        return {"train_tokens": self.ledger.train_tokens, "val_tokens": val_tokens, "seconds": self.ledger.seconds}
+
+    def _weights_changed(self) -> None:
+        """vLLM holds a copy of the weights and syncs it when the step changes: make it look again."""
+        self._last_loaded_step = -1
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Held-out accuracy and teacher KL on the student's own completions, logged with what the run has cost so far.
+
+        Returns:
+            `{prefix}_accuracy` (when there are answers), `{prefix}_teacher_kl` (nats per token), `train_tokens`,
+            `val_tokens`, `seconds`, `timing_s/evaluation`.
+        """
+        validator = self._validators["eval"]
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            validator = self._validator(eval_dataset, validator.metrics)
+        with self.ledger.off_the_clock():
+            result = validator()
+        metrics = {f"{metric_key_prefix}_{name}": result.mean(name) for name in validator.metrics}
+        metrics |= self._costs() | {"timing_s/evaluation": result.seconds}
+        Trainer.log(self, dict(metrics))
+        self.last_evaluated = self.state.global_step
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- stopping and resuming ----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """`transformers.Trainer.train`. On Ctrl-C (SIGINT, SIGTERM) a checkpoint of the last completed step is written
+        and KeyboardInterrupt raised; with several processes, at the end of the step in which any of them was told."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
+            self.ledger.load_state_dict(json.loads(ledger.read_text()))
+        with self.interrupts.installed():
+            self.ledger.start()
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except KeyboardInterrupt:
+                self._save_last_step()
+                raise
+            if self.interrupts.pending:
+                raise KeyboardInterrupt
+            return output
+
+    def _save_last_step(self) -> None:
+        """A checkpoint as it would have been at the end of the last completed step, random state included."""
+        if self.optimizer is None or self.guard.random_state is None:
+            return  # interrupted before training began: nothing has been learnt
+        self.guard.restore_random_state()
+        self.state.global_step = self.guard.step
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint appears whole or not at all: written under another name, then renamed."""
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self.ledger.off_the_clock():
+            self._staging = run_dir / f".saving-{self.state.global_step}"
+            staged = self._staging / name
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if self.effopd is not None:
+                self.effopd.controller.save(staged / STATE_DIR)
+            if self.args.should_save:
+                (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(
+                        run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                    )
+                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            if self.args.local_process_index == 0 and staged.exists():
+                _replace(staged, run_dir / name)
+                shutil.rmtree(staged.parent)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                rotate_checkpoints(
+                    output_dir=str(run_dir),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=False,
+                )
+
+
+class _StepGuard(TrainerCallback):
+    """Brackets the optimizer step against interrupts, and remembers the random state each completed step ended with."""
+
+    def __init__(self, trainer: OPDTrainer):
+        self.trainer = trainer
+        self.step = 0
+        self.random_state = None
+        self._update: Deferred | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._completed(state)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # An optimizer step is many small writes; interrupted between two of them, the weights would belong to no step.
+        self._update = Deferred()
+        self._update.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._completed(state)
+        if args.eval_at_powers_of_two and args.do_eval and state.global_step.bit_count() == 1:
+            control.should_evaluate = True
+        interrupts, accelerator = self.trainer.interrupts, self.trainer.accelerator
+        if not interrupts.immediate:  # several processes: stop together or not at all
+            told = torch.tensor(int(interrupts.pending), device=accelerator.device)
+            interrupts.pending = bool(accelerator.reduce(told, "sum"))
+            control.should_save = control.should_save or interrupts.pending
+            control.should_training_stop = control.should_training_stop or interrupts.pending
+        self._update.__exit__()
+
+    def _completed(self, state) -> None:
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self.step = state.global_step
+        self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+    def restore_random_state(self) -> None:
+        python, numpy, cpu, cuda = self.random_state
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+
+def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
+    kwargs = dict(args.teacher_model_init_kwargs or {})
+    if args.teacher_model_revision is not None:
+        kwargs.setdefault("revision", args.teacher_model_revision)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        kwargs["device_map"] = None
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **kwargs)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Rename folder `new` to `old`, which may exist."""
+    aside = new.parent / "replaced"
+    if old.exists():
+        old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""Ctrl-C and SIGTERM at every point of an event: the weights are W_t or an accepted candidate, never in between."""
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from effopd_kernels.extrapolation import EffOPDController, cpu
+from effopd_kernels.extrapolation.interrupts import Deferred
+
+
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def number(request):
+    """A signal that raises: Ctrl-C does by itself, SIGTERM where a program has set a handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield request.param
+    signal.signal(signal.SIGTERM, before)
+
+
+def world(seed=0):
+    torch.manual_seed(seed)
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(3, 2), "self_attn": torch.nn.Linear(2, 2)})
+    return net, {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def event_with_signal(monkeypatch, number, at, scores):
+    """One event in which the signal arrives in the `at`-th write of a tensor or call of score_fn or hook.
+
+    Returns what the weights were (W_t, and the lines of the candidates), what they are, and whether it got that far.
+    """
+    net, anchor = world()
+    remaining, script = [at], list(scores)
+    handlers = {s: signal.getsignal(s) for s in Deferred.SIGNALS}
+
+    def tick():
+        remaining[0] -= 1
+        if remaining[0] == 0:
+            os.kill(os.getpid(), number)
+
+    write = cpu._write
+
+    def interrupted_write(*args):
+        tick()
+        write(*args)
+        tick()
+
+    def score():
+        tick()
+        return script.pop(0)
+
+    controller = EffOPDController(net, score, on_weights_changed=tick)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p))
+    current = {n: p.detach().clone() for n, p in net.named_parameters()}
+    raised = False
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_write", interrupted_write)
+        try:
+            controller.step(1)
+        except (KeyboardInterrupt, SystemExit):
+            raised = True
+    assert {s: signal.getsignal(s) for s in Deferred.SIGNALS} == handlers
+    line = {
+        alpha: {n: torch.lerp(anchor[n], w, alpha) if alpha != 1 else w for n, w in current.items()}
+        for alpha in (1, 3, 5, 7)
+    }
+    where = [a for a, weights in line.items() if all(torch.equal(p, weights[n]) for n, p in net.named_parameters())]
+    return where, raised, remaining[0] <= 0, controller
+
+
+@pytest.mark.parametrize("scores, accepted", [([0.1, 0.2, 0.3, 0.0], 5), ([0.5, 0.1], 1)], ids=["accepts", "rejects"])
+def test_signal_at_every_point(monkeypatch, number, scores, accepted):
+    at, interrupted = 0, 0
+    while True:
+        at += 1
+        where, raised, reached, controller = event_with_signal(monkeypatch, number, at, scores)
+        if not reached:
+            break
+        assert raised
+        if controller.events:  # it arrived too late to stop the event, and was delivered after it
+            assert where == [accepted] and controller.events[0].alpha == accepted
+        else:
+            interrupted += 1
+            assert where == [1]
+    assert at > 20 and interrupted > 5  # the loop did pass through writes, scores and hooks
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_ctrl_c_again_during_the_restore_waits_for_it(monkeypatch, guarded):
+    net, _ = world()
+
+    def score():
+        if controller.score_fn.calls:
+            monkeypatch.setattr(cpu, "_write", impatient)
+            raise KeyboardInterrupt
+        controller.score_fn.calls = 1
+        return 0.0
+
+    score.calls = 0
+    controller = EffOPDController(net, score)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1.0)
+    current = {n: p.detach().clone() for n, p in net.named_parameters()}
+    write = cpu._write
+
+    def impatient(*args):
+        write(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    if not guarded:  # the test has teeth: without the guard the restore is torn
+        monkeypatch.setattr(Deferred, "__enter__", lambda self: self)
+        monkeypatch.setattr(Deferred, "__exit__", lambda self, *_: None)
+        monkeypatch.setattr(Deferred, "open", lambda self: nullcontext())
+    with pytest.raises(KeyboardInterrupt):
+        controller.step(1)
+    assert all(torch.equal(p, current[n]) for n, p in net.named_parameters()) is guarded
+
+
+def test_signals_kept_are_delivered_in_open_or_at_the_end():
+    with pytest.raises(KeyboardInterrupt), Deferred() as signals:
+        signal.raise_signal(signal.SIGINT)
+        done = True
+        with signals.open():
+            raise AssertionError("not reached")
+    assert done
+    with pytest.raises(KeyboardInterrupt), Deferred():
+        signal.raise_signal(signal.SIGINT)
+        done = 2
+    assert done == 2
