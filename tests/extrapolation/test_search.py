@@ -1,0 +1,177 @@
+"""search="gradient": the slope is the slope, the minimum is found, and nothing worse than W_t is ever kept."""
+
+import math
+
+import pytest
+import torch
+
+from effopd_kernels.extrapolation import EffOPDController
+from effopd_kernels.extrapolation.search import Point, line_minimum
+
+
+def parabola(minimum, curvature=1.0):
+    return lambda a: Point(a, 0.5 * curvature * (a - minimum) ** 2, curvature * (a - minimum))
+
+
+def best(points):
+    return min(points, key=lambda p: p.loss).alpha
+
+
+@pytest.mark.parametrize("minimum", [1.5, 3.0, 4.2, 7.0, 10.9])
+def test_parabola_is_found_in_a_handful_of_passes(minimum):
+    points = line_minimum(parabola(minimum), 11.0)
+    assert best(points) == pytest.approx(minimum, abs=0.25 * (minimum - 1)) and len(points) <= 5
+
+
+@pytest.mark.parametrize("minimum, alpha", [(0.5, 1.0), (1.0, 1.0), (25.0, 11.0)])
+def test_ends_of_the_line(minimum, alpha):
+    points = line_minimum(parabola(minimum), 11.0)
+    assert best(points) == alpha and len(points) <= 4
+
+
+@pytest.mark.parametrize(
+    "loss, slope",
+    [
+        (lambda a: math.exp(-a) + 0.01 * a, lambda a: -math.exp(-a) + 0.01),
+        (lambda a: math.cosh(a - 4), lambda a: math.sinh(a - 4)),
+        (lambda a: math.sqrt(1 + (a - 6) ** 2), lambda a: (a - 6) / math.sqrt(1 + (a - 6) ** 2)),
+        (lambda a: -a if a < 5 else math.nan, lambda a: -1.0 if a < 5 else math.nan),
+        (lambda a: -a if a < 5 else math.inf, lambda a: -1.0 if a < 5 else 1.0),
+    ],
+)
+@pytest.mark.parametrize("passes", [2, 6])
+def test_hard_lines_never_end_worse_than_they_began(loss, slope, passes):
+    points = line_minimum(lambda a: Point(a, loss(a), slope(a)), 11.0, max_passes=passes)
+    assert len(points) <= passes and all(1.0 <= p.alpha <= 11.0 for p in points)
+    finite = [p for p in points if math.isfinite(p.loss)]
+    assert min(p.loss for p in finite) < loss(1.0)
+
+
+def world():
+    """A quadratic loss whose minimum is along the first update, at α = 6 of it."""
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 3), "norm": torch.nn.LayerNorm(4)})
+    start = net["mlp"].weight.detach().clone()
+    target = start + torch.randn_like(start)
+
+    def loss():
+        return 0.5 * (net["mlp"].weight - target).square().sum()
+
+    def train():
+        with torch.no_grad():
+            net["mlp"].weight.add_((target - start) / 6)
+
+    return net, start, target, loss, train
+
+
+def test_alpha_is_the_minimum_along_the_line_and_gradients_are_as_they_were():
+    net, _, target, loss, train = world()
+    controller = EffOPDController(net, lambda: -loss().item(), search="gradient", loss_fn=loss)
+    train()
+    kept = torch.randn_like(net["mlp"].weight)
+    net["mlp"].weight.grad = kept
+    event = controller.step(1)
+    assert event.alpha == pytest.approx(6.0, rel=1e-4) and event.num_candidates == 1 and event.num_gradients <= 4
+    torch.testing.assert_close(net["mlp"].weight.detach(), target)
+    assert net["mlp"].weight.grad is kept
+
+
+def test_slope_is_the_derivative_along_the_line():
+    net, start, _, loss, train = world()
+    controller = EffOPDController(net, lambda: 0.0, search="gradient", loss_fn=loss)
+    train()
+    weights = controller.weights
+    weights.hold()
+    current = net["mlp"].weight.detach().clone()
+    for alpha in (1.0, 2.5, 8.0):
+        weights.write_for_slope(alpha)
+        net.zero_grad()
+        loss().backward()
+        a = torch.tensor(alpha, requires_grad=True)
+        moved = start + a * (current - start)
+        target = world()[2]
+        (expected,) = torch.autograd.grad(0.5 * (moved - target).square().sum(), a)
+        assert weights.slope(1) == pytest.approx(expected.item(), rel=1e-4)
+    weights.restore()
+    assert torch.equal(net["mlp"].weight, current)
+
+
+def test_micro_batches_average_and_each_graph_is_freed():
+    net, _, _, loss, train = world()
+
+    def halves():
+        yield 0.5 * loss()
+        yield 1.5 * loss()
+
+    controller = EffOPDController(net, None, search="gradient", loss_fn=halves)
+    train()
+    assert controller.step(1).alpha == pytest.approx(6.0, rel=1e-4)
+
+
+def test_without_score_fn_the_loss_is_the_score():
+    net, _, _, loss, train = world()
+    controller = EffOPDController(net, None, search="gradient", loss_fn=loss)
+    train()
+    before = loss().item()
+    event = controller.step(1)
+    assert event.score_initial == pytest.approx(-before) and event.score_best > event.score_initial
+
+
+def test_a_minimum_of_the_loss_that_scores_worse_is_not_kept():
+    net, _, _, loss, train = world()
+    scores = iter([0.5, 0.4])
+    controller = EffOPDController(net, lambda: next(scores), search="gradient", loss_fn=loss)
+    train()
+    current = net["mlp"].weight.detach().clone()
+    event = controller.step(1)
+    assert event.alpha == 1.0 and event.num_candidates == 1
+    assert torch.equal(net["mlp"].weight, current)
+
+
+def test_a_loss_that_rises_costs_one_pass_and_no_score():
+    net, _, _, loss, train = world()
+
+    def never():
+        raise AssertionError("not scored")
+
+    controller = EffOPDController(net, never, search="gradient", loss_fn=lambda: -loss())
+    train()
+    current = net["mlp"].weight.detach().clone()
+    event = controller.step(1)
+    assert event.num_gradients == 1 and "does not fall" in event.skipped and event.val_tokens == 0
+    assert torch.equal(net["mlp"].weight, current)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_an_exception_in_the_loss_restores_weights_and_gradients(failing):
+    net, _, _, loss, train = world()
+    calls = []
+
+    def broken():
+        calls.append(1)
+        if len(calls) > failing:
+            raise RuntimeError("out of memory")
+        return loss()
+
+    controller = EffOPDController(net, lambda: 0.0, search="gradient", loss_fn=broken)
+    train()
+    current = net["mlp"].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        controller.step(1)
+    assert torch.equal(net["mlp"].weight, current) and net["mlp"].weight.grad is None
+
+
+def test_options():
+    net, _, _, loss, _ = world()
+    for options in (dict(search="gradient"), dict(search="newton"), dict(search="gradient", loss_fn=list)):
+        with pytest.raises(ValueError, match=r"search|no loss"):
+            controller = EffOPDController(net, lambda: 0.0, **options)
+            with torch.no_grad():
+                net["mlp"].weight.add_(1.0)
+            controller.step(1)
+    with pytest.raises(ValueError, match="needs score_fn"):
+        EffOPDController(net, None)
+    controller = EffOPDController({"mlp.weight": torch.zeros(2)}, None, search="gradient", loss_fn=loss)
+    controller.weights.tensors[0].add_(1.0)
+    with pytest.raises(ValueError, match="requires_grad"):
+        controller.step(1)

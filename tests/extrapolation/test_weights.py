@@ -1,0 +1,230 @@
+"""Where the buffers live and which copies are written must not change a bit of what an event does."""
+
+import gc
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from effopd_kernels.extrapolation import EffOPDController, buffers, weights
+from effopd_kernels.extrapolation.masters import find_masters
+
+
+def model(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = {"self_attn": torch.nn.Linear(5, 4), "mlp": torch.nn.Linear(3, 2), "norm": torch.nn.LayerNorm(5)}
+    return torch.nn.ModuleDict(layers).to(dtype)
+
+
+def snapshot(net):
+    return {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+def run(net, stepper, steps=range(1, 9), score=None, **options):
+    """Deterministic training: fixed bf16 gradients, accepted up to α = 5 at every event."""
+    scores = iter([0, 1, 2, 0] * 10)
+    controller = EffOPDController(net, score or (lambda: next(scores)), **options)
+    for step in steps:
+        for i, p in enumerate(net.parameters()):
+            p.grad = torch.sin(torch.arange(p.numel()) + i + step).view_as(p).bfloat16().to(p.dtype)
+        stepper.step()
+        controller.step(step)
+    return controller
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_place_of_the_buffers_changes_nothing(place, dtype, tmp_path):
+    one, two = model(dtype), model(dtype)
+    run(one, torch.optim.SGD(one.parameters(), 0.1))
+    controller = run(two, torch.optim.SGD(two.parameters(), 0.1), anchor_device=place, anchor_dir=tmp_path)
+    assert [e.alpha for e in controller.events] == [5.0] * 4
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+    if place == "disk":
+        (path,) = tmp_path.glob("*.safetensors")  # W_t's file went with the event
+        with safe_open(path, "pt") as file:
+            for name, anchor in controller.state_dict()["anchor"].items():
+                assert torch.equal(file.get_tensor(name), anchor)
+        del controller, anchor
+        gc.collect()
+        assert not list(tmp_path.glob("*"))
+
+
+def test_mapped_tensors_of_all_dtypes_and_shapes(tmp_path):
+    like = {
+        str(i): torch.full(shape, float(i), dtype=dtype)
+        for i, (shape, dtype) in enumerate(
+            [((3,), torch.bfloat16), ((), torch.float64), ((0, 2), torch.float32), ((5, 1), torch.float16)]
+        )
+    }
+    mapped = buffers.allocate(like, "disk", tmp_path / "new")
+    for tensor, source in zip(mapped, like.values(), strict=True):
+        tensor.copy_(source)
+        assert torch.equal(tensor, source) and tensor.dtype == source.dtype
+    (path,) = (tmp_path / "new").glob("*")
+    with safe_open(path, "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), t) for name, t in like.items())
+
+
+def test_staging_in_parts(monkeypatch):
+    net = model()
+    dense = weights.DenseWeights(dict(net.named_parameters()))
+    # As if the buffers were on another device, and only two small tensors fit at a time.
+    monkeypatch.setattr(weights, "STAGED_BYTES", 40)
+    dense.anchors = [torch.empty_like(a, device="meta") for a in dense.anchors]
+    parts = list(dense._parts())
+    assert [i for part in parts for i in part] == list(range(len(dense.tensors))) and len(parts) > 2
+    assert all(len(p) == 1 or sum(dense.anchors[i].nbytes for i in p) <= 40 for p in parts)
+
+
+@pytest.mark.parametrize("options", [dict(anchor_device="gpu"), dict(anchor_device="disk")], ids=str)
+def test_places_that_are_none(options):
+    with pytest.raises(ValueError, match=r"anchor_device|anchor_dir"):
+        EffOPDController(model(), lambda: 0.0, **options)
+
+
+class MasterInState(torch.optim.Optimizer):
+    """As Transformer Engine's and apex's FusedAdam with masters: fp32 copies made at the first step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    master = p if p.dtype == torch.float32 else p.float()
+                    state.update(exp_avg=torch.zeros_like(p, dtype=torch.float32), master_param=master)
+                state["exp_avg"].mul_(0.5).add_(p.grad.float())
+                state["master_param"].sub_(group["lr"] * state["exp_avg"])
+                p.copy_(state["master_param"])
+
+
+class MasterInGroups(torch.optim.SGD):
+    """As apex O2 and hand-written loops: the optimizer steps fp32 copies and copies them back."""
+
+    def __init__(self, params, lr):
+        self.model_params = list(params)
+        super().__init__([p.detach().float().requires_grad_() for p in self.model_params], lr=lr)
+
+    def step(self):
+        masters = self.param_groups[0]["params"]
+        for p, m in zip(self.model_params, masters, strict=True):
+            m.grad = p.grad.float()
+        super().step()
+        with torch.no_grad():
+            for p, m in zip(self.model_params, masters, strict=True):
+                p.copy_(m)
+
+
+@pytest.mark.parametrize("kind", [MasterInState, MasterInGroups])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_masters_jump_with_the_parameters_and_the_jump_survives_the_next_step(kind, wrapped):
+    """The bf16 run with masters is the fp32 run, rounded: nothing is lost and nothing undone."""
+
+    class Wrapper:  # accelerate's AcceleratedOptimizer holds the real one as .optimizer
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    half, full = model(torch.bfloat16), model(torch.bfloat16).float()
+    optimizer = kind(half.parameters(), 0.1)
+    witness = kind(full.parameters(), 0.1)
+    controller = run(half, optimizer, optimizer=Wrapper(optimizer) if wrapped else optimizer)
+    run(full, witness)
+    assert [e.alpha for e in controller.events] == [5.0] * 4
+    for (name, p), q in zip(half.named_parameters(), full.parameters(), strict=True):
+        assert torch.equal(p, q.bfloat16()), name
+    masters = find_masters(dict(half.named_parameters()), optimizer)
+    assert set(masters) == set(dict(half.named_parameters()))
+
+
+def test_without_its_master_a_jump_is_undone():
+    """Why masters are written: the guard above has teeth."""
+    net = model(torch.bfloat16)
+    optimizer = MasterInState(net.parameters(), 0.1)
+    controller = run(net, optimizer, steps=[1])
+    jumped = snapshot(net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert controller.events[0].alpha == 5.0
+    assert (net["mlp"].weight - jumped["mlp.weight"]).abs().max() > 0.1
+
+
+def test_a_rejected_event_restores_masters_bit_for_bit():
+    net = model(torch.bfloat16)
+    optimizer = MasterInState(net.parameters(), 0.1)
+    seen = []
+
+    def score():
+        masters = find_masters(dict(net.named_parameters()), optimizer)
+        seen.append({n: m.clone() for n, m in masters.items()})
+        return -len(seen)
+
+    run(net, optimizer, steps=[1], score=score, optimizer=optimizer)
+    after = find_masters(dict(net.named_parameters()), optimizer)
+    assert not torch.equal(seen[0]["mlp.weight"], seen[1]["mlp.weight"])
+    assert all(torch.equal(after[n], m) for n, m in seen[0].items())
+
+
+def test_state_with_masters_loads_into_a_fresh_controller(tmp_path):
+    net = model(torch.bfloat16)
+    optimizer = MasterInState(net.parameters(), 0.1)
+    controller = run(net, optimizer, optimizer=optimizer)
+    controller.save(tmp_path)
+    fresh = EffOPDController(net, lambda: 0.0, optimizer=optimizer)
+    fresh.load(tmp_path)
+    for name, anchor in fresh.state_dict()["anchor"].items():
+        assert anchor.dtype == torch.float32 and torch.equal(anchor, controller.state_dict()["anchor"][name])
+
+
+def test_given_masters_are_checked():
+    net = model(torch.bfloat16)
+    good = {n: p.detach().float() for n, p in net.named_parameters() if not n.startswith("norm")}
+    scores = iter([0.0, 1.0, 0.0])
+    controller = EffOPDController(net, lambda: next(scores), masters=good)
+    with torch.no_grad():
+        good["mlp.weight"].add_(0.3)
+        net["mlp"].weight.copy_(good["mlp.weight"])
+    assert controller.step(1).alpha == 3.0
+    assert torch.equal(good["mlp.weight"].bfloat16(), net["mlp"].weight)
+    good["mlp.weight"].add_(0.1)
+    with pytest.raises(ValueError, match=r"mlp\.weight is not its master"):
+        controller.step(2)
+    controller = EffOPDController(net, lambda: 0.0, masters={"norm.bias": torch.zeros(5)})
+    with pytest.raises(ValueError, match=r"norm\.bias, which is not among"):
+        controller.step(1)
+
+
+def test_an_optimizer_that_steps_something_else_is_refused():
+    net = model(torch.bfloat16)
+    flat = torch.cat([p.detach().float().flatten() for p in net.parameters()]).requires_grad_()
+    controller = EffOPDController(net, lambda: 0.0, optimizer=torch.optim.SGD([flat], 0.1))
+    with pytest.raises(ValueError, match=r"steps neither self_attn\.weight nor an fp32 master"):
+        controller.step(1)
+    with pytest.raises(TypeError, match="not an optimizer"):
+        find_masters(dict(net.named_parameters()), object())
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_optimizer_policy(policy):
+    net = model(torch.bfloat16)
+    optimizer = MasterInState(net.parameters(), 0.1)
+    run(net, optimizer, steps=[1], optimizer=optimizer, optimizer_policy=policy)
+    state = {n: optimizer.state[p] for n, p in net.named_parameters()}
+    for name, s in state.items():
+        zeroed = policy == "reset" and not name.startswith("norm")
+        assert bool((s["exp_avg"] == 0).all()) is zeroed
+        assert (s["master_param"] != 0).any() or name.startswith("norm")
+
+
+def test_optimizer_policy_resets_only_after_a_jump():
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    run(net, optimizer, steps=[1], score=lambda: 0.0, optimizer=optimizer, optimizer_policy="reset")
+    assert optimizer.state[net["mlp"].weight]["step"] == 1
+    for options in (dict(optimizer_policy="reset"), dict(optimizer_policy="forget", optimizer=optimizer)):
+        with pytest.raises(ValueError, match="optimizer_policy"):
+            EffOPDController(net, lambda: 0.0, **options)
