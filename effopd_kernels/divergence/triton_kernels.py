@@ -1,0 +1,480 @@
+"""Row kernel for student-teacher divergences over a large vocabulary, value and gradient in one launch.
+
+With x = z·log2(e) (so that every exponential is one exp2), and references Mx, My that are running maxima,
+
+    u = x − Mx,  v = y − My,  l = Σ 2^u,  A = Σ 2^u·(u − v)
+    KL(x‖y) = A/lx − log2 lx + log2 ly,      d KL / d x = q·(u − v − A/lx)          (in bits; × ln 2 for nats)
+
+One online pass over a row gathers (Mx, lx, My, ly, A), a second writes the gradient; neither subtracts two large
+numbers, because u and v are small wherever q is not. Reverse KL has x = student, forward KL x = teacher, whose
+gradient q − p needs no A. Strict mixtures (0 < π < 1) put a pass for Σφ and Σw between the two:
+
+    m = π·p + (1−π)·q,  φ = a·p·(lp − lm) + b·q·(lq − lm),  w = b·q·(lq − lm) − (1−π)·q/m·(a·p + b·q)
+    D = Σφ,  dD / ds = w − q·Σw
+
+Legend: N rows, V shared vocabulary, Vs student columns, S slices per row.
+
+Traffic. A row of both tensors is 608 KB in bf16 at V = 151936, too large for one multiprocessor and, times every
+resident program, for the L2. So a row is cut in S slices of 16K columns, and the work is a queue of items
+(phase, row, slice) in which phase k of row r stands `skew` rows behind phase k−1. The second read comes ~20 rows
+(12 MB) after the first and is served by the L2: device memory sees read s, read t, write ds and nothing else.
+An item waits only for items before it in the queue, and the queue is drawn in order from a counter, so the wait
+always ends however few programs fit on the device (and the sequential interpreter can run it).
+
+Every sum has a fixed order (the last slice to arrive adds all S partial results by index): results are bitwise
+repeatable. No autotuning: the gradient may overwrite the student, so a trial launch would destroy the input.
+"""
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-1e4 * 1.4426950408889634)  # log2-probability of an entry that only the other side supports
+NOTHING = tl.constexpr(-1e30)  # reference before any finite entry: finite, so that no −inf − (−inf) appears
+NEVER = tl.constexpr(-1e5)  # any u below it has 2^u = 0: clamping there only keeps 0·inf away
+
+REVERSE, FORWARD, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PAD = tl.constexpr(-1e36)  # a logit past the end: finite, and below NOTHING after any sane scaling
+PARTIALS = tl.constexpr(13)  # floats per slice: Mx lx My ly A c, infinities met, Bx By, top x y, argmax x y
+RECORD = tl.constexpr(7)  # floats per row: Ms ls Mt lt, A/lx or Σw, stand-in for v = −inf, infinities met
+
+
+class Launch(NamedTuple):
+    warps: int
+    lanes: int  # threads of a program: warps × warp size
+    loads: int  # 16-byte loads in flight per thread and tensor
+    slice: int  # columns per work item
+    resident: int  # programs per multiprocessor; sets how many rows are under way
+    options: dict[str, int]  # for the compiler
+
+
+# tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
+LAUNCH = {
+    "sm_80": Launch(4, 128, loads=2, slice=16384, resident=5, options={"maxnreg": 96}),
+    "sm_90": Launch(4, 128, loads=2, slice=16384, resident=6, options={"maxnreg": 80}),
+    "sm_100": Launch(8, 256, loads=2, slice=16384, resident=2, options={}),
+    "gfx942": Launch(4, 256, loads=2, slice=16384, resident=3, options={}),
+}
+
+
+@triton.jit
+def _load(row_ptr, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """A tile of logits in fp32, PAD past V; with a soft cap, tanh(scale·x/cap), where pre = 2·log2e·scale/cap."""
+    if MASKED:
+        x = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + cols, eviction_policy=POLICY).to(tl.float32)
+    if CAPPED:
+        x = 1 - 2 / (1 + tl.exp2(x * pre))
+    if MASKED:
+        x = tl.where(cols < V, x, PAD)
+    return x
+
+
+@triton.jit
+def _tile_sum(x):
+    """Sum of each thread's own elements of a (loads, lanes, vector) tile: no communication."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _tile_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def _argmax(x, cols, top):
+    """Lowest column at which x equals `top`, per thread."""
+    return tl.min(tl.min(tl.where(x == top[None, :, None], cols, 2147483647), 2), 0)
+
+
+@triton.jit
+def _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my):
+    """Sums taken relative to (mx, my), restated relative to (new_mx, new_my). c = Σ 2^u over entries with y = −inf."""
+    dx = mx - new_mx
+    dy = my - new_my
+    fx = tl.exp2(dx)
+    fy = tl.exp2(dy)
+    a = fx * (a + dx * lx - tl.where(my > NOTHING, dy, 0.0) * (lx - c))
+    return fx * lx, fy * ly, a, fx * c, fx * (bx + dx * lx), fy * (by + dy * ly)
+
+
+@triton.jit
+def _reduce(mx, lx, my, ly, a, c, bx, by):
+    """One state out of a vector of states (threads of a program, slices of a row)."""
+    top_x = tl.max(mx, 0)
+    top_y = tl.max(my, 0)
+    lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, top_x, top_y)
+    return top_x, tl.sum(lx, 0), top_y, tl.sum(ly, 0), tl.sum(a, 0), tl.sum(c, 0), tl.sum(bx, 0), tl.sum(by, 0)
+
+
+@triton.jit
+def _statistics(
+    x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
+    EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Online pass over columns [begin, end) of a row, partial sums into its slot; False if an infinity spoiled them."""
+    zero = tl.zeros([LANES], tl.float32)
+    mx, my = zero + NOTHING, zero + NOTHING
+    lx, ly, a, c, bx, by = zero, zero, zero, zero, zero, zero
+    best_x, best_y = zero - float("inf"), zero - float("inf")
+    arg_x, arg_y = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    whole = begin if EXACT else begin + tl.maximum(end - begin, 0) // TILE * TILE
+    for MASKED in tl.static_range(1 if EXACT else 0, 2):  # whole tiles, then the row's tail
+        for start in range(whole if MASKED else begin, end if MASKED else whole, TILE):
+            cols = start + cols0
+            x = _load(x_row, cols, V, pre_x, CAP_X, MASKED, POLICY)
+            y = _load(y_row, cols, V, pre_y, CAP_Y, MASKED, POLICY)
+            top_x = _tile_max(x)
+            top_y = _tile_max(y)
+            new_mx = tl.maximum(mx, top_x * kx)
+            new_my = tl.maximum(my, top_y * ky)
+            lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my)
+            mx, my = new_mx, new_my
+            u = tl.fma(x, kx, -mx[None, :, None])
+            v = tl.fma(y, ky, -my[None, :, None])
+            eu = tl.exp2(u)
+            ev = tl.exp2(v)
+            lx += _tile_sum(eu)
+            ly += _tile_sum(ev)
+            if EXACT:
+                gone = v == float("-inf")
+                c += _tile_sum(tl.where(gone, eu, 0.0))
+                u = tl.maximum(u, NEVER)
+                v = tl.where(gone, 0.0, v)
+            if PAIR:
+                a += _tile_sum(eu * (u - v))
+            if STATS:
+                bx += _tile_sum(eu * u)
+                by += _tile_sum(ev * v)
+                arg_x = tl.where(top_x > best_x, _argmax(x, cols, top_x), arg_x)
+                arg_y = tl.where(top_y > best_y, _argmax(y, cols, top_y), arg_y)
+                best_x, best_y = tl.maximum(best_x, top_x), tl.maximum(best_y, top_y)
+    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, a, c, bx, by)
+    tl.store(slot, mx1)
+    tl.store(slot + S, lx1)
+    tl.store(slot + 2 * S, my1)
+    tl.store(slot + 3 * S, ly1)
+    tl.store(slot + 4 * S, a1)
+    tl.store(slot + 5 * S, c1)
+    tl.store(slot + 6 * S, 1.0 if EXACT else 0.0)
+    if STATS:
+        tl.store(slot + 7 * S, bx1)
+        tl.store(slot + 8 * S, by1)
+        top_x1 = tl.max(best_x, 0)
+        top_y1 = tl.max(best_y, 0)
+        tl.store(slot + 9 * S, top_x1)
+        tl.store(slot + 10 * S, top_y1)
+        tl.store(slot + 11 * S, tl.min(tl.where(best_x == top_x1, arg_x, 2147483647), 0).to(tl.float32))
+        tl.store(slot + 12 * S, tl.min(tl.where(best_y == top_y1, arg_y, 2147483647), 0).to(tl.float32))
+    return tl.abs(a1 + bx1 + by1) < float("inf")
+
+
+@triton.jit
+def _slice_statistics(
+    x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
+    PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Infinities are rare: only a slice that meets one is read again with the care they need."""
+    if not _statistics(
+        x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
+        False, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, POLICY,
+    ):  # fmt: skip
+        _statistics(
+            x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
+            True, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, POLICY,
+        )  # fmt: skip
+
+
+@triton.jit
+def _arrive(counter_ptr):
+    """Announce a finished slice; returns how many came before. Orders the slice's stores before the count."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def _await(counter_ptr, count):
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def _finish_statistics(slots, k, ok, S, record, loss_ptr, stats_ptr, N, a, b, KIND: tl.constexpr, STATS: tl.constexpr):
+    """The last slice of a row to arrive: adds the S partial results in order, writes the row's record and loss."""
+    mx = tl.load(slots + k, mask=ok, other=NOTHING)
+    lx = tl.load(slots + S + k, mask=ok, other=0.0)
+    my = tl.load(slots + 2 * S + k, mask=ok, other=NOTHING)
+    ly = tl.load(slots + 3 * S + k, mask=ok, other=0.0)
+    part_a = tl.load(slots + 4 * S + k, mask=ok, other=0.0)
+    part_c = tl.load(slots + 5 * S + k, mask=ok, other=0.0)
+    bx, by = tl.zeros_like(mx), tl.zeros_like(mx)
+    if STATS:
+        bx = tl.load(slots + 7 * S + k, mask=ok, other=0.0)
+        by = tl.load(slots + 8 * S + k, mask=ok, other=0.0)
+    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, part_a, part_c, bx, by)
+    log_lx = tl.log2(lx1)
+    log_ly = tl.log2(ly1)
+    if STATS:
+        best_x = tl.load(slots + 9 * S + k, mask=ok, other=float("-inf"))
+        best_y = tl.load(slots + 10 * S + k, mask=ok, other=float("-inf"))
+        arg_x = tl.load(slots + 11 * S + k, mask=ok, other=float("inf"))
+        arg_y = tl.load(slots + 12 * S + k, mask=ok, other=float("inf"))
+        top_x = tl.min(tl.where(best_x == tl.max(best_x, 0), arg_x, float("inf")), 0)
+        top_y = tl.min(tl.where(best_y == tl.max(best_y, 0), arg_y, float("inf")), 0)
+        entropy_x = (log_lx - bx1 / lx1) * LN2
+        entropy_y = (log_ly - by1 / ly1) * LN2
+        if KIND == FORWARD:
+            entropy_x, entropy_y = entropy_y, entropy_x
+        tl.store(stats_ptr, entropy_x)
+        tl.store(stats_ptr + N, entropy_y)
+        tl.store(stats_ptr + 2 * N, (top_x == top_y).to(tl.float32))
+    floor = FLOOR + log_ly
+    mean = (a1 - c1 * floor) / lx1
+    if KIND == REVERSE:
+        tl.store(loss_ptr, (mean - log_lx + log_ly) * LN2 * b)
+    if KIND == FORWARD:
+        tl.store(loss_ptr, (mean - log_lx + log_ly) * LN2 * a)
+        mx1, my1, lx1, ly1 = my1, mx1, ly1, lx1
+    if KIND == MIXTURE:
+        lx1, ly1 = log_lx, log_ly
+    tl.store(record, mx1)
+    tl.store(record + 1, lx1)
+    tl.store(record + 2, my1)
+    tl.store(record + 3, ly1)
+    tl.store(record + 4, mean)
+    tl.store(record + 5, floor)
+    tl.store(record + 6, tl.max(tl.load(slots + 6 * S + k, mask=ok, other=0.0), 0))
+
+
+@triton.jit
+def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, pi):
+    """q, p, share and the two log-ratios in bits, of m = π·p + (1−π)·q with 0 < π < 1."""
+    lq = tl.maximum(tl.fma(x, ks, -u_ref) - log_ls, NEVER, propagate_nan=tl.PropagateNan.ALL)
+    lp = tl.maximum(tl.fma(y, kt, -v_ref) - log_lt, NEVER, propagate_nan=tl.PropagateNan.ALL)
+    q = tl.exp2(lq)
+    p = tl.exp2(lp)
+    m = tl.maximum(pi * p + (1 - pi) * q, 1e-37)
+    lm = tl.log2(m)
+    return q, p, (1 - pi) * tl.exp2(lq - lm), lq - lm, lp - lm
+
+
+@triton.jit
+def _gradient(
+    s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor, ms, ls, mt, lt, mean, floor,
+    EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    whole = begin if EXACT else begin + tl.maximum(tl.minimum(end, V) - begin, 0) // TILE * TILE
+    for MASKED in tl.static_range(1 if EXACT else 0, 2):
+        for start in range(whole if MASKED else begin, end if MASKED else whole, TILE):
+            cols = start + cols0
+            x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, "evict_first")
+            y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, "evict_first")
+            if KIND == MIXTURE:
+                q, p, share, rq, _ = _mixture(x, y, ms, mt, ks, kt, ls, lt, pi)
+                g = (b * q * rq - mean * q) * (factor * LN2) - share * (a * p + b * q) * factor
+            else:
+                u = tl.fma(x, ks, -ms)
+                v = tl.fma(y, kt, -mt)
+                if KIND == REVERSE:
+                    scale = factor * b * LN2 / ls
+                    q = tl.exp2(u)
+                    if EXACT:
+                        u = tl.maximum(u, NEVER)
+                        v = tl.where(v == float("-inf"), floor, v)
+                    g = q * tl.fma(u - v, scale, -mean * scale)
+                else:
+                    g = tl.exp2(u) * (factor * a / ls) - tl.exp2(v) * (factor * a / lt)
+            if CAP_S:
+                g *= 1 - x * x
+            g = g.to(g_row.dtype.element_ty)
+            if MASKED:
+                tl.store(g_row + cols, tl.where(cols < V, g, 0.0), mask=cols < Vs)
+            else:
+                tl.store(g_row + cols, g)
+
+
+@triton.jit
+def _divergence_kernel(
+    student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
+    partial_ptr, record_ptr, count_ptr,
+    N, V, Vs, S, student_stride, teacher_stride, grad_stride, skew,
+    ks, kt, pre_s, pre_t, a, b, pi, chain,
+    KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, SLICE: tl.constexpr, S_POW2: tl.constexpr,
+):  # fmt: skip
+    """One item of the queue. `chain` is scale/temperature, the factor of d loss / d logit that no row changes."""
+    MIXED: tl.constexpr = KIND == MIXTURE
+    PHASES: tl.constexpr = 1 + MIXED + GRAD
+    TILE: tl.constexpr = LOADS * LANES * VECTOR
+    KEEP: tl.constexpr = "evict_last" if PHASES > 1 else "evict_first"
+
+    ticket = tl.atomic_add(count_ptr, 1, sem="relaxed")
+    item = ticket % (PHASES * S)
+    phase = item // S
+    piece = item % S
+    row = ticket // (PHASES * S) - phase * skew
+    if (row < 0) | (row >= N):
+        return
+    live = True
+    if mask_ptr is not None:
+        live = tl.load(mask_ptr + row) != 0
+    row64 = row.to(tl.int64)  # a row starts beyond 2^31 elements long before N does
+    s_row = student_ptr + row64 * student_stride
+    t_row = teacher_ptr + row64 * teacher_stride
+    record = record_ptr + row64 * RECORD
+    begin = piece * SLICE
+    stop = tl.minimum(begin + SLICE, V)
+
+    i = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
+    j = tl.arange(0, LANES)[None, :, None] * VECTOR
+    cols0 = i + j + tl.arange(0, VECTOR)[None, None, :]
+
+    if phase == 0:
+        if live:
+            slots = partial_ptr + row64 * (PARTIALS * S)
+            if KIND == FORWARD:
+                _slice_statistics(
+                    t_row, s_row, cols0, begin, stop, V, kt, ks, pre_t, pre_s, slots + piece, S,
+                    True, STATS, CAP_T, CAP_S, LANES, TILE, KEEP,
+                )  # fmt: skip
+            else:
+                _slice_statistics(
+                    s_row, t_row, cols0, begin, stop, V, ks, kt, pre_s, pre_t, slots + piece, S,
+                    not MIXED, STATS, CAP_S, CAP_T, LANES, TILE, KEEP,
+                )  # fmt: skip
+            if _arrive(count_ptr + 1 + row) == S - 1:
+                k = tl.arange(0, S_POW2)
+                _finish_statistics(slots, k, k < S, S, record, loss_ptr + row, stats_ptr + row, N, a, b, KIND, STATS)
+                _arrive(count_ptr + 1 + row)
+        elif piece == 0:
+            tl.store(loss_ptr + row, 0.0)
+            if STATS:
+                tl.store(stats_ptr + row, 0.0)
+                tl.store(stats_ptr + N + row, 0.0)
+                tl.store(stats_ptr + 2 * N + row, 0.0)
+    elif MIXED and phase == 1:
+        if live:
+            _await(count_ptr + 1 + row, S + 1)
+            ms, log_ls, mt, log_lt = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+            phi = tl.zeros([LANES], tl.float32)
+            sum_w = tl.zeros([LANES], tl.float32)
+            for start in range(begin, stop, TILE):
+                cols = start + cols0
+                x = _load(s_row, cols, V, pre_s, CAP_S, True, KEEP)
+                y = _load(t_row, cols, V, pre_t, CAP_T, True, KEEP)
+                q, p, share, rq, rp = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, pi)
+                bq = b * q * rq
+                phi += _tile_sum(a * p * rp + bq)
+                sum_w += _tile_sum(bq - share * (a * p + b * q) / LN2)
+            slots = partial_ptr + row64 * (PARTIALS * S)
+            tl.store(slots + piece, tl.sum(phi, 0))
+            tl.store(slots + S + piece, tl.sum(sum_w, 0))
+            if _arrive(count_ptr + 1 + N + row) == S - 1:
+                k = tl.arange(0, S_POW2)
+                tl.store(loss_ptr + row, tl.sum(tl.load(slots + k, mask=k < S, other=0.0), 0) * LN2)
+                tl.store(record + 4, tl.sum(tl.load(slots + S + k, mask=k < S, other=0.0), 0))
+                _arrive(count_ptr + 1 + N + row)
+    elif GRAD:
+        g_row = grad_ptr + row64 * grad_stride
+        end = tl.minimum(begin + SLICE, Vs)
+        if live:
+            _await(count_ptr + 1 + (N + row if MIXED else row), S + 1)
+            ms, ls, mt, lt = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
+            mean, floor = tl.load(record + 4), tl.load(record + 5)
+            factor = chain
+            if row_scale_ptr is not None:
+                factor *= tl.load(row_scale_ptr + row).to(tl.float32)
+            infinities = tl.load(record + 6) != 0
+            for EXACT in tl.static_range(2):
+                if infinities == EXACT:
+                    _gradient(
+                        s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor,
+                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE,
+                    )  # fmt: skip
+        else:
+            for start in range(begin, end, TILE):
+                cols = start + cols0
+                tl.store(g_row + cols, tl.zeros_like(cols).to(grad_ptr.dtype.element_ty), mask=cols < Vs)
+
+
+@lru_cache
+def launch_for(device: torch.device) -> tuple[Launch, int]:
+    """The launch configuration of a device and its number of multiprocessors."""
+    if device.type != "cuda":  # the interpreter
+        return LAUNCH["sm_90"], 1
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return LAUNCH["gfx942"], properties.multi_processor_count
+    newest_first = ((10, "sm_100"), (9, "sm_90"), (0, "sm_80"))
+    return next(LAUNCH[arch] for major, arch in newest_first if properties.major >= major), (
+        properties.multi_processor_count
+    )
+
+
+def launch_divergence_rows(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    a: float,
+    b: float,
+    pi: float,
+    student_temperature: float,
+    teacher_temperature: float,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    grad_out: torch.Tensor | None,
+    with_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-row a·KL(p‖m) + b·KL(q‖m), m = π·p + (1−π)·q, and its gradient in the student's logits.
+
+    student (N, Vs), teacher (N, Vt): bf16, fp16 or fp32, last dimension contiguous. mask (N,) bool or None;
+    row_scale (N,) or None. grad_out (N, Vs) or None receives row_scale · dD/dstudent, and may be `student` itself.
+    Returns loss (N,) fp32 and stats (3, N) fp32 (student entropy, teacher entropy, top-1 agreement; empty unless
+    with_stats). Nothing here waits for the device, so the launch can be captured in a CUDA graph.
+    """
+    N, Vs = student.shape
+    V = min(Vs, teacher.shape[1])
+    loss = torch.empty(N, dtype=torch.float32, device=student.device)
+    stats = torch.empty((3, N) if with_stats else (0,), dtype=torch.float32, device=student.device)
+    if N == 0:
+        return loss, stats
+    launch, processors = launch_for(student.device)
+    kind = REVERSE if pi == 1 else FORWARD if pi == 0 else MIXTURE
+    grad = grad_out is not None
+    phases = 1 + (kind is MIXTURE) + grad
+    S = triton.cdiv(Vs if grad else V, launch.slice)
+    skew = triton.cdiv(launch.resident * processors, phases * S) + 1
+    # partial results, one record a row, and zeroed counters: the queue's, then one a row for each phase waited for
+    partial = torch.empty(N * S * PARTIALS.value, dtype=torch.float32, device=student.device)
+    record = torch.empty(N * RECORD.value, dtype=torch.float32, device=student.device)
+    count = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
+
+    def constants(scale, temperature, softcap):
+        if softcap:
+            return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
+        return LOG2E.value * scale / temperature, 0.0
+
+    ks, pre_s = constants(student_scale, student_temperature, student_softcap)
+    kt, pre_t = constants(teacher_scale, teacher_temperature, teacher_softcap)
+    with torch.cuda.device(student.device) if student.is_cuda else nullcontext():
+        _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
+            student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
+            N, V, Vs, S, student.stride(0), teacher.stride(0), grad_out.stride(0) if grad else 0, skew,
+            ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
+            KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
+            LANES=launch.lanes, VECTOR=16 // max(student.element_size(), teacher.element_size()), LOADS=launch.loads,
+            SLICE=launch.slice, S_POW2=triton.next_power_of_2(S), num_warps=launch.warps, **launch.options,
+        )  # fmt: skip
+    return loss, stats

@@ -1,0 +1,193 @@
+"""Compile every Triton kernel we ship, in the configurations we launch, for machines we need not have.
+
+`python tests/aot.py [substring ...]` prints registers, stack (= spilled bytes), shared memory, and for each loop that
+loads or computes the instructions per element and the widths of its memory accesses. tests/test_aot.py fails on a
+spill. A new kernel is one more entry in `variants`.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Variant(NamedTuple):
+    """A kernel with its arguments: a type ("*bf16", "i32", "fp32") or, if not a string, a constant's value."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    aligned: tuple[str, ...]  # integer arguments that are multiples of 16, as real sizes and strides are
+    options: dict[str, int]
+    elements: int  # per thread and turn of the inner loop
+
+
+class Loop(NamedTuple):
+    instructions: float  # per element
+    special: float  # of these exp2, log2, reciprocal (a quarter of the rate or less)
+    memory: str  # "4×LDG.128 2×STG.128"
+
+
+class Report(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    spilled: int  # bytes
+    shared: int
+    loops: list[Loop]
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    yield from _divergence(arch)
+
+
+def _divergence(arch: str) -> Iterator[Variant]:
+    from effopd_kernels.divergence import triton_kernels as tk
+
+    launch = tk.LAUNCH[arch]
+    size = {"bf16": 2, "fp16": 2, "fp32": 4}
+    for name, kind, student, teacher, grad, stats, capped in (
+        ("reverse", tk.REVERSE, "bf16", "bf16", True, False, False),
+        ("reverse, value only, statistics", tk.REVERSE, "bf16", "bf16", False, True, False),
+        ("reverse fp32, statistics", tk.REVERSE, "fp32", "fp32", True, True, False),
+        ("forward fp16, capped", tk.FORWARD, "fp16", "bf16", True, False, True),
+        ("mixture", tk.MIXTURE, "bf16", "bf16", True, False, False),
+        ("mixture fp32/bf16, statistics, capped", tk.MIXTURE, "fp32", "bf16", True, True, True),
+    ):
+        vector = 16 // max(size[student], size[teacher])
+        arguments = {
+            "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
+            "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
+            **dict.fromkeys(("loss_ptr", "stats_ptr", "partial_ptr", "record_ptr"), "*fp32"),
+            **dict.fromkeys(("N", "V", "Vs", "S", "student_stride", "teacher_stride", "grad_stride", "skew"), "i32"),
+            **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
+            "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
+            "LANES": launch.lanes, "VECTOR": vector, "LOADS": launch.loads, "SLICE": launch.slice, "S_POW2": 16,
+        }  # fmt: skip
+        aligned = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride")
+        options = {"num_warps": launch.warps, **launch.options}
+        yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, launch.loads * vector)
+
+
+def compile_variant(variant: Variant, arch: str):
+    """triton.compile for a target that need not be present."""
+    names = variant.kernel.arg_names
+    signature = {n: a if isinstance(a := variant.arguments[n], str) else "constexpr" for n in names}
+    constants = {n: variant.arguments[n] for n in names if signature[n] == "constexpr"}
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in variant.aligned]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(variant.kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[arch], options=dict(variant.options))
+
+
+def report(variant: Variant, arch: str) -> Report:
+    compiled = compile_variant(variant, arch)
+    read = _read_amdgcn if arch.startswith("gfx") else _read_cubin
+    registers, spilled, body = read(compiled)
+    loops = [_loop(block, variant.elements) for block in _loops(body)]
+    loops = [loop for loop in loops if loop.memory and loop.instructions >= 2]
+    return Report(variant.name, arch, registers, spilled, compiled.metadata.shared, loops)
+
+
+def _read_cubin(compiled) -> tuple[int, int, list[tuple[Any, str]]]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return registers, stack, [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", sass)]
+
+
+def _read_amdgcn(compiled) -> tuple[int, int, list[tuple[Any, str]]]:
+    text = compiled.asm["amdgcn"]
+    number = {
+        key: int(n)
+        for key, n in re.findall(r"\.(vgpr_count|\w+_spill_count|private_segment_fixed_size):? +(\d+)", text)
+    }
+    spilled = max(number["private_segment_fixed_size"], 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
+    body, label = [], 0
+    for line in text.splitlines():
+        if re.match(r"\.LBB\w+:", line):
+            label = line.split(":")[0]
+            body.append((label, "label"))
+        elif re.match(r"\t[a-z]+_\w+", line):
+            body.append((None, line.strip()))
+    return number["vgpr_count"], spilled, body
+
+
+def _loops(body) -> Iterator[list[str]]:
+    """Innermost loops: the instructions between a branch and a target behind it, if no other loop lies between."""
+    at = {address: i for i, (address, _) in enumerate(body) if address is not None}
+    found: list[tuple[int, int]] = []
+    for end, (_, line) in enumerate(body):
+        branch = re.search(r"BRA\S* .*?(0x[0-9a-f]+)|s_c?branch\S* (\.\w+)", line)
+        if branch:
+            begin = at.get(int(branch[1], 16) if branch[1] else branch[2], end)
+            if begin < end:
+                found.append((begin, end))
+    for begin, end in found:
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in found):
+            yield [line for _, line in body[begin : end + 1] if line != "label"]
+
+
+def _loop(block: list[str], elements: int) -> Loop:
+    opcodes = [re.sub(r"^@!?U?P\w+ +", "", line).split()[0] for line in block]
+    special = sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", op)) for op in opcodes)
+    memory: dict[str, int] = {}
+    for op in opcodes:
+        if found := re.match(r"(LDG|STG|LDL|STL|RED|ATOM)G?\b.*?(?:\.(64|128))?$|((?:global|buffer|scratch)_\w+)", op):
+            kind = found[3] or f"{found[1]}.{found[2] or 32}"
+            memory[kind] = memory.get(kind, 0) + 1
+    return Loop(len(opcodes) / elements, special / elements, " ".join(f"{n}×{kind}" for kind, n in memory.items()))
+
+
+def _report_by_index(job: tuple[str, int]) -> Report:
+    arch, index = job
+    return report(list(variants(arch))[index], arch)
+
+
+def reports(only: tuple[str, ...] = ()) -> Iterator[Report]:
+    """All variants for all targets, two compilers at a time."""
+    jobs = [
+        (arch, i)
+        for arch in TARGETS
+        for i, v in enumerate(variants(arch))
+        if all(w in f"{v.name} {arch}" for w in only)
+    ]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_report_by_index, jobs)
+
+
+def main() -> None:
+    write = partial(print, flush=True)
+    write(f"triton {triton.__version__}")
+    write(f"{'kernel':58} {'target':7} {'regs':>4} {'spill':>5} {'smem':>6}  instructions/element")
+    for r in reports(tuple(sys.argv[1:])):
+        write(f"{r.name:58} {r.arch:7} {r.registers:4} {r.spilled:5} {r.shared:6}")
+        for loop in r.loops:
+            write(f"{'':84} {loop.instructions:5.1f} ({loop.special:.1f} special)  {loop.memory}")
+
+
+if __name__ == "__main__":
+    main()
