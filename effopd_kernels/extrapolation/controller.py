@@ -59,6 +59,7 @@ class EffOPDController:
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir) for A and W_t.
         on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
+        report_s: how long a rank that failed waits to tell the others before it raises.
 
     Raises:
         ValueError: an option is out of range, or no parameter matches.
@@ -87,6 +88,7 @@ class EffOPDController:
         anchor_dir: str | os.PathLike | None = None,
         on_weights_changed: Callable[[], None] | None = None,
         process_group=None,
+        report_s: float = 60.0,
     ):
         self.alphas = tuple(float(a) for a in alphas)
         if not self.alphas or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in self.alphas):
@@ -108,7 +110,7 @@ class EffOPDController:
         self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed
         self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
-        self.ranks = Ranks(process_group)
+        self.ranks = Ranks(process_group, report_s)
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
         self.last_step = 0  # of the last event

@@ -17,6 +17,7 @@ from .records import Scores
 __all__ = ["Ranks", "share"]
 
 T = TypeVar("T")
+TIMEOUT = timedelta(hours=1)  # for the slowest rank's share of the prompts
 
 
 class RankFailed(RuntimeError):
@@ -29,17 +30,17 @@ class Ranks:
     Args:
         process_group: whom to decide with; None for all ranks, in which case a gloo group is made, and the
             constructor must be called by all of them.
-        timeout_s: how long to wait for the slowest rank before the exchange fails.
+        report_s: how long a failed rank tries to tell the others.
     """
 
-    def __init__(self, process_group=None, timeout_s: float = 1800.0, report_s: float = 60.0):
+    def __init__(self, process_group=None, report_s: float = 60.0):
         self.report_s = report_s
         self.group, self.size, self.rank = process_group, 1, 0
         if not (dist.is_available() and dist.is_initialized()):
             return
         self.size, self.rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         if self.size > 1 and process_group is None:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def gather(self, value: T, error: BaseException | None = None) -> list[T]:
         """Every rank's value, in rank order. If any rank passes an error, all others raise `RankFailed` naming it."""

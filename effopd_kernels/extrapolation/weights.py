@@ -35,9 +35,10 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         dense = [name for name in chosen if not is_lora_name(name)]
         if module is None:
             raise ValueError("LoRA factors cannot be extrapolated one by one: pass the PeftModel as params")
+        lora = LoraWeights(module, chosen)
         if dense:
             raise ValueError(f"{dense[0]} is trained beside LoRA adapters: exclude it, or train without LoRA")
-        return LoraWeights(module, chosen)
+        return lora
     if masters is not None:
         return DenseWeights(chosen, lambda: given_masters(chosen, masters), place, directory, module)
     if optimizer is not None:

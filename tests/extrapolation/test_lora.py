@@ -1,0 +1,249 @@
+"""A LoRA student's effective weight is the dense extrapolation of its merged weights, event after event."""
+
+import copy
+
+import pytest
+import torch
+
+from effopd_kernels.extrapolation import EffOPDController
+from effopd_kernels.extrapolation.lora import COMPANION
+
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 5, bias=False)})
+        self.mlp = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(5, 7), "down_proj": torch.nn.Linear(7, 6)})
+        self.lm_head = torch.nn.Linear(6, 9, bias=False)
+
+    def forward(self, x):
+        return self.lm_head(self.mlp["down_proj"](self.mlp["up_proj"](self.self_attn["q_proj"](x)).relu()))
+
+
+def lora(dtype=torch.float32, seed=0, **options):
+    torch.manual_seed(seed)
+    options = dict(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj", "down_proj"]) | options
+    return peft.get_peft_model(Net().to(dtype), peft.LoraConfig(**options))
+
+
+def train(model, step):
+    """Stands for an optimizer step: the trained factors move."""
+    g = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g).to(p.dtype))
+
+
+@torch.no_grad()
+def merged(model):
+    """Effective weights through peft's own delta, of all active adapters, in fp64."""
+    out = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            weight = layer.base_layer.weight.double()
+            for adapter in layer.active_adapters:
+                if adapter in layer.lora_A:
+                    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                    weight = weight + layer.scaling[adapter] * (b.double() @ a.double())
+            out[name] = weight
+    return out
+
+
+def trained(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def scripted(*scores):
+    play = iter(scores)
+    return lambda: next(play)
+
+
+SCORES = (*(0, 1, 2, 0), *(0, 1, 0), *(0, 0), *(0, 1, 2, 3, 4, 5), *(0, 1, 0))
+ALPHAS = (5.0, 3.0, 1.0, 11.0, 3.0)
+
+
+@pytest.mark.parametrize("options", [{}, dict(rank_pattern={"up_proj": 4}), dict(use_rslora=True)], ids=str)
+def test_effective_weight_is_the_dense_extrapolation(options):
+    model = lora(**options)
+    controller = EffOPDController(model, scripted(*SCORES))
+    anchor = merged(model)
+    x = torch.randn(4, 6)
+    for event, alpha in enumerate(ALPHAS):
+        train(model, event)
+        current, factors = merged(model), trained(model)
+        record = controller.step(2**event)
+        assert record.alpha == alpha
+        expected = {n: anchor[n] + alpha * (current[n] - anchor[n]) for n in anchor}
+        for name, weight in merged(model).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)
+        delta = torch.cat([(current[n] - anchor[n]).flatten() for n in anchor])
+        assert record.delta_norm == pytest.approx(delta.norm().item(), rel=1e-5)
+        after = trained(model)
+        assert after.keys() == factors.keys() and all(torch.equal(after[n], p) for n, p in factors.items())
+        anchor = merged(model)
+    # What the model computes is what those weights compute.
+    dense = Net()
+    dense.load_state_dict(copy.deepcopy(model).merge_and_unload().state_dict())
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_are_on_the_line_when_they_are_scored():
+    model = lora()
+    anchor, seen = merged(model), []
+
+    def score():
+        seen.append(merged(model))
+        return len(seen)
+
+    controller = EffOPDController(model, score)
+    train(model, 0)
+    current = merged(model)
+    controller.step(1)
+    for alpha, weights in zip((1, 3, 5, 7, 9, 11), seen, strict=True):
+        for name, weight in weights.items():
+            torch.testing.assert_close(
+                weight, anchor[name] + alpha * (current[name] - anchor[name]), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_nothing_accepted_or_an_exception_leaves_the_model_as_it_was():
+    model = lora()
+    controller = EffOPDController(model, scripted(1, 0))
+    train(model, 0)
+    names, before = set(model.state_dict()), trained(model)
+    assert controller.step(1).alpha == 1.0
+    assert set(model.state_dict()) == names and list(model.peft_config) == ["default"]
+    controller.score_fn = scripted(0, 1, 0)
+    train(model, 1)
+    controller.step(2)
+    companion = {n: p.clone() for n, p in model.state_dict().items() if COMPANION in n}
+
+    def broken():
+        broken.calls += 1
+        if broken.calls == 2:
+            raise RuntimeError("lost")
+        return broken.calls
+
+    broken.calls = 0
+    controller.score_fn = broken
+    train(model, 2)
+    before = trained(model)
+    with pytest.raises(RuntimeError, match="lost"):
+        controller.step(4)
+    after = {n: p for n, p in model.state_dict().items() if COMPANION in n}
+    assert after.keys() == companion.keys() and all(torch.equal(after[n], p) for n, p in companion.items())
+    assert all(torch.equal(p, before[n]) for n, p in trained(model).items())
+
+
+def test_resume_equals_not_stopping(tmp_path):
+    whole = lora()
+    controller = EffOPDController(whole, scripted(*SCORES))
+    for event in range(5):
+        train(whole, event)
+        controller.step(2**event)
+    first = lora()
+    controller = EffOPDController(first, scripted(*SCORES))
+    for event in range(2):
+        train(first, event)
+        controller.step(2**event)
+    controller.save(tmp_path)
+    second = lora(seed=0)
+    second.load_state_dict({n: p for n, p in first.state_dict().items() if COMPANION not in n})
+    again = EffOPDController(second, scripted(*SCORES[7:]))
+    again.load(tmp_path)
+    for event in range(2, 5):
+        train(second, event)
+        again.step(2**event)
+    for name, weight in merged(whole).items():
+        assert torch.equal(weight, merged(second)[name])
+
+
+def test_saved_by_peft_and_loaded_again_is_the_same_model(tmp_path):
+    model = lora()
+    controller = EffOPDController(model, scripted(0, 1, 2, 0))
+    train(model, 0)
+    controller.step(1)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    again.load_adapter(tmp_path / COMPANION, COMPANION)
+    again.add_weighted_adapter(["default", COMPANION], [1.0, 1.0], "merged", combination_type="cat")
+    again.set_adapter("merged")
+    for name, weight in merged(again).items():
+        torch.testing.assert_close(weight, merged(model)[name], rtol=1e-5, atol=1e-5)
+    # A controller on a model that has a companion already keeps it as part of the weights.
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    again.base_model.model.load_state_dict(model.base_model.model.state_dict(), strict=False)
+    again.load_adapter(tmp_path / COMPANION, COMPANION)
+    EffOPDController(again, lambda: 0.0)
+    for name, weight in merged(again).items():
+        torch.testing.assert_close(weight, merged(model)[name], rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_search_moves_the_product():
+    model = lora()
+    x, y = torch.randn(16, 6), torch.randn(16, 9)
+
+    def loss():
+        return (model(x) - y).square().mean()
+
+    controller = EffOPDController(model, None, search="gradient", loss_fn=loss)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        before = loss().item()
+        controller.weights.hold()
+        h, line = 1e-2, []
+        for alpha in (2 - h, 2 + h):
+            controller.weights.write(alpha)
+            line.append(loss().item())
+        controller.weights.write_for_slope(2.0)
+        loss().backward()
+        assert controller.weights.slope(1) == pytest.approx((line[1] - line[0]) / (2 * h), rel=0.05)
+        controller.weights.restore()
+        event = controller.step(step)
+        assert event.alpha > 1 and loss().item() < before
+        assert not any(p.requires_grad for n, p in model.named_parameters() if COMPANION in n)
+
+
+def test_bf16_adapters_keep_fp32_products():
+    model = lora(torch.bfloat16)
+    for p in trained_parameters(model):
+        p.data = p.data.bfloat16()
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    anchor = merged(model)
+    train(model, 0)
+    current = merged(model)
+    controller.step(1)
+    for name, weight in merged(model).items():
+        torch.testing.assert_close(weight, anchor[name] + 3 * (current[name] - anchor[name]), rtol=1e-5, atol=1e-5)
+    assert model(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
+
+
+def trained_parameters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_what_cannot_be_extrapolated_is_refused():
+    with pytest.raises(ValueError, match="pass the PeftModel as params"):
+        EffOPDController(lora().named_parameters(), lambda: 0.0)
+    with pytest.raises(ValueError, match="pass the PeftModel itself"):
+        EffOPDController(lora().base_model.model, lambda: 0.0)
+    with pytest.raises(ValueError, match="not plain linear LoRA"):
+        EffOPDController(lora(use_dora=True), lambda: 0.0)
+    with pytest.raises(ValueError, match="trained LoRA bias"):
+        EffOPDController(lora(lora_bias=True, target_modules=["up_proj"]), lambda: 0.0)
+    mixed = lora()
+    mixed.base_model.model.mlp["up_proj"].base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="trained beside LoRA adapters"):
+        EffOPDController(mixed, lambda: 0.0)
+    other = EffOPDController(lora(target_modules=["q_proj"]), lambda: 0.0).state_dict()
+    with pytest.raises(ValueError, match="other LoRA layers"):
+        EffOPDController(lora(), lambda: 0.0).load_state_dict(other)
