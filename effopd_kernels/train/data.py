@@ -36,6 +36,8 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
         try:
             dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
         except Exception as e:
+            if path.stat().st_size == 0 or "corresponds to no data" in str(e):
+                raise UserError(f"dataset '{name}' is empty") from e
             # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
             raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e
     elif path.exists():

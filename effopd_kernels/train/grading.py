@@ -9,9 +9,14 @@ import math
 import re
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_STATED = re.compile(_NUMBER.pattern + r"\\?%?")  # a number as prose states it, per cent sign included
 _FRACTION = re.compile(r"([-+]?[\d,.]+)\s*/\s*([\d,.]+)")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
-_MARKERS = (re.compile(r"####\s*([^\n]+)"), re.compile(r"answer(?:\s+is|\s*[:=])\s*([^\n]+)", re.IGNORECASE))
+# `.*` in front: the last statement counts. What is stated ends with its line or sentence.
+_MARKERS = (
+    re.compile(r".*####\s*([^\n]+)", re.DOTALL),
+    re.compile(r".*answer(?:\s+is|\s*[:=])\s*(.+?)(?:\.\s|\.?$|\n)", re.DOTALL | re.IGNORECASE),
+)
 
 
 def _last_boxed(text: str) -> str | None:
@@ -30,8 +35,8 @@ def _marked(text: str) -> str | None:
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     for marker in _MARKERS:
-        if found := marker.findall(text):
-            return found[-1]
+        if found := marker.match(text):
+            return found[1]
     return None
 
 
@@ -39,7 +44,7 @@ def extract_answer(text: str) -> str:
     """The final answer stated in `text`, as text (see the module's order of preference)."""
     if (marked := _marked(text)) is not None:
         return marked.strip()
-    numbers = _NUMBER.findall(text)
+    numbers = _STATED.findall(text)
     return numbers[-1] if numbers else text.strip()
 
 
@@ -85,7 +90,7 @@ def is_correct(completion: str, answer: str | int | float, rel_tol: float = 1e-6
     if gold_number is not None:
         given = _number(extract_answer(completion))
         if given is None:  # "the answer is 12 apples": fall back to the number inside the marked part
-            inside = _NUMBER.findall(extract_answer(completion))
+            inside = _STATED.findall(extract_answer(completion))
             given = _number(inside[-1]) if inside else None
         right = given is not None and math.isclose(given, gold_number, rel_tol=rel_tol, abs_tol=1e-9)
     else:

@@ -1,0 +1,101 @@
+import datasets
+import pytest
+
+from effopd_kernels.train import UserError
+from effopd_kernels.train.data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
+from train import world as tiny
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2", "answer": "4"},
+        {"problem": "2+2", "solution": "4"},
+        {"question": "2+2", "answer": "4", "difficulty": 1},
+        {"prompt": "2+2", "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "x"},
+    ],
+)
+def test_columns_by_any_name(tmp_path, row):
+    loaded = load_prompts(str(tiny.write_jsonl(tmp_path / "d.jsonl", [row] * 3)))
+    assert loaded[:] == {"prompt": ["2+2"] * 3, "answer": ["4"] * 3}
+
+
+def test_verl_parquet_with_messages(tmp_path):
+    messages = [{"role": "user", "content": "2+2"}]
+    row = {"prompt": messages, "reward_model": {"ground_truth": "4", "style": "rule"}, "ability": "math"}
+    datasets.Dataset.from_list([row] * 2).to_parquet(tmp_path / "d.parquet")
+    loaded = load_prompts(str(tmp_path / "d.parquet"))
+    assert loaded["prompt"][0] == messages
+    assert loaded["answer"][0] == "4"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"text": "a", "label": 1}\n', "no column 'prompt' or 'problem' or 'question'; its columns are 'text', 'label'"),
+        ('{"prompt": "a"}\n{"prompt": ""}\n', "empty prompt in row 1"),
+        ("not json\n", "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, content, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=says) as error:
+        load_prompts(str(path))
+    assert "bad.jsonl" in str(error.value)
+
+
+def test_empty_and_missing(tmp_path):
+    datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text("")
+    for name in ("d.parquet", "d.jsonl"):
+        with pytest.raises(UserError, match="is empty"):
+            load_prompts(str(tmp_path / name))
+    with pytest.raises(UserError, match="does not exist"):
+        load_prompts(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="neither a hub id nor"):
+        load_prompts(str(tmp_path))
+
+
+def test_answers_are_required_for_accuracy():
+    with pytest.raises(UserError, match=r"needs a column 'answer'.*columns are 'prompt'.*teacher_kl needs none"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"]}), "d")
+    with pytest.raises(UserError, match="no answer in row 1"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", None]}), "d")
+
+
+def test_overlong_prompts_are_counted_dropped_or_refused():
+    rows = tiny.problems()[:6]
+    tokenizer = tiny.tokenizer_for([r["prompt"] for r in rows])
+    rows[2]["prompt"] *= 5
+    rows[4]["prompt"] *= 5
+    dataset = datasets.Dataset.from_list(rows)
+    longest = max(len(tokenizer(r["prompt"])["input_ids"]) for i, r in enumerate(rows) if i not in (2, 4))
+    with pytest.raises(UserError, match="2 of 6 prompts in 'd' are longer than"):
+        fit_context(dataset, tokenizer, longest, "error", "d")
+    kept, dropped = fit_context(dataset, tokenizer, longest, "drop", "d")
+    assert (len(kept), dropped) == (4, 2)
+    with pytest.raises(UserError, match="all 6 prompts"):
+        fit_context(dataset, tokenizer, 1, "drop", "d")
+    with pytest.raises(UserError, match="no room"):
+        fit_context(dataset, tokenizer, 0, "drop", "d")
+
+
+def test_held_out_prompts_leave_the_training_set():
+    dataset = datasets.Dataset.from_list(tiny.problems())
+    train, held = split_off(dataset.add_column("row", range(len(dataset))), 10, seed=0, what="evaluation")
+    assert len(held) == 10 and sorted([*train["row"], *held["row"]]) == list(range(60))
+    with pytest.raises(UserError, match="cannot hold out 60 prompts for evaluation from a training set of 60"):
+        split_off(dataset, 60, seed=0, what="evaluation")
+
+
+def test_tokenizers_must_agree_and_fit():
+    texts = [r["prompt"] for r in tiny.problems()]
+    ours, theirs = tiny.tokenizer_for(texts), tiny.tokenizer_for(texts, eos_token="<end>")
+    check_tokenizers(ours, tiny.tokenizer_for(texts), shared=len(ours))
+    with pytest.raises(UserError, match=rf"id {len(ours)} is None for the student and '<end>' for the teacher"):
+        check_tokenizers(ours, theirs, shared=1000)
+    last = max(ours.get_vocab(), key=ours.get_vocab().get)
+    with pytest.raises(UserError) as error:
+        check_tokenizers(ours, ours, shared=len(ours) - 1)
+    assert repr(last) in str(error.value) and f"{len(ours) - 1} ids" in str(error.value)

@@ -1,0 +1,138 @@
+"""Our loss in TRL's joint, with TRL's own as the witness."""
+
+import copy
+
+import pytest
+import torch
+import trl
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
+
+from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
+from effopd_kernels.train import FusedLoss, UserError, restore_trl_loss, use_fused_loss
+from effopd_kernels.train.config import parse_divergence
+from train import world as tiny
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+HEADS = {
+    "gemma2 (soft cap)": (Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}),
+    "granite (divided logits)": (GraniteConfig, {"logits_scaling": 4.0}),
+    "cohere (scaled logits)": (CohereConfig, {"logit_scale": 0.25}),
+    "phi (bias)": (PhiConfig, {"tie_word_embeddings": False}),
+}
+
+
+def trl_trainer(world, tmp_path, student, teacher, **config):
+    flags = {**tiny.FLAGS, **config}
+    del flags["eval_metric"]
+    return trl.DistillationTrainer(
+        student,
+        teacher,
+        trl.DistillationConfig(str(tmp_path), bf16=False, **flags),
+        train_dataset=tiny.load(world / "train.jsonl"),
+        processing_class=tiny.tokenizer_of(world),
+    )
+
+
+def model_of(kind: str, tokenizer, seed: int):
+    torch.manual_seed(seed)
+    config_class, own = HEADS[kind]
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    model = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **COMMON, **own, **ids))
+    bias = model.get_output_embeddings().bias
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    return model
+
+
+def batch(trainer, ragged: bool = True):
+    prompts = ["Tom has 3 apples", "Ana has 12 books and gets", "Kim"]
+    ids = [trainer._tokenizer(p)["input_ids"] for p in prompts]
+    width = max(map(len, ids))
+    completion = torch.randint(4, 60, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4]) if ragged else torch.ones(3, 5, dtype=torch.long)
+    return {
+        "prompt_ids": torch.tensor([[0] * (width - len(i)) + i for i in ids]),
+        "prompt_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
+        "completion_ids": completion,
+        "completion_mask": mask,
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def loss_and_gradients(trainer):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch(trainer))
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
+def test_equals_trl_whatever_the_head(world, tmp_path, kind, beta):
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (model_of(kind, tokenizer, seed) for seed in (0, 1))
+    trainer = trl_trainer(world, tmp_path, student, teacher, beta=beta, temperature=1.7)
+    trainer.model.train()
+    theirs, their_gradients = loss_and_gradients(trainer)
+    use_fused_loss(trainer)
+    ours, our_gradients = loss_and_gradients(trainer)
+    assert theirs > 1e-3  # the witness has something to say
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        scale = their_gradients[name].abs().max()
+        torch.testing.assert_close(gradient / scale, their_gradients[name] / scale, rtol=0, atol=2e-5, msg=name)
+
+
+def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
+    tokenizer = tiny.tokenizer_of(world)
+    models = [model_of("phi (bias)", tokenizer, seed) for seed in (0, 1)]
+    one, other = (trl_trainer(world, tmp_path, copy.deepcopy(models[0]), models[1]) for _ in range(2))
+    calls = []
+    loss = use_fused_loss(one, FusedLoss(observer=lambda stats, mask: calls.append(mask)))
+    assert isinstance(loss, FusedLoss)
+    other.compute_loss(other.model, batch(other))
+    assert not calls
+    one.compute_loss(one.model, batch(one))
+    assert len(calls) == 1
+    restore_trl_loss(one)
+    one.compute_loss(one.model, batch(one))
+    assert len(calls) == 1
+    restore_trl_loss(one)  # harmless twice
+
+
+def test_a_trl_that_moved_the_joint_is_named(world):
+    class Moved(trl.DistillationTrainer):
+        def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+            return None
+
+    with pytest.raises(RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"):
+        use_fused_loss(object.__new__(Moved))
+
+
+def test_divergence_and_temperature_of_the_loss(world, tmp_path):
+    """OPDTrainer's own options against TRL's: same member and temperature, given in the two ways."""
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (model_of("phi (bias)", tokenizer, seed) for seed in (0, 1))
+    trainer = trl_trainer(world, tmp_path, student, teacher, beta=0.3, temperature=1.7)
+    theirs, _ = loss_and_gradients(trainer)
+    trainer.beta, trainer.temperature = 1.0, 1.0
+    use_fused_loss(trainer, FusedLoss(jsd(0.3), temperature=1.7))
+    ours, _ = loss_and_gradients(trainer)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_divergence_names():
+    assert parse_divergence("reverse_kl") == REVERSE_KL and parse_divergence("forward_kl") == FORWARD_KL
+    assert parse_divergence("jsd:0.25") == jsd(0.25)
+    for bad in ("kl", "jsd", "jsd:x", "reverse_kl:1"):
+        with pytest.raises(UserError, match="is not one of reverse_kl"):
+            parse_divergence(bad)
