@@ -127,11 +127,13 @@ class DenseWeights:
         """W ← W_t, and forget W_t."""
         if self.currents is not None:
             self.write(1.0)
+        reshard(self._module)
         self.currents = None
 
     @torch.no_grad()
     def settle(self) -> None:
         """A ← W, and forget W_t."""
+        reshard(self._module)
         sources = [local(t) for t in self._sources()]
         if all(a.dtype == s.dtype for a, s in zip(self.anchors, sources, strict=True)):
             for anchor, source in zip(self.anchors, sources, strict=True):

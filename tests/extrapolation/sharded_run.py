@@ -1,0 +1,183 @@
+"""Run by test_sharded.py under torchrun: a plain training loop on a model sharded by torch's own fully_shard.
+
+sharded_run.py FOLDER CASE        writes FOLDER/<CASE>-<rank>.pt, or raises as a failing rank does
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effopd_kernels.extrapolation import EffOPDController, Scores, extrapolate_, share
+
+STEPS, PROMPTS, WIDTH = 8, 16, 6
+
+
+class Net(torch.nn.Module):
+    """Two blocks with names that the default patterns know; 7 rows do not divide by 2 ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(WIDTH, WIDTH)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"self_attn": torch.nn.Linear(WIDTH, 7), "mlp": torch.nn.Linear(7, WIDTH)})
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer["mlp"](layer["self_attn"](x).tanh())
+        return x
+
+
+def data(seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(PROMPTS, WIDTH, generator=g)
+    return x, x.roll(1, dims=1).sin()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is communicated outside of the engine's own forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest, self.paused = 0, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in str(func) and not self.paused:
+            sizes = [t.nbytes for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+            self.calls, self.largest = self.calls + 1, max([self.largest, *sizes])
+        return func(*args, **(kwargs or {}))
+
+
+def build(sharded, mixed):
+    torch.manual_seed(0)
+    net = Net()
+    if sharded:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+        for layer in net.layers:
+            fully_shard(layer["mlp"], mp_policy=policy)
+            fully_shard(layer["self_attn"], mp_policy=policy)
+        fully_shard(net, mp_policy=policy)
+    return net, torch.optim.AdamW(net.parameters(), 1e-3)
+
+
+def errors(net, seed):
+    """Per prompt of this rank's share."""
+    x, y = (share(t) for t in data(seed))
+    return (net(x) - y).square().mean(1)
+
+
+def run(folder, sharded=False, mixed=False, search="candidates", stop=None, resume=None, fail=None):
+    """Train; returns full weights, events, losses and what was communicated during events."""
+    net, optimizer = build(sharded, mixed)
+    counter, calls = Collectives(), []
+
+    def score():
+        counter.paused = True
+        calls.append(1)
+        if fail is not None and len(calls) == 3 and dist.get_rank() == 1:
+            raise RuntimeError(f"scoring server lost ({fail})")
+        if fail == "alone":  # no collective of the engine between this and the decision
+            values = torch.full((8,), float(len(calls)))
+        else:
+            with torch.no_grad():
+                values = -errors(net, 99)
+        counter.paused = False
+        return Scores(values, tokens=10 * len(values))
+
+    def loss_fn():
+        counter.paused = True
+        yield errors(net, 99).mean()
+        counter.paused = False
+
+    loss_fn = loss_fn if search == "gradient" else None
+    controller = EffOPDController(net, score, search=search, loss_fn=loss_fn, optimizer=optimizer, report_s=1.0)
+    first = 0
+    if resume is not None:
+        saved = torch.load(resume / f"{dist.get_rank()}.pt", weights_only=False)
+        with torch.no_grad():
+            for p, q in zip(net.parameters(), saved["shards"], strict=True):
+                (p.to_local() if isinstance(p, DTensor) else p).copy_(q)
+        optimizer.load_state_dict(saved["optimizer"])
+        controller.load(resume)
+        first = saved["step"]
+    losses = []
+    for step in range(first + 1, (stop or STEPS) + 1):
+        optimizer.zero_grad()
+        loss = errors(net, step).mean()
+        loss.backward()
+        optimizer.step()
+        if sharded:
+            loss = loss.detach().clone()
+            dist.all_reduce(loss)
+            loss /= dist.get_world_size()
+        losses.append(loss.item())
+        held = [p.to_local().clone() for p in net.parameters()] if fail else []
+        with counter:
+            try:
+                controller.step(step)
+            except BaseException as error:
+                shards = [p.to_local() for p in net.parameters()]
+                intact = all(map(torch.equal, held, shards)) and not controller.events
+                (folder / f"{fail}-{dist.get_rank()}.txt").write_text(f"{intact} {type(error).__name__}: {error}")
+                raise
+    if stop is not None:
+        shards = [p.detach().to_local() for p in net.parameters()]
+        controller.save(resume or folder / "state")
+        state = {"shards": shards, "optimizer": optimizer.state_dict(), "step": stop}
+        torch.save(state, folder / "state" / f"{dist.get_rank()}.pt")
+    full = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in net.parameters()]
+    return {
+        "weights": full,
+        "events": [e.to_dict() for e in controller.events],
+        "losses": losses,
+        "collectives": (counter.calls, counter.largest),
+    }
+
+
+def lists_of_dtensors():
+    """extrapolate_ on DTensors: this rank's rows of the dense result, its statistics, and no communication."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    g = torch.Generator().manual_seed(0)
+    dense = [torch.randn(5, 3, generator=g) for _ in range(3)]
+    param, anchor, current = (distribute_tensor(t, mesh, [Shard(0)]) for t in dense)
+    counter = Collectives()
+    with counter:
+        stats = extrapolate_([param], [anchor], [current], 3.0)
+    expected = torch.lerp(*dense[1:], 3.0)
+    rows = slice(0, 3) if dist.get_rank() == 0 else slice(3, 5)
+    right = torch.equal(param.to_local(), expected[rows]) and counter.calls == 0
+    partial = DTensor.from_local(dense[0], mesh, [Partial()])
+    try:
+        extrapolate_([partial], [anchor], [current], 3.0)
+    except ValueError as error:
+        return right and "partial sums" in str(error), stats.weight_sq.item(), expected[rows].square().sum().item()
+
+
+def main(folder, case):
+    dist.init_process_group("gloo")
+    results = {}
+    if case == "equal":
+        results["dtensors"] = lists_of_dtensors()
+        results["plain"] = run(folder, sharded=True)
+        results["gradient"] = run(folder, sharded=True, search="gradient")
+        results["mixed"] = run(folder, sharded=True, mixed=True)
+        run(folder, sharded=True, stop=4)
+        results["resumed"] = run(folder, sharded=True, resume=folder / "state")
+    else:
+        run(folder, sharded=True, fail=case)
+    torch.save(results, folder / f"{case}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's, when the other rank has ended
+    main(Path(sys.argv[1]), sys.argv[2])

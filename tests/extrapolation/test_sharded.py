@@ -1,0 +1,110 @@
+"""Two ranks on gloo: the same events as one process, nothing gathered, and a failing rank takes the other down."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sharded_run
+
+from effopd_kernels.extrapolation import distributed, share
+
+SCRIPT = Path(sharded_run.__file__)
+
+
+def torchrun(folder, case, timeout=120):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    return subprocess.run([*command, SCRIPT, folder, case], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    result = torchrun(folder, "equal")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [torch.load(folder / f"equal-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def decisions(events):
+    return [(e["step"], e["alpha"], e["num_candidates"], e["val_tokens"]) for e in events]
+
+
+@pytest.mark.parametrize("case, search", [("plain", "candidates"), ("gradient", "gradient")])
+def test_two_ranks_equal_one_process(ranks, tmp_path, case, search):
+    alone = sharded_run.run(tmp_path, search=search)
+    events = alone["events"]
+    assert any(e["alpha"] != 1 for e in events) and len(events) == 4
+    for rank in ranks:
+        for name in ("losses", "weights"):
+            torch.testing.assert_close(rank[case][name], alone[name], rtol=1e-4, atol=1e-5)
+        if search == "candidates":
+            assert decisions(rank[case]["events"]) == decisions(events)
+        for mine, theirs in zip(rank[case]["events"], events, strict=True):
+            for field in ("alpha", "score_initial", "score_best", "delta_norm"):
+                assert mine[field] == pytest.approx(theirs[field], rel=1e-3, abs=1e-5), field
+
+
+def test_ranks_decide_alike_and_communicate_only_scores(ranks):
+    for case in ("plain", "gradient", "mixed"):
+        one, two = (rank[case] for rank in ranks)
+        same = ("alpha", "score_initial", "score_best", "delta_norm", "val_tokens")
+        assert [[e[f] for f in same] for e in one["events"]] == [[e[f] for f in same] for e in two["events"]]
+        assert all(map(torch.equal, one["weights"], two["weights"]))
+        # Per event: norms; W_t's scores; per candidate a count and scores; a count for the final write, if any.
+        exchanges = 0
+        for event in one["events"]:
+            scored, last = event["num_candidates"], event["candidates"][-1:]
+            exchanges += 1 + event["num_gradients"]
+            exchanges += (1 + 2 * scored + (not last[0]["accepted"] if last else 0)) if event["skipped"] is None else 0
+        calls, largest = one["collectives"]
+        assert calls == 2 * exchanges  # all_gather_object: sizes, then objects
+        assert largest < 2000
+
+
+def test_extrapolate_on_dtensors_writes_local_shards_and_communicates_nothing(ranks):
+    for rank in ranks:
+        right, weight_sq, expected = rank["dtensors"]
+        assert right and weight_sq == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sharded_run_resumes_bit_for_bit(ranks):
+    for rank in ranks:
+        assert all(map(torch.equal, rank["resumed"]["weights"], rank["plain"]["weights"]))
+        assert rank["resumed"]["losses"] == rank["plain"]["losses"][4:]
+        assert decisions(rank["resumed"]["events"]) == decisions(rank["plain"]["events"])
+
+
+def test_mixed_precision_moves_the_fp32_shards(ranks):
+    assert all(w.dtype == torch.float32 for w in ranks[0]["mixed"]["weights"])
+    assert any(e["alpha"] != 1 for e in ranks[0]["mixed"]["events"])
+
+
+@pytest.mark.parametrize("case", ["alone", "in a collective"])
+def test_a_rank_that_fails_in_scoring_brings_all_down_with_weights_restored(tmp_path, case):
+    start = time.perf_counter()
+    result = torchrun(tmp_path, case)
+    assert result.returncode != 0 and time.perf_counter() - start < 60
+    said = [(tmp_path / f"{case}-{rank}.txt").read_text() for rank in range(2)]
+    assert said[1] == f"True RuntimeError: scoring server lost ({case})"
+    assert said[0].startswith("True ")
+    if case == "alone":
+        assert said[0] == f"True RankFailed: rank 1: RuntimeError: scoring server lost ({case})"
+
+
+def test_share_is_contiguous_and_complete():
+    items = list(range(11))
+    for size in (1, 2, 3, 16):
+        parts = [share(items, rank, size) for rank in range(size)]
+        assert [x for part in parts for x in part] == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert share(items) == items
+
+
+def test_alone_nothing_is_exchanged():
+    ranks = distributed.Ranks()
+    assert ranks.gather("x") == ["x"] and ranks.sum([1.0, 2.0]) == [1.0, 2.0]
+    ranks.report(RuntimeError())
