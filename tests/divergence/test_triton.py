@@ -1,0 +1,270 @@
+"""The Triton row kernel against fp64, on the GPU or in the interpreter. N tokens, V vocabulary."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
+
+from effopd_kernels.divergence import triton_kernels
+from effopd_kernels.divergence.triton_kernels import launch_divergence_rows
+
+FAMILY = {
+    "reverse": (0.0, 1.0, 1.0),
+    "forward": (1.0, 0.0, 0.0),
+    "jsd": (0.3, 0.7, 0.3),
+    "skew forward": (1.0, 0.0, 0.1),
+    "skew reverse": (0.0, 1.0, 0.9),
+}
+PLAIN = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # temperatures, scales, soft caps
+ROUTES = ("reverse", "forward", "jsd")  # the kernel's three compile-time cases
+every_member = pytest.mark.parametrize("member", FAMILY.values(), ids=FAMILY)
+every_route = pytest.mark.parametrize("member", [FAMILY[name] for name in ROUTES], ids=ROUTES)
+# a GPU stores bf16 to nearest, the interpreter truncates
+STORED = 0.5 if ON_GPU else 1.0
+
+
+def test_in_interpreter():
+    run_in_interpreter(__file__)
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """The interpreter crosses slices and tiles with short rows; a GPU runs what is shipped."""
+    if not ON_GPU:
+        launch = triton_kernels.LAUNCH["sm_90"]._replace(lanes=64, slice=1024, resident=3)
+        monkeypatch.setattr(triton_kernels, "launch_for", lambda device: (launch, 2))
+
+
+def expected(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None):
+    """fp64 by autograd from the definition: D = a·KL(p‖m) + b·KL(q‖m)."""
+    a, b, pi = member
+    t_s, t_t, c_s, c_t, cap_s, cap_t = knobs
+    V = min(student.shape[1], teacher.shape[1])
+    x = student.detach().double().clone()
+    if mask is not None:
+        x[~mask] = 0
+    x.requires_grad_()
+
+    def log_probs(logits, temperature, scale, cap):
+        z = cap * torch.tanh(scale * logits / cap) if cap else scale * logits
+        lp = torch.log_softmax(z[:, :V] / temperature, -1)
+        return torch.where(lp == -math.inf, lp.new_tensor(-1e4), lp)
+
+    lq = log_probs(x, t_s, c_s, cap_s)
+    lp = log_probs(teacher.double(), t_t, c_t, cap_t)
+    p, q = lp.exp(), lq.exp()
+    lm = lp if pi == 1 else lq if pi == 0 else torch.logaddexp(lp + math.log(pi), lq + math.log(1 - pi))
+    loss = (a * p * (lp - lm) + b * q * (lq - lm)).sum(-1)
+    stats = torch.stack([-(q * lq).sum(-1), -(p * lp).sum(-1), (lq.argmax(-1) == lp.argmax(-1)).double()]).detach()
+    scale = torch.ones_like(loss) if row_scale is None else row_scale.double()
+    if mask is not None:
+        loss, scale, stats = torch.where(mask, loss, 0.0), scale * mask, stats.where(mask, 0.0)
+    (grad,) = torch.autograd.grad((loss * scale).nansum(), x)
+    return loss.detach(), grad, stats
+
+
+def run(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, grad=True, stats=True, out=None):
+    if grad and out is None:
+        out = torch.full(student.shape, math.nan, dtype=student.dtype, device=student.device)
+    loss, statistics = launch_divergence_rows(student, teacher, mask, row_scale, *member, *knobs, out, stats)
+    return loss, out, statistics
+
+
+def check(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, scale=1.0):
+    """Against fp64 of the same inputs. In fp32 each log-probability carries a few roundings of its size."""
+    loss, grad, stats = run(student, teacher, member, knobs, mask, row_scale)
+    want_loss, want_grad, want_stats = expected(student, teacher, member, knobs, mask, row_scale)
+    near = 4e-6 * scale
+    torch.testing.assert_close(loss.double(), want_loss, rtol=2e-6, atol=near)
+    torch.testing.assert_close(stats.double(), want_stats, rtol=2e-6, atol=near)
+    rounding = torch.finfo(student.dtype).eps * STORED
+    torch.testing.assert_close(grad.double(), want_grad, rtol=rounding + 1e-5 * scale, atol=near)
+    return loss, grad
+
+
+def logits(*shape, spread=3.0, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * spread).to(DEVICE, dtype)
+
+
+@needs_kernels
+@every_member
+@pytest.mark.parametrize("V", [1, 2, 127, 4097] + [50257, 151936] * ON_GPU)
+def test_value_gradient_and_statistics(member, V):
+    check(logits(3, V), logits(3, V, seed=1), member)
+
+
+@needs_kernels
+@every_route
+def test_value_alone_is_the_same(member):
+    student, teacher = logits(2, 2100), logits(2, 2100, seed=1)
+    with_gradient, _, _ = run(student, teacher, member)
+    loss, grad, stats = run(student, teacher, member, grad=False, stats=False)
+    assert grad is None and stats.numel() == 0
+    assert torch.equal(loss, with_gradient)
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize(
+    ("student_dtype", "teacher_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+    ids=["bf16", "bf16 fp32", "fp32 fp16"],
+)
+def test_dtypes_mix(member, student_dtype, teacher_dtype):
+    check(logits(2, 1100, dtype=student_dtype), logits(2, 1100, dtype=teacher_dtype, seed=1), member)
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize(("Vs", "Vt"), [(1100, 1037), (1037, 1100), (2100, 1000)])
+def test_unequal_vocabularies_share_their_prefix(member, Vs, Vt):
+    """Columns past the shared prefix are never read, and their gradient is written as 0."""
+    student, teacher = logits(3, Vs), logits(3, Vt, seed=1)
+    V = min(Vs, Vt)
+    student[:, V:], teacher[:, V:] = math.nan, math.nan
+    loss, grad, _ = run(student, teacher, member)
+    want_loss, want_grad, _ = run(student[:, :V].contiguous(), teacher[:, :V].contiguous(), member)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad[:, :V], want_grad, rtol=1e-5, atol=1e-7)
+    assert (grad[:, V:] == 0).all()
+
+
+@needs_kernels
+@every_route
+def test_masked_rows_cost_nothing_and_leak_nothing(member):
+    student, teacher = logits(6, 1100), logits(6, 1100, seed=1)
+    mask = torch.tensor([True, False, True, True, False, True], device=DEVICE)
+    student[~mask], teacher[~mask] = math.nan, math.inf
+    check(student, torch.where(mask[:, None], teacher, 0.0), member, mask=mask)
+    loss, grad, stats = run(student, teacher, member, mask=mask)
+    assert (loss[~mask] == 0).all() and (grad[~mask] == 0).all() and (stats[:, ~mask] == 0).all()
+    loss, grad, stats = run(student, teacher, member, mask=torch.zeros_like(mask))
+    assert not loss.any() and not grad.any() and not stats.any()
+
+
+@needs_kernels
+@every_route
+def test_row_scale_scales_the_gradient_alone(member):
+    student, teacher = logits(4, 1100), logits(4, 1100, seed=1)
+    row_scale = torch.tensor([1.0, 0.0, -2.5, 1e-3], device=DEVICE)
+    check(student, teacher, member, row_scale=row_scale, scale=2.5)
+
+
+@needs_kernels
+def test_no_rows():
+    loss, grad, stats = run(logits(0, 100), logits(0, 100), FAMILY["reverse"])
+    assert loss.shape == (0,) and grad.shape == (0, 100) and stats.shape == (3, 0)
+
+
+@needs_kernels
+@every_route
+def test_strided_rows_and_in_place(member):
+    student, teacher = logits(4, 3, 1300)[:, 1], logits(9, 1400, seed=1)[::2, 50:][:4, :1300]
+    want = run(student.contiguous(), teacher.contiguous(), member)
+    loss, grad, stats = run(student, teacher, member, out=student)
+    assert grad is student
+    for ours, theirs in zip((loss, grad, stats), want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize("where", ["student", "teacher", "both", "apart"])
+def test_entries_at_minus_infinity(member, where):
+    """−inf on both sides is outside the support; on one side the log-probability counts as −1e4."""
+    student, teacher = logits(2, 1300), logits(2, 1300, seed=1)
+    if where in ("student", "both", "apart"):
+        student[:, 100:200] = -math.inf
+    if where in ("teacher", "both"):
+        teacher[:, 100:200] = -math.inf
+    if where == "apart":
+        teacher[:, 1100:] = -math.inf
+    loss, grad, stats = run(student, teacher, member)
+    want_loss, _, want_stats = expected(student, teacher, member)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=3e-6, atol=4e-6)
+    torch.testing.assert_close(stats.double(), want_stats, rtol=3e-6, atol=4e-6)
+    assert grad.isfinite().all()
+    if where == "both":
+        assert (grad[:, 100:200] == 0).all()
+        keep = torch.cat([torch.arange(100), torch.arange(200, 1300)]).to(DEVICE)
+        _, without, _ = run(student[:, keep].contiguous(), teacher[:, keep].contiguous(), member)
+        torch.testing.assert_close(grad[:, keep], without, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernels
+@every_route
+def test_logits_as_large_as_1e4(member):
+    student, teacher = logits(3, 1100, spread=3e3), logits(3, 1100, spread=3e3, seed=1)
+    student[0, 7], teacher[0, 9] = 1e4, 1e4
+    student[1] += 1e4 - student[1].max()
+    teacher[2] -= 1e4
+    check(student, teacher, member, scale=250.0)  # a rounding of 1e4 is 2500 times one of 4
+    same = student.clone()
+    loss, grad, _ = run(student, same, member)
+    assert loss.abs().max() <= 1e-6 and grad.abs().max() <= 1e-6
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize(
+    "knobs",
+    [(2.0, 0.5, 1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 0.25, 3.0, 0.0, 0.0), (1.3, 0.7, 0.5, 2.0, 30.0, 20.0)],
+    ids=["temperatures", "scales", "soft caps"],
+)
+def test_temperature_scale_and_soft_cap(member, knobs):
+    check(logits(2, 1100), logits(2, 1100, seed=1), member, knobs, scale=4.0)
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_extreme_temperatures(member, temperature):
+    knobs = (temperature, temperature, 1.0, 1.0, 0.0, 0.0)
+    check(logits(2, 1100), logits(2, 1100, seed=1), member, knobs, scale=max(1.0, 1 / temperature))
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_in_a_live_row_is_reported_in_that_row_alone(member, side):
+    pair = [logits(2, 1100), logits(2, 1100, seed=1)]
+    pair[side][1, 1050] = math.nan
+    loss, grad, _ = run(*pair, member)
+    assert loss.isnan().tolist() == [False, True]
+    assert grad[1].isnan().any() and grad[0].isfinite().all()
+
+
+@needs_kernels
+@every_route
+def test_results_repeat_bitwise(member):
+    student, teacher = logits(3, 2100), logits(3, 2100, seed=1)
+    first, second = run(student, teacher, member), run(student, teacher, member)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_gpu
+@every_route
+def test_launch_is_captured_in_a_cuda_graph(member):
+    student, teacher = logits(64, 50304), logits(64, 50304, seed=1)
+    out = torch.empty_like(student)
+    want = run(student, teacher, member)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, _, stats = run(student, teacher, member, out=out)
+    for _ in range(2):
+        out.fill_(math.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip((loss, out, stats), want, strict=True))
+
+
+@needs_gpu
+@every_route
+def test_rows_beyond_two_to_the_31st_element(member):
+    rows = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=DEVICE)
+    student = rows.as_strided((2, 4096), (2**31 + 16, 1)).copy_(logits(2, 4096))
+    check(student, logits(2, 4096, dtype=torch.bfloat16, seed=1), member)

@@ -1,0 +1,28 @@
+"""Tests of Triton kernels run on the GPU where there is one, and else by Triton's interpreter.
+
+Triton decides at import whether it interprets, and the ahead-of-time tests need it not to. So without a GPU a test
+module skips its kernels here and `run_in_interpreter` runs the same file again in a child process.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETING), reason="runs in the interpreter's process")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def run_in_interpreter(test_file: str) -> None:
+    if ON_GPU or INTERPRETING:
+        pytest.skip("this process runs the kernels itself")
+    # The interpreter computes with numpy, which warns of infinities that the kernels mean.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "ignore::RuntimeWarning", test_file]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
