@@ -3,7 +3,7 @@
 from .alignment import principal_cosines, reconstruct, subspace_alignment, subspace_overlap
 from .metrics import SpectralMetrics, spectral_metrics
 from .reconstruction import low_rank_update
-from .rsvd import batched_rsvd
+from .rsvd import batched_rsvd, low_rank_part
 from .storage import load, save
 from .types import RSVD, Flag
 from .update import update_svd
@@ -14,6 +14,7 @@ __all__ = [
     "SpectralMetrics",
     "batched_rsvd",
     "load",
+    "low_rank_part",
     "low_rank_update",
     "principal_cosines",
     "reconstruct",

@@ -41,7 +41,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
 
 
 def reconstruct(svd: RSVD) -> Tensor:
-    """U diag(S) Vh, (..., m, n): gauge-invariant, so any loss on it has a gradient wherever σ_k > σ_{k+1}."""
+    """U diag(S) Vh, (..., m, n). For a gradient that also exists inside clusters of equal σ, take `low_rank_part`."""
     return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
 
 

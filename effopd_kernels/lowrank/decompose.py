@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops, orth, routes
 from .difference import Difference
-from .types import RSVD, Flag
+from .types import ROUNDING, RSVD, Flag
 
 MAX_ROUNDS = 8  # of power iterations, while `tol` is not met
 _SCALE_BEYOND = 40  # |log₂ max |Δ|| up to which fp32 squares and their sums are safe as they are
@@ -113,7 +113,7 @@ def power_of_two(largest: Tensor) -> Tensor:
     """(B,) exact scales that bring entries as small as 1e-25 or as large as 1e30 to where fp32 can square them; 1 for
     usual ones.
     """
-    exponent = largest.log2().floor().clamp(-126, 126)
+    exponent = largest.clamp_min(torch.finfo(torch.float32).tiny).log2().floor().clamp(-126, 126)
     return torch.where(exponent.abs() > _SCALE_BEYOND, torch.exp2(-exponent), 1.0)
 
 
@@ -131,14 +131,14 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     """Rayleigh–Ritz in span(q), certified; while ``tol`` is not met, iterate on."""
     k, tol = settings.rank, settings.tol
     eps = torch.finfo(q.dtype).eps
-    rounding = (eps * frobenius).unsqueeze(-1)
+    rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
     for _ in range(MAX_ROUNDS):
         u, s, w = orth.svd_of_tall(x.apply(q), k)
         v = q @ w
         leading, v_k = s[:, :k], v[..., :k]
         gap = x.mT.apply(u) - v_k * leading.to(v.dtype).unsqueeze(-2)
-        rho = gap.double().square().sum(-2).sqrt() + 2 * rounding
-        met = ((rho <= (tol or torch.inf) * leading) | (rho <= 16 * rounding)).all(-1)
+        rho = gap.double().square().sum(-2).sqrt() + rounding
+        met = ((rho <= (tol or torch.inf) * leading) | (rho <= 2 * rounding)).all(-1)
         if met.all() or not may_iterate:
             break
         q = routes.iterate(x, v, max(1, settings.power_iters))
@@ -146,7 +146,7 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     residual = _residual_norm(x, u, leading.to(v.dtype), v_k, frobenius, eps)
     flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
     flags[~met] |= int(Flag.TOL_NOT_MET)
-    deficient = leading[:, -1] <= 8 * rounding[:, 0]
+    deficient = leading[:, -1] <= rounding[:, 0]
     flags[deficient] |= int(Flag.RANK_DEFICIENT)
     if s.shape[-1] > k:
         flags[~deficient & (s[:, k] > 0.999 * leading[:, -1])] |= int(Flag.CLUSTERED)
@@ -156,12 +156,13 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
 
 def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Tensor, eps: float) -> Tensor:
     """‖X − U S Vᵀ‖_F from ‖X‖² − Σs², or entry by entry where that difference would be rounding; rounded up."""
-    squares = frobenius.square() - s.double().square().sum(-1)
-    cancels = squares < 1e-4 * frobenius.square()
+    total = frobenius.square()
+    squares = total - s.double().square().sum(-1)
+    norm = (squares.clamp_min(0) + ROUNDING * eps * total).sqrt()
+    cancels = squares < 1e-4 * total
     if cancels.any():
-        squares = torch.where(cancels, x.distance(u, s, v).square(), squares)
-    slack = torch.where(cancels, eps**2, eps) * 4 * frobenius.square()
-    return (squares.clamp_min(0) + slack).sqrt()
+        norm = torch.where(cancels, x.distance(u, s, v) + ROUNDING * eps * frobenius, norm)
+    return norm
 
 
 def _unscaled(svd: RSVD, scale: Tensor) -> RSVD:

@@ -23,6 +23,7 @@ from .difference import Difference
 from .rsvd import as_batch, check_pair
 from .slq import Spectrum, sampled_spectrum
 
+TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
 LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
 
 
@@ -40,7 +41,7 @@ class SpectralMetrics(NamedTuple):
     participation_ratio: Tensor
     stable_rank: Tensor  # ‖Δ‖_F² / σ₁²
     noise_edge: Tensor  # spectral norm that rounding ``a`` to its dtype alone would give
-    rank_above_noise: Tensor  # int64, σ above the edge
+    rank_above_noise: Tensor  # int64, σ that noise passes in fewer than one matrix in a thousand
     unchanged_fraction: Tensor  # entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise
     quantisation_limited: (
         Tensor  # bool, a tenth or more of Σσ lies below the edge: the effective rank counts rounding noise
@@ -118,7 +119,10 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sample
     squares = statistics[ops.SUM_SQUARES]
     s = spectrum.leading
     first = s[0] if len(s) else squares.new_zeros(())
-    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * (math.sqrt(m) + math.sqrt(n))
+    roots = math.sqrt(m) + math.sqrt(n)
+    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * roots
+    # The edge is where the largest σ of noise lies in the limit; of finite noise it passes it now and then.
+    counted = edge * math.sqrt(1 + TRACY_WIDOM * (1 / math.sqrt(m) + 1 / math.sqrt(n)) ** (1 / 3) / roots)
 
     def from_sums(sums: Tensor) -> dict[str, Tensor]:
         total, s_log_s, fourth, above, below = sums.unbind(-1)
@@ -132,7 +136,8 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sample
     unit = torch.where(first > 0, first, 1.0)  # sums of σ/σ₁: fourth powers stay in range
     squares = squares / unit**2
     sums = spectrum.sums(
-        lambda t: torch.stack([t, torch.special.xlogy(t, t), t**4, t > edge / unit, t * (t <= edge / unit)], -1), unit
+        lambda t: torch.stack([t, torch.special.xlogy(t, t), t**4, t > counted / unit, t * (t <= counted / unit)], -1),
+        unit,
     )
     values = {
         "spectral_norm": first,

@@ -163,7 +163,7 @@ def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(g)
-    return values.flip(-1), vectors.flip(-1)
+    return values.flip(-1), vectors.flip(-1).contiguous()
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:

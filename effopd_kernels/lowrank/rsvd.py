@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import routes
+from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
 from .types import RSVD, Flag
 
@@ -56,11 +57,39 @@ def batched_rsvd(
     m, n = a.shape[-2:]
     k = check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank)
     settings = Settings(k, oversample, power_iters, tol, seed, route)
-    result = decompose(as_batch(a), None if base is None else as_batch(base), settings)[0]
+    pair = as_batch(a), None if base is None else as_batch(base)
+    result = RSVD(*TruncatedSVD.apply(*pair, settings)) if _wants_gradient(*pair) else decompose(*pair, settings)[0]
     result = RSVD(*(field.reshape((*a.shape[:-2], *field.shape[1:])) for field in result))
     if rank > k:
         result = result._replace(flags=result.flags | Flag.CLIPPED)
     return fix_signs(result, align_to)
+
+
+def low_rank_part(
+    a: Tensor,
+    rank: int,
+    *,
+    base: Tensor | None = None,
+    oversample: int | None = None,
+    power_iters: int = 2,
+    tol: float | None = None,
+    seed: int = 0,
+    route: str | None = None,
+    clip_rank: bool = False,
+) -> Tensor:
+    """The best approximation of rank k to every matrix of ``a − base``, (..., m, n); arguments as `batched_rsvd`.
+
+    It has a gradient wherever σ_k > σ_{k+1}, clusters of equal σ inside the rank included, where one through
+    ``reconstruct(batched_rsvd(a, k))`` does not exist.
+    """
+    check_pair(a, base)
+    k = check_options(rank, *a.shape[-2:], oversample, power_iters, tol, route, clip_rank)
+    pair = as_batch(a), None if base is None else as_batch(base)
+    return LowRankPart.apply(*pair, Settings(k, oversample, power_iters, tol, seed, route)).reshape(a.shape)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def as_batch(a: Tensor) -> Tensor:

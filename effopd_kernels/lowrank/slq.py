@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .decompose import Settings, decompose_group
 from .difference import Difference
+from .types import ROUNDING
 
 
 class Spectrum(NamedTuple):
@@ -41,6 +42,8 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int) 
     k = min(k, m)
     svd, _ = decompose_group(x.x, x.base, Settings(k, None, 2, None, seed, None))
     s, v = svd.S[0].double(), svd.Vh[0].mT
+    floor = ROUNDING * torch.finfo(v.dtype).eps * svd.frobenius_norm  # below it nodes are rounding
+    s = torch.where(s > floor, s, 0.0)
     if k == m:
         return Spectrum(s)
     scale = torch.exp2(-s[:1].log2().floor())
@@ -48,7 +51,8 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     z = torch.randint(0, 2, (m, probes), generator=generator).to(v.device, v.dtype).mul_(2).sub_(1)
     nodes, weights = _lanczos(x, v, z, min(steps, m - k))
-    return Spectrum(s, nodes / scale, weights)
+    nodes = nodes / scale
+    return Spectrum(s, torch.where(nodes > floor, nodes, 0.0), weights)
 
 
 def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, T
         for _ in range(2):
             y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
         beta = torch.linalg.vector_norm(y, dim=0)
-        # An invariant subspace was found and the rest is rounding. Zero vectors from here on decouple T, with no weight.
+        # An invariant subspace was found; the rest is rounding. Zero vectors from here on decouple T, with no weight.
         alive = beta > 1e-6
         off.append(torch.where(alive, beta, 0.0))
         q.append(torch.where(alive, y / torch.where(alive, beta, 1.0), 0.0))

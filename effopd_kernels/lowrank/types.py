@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROUNDING = 8  # every bound is widened by this many ε ‖A‖_F, for the rounding of the products it was computed from
+
 
 class Flag(IntFlag):
     """Bits of ``RSVD.flags``."""
@@ -33,9 +35,9 @@ class RSVD(NamedTuple):
         """(lower, upper), each (..., k) fp64: the exact i-th singular value lies between.
 
         U_kᵀA has singular values S, so σ̃_i ≤ σ_i; and A Aᵀ = (U_k S Vh)(·)ᵀ + R Rᵀ, so by Weyl σ_i² ≤ σ̃_i² + ‖R‖².
-        Both are widened by the rounding of the arithmetic, 4 ε ‖A‖_F.
+        Both are widened by the rounding of the arithmetic.
         """
         s = self.S.double()
-        rounding = 4 * torch.finfo(self.S.dtype).eps * self.frobenius_norm.unsqueeze(-1)
+        rounding = ROUNDING * torch.finfo(self.S.dtype).eps * self.frobenius_norm.unsqueeze(-1)
         upper = torch.hypot(s, self.residual_norm.unsqueeze(-1).expand_as(s)) + rounding
         return (s - rounding).clamp_min(0), upper

@@ -1,0 +1,191 @@
+"""Inputs that break low-rank codes: degenerate, huge, tiny, poisoned, oddly shaped."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowrank.matrices import assert_certified, bf16_pair, orthogonality, spectrum, with_spectrum
+
+from effopd_kernels.lowrank import Flag, batched_rsvd, subspace_overlap
+
+ROUTES = ("subspace", "gram", "exact")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_identical_checkpoints(route):
+    a = torch.randn(30, 20).bfloat16()
+    svd = batched_rsvd(a, 5, base=a, route=route)
+    assert (svd.S == 0).all() and svd.frobenius_norm == 0 and svd.residual_norm == 0
+    assert svd.flags & Flag.ZERO
+    assert orthogonality(svd.U) == 0 and orthogonality(svd.Vh.mT) == 0
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ROUTES)
+def test_poisoned_matrix_is_flagged_and_harms_no_other(route, poison):
+    a = torch.stack([spectrum("polynomial", 40, 60, seed).float() for seed in range(3)])
+    clean = batched_rsvd(a, 5, route=route)
+    a[1, 7, 9] = poison
+    svd = batched_rsvd(a, 5, route=route)
+    assert svd.flags.tolist() == [0, Flag.NON_FINITE, 0]
+    for before, after in zip(clean[:-1], svd[:-1], strict=True):
+        assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
+        assert after[1].isnan().all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("tall", [False, True])
+def test_rank_below_k(route, tall):
+    a = with_spectrum(90, 140, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)).float()
+    a = a.mT if tall else a
+    svd = batched_rsvd(a, 8, route=route)
+    assert_certified(svd, a.double())
+    assert svd.flags & Flag.RANK_DEFICIENT
+    assert (svd.S[3:] < 1e-5).all()
+    assert svd.residual_norm < 1e-5
+
+
+def test_exactly_one_column():
+    """A matrix whose only column is repeated zeros elsewhere: rank one with exact zeros in the sketch's Gram."""
+    a = torch.zeros(60, 80)
+    a[:, 3] = torch.arange(60.0)
+    svd = batched_rsvd(a, 4, route="subspace")
+    assert_certified(svd, a.double())
+    assert abs(svd.S[0] / a.norm() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (17, 33), (3, 200)], ids=str)
+@pytest.mark.parametrize("route", [None, *ROUTES])
+def test_odd_shapes(shape, route):
+    a = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_certified(batched_rsvd(a, 1, route=route), a.double())
+    everything = batched_rsvd(a, min(shape), route=route)
+    assert_certified(everything, a.double())
+    torch.testing.assert_close(everything.S, torch.linalg.svdvals(a), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e30])
+@pytest.mark.parametrize("route", ROUTES)
+def test_extreme_scales(scale, route):
+    a = spectrum("polynomial", 60, 90).float()
+    plain, scaled = batched_rsvd(a, 6, route=route), batched_rsvd(a * scale, 6, route=route)
+    torch.testing.assert_close(scaled.S / scale, plain.S, rtol=1e-4 if scale == 1e-38 else 1e-5, atol=0)
+    assert_certified(scaled, (a * scale).double())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_huge_entry(route):
+    a = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
+    a[5, 6] = 1e12
+    svd = batched_rsvd(a, 4, route=route)
+    assert abs(svd.S[0] / 1e12 - 1) < 1e-6
+    assert_certified(svd, a.double())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_cluster_across_the_rank(route):
+    """σ equal on both sides of the cut: values right, subspace flagged, and every vector inside the cluster's space."""
+    s = torch.tensor([3.0] * 2 + [1.0] * 6 + [0.01] * 30, dtype=torch.float64)
+    a = with_spectrum(60, 90, s)
+    svd = batched_rsvd(a.float(), 5, route=route)
+    assert svd.flags & Flag.CLUSTERED
+    torch.testing.assert_close(svd.S.double(), s[:5], rtol=1e-5, atol=0)
+    assert_certified(svd, a.float().double())
+    assert abs(subspace_overlap(svd.U, torch.linalg.svd(a)[0][:, :8]) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_strided_views_give_the_same_bits(route):
+    wide = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    view = wide[::2, 3:150]
+    for field, expected in zip(
+        batched_rsvd(view, 5, route=route), batched_rsvd(view.contiguous(), 5, route=route), strict=True
+    ):
+        assert torch.equal(field, expected)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_repeatable_and_independent_of_the_batch(route):
+    """Bitwise, on CPU: twice the same, and a matrix in a batch as alone."""
+    pairs = [bf16_pair(50, 75, 3, 1e-2, seed) for seed in range(6)]
+    a, base = (torch.stack(side).reshape(2, 3, 50, 75) for side in zip(*pairs, strict=True))
+    first, again = (batched_rsvd(a, 7, base=base, route=route) for _ in range(2))
+    assert first.U.shape == (2, 3, 50, 7) and first.Vh.shape == (2, 3, 7, 75) and first.flags.shape == (2, 3)
+    alone = batched_rsvd(a[1, 2].clone(), 7, base=base[1, 2].clone(), route=route)
+    for x, y, z in zip(first, again, alone, strict=True):
+        assert torch.equal(x, y) and torch.equal(x[1, 2], z)
+
+
+def test_the_seed_matters_only_to_the_sketch():
+    a = spectrum("polynomial", 200, 260).float()
+    one, two = (batched_rsvd(a, 5, seed=seed, route="subspace") for seed in (0, 1))
+    assert not torch.equal(one.S, two.S)
+    torch.testing.assert_close(one.S, two.S, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("route", [None, *ROUTES])
+def test_rank_zero_and_empty_batches(route):
+    a = torch.randn(12, 9)
+    svd = batched_rsvd(a, 0, route=route)
+    assert svd.U.shape == (12, 0) and svd.S.shape == (0,) and svd.Vh.shape == (0, 9)
+    torch.testing.assert_close(svd.residual_norm.float(), a.norm())
+    empty = batched_rsvd(torch.empty(2, 0, 12, 9), 4, route=route)
+    assert empty.U.shape == (2, 0, 12, 4) and empty.flags.shape == (2, 0)
+    nothing = batched_rsvd(torch.empty(3, 0, 9), 0, route=route)
+    assert nothing.U.shape == (3, 0, 0) and nothing.frobenius_norm.tolist() == [0, 0, 0]
+
+
+def test_signs():
+    a = spectrum("polynomial", 40, 60)
+    svd = batched_rsvd(a, 5)
+    assert (svd.U.gather(0, svd.U.abs().argmax(0, keepdim=True)) > 0).all()
+    flipped = svd._replace(U=-svd.U, Vh=-svd.Vh)
+    assert torch.equal(batched_rsvd(a, 5, align_to=flipped).U, flipped.U)
+    assert torch.equal(batched_rsvd(a, 5, align_to=flipped.U[:, :3]).Vh[:3], flipped.Vh[:3])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    rate=st.floats(0.0, 3.0),
+    route=st.sampled_from(ROUTES),
+    fraction=st.floats(0.0, 1.0),
+    scale=st.integers(-30, 30),
+)
+def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
+    s = torch.exp(-rate * torch.arange(min(m, n), dtype=torch.float64))
+    a = (with_spectrum(m, n, s, seed=m * 41 + n) * 10.0**scale).float()
+    k = max(1, round(fraction * min(m, n)))
+    svd = batched_rsvd(a, k, route=route)
+    assert_certified(svd, a.double())
+    assert abs(svd.S[0].double() / torch.linalg.svdvals(a.double())[0] - 1) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda a: batched_rsvd(a, 10), ValueError, r"rank 10 exceeds min\(m, n\) = 9.*clip_rank"),
+        (lambda a: batched_rsvd(a, -1), ValueError, "rank must be"),
+        (lambda a: batched_rsvd(a, 2.0), ValueError, "rank must be"),
+        (lambda a: batched_rsvd(a, 2, base=a[:5]), ValueError, r"a \(12, 9\) and base \(5, 9\)"),
+        (lambda a: batched_rsvd(a.int(), 2), TypeError, "a must be .* not torch.int32"),
+        (lambda a: batched_rsvd(a, 2, base=a.int()), TypeError, "base must be .* not torch.int32"),
+        (lambda a: batched_rsvd(a.to(torch.complex64), 2), TypeError, "complex64"),
+        (lambda a: batched_rsvd(a.numpy(), 2), TypeError, "ndarray"),
+        (lambda a: batched_rsvd(a[0], 2), ValueError, r"\(9,\)"),
+        (lambda a: batched_rsvd(a, 2, route="fast"), ValueError, "subspace, gram, exact"),
+        (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be positive"),
+        (lambda a: batched_rsvd(a, 2, oversample=-1), ValueError, "oversample"),
+        (lambda a: batched_rsvd(a, 2, power_iters=-1), ValueError, "power_iters"),
+        (lambda a: batched_rsvd(a, 2, align_to=a[:5]), ValueError, "align_to"),
+    ],
+)
+def test_bad_input(call, error, words):
+    with pytest.raises(error, match=words):
+        call(torch.randn(12, 9))
+
+
+def test_clipped_rank():
+    svd = batched_rsvd(torch.randn(12, 9), 10, clip_rank=True)
+    assert svd.S.shape == (9,) and svd.flags & Flag.CLIPPED

@@ -1,0 +1,174 @@
+"""The gradient is that of the truncated SVD itself: gradcheck, the full SVD's gradient, and where none exists an
+error.
+"""
+
+import pytest
+import torch
+from lowrank.matrices import spectrum, with_spectrum
+
+from effopd_kernels.lowrank import batched_rsvd, low_rank_part, reconstruct, subspace_overlap
+
+ROUTES = ("subspace", "gram", "exact")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(k: int, **options):
+    """(a, base?) → (U, S, Vh), the differentiable fields."""
+
+    def function(a, base=None):
+        svd = batched_rsvd(a, k, base=base, **options)
+        return svd.U, svd.S, svd.Vh
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"), [((7, 5), 2), ((5, 8), 3), ((2, 6, 4), 2), ((5, 5), 5), ((4, 6), 4), ((6, 4), 4), ((1, 5), 1)]
+)
+@pytest.mark.parametrize("oversample", [None, 0])
+def test_gradcheck(shape, k, oversample):
+    assert torch.autograd.gradcheck(factors(k, oversample=oversample), random(*shape).requires_grad_())
+
+
+def test_gradcheck_of_a_pair():
+    a, base = random(6, 5).requires_grad_(), random(6, 5, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(factors(2), (a, base))
+    assert torch.autograd.gradcheck(lambda base: factors(2)(a.detach(), base), base)
+
+
+def loss(u, s, vh, target):
+    """One that feels U, S and Vh and their complement, not the signs."""
+    return (
+        ((u * s.unsqueeze(-2)) @ vh * target).sum() + s.pow(3).sum() + (u.square() * target[..., : u.shape[-1]]).sum()
+    )
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+def test_equals_the_gradient_of_the_full_svd(dtype, tolerance, transpose):
+    exact, target = spectrum("polynomial", 60, 45), random(60, 45, seed=1)
+    if transpose:
+        exact, target = exact.mT, random(45, 60, seed=1)
+    reference = exact.clone().requires_grad_()
+    u, s, vh = torch.linalg.svd(reference, full_matrices=False)
+    loss(u[:, :9], s[:9], vh[:9], target).backward()
+    a = exact.to(dtype).requires_grad_()
+    svd = batched_rsvd(a, 9)
+    loss(svd.U, svd.S, svd.Vh, target.to(dtype)).backward()
+    assert a.grad.dtype == dtype
+    assert (a.grad - reference.grad).norm() < tolerance * reference.grad.norm()
+
+
+@pytest.mark.parametrize("route", ["subspace", "gram"])
+def test_converged_sketch_gives_the_same_gradient(route):
+    """Without the coupling to the complement this is wrong by tens of percent, so the second half shows the guard's
+    teeth.
+    """
+    exact, target = spectrum("exponential", 60, 45), random(60, 45, seed=1)
+    gradients = []
+    for options in ({"route": "exact"}, {"route": route, "oversample": 8, "power_iters": 12}):
+        a = exact.clone().requires_grad_()
+        (reconstruct(batched_rsvd(a, 9, **options)) * target).sum().backward()
+        gradients.append(a.grad)
+    assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
+    svd = batched_rsvd(exact, 9)
+    inside = svd.U @ svd.U.mT @ target @ svd.Vh.mT @ svd.Vh
+    assert (inside - gradients[0]).norm() > 0.1 * gradients[0].norm()
+
+
+def test_loss_on_singular_values_alone(monkeypatch):
+    """Ā = U diag(ḡ) Vᵀ, with no solve."""
+    from effopd_kernels.lowrank import autograd
+
+    monkeypatch.setattr(autograd, "complement", None)
+    a, base = random(9, 7).requires_grad_(), random(9, 7, seed=1).requires_grad_()
+    svd = batched_rsvd(a, 3, base=base)
+    svd.S.square().sum().backward()
+    torch.testing.assert_close(a.grad, 2 * reconstruct(svd).detach())
+    assert torch.equal(a.grad, -base.grad)
+
+
+def test_bf16_pair_gets_bf16_gradients_of_opposite_sign():
+    a, base = random(9, 7).bfloat16().requires_grad_(), random(9, 7, seed=1).bfloat16().requires_grad_()
+    batched_rsvd(a, 3, base=base).U.square().mul(torch.arange(3.0)).sum().backward()
+    (reconstruct(batched_rsvd(a, 3, base=base)) * random(9, 7, seed=2)).sum().backward()
+    assert a.grad.dtype == torch.bfloat16 and torch.equal(a.grad, -base.grad) and a.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e30])
+def test_extreme_scales(scale):
+    """reconstruct is homogeneous of degree one, so its gradient does not see the scale."""
+    a, target = spectrum("polynomial", 20, 30).float(), random(20, 30, seed=1).float()
+    gradients = []
+    for factor in (1.0, scale):
+        leaf = (a * factor).requires_grad_()
+        (reconstruct(batched_rsvd(leaf, 4)) * target).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+CLUSTERED = torch.tensor([3.0, 2.0, 2.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+
+
+def test_invariant_loss_on_a_cluster():
+    """Equal σ inside the rank: a loss on the subspace has a gradient, and it is the one that finite differences see."""
+    a = with_spectrum(14, 10, CLUSTERED).requires_grad_()
+    target, direction = torch.linalg.qr(random(14, 4, seed=1))[0], 1e-6 * random(14, 10, seed=2)
+    subspace_overlap(batched_rsvd(a, 4).U, target).backward()
+    with torch.no_grad():
+        ahead, behind = (subspace_overlap(batched_rsvd(a + sign * direction, 4).U, target) for sign in (1, -1))
+    torch.testing.assert_close((a.grad * direction).sum(), (ahead - behind) / 2, rtol=1e-6, atol=0)
+
+
+def test_gradient_does_not_depend_on_the_basis_inside_a_cluster():
+    """The same matrix with the columns of its cluster rotated beforehand gives the same gradient."""
+    u, v = torch.linalg.qr(random(14, 10))[0], torch.linalg.qr(random(12, 10, seed=1))[0]
+    rotation = torch.eye(10, dtype=torch.float64)
+    rotation[1:4, 1:4] = torch.linalg.qr(random(3, 3, seed=2))[0]
+    target, gradients = random(14, 12, seed=3), []
+    for r in (torch.eye(10, dtype=torch.float64), rotation):
+        a = ((u @ r * CLUSTERED) @ (v @ r).mT).requires_grad_()
+        (low_rank_part(a, 4) * target).sum().backward()
+        gradients.append(a.grad)
+        with pytest.raises(RuntimeError, match="cluster"):  # the triplets cannot carry this gradient
+            (reconstruct(batched_rsvd(a, 4)) * target).sum().backward()
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 8)])
+def test_gradcheck_of_the_low_rank_part(shape):
+    a, base = random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, base: low_rank_part(a, 2, base=base), (a, base))
+    clustered = with_spectrum(8, 6, torch.tensor([2.0, 2.0, 2.0, 1.0, 0.5, 0.1], dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: low_rank_part(a, 3), clustered)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ill_defined_gradients_are_errors(dtype):
+    a = with_spectrum(14, 10, CLUSTERED).to(dtype).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"cluster of equal singular values.*triplets [234] and [234]"):
+        batched_rsvd(a, 4).U[0].sum().backward()
+    with pytest.raises(RuntimeError, match=r"told from those beyond the rank.*choose a rank at a gap"):
+        (reconstruct(batched_rsvd(a, 2)) * torch.arange(10).to(dtype)).sum().backward()
+    assert a.grad is None
+
+
+def test_zero_and_rank_deficient_input():
+    zero = torch.zeros(6, 5, dtype=torch.float64, requires_grad=True)
+    batched_rsvd(zero, 2).S.sum().backward()
+    assert zero.grad.isfinite().all()
+    deficient = (random(9, 2) @ random(2, 8, seed=1)).requires_grad_()
+    reconstruct(batched_rsvd(deficient, 4)).square().sum().backward()
+    torch.testing.assert_close(deficient.grad, 2 * deficient.detach())
+    with pytest.raises(RuntimeError, match="cluster"):
+        batched_rsvd(deficient, 4).U[0].sum().backward()
+
+
+def test_no_gradient_wanted_none_recorded():
+    a = random(6, 5).requires_grad_()
+    with torch.no_grad():
+        assert not batched_rsvd(a, 2).U.requires_grad
+    assert not batched_rsvd(a, 2).residual_norm.requires_grad

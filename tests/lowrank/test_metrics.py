@@ -1,0 +1,132 @@
+"""Spectral metrics against their definitions on an fp64 SVD, and the noise edge against what rounding really does."""
+
+import math
+
+import pytest
+import torch
+from lowrank.matrices import SPECTRA, bf16_pair, kahan, spectrum, with_spectrum
+
+from effopd_kernels.lowrank import spectral_metrics
+
+
+def definitions(exact: torch.Tensor, top_fraction: float = 0.01) -> dict[str, float]:
+    s = torch.linalg.svdvals(exact)
+    p = s / s.sum()
+    top = math.ceil(top_fraction * min(exact.shape))
+    return {
+        "spectral_norm": s[0].item(),
+        "frobenius_norm": exact.norm().item(),
+        "spectral_to_frobenius": (s[0] / exact.norm()).item(),
+        "effective_rank": (-torch.special.xlogy(p, p).sum()).exp().item(),
+        "top_fraction_norm_ratio": (s[:top].norm() / s.norm()).item(),
+        "participation_ratio": (s.norm() ** 4 / (exact.mT @ exact).norm() ** 2).item(),
+        "stable_rank": (s.norm() ** 2 / s[0] ** 2).item(),
+    }
+
+
+@pytest.mark.parametrize("shape", [(120, 200), (200, 120)], ids=str)
+@pytest.mark.parametrize("name", [*SPECTRA, "kahan"])
+def test_exact_metrics_in_fp32(name, shape):
+    a = (kahan(96) if name == "kahan" else spectrum(name, *shape)).float()
+    metrics = spectral_metrics(a, top_fraction=0.05)
+    for field, value in definitions(a.double(), 0.05).items():
+        assert abs(getattr(metrics, field) / value - 1) < 1e-5, field
+    assert not metrics.quantisation_limited and metrics.unchanged_fraction == (a == 0).double().mean()
+
+
+@pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3])
+def test_exact_metrics_of_bf16_pairs(ratio):
+    current, base = bf16_pair(150, 220, 6, ratio)
+    exact = current.double() - base.double()
+    metrics = spectral_metrics(current, base=base)
+    for field, value in definitions(exact).items():
+        assert abs(getattr(metrics, field) / value - 1) < 1e-6, field
+    assert metrics.unchanged_fraction == (current == base).double().mean()
+
+
+def test_noise_edge_tells_rounding_from_learning():
+    """A rank-6 update of 5 % of the weights: rounding multiplies its effective rank, the count above the edge stays
+    6.
+    """
+    current, base = bf16_pair(300, 400, 6, 0.05)
+    clean = spectral_metrics(with_spectrum(300, 400, torch.ones(6, dtype=torch.float64)).float())
+    metrics = spectral_metrics(current, base=base)
+    assert abs(clean.effective_rank - 6) < 0.01 and metrics.effective_rank > 2.5 * clean.effective_rank
+    assert metrics.rank_above_noise == 6 and metrics.quantisation_limited and not clean.quantisation_limited
+    assert abs(metrics.participation_ratio - 6) < 0.1
+    # The edge is the norm that rounding alone has: measured from the update before it was rounded.
+    generator = torch.Generator().manual_seed(0)
+    unrounded = base.double() + 2e-3 * torch.randn(300, 400, generator=generator, dtype=torch.float64)
+    noise = torch.linalg.svdvals(unrounded.bfloat16().double() - unrounded)[0]
+    assert abs(spectral_metrics(unrounded.bfloat16(), base=base).noise_edge / noise - 1) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_ulp(dtype):
+    """Against the distance to the next number."""
+    from effopd_kernels.lowrank.reference import ulp
+
+    x = torch.tensor([1.0, 1.5, 2.0, -3.75, 0.02, 1000.0]).to(dtype)
+    if dtype in (torch.float32, torch.float64):
+        expected = torch.nextafter(x.abs(), torch.tensor(torch.inf, dtype=dtype)) - x.abs()
+    else:
+        bits = x.abs().view(torch.int16)
+        expected = (bits + 1).view(dtype).float() - x.abs().float()
+    torch.testing.assert_close(ulp(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_slq_lies_within_its_standard_error(pair):
+    if pair:
+        a, base = bf16_pair(300, 400, 6, 1e-2)
+        exact = a.double() - base.double()
+    else:
+        a, base = spectrum("polynomial", 300, 400).float(), None
+        exact = a.double()
+    metrics, truth = spectral_metrics(a, base=base, method="slq"), definitions(exact)
+    for field in ("spectral_norm", "frobenius_norm", "top_fraction_norm_ratio", "stable_rank"):
+        assert abs(getattr(metrics, field) / truth[field] - 1) < 1e-4, field
+    error = metrics.standard_error["effective_rank"]
+    assert 0 < error < 0.05 * truth["effective_rank"]
+    assert abs(metrics.effective_rank - truth["effective_rank"]) < 4 * error
+    assert abs(metrics.participation_ratio / truth["participation_ratio"] - 1) < 1e-3
+    assert torch.equal(metrics.effective_rank, spectral_metrics(a, base=base, method="slq").effective_rank)
+
+
+@pytest.mark.parametrize("method", ["exact", "slq"])
+def test_degenerate_matrices(method):
+    a = torch.stack([torch.zeros(20, 30), torch.full((20, 30), torch.nan), torch.ones(20, 30)])
+    metrics = spectral_metrics(a, method=method)
+    assert metrics.spectral_norm[0] == metrics.effective_rank[0] == metrics.rank_above_noise[0] == 0
+    assert metrics.spectral_to_frobenius[0].isnan() and metrics.effective_rank[1].isnan()
+    assert abs(metrics.effective_rank[2] - 1) < 1e-4 and metrics.rank_above_noise[2] == 1
+    assert not metrics.quantisation_limited.any()
+    same = spectral_metrics(a[2], base=a[2], method=method)
+    assert same.unchanged_fraction == 1 and same.frobenius_norm == 0
+    assert spectral_metrics(torch.empty(0, 3, 4), method=method).effective_rank.shape == (0,)
+
+
+def test_metrics_do_not_depend_on_scale_or_batch():
+    a = spectrum("polynomial", 40, 60).float()
+    batch = spectral_metrics(torch.stack([a, a * 1e-25, a * 1e30]).unsqueeze(0))
+    assert batch.effective_rank.shape == (1, 3)
+    alone = spectral_metrics(a)
+    for field in ("effective_rank", "participation_ratio", "spectral_to_frobenius", "stable_rank"):
+        torch.testing.assert_close(getattr(batch, field)[0], getattr(alone, field).expand(3), rtol=1e-5, atol=0)
+    assert torch.equal(batch.effective_rank[0, 0], alone.effective_rank)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"top_fraction": 0.0}, ValueError, "top_fraction"),
+        ({"method": "lanczos"}, ValueError, '"exact" or "slq"'),
+        ({"method": "slq", "probes": 1}, ValueError, "two probes"),
+        ({"base": torch.zeros(3, 3)}, ValueError, r"\(4, 5\) and base \(3, 3\)"),
+    ],
+)
+def test_bad_input(options, error, words):
+    with pytest.raises(error, match=words):
+        spectral_metrics(torch.zeros(4, 5), **options)
+    with pytest.raises(TypeError, match="int64"):
+        spectral_metrics(torch.zeros(4, 5, dtype=torch.int64))

@@ -1,0 +1,123 @@
+"""The operators: schema, fakes, compilation, and the panels under them; and the orthonormalisation that they feed."""
+
+import pytest
+import torch
+from lowrank.matrices import orthogonality, with_spectrum
+
+from effopd_kernels.lowrank import ops, orth, reference
+
+
+def difference(dtype=torch.bfloat16, transposed=False, pair=True):
+    """(x, base, X in fp64 by matrix), two 50 × 30 matrices."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (30, 50) if transposed else (50, 30)
+    x, base = ([torch.randn(shape, generator=generator).to(dtype) for _ in range(2)] for _ in range(2))
+    if transposed:
+        x, base = [v.mT for v in x], [v.mT for v in base]
+    base = base if pair else []
+    return x, base, [a.double() - (base[i].double() if pair else 0) for i, a in enumerate(x)]
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products(dtype, transposed, pair, monkeypatch):
+    monkeypatch.setattr(reference, "PANEL", 500)  # several panels, the last one short
+    monkeypatch.setattr(reference, "GRAM_BLOCK", 8)
+    x, base, exact = difference(dtype, transposed, pair)
+    arithmetic = torch.promote_types(dtype, torch.float32)
+    q = torch.randn(2, 30, 7, dtype=arithmetic, generator=torch.Generator().manual_seed(1))
+    scale = torch.tensor([1.0, 4.0], dtype=arithmetic)
+    bar = 4 * torch.finfo(arithmetic).eps
+    y, statistics = ops.sketch(x, base, q, True, False)
+    torch.testing.assert_close(statistics, ops.stats(x, base, True))
+    for i, a in enumerate(exact):
+        qi, c = q[i].double(), scale[i].double()
+        assert distance(y[i], a @ qi) < bar
+        assert distance(ops.skinny(x, base, q, scale, False)[i], c * a @ qi) < bar
+        assert distance(ops.gram_apply(x, base, q, scale, False)[i], c**2 * a.mT @ (a @ qi)) < bar
+        assert distance(ops.gram(x, base, scale, True)[i], c**2 * a.mT @ a) < 1e-13
+        assert abs(statistics[i, ops.SUM_SQUARES] / a.square().sum() - 1) < 1e-6
+        assert abs(statistics[i, ops.MAX_ABS] / a.abs().max() - 1) < bar
+        assert statistics[i, ops.UNCHANGED] == (a == 0).sum()
+    g = ops.gram(x, base, None, False)
+    assert torch.equal(g, g.mT)
+    # bf16 operands: the error of rounding them, no more.
+    fast = ops.gram_apply(x, base, q, None, True)
+    assert 1e-4 < max(distance(fast[i], a.mT @ (a @ q[i].double())) for i, a in enumerate(exact)) < 1e-2 or (
+        arithmetic == torch.float64 or not reference.bf16_is_native(q.device)
+    )
+
+
+def test_non_finite_entries_are_counted():
+    x, base, _ = difference(torch.float32)
+    x[1][3, 4], base[1][5, 6] = torch.nan, -torch.inf
+    assert ops.stats(x, base, False)[:, ops.NON_FINITE].tolist() == [0, 2]
+
+
+def test_sums_of_squares_out_of_range_of_fp32():
+    for scale in (1e-25, 1e30):
+        a = scale * torch.ones(4, 5)
+        assert abs(ops.stats([a], [], False)[0, ops.SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_opcheck(transposed):
+    x, base, _ = difference(transposed=transposed)
+    q, scale = torch.randn(2, 30, 7), torch.ones(2)
+    torch.library.opcheck(ops.stats, (x, base, True))
+    torch.library.opcheck(ops.sketch, (x, base, q, True, True))
+    torch.library.opcheck(ops.skinny, (x, base, q, scale, False))
+    torch.library.opcheck(ops.gram_apply, (x, [], q, None, True))
+    torch.library.opcheck(ops.gram, (x, base, scale, True))
+    torch.library.opcheck(ops.eigh, (torch.eye(5).expand(2, 5, 5),))
+
+
+def test_compiles():
+    x, base, exact = difference()
+    q = torch.randn(2, 30, 7)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(x, base, q):
+        g = ops.gram(x, base, None, True)
+        return ops.skinny(x, base, q, None, False) + 1, ops.gram_apply(x, base, q, None, False), ops.eigh(g)[0]
+
+    y, z, values = function(x, base, q)
+    torch.testing.assert_close(y[0].double(), exact[0] @ q[0].double() + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values[1], torch.linalg.svdvals(exact[1]).square())
+    assert z.shape == (2, 30, 7)
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e3, 1e6, 1e12, torch.inf])
+def test_orthonormal_bases(condition):
+    """From well-conditioned to rank-deficient: CholeskyQR where it holds, Householder where it does not, one by one."""
+    s = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), 12, dtype=torch.float64)
+    if condition == torch.inf:
+        s = torch.cat([torch.ones(5), torch.zeros(7)]).double()
+    y = torch.stack([with_spectrum(200, 12, s), with_spectrum(200, 12, torch.ones(12))]).float()
+    q = orth.orthonormal(y)
+    assert orthogonality(q[0]) < 1e-6 and orthogonality(q[1]) < 1e-6
+    assert (y.double() - q.double() @ (q.double().mT @ y.double())).abs().max() < 1e-5
+    u, values, w = orth.svd_of_tall(y, 5)
+    assert orthogonality(u[0]) < 1e-6 and orthogonality(w[0]) < 1e-5
+    torch.testing.assert_close(values[0], s, rtol=1e-5, atol=1e-6)
+
+
+def test_columns_of_very_different_length():
+    y = torch.randn(1, 100, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-18, 18, 6)
+    assert orthogonality(orth.orthonormal(y)[0]) < 1e-6
+
+
+def test_fp32_gram_would_not_do():
+    """The guard has teeth: at condition 1e6 an fp32 Gram is not positive definite, or its factor far from
+    orthonormal.
+    """
+    y = with_spectrum(200, 12, torch.logspace(0, -6, 12, dtype=torch.float64)).float()
+    r, info = torch.linalg.cholesky_ex(y.mT @ y, upper=True)
+    q = torch.linalg.solve_triangular(r, y, upper=True, left=False)
+    assert info != 0 or orthogonality(q) > 1e-2

@@ -1,0 +1,110 @@
+"""W0 plus the head or the tail of an update, and the comparison of subspaces."""
+
+import pytest
+import torch
+from lowrank.matrices import bf16_pair, spectrum, with_spectrum
+
+from effopd_kernels.lowrank import (
+    batched_rsvd,
+    low_rank_update,
+    principal_cosines,
+    reconstruct,
+    subspace_alignment,
+    subspace_overlap,
+)
+
+
+@pytest.fixture
+def case():
+    w0, a = (
+        torch.randn(2, 30, 40, dtype=torch.float64),
+        torch.stack([spectrum("polynomial", 30, 40, i) for i in (0, 1)]),
+    )
+    return w0, a, batched_rsvd(a, 10)
+
+
+def test_head_tail_and_alpha(case):
+    w0, a, svd = case
+    u, s, v = svd.U, svd.S, svd.Vh.mT
+    terms = torch.einsum("bmk,bk,bnk->bkmn", u, s, v)
+    torch.testing.assert_close(low_rank_update(w0, svd), w0 + terms.sum(1))
+    torch.testing.assert_close(low_rank_update(w0, svd, rank=3, alpha=2.5), w0 + 2.5 * terms[:, :3].sum(1))
+    torch.testing.assert_close(low_rank_update(w0, svd, tail=3, alpha=-1), w0 - terms[:, 3:].sum(1))
+    assert torch.equal(low_rank_update(w0, svd, rank=0), w0) and torch.equal(low_rank_update(w0, svd, tail=10), w0)
+    # The whole tail needs no further triplets.
+    torch.testing.assert_close(low_rank_update(w0 + a, svd, rank=3, alpha=-1), w0 + a - terms[:, :3].sum(1))
+
+
+def test_match_norm(case):
+    w0, _, svd = case
+    norms = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    for part in ({"rank": 3}, {"tail": 3}):
+        moved = low_rank_update(w0, svd, **part, match_norm=norms) - w0
+        torch.testing.assert_close(torch.linalg.matrix_norm(moved), norms)
+    zero = batched_rsvd(torch.zeros(30, 40, dtype=torch.float64), 3)
+    assert torch.equal(low_rank_update(w0[0], zero, match_norm=1.0), w0[0])
+
+
+def test_rounded_once_in_place_and_in_panels():
+    """bf16 weights: the sum is in fp32 and rounded once, also when it overwrites w0 and when panels do not divide the
+    rows.
+    """
+    current, base = bf16_pair(700, 1000, 4, 1e-1)
+    svd = batched_rsvd(current, 4, base=base)
+    expected = (base.double() + reconstruct(svd).double()).bfloat16()
+    result = low_rank_update(base, svd)
+    assert (result != expected).double().mean() < 1e-4  # fp32 against fp64 at a rounding boundary
+    work = base.clone()
+    assert low_rank_update(work, svd, out=work) is work and torch.equal(work, result)
+
+
+def test_low_rank_update_has_a_gradient(case):
+    w0, _, svd = case
+    w0 = w0.clone().requires_grad_()
+    s = svd.S.clone().requires_grad_()
+    low_rank_update(w0, svd._replace(S=s), rank=2, alpha=3.0).square().sum().backward()
+    assert w0.grad is not None and (s.grad[:, :2] != 0).all() and (s.grad[:, 2:] == 0).all()
+
+
+def test_bad_input(case):
+    w0, _, svd = case
+    for options, words in (
+        ({"rank": 1, "tail": 1}, "not both"),
+        ({"rank": 11}, "rank must be between 0 and the 10"),
+        ({"tail": -1}, "tail must be between"),
+        ({"out": w0[:1]}, "out is"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            low_rank_update(w0, svd, **options)
+    with pytest.raises(ValueError, match=r"w0 is \(2, 40, 30\), the factors make \(2, 30, 40\)"):
+        low_rank_update(w0.mT, svd)
+
+
+def test_alignment_and_principal_angles():
+    q = torch.linalg.qr(torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    u, v = q[:, :4], q[:, :4].clone()
+    assert abs(subspace_alignment(u, -v, 4) - 1) < 1e-12
+    angle = torch.tensor([0.1, 0.5, 1.0, 1.4], dtype=torch.float64)
+    turned = u * angle.cos() + q[:, 4:8] * angle.sin()
+    torch.testing.assert_close(subspace_alignment(turned, u, 4), angle.cos().mean())
+    torch.testing.assert_close(subspace_alignment(turned, u, 2), angle[:2].cos().mean())
+    torch.testing.assert_close(principal_cosines(turned, u), angle.cos())
+    torch.testing.assert_close(subspace_overlap(turned, u), angle.cos().square().mean())
+    # Rotation inside the subspace: alignment of single vectors falls, angles of the subspaces stay.
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    assert subspace_alignment(u @ rotation, u, 4) < 0.9
+    torch.testing.assert_close(principal_cosines(u @ rotation, u), torch.ones(4, dtype=torch.float64))
+    assert subspace_alignment(torch.stack([u, turned]), torch.stack([u, u]), 4).shape == (2,)
+    with pytest.raises(ValueError, match="k must be between 1 and the fewer columns, 4"):
+        subspace_alignment(u, v, 5)
+    with pytest.raises(ValueError, match="all but the last"):
+        principal_cosines(u, v[:5])
+
+
+def test_alignment_of_a_training_run_grows_towards_its_end():
+    """Checkpoints on the way W0 + t·Δ + noise: the closer to the end, the better aligned."""
+    update = with_spectrum(40, 60, torch.tensor([3.0, 2.0, 1.5], dtype=torch.float64))
+    noise = 0.02 * torch.randn(40, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    final = batched_rsvd(update, 3).U
+    aligned = [subspace_alignment(batched_rsvd(t * update + noise, 3).U, final, 3) for t in (0.05, 0.2, 1.0)]
+    assert aligned[0] < aligned[1] < aligned[2] and aligned[2] > 0.99

@@ -1,0 +1,199 @@
+"""Whole checkpoints: streamed from files, equal to one matrix at a time, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from lowrank.matrices import assert_certified, bf16_pair
+from safetensors.torch import save_file
+
+from effopd_kernels.lowrank import Flag, batched_rsvd, load, save, update_svd
+
+SHAPES = {"a.weight": (40, 60), "b.weight": (60, 40), "c.weight": (40, 60), "small.weight": (3, 50)}
+
+
+@pytest.fixture
+def pair():
+    """(current, anchor) by name: matrices, a stack of experts, and a bias that is no matrix."""
+    sides = {name: bf16_pair(*shape, 2, 1e-2, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+    experts = [bf16_pair(30, 20, 2, 1e-2, seed) for seed in range(3)]
+    sides["experts"] = tuple(torch.stack(side) for side in zip(*experts, strict=True))
+    current, anchor = ({name: side[i] for name, side in sides.items()} for i in (0, 1))
+    return current | {"bias": torch.ones(5)}, anchor | {"bias": torch.zeros(7)}
+
+
+@pytest.fixture
+def folders(pair, tmp_path):
+    """The pair on disk: one side sharded with an index, the other in one file."""
+    current, anchor = tmp_path / "current", tmp_path / "anchor"
+    current.mkdir()
+    anchor.mkdir()
+    names = list(pair[0])
+    shards = {"model-1.safetensors": names[:3], "model-2.safetensors": names[3:]}
+    for shard, members in shards.items():
+        save_file({name: pair[0][name] for name in members}, current / shard)
+    weight_map = {name: shard for shard, members in shards.items() for name in members}
+    (current / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file(pair[1], anchor / "model.safetensors")
+    return current, anchor
+
+
+def equal(one, two) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+def test_every_matrix_as_if_it_were_alone(pair):
+    found = update_svd(*pair, 5)
+    assert list(found) == [*SHAPES, "experts"]
+    for name, svd in found.items():
+        alone = batched_rsvd(pair[0][name], 5, base=pair[1][name], clip_rank=True)
+        assert equal(svd, alone), name
+        assert_certified(svd, pair[0][name].double() - pair[1][name].double())
+    assert found["small.weight"].flags & Flag.CLIPPED and found["small.weight"].S.shape == (3,)
+
+
+def test_folders_give_the_same_bits(pair, folders):
+    from_memory, from_files = update_svd(*pair, 5), update_svd(*folders, 5)
+    mixed = update_svd(pair[0], folders[1] / "model.safetensors", 5)
+    assert from_memory.keys() == from_files.keys() == mixed.keys()
+    for name, svd in from_memory.items():
+        assert equal(svd, from_files[name]) and equal(svd, mixed[name])
+
+
+def test_reads_one_pair_ahead_and_no_more(pair):
+    """Streaming: when a matrix is factored at most the next pair has been read."""
+    from effopd_kernels.lowrank import update
+
+    reads, factored = [], []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            assert len(reads) - len(factored) <= 3  # the one in use, the next, and the one being read
+            return super().__getitem__(name)
+
+    original = update._factor
+    names = [name for name in SHAPES]
+    try:
+        update._factor = lambda *arguments: factored.append(0) or original(*arguments)
+        update_svd(Watched({name: pair[0][name] for name in names}), pair[1], 2, include="weight")
+    finally:
+        update._factor = original
+    assert reads == names
+
+
+def test_include_and_strict(pair):
+    current, anchor = pair
+    assert list(update_svd(current, anchor, 2, include=r"^[ab]\.")) == ["a.weight", "b.weight"]
+    assert list(update_svd(current, anchor, 2, include=lambda name: name == "experts")) == ["experts"]
+    del current["a.weight"], anchor["b.weight"]
+    with pytest.raises(ValueError, match=r"2 matrices.*b\.weight \(not in anchor\), a\.weight \(not in current\)"):
+        update_svd(current, anchor, 2)
+    assert list(update_svd(current, anchor, 2, strict=False)) == ["c.weight", "small.weight", "experts"]
+
+
+def test_align_to_follows_earlier_signs(pair):
+    first = update_svd(*pair, 3)
+    flipped = {name: svd._replace(U=-svd.U, Vh=-svd.Vh) for name, svd in first.items()}
+    again = update_svd(*pair, 3, align_to=flipped)
+    assert all(torch.equal(again[name].U, flipped[name].U) for name in first)
+
+
+def test_tied_weights(pair):
+    """One tensor under two names, and one side tied where the other is not."""
+    current, anchor = ({"embed": side["a.weight"], "head": side["a.weight"]} for side in pair)
+    found = update_svd(current, anchor, 4)
+    assert equal(found["embed"], found["head"])
+    anchor["head"] = anchor["head"].clone()
+    assert equal(update_svd(current, anchor, 4)["head"], found["head"])
+
+
+def test_mismatched_and_wrong_tensors_are_named(pair):
+    current, anchor = pair
+    with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(60, 40\) in anchor"):
+        update_svd(current, anchor | {"a.weight": anchor["a.weight"].mT}, 2)
+    with pytest.raises(TypeError, match=r"'a\.weight' in anchor is torch\.int8"):
+        update_svd(current, anchor | {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}, 2)
+    with pytest.raises(TypeError, match=r"current\['x'\].*list"):
+        update_svd({"x": [1.0]}, anchor, 2)
+    with pytest.raises(TypeError, match="anchor must be a mapping"):
+        update_svd(current, 3, 2)
+    with pytest.raises(ValueError, match=r"rank 5 exceeds min\(m, n\) = 3"):
+        update_svd(current, anchor, 5, clip_rank=False)
+    assert update_svd({}, {}, 2) == {}
+
+
+def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
+    from effopd_kernels.lowrank import update
+
+    monkeypatch.setattr(update, "_factor", None)
+    current, anchor = folders
+    shard = current / "model-2.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (whole[:-7], whole[:50], b"", b"\xff" * 100, whole + b"\0", whole.replace(b"BF16", b"BF17")):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model-2\.safetensors: damaged or truncated"):
+            update_svd(current, anchor, 2)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-2\.safetensors"):
+        update_svd(current, anchor, 2)
+    (current / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a safetensors index"):
+        update_svd(current, anchor, 2)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        update_svd(current / "nowhere", anchor, 2)
+    empty = current / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        update_svd(empty, anchor, 2)
+    (current / "model.safetensors.index.json").unlink()
+    save_file({"a.weight": torch.zeros(2, 2)}, current / "again.safetensors")
+    with pytest.raises(ValueError, match=r"'a\.weight' is in both"):
+        update_svd(current, anchor, 2)
+
+
+def test_file_cut_after_its_header_was_read(folders):
+    from effopd_kernels.lowrank.checkpoints import FileCheckpoint
+
+    file = FileCheckpoint(folders[1])
+    path = folders[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: the file ended inside tensor"):
+        for name in file.shapes:
+            file.read(name)
+
+
+def test_save_and_load(pair, tmp_path):
+    found = update_svd(*pair, 4)
+    path = tmp_path / "factors.safetensors"
+    save(found, path)
+    again = load(path)
+    assert found.keys() == again.keys() and all(equal(found[name], again[name]) for name in found)
+    assert path.stat().st_size < 0.5 * sum(t.nbytes for side in pair for t in side.values()) + 20_000
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"factors\.safetensors: damaged"):
+        load(path)
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="not written by"):
+        load(path)
+
+
+def test_a_failed_save_leaves_what_was_there(pair, tmp_path, monkeypatch):
+    path = tmp_path / "factors.safetensors"
+    path.write_bytes(b"before")
+
+    def full_disk(_, path, **__):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        save(update_svd(*pair, 2), path)
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_bar_on_request(pair, capsys):
+    update_svd(*pair, 2, progress=True)
+    assert "update_svd: 100%" in capsys.readouterr().err
+    update_svd(*pair, 2, progress=False)
+    assert capsys.readouterr().err == ""
