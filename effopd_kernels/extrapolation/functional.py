@@ -52,17 +52,15 @@ def extrapolate_(
     alphas = _one_alpha_per_tensor(alpha, len(params))
     columns = [[None if t is None else local(t) for t in ts] for ts in (params, anchors, currents, masters)]
     _check(*columns)
-    out = torch.empty((len(params), 3), device=columns[0][0].device if len(params) else "cpu")
-    for index in _groups(columns[0], masters):
-        p, a, c, m = ([column[i] for i in index] for column in columns)
-        m = [] if m[0] is None else m
-        device = p[0].device
-        mine = alphas if len(index) == len(params) else alphas[torch.tensor(index, device=alphas.device)]
-        result = torch.ops.effopd.extrapolate_(p, a, c, mine.to(device, non_blocking=True), m, stats)
-        if stats and len(index) == len(params):
-            out = result
-        elif stats:
-            out[torch.tensor(index, device=out.device)] = result.to(out.device)
+    groups = _groups(columns[0], masters)
+    if len(groups) == 1:
+        out = _call(*columns, alphas, stats)
+    else:
+        out = torch.empty((len(params), 3), device=columns[0][0].device if len(params) else "cpu")
+        for index in groups:
+            part = _call(*([column[i] for i in index] for column in columns), alphas[index], stats)
+            if stats:
+                out[index] = part.to(out.device)
     return ExtrapolationStats(*out.unbind(1)) if stats else None
 
 
@@ -83,10 +81,10 @@ def extrapolate(w0, delta, alpha):
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
         if not isinstance(alpha, Tensor):
-            alpha = torch.tensor(float(alpha), dtype=torch.float64, device="cpu").to(w0.device)
+            alpha = torch.tensor(float(alpha), dtype=torch.float64)
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
-        return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()))
+        return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()).to(w0.device))
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
     if isinstance(alpha, Tensor) and alpha.ndim == 1 and len(alpha) != len(w0):
@@ -109,22 +107,28 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:
+    masters = [] if masters[0] is None else masters
+    alphas = alphas.to(params[0].device, non_blocking=True)
+    return torch.ops.effopd.extrapolate_(params, anchors, currents, alphas, masters, stats)
+
+
 def _check(params, anchors, currents, masters) -> None:
     if not len(params) == len(anchors) == len(currents) == len(masters):
         raise ValueError(
             f"lists of different length: {len(params)} params, {len(anchors)} anchors, {len(currents)} currents, "
             f"{len(masters)} masters"
         )
-    for i, (param, *others) in enumerate(zip(params, anchors, currents, masters, strict=True)):
-        for name, t in zip(("params", "anchors", "currents", "masters"), (param, *others), strict=True):
-            if t is None:
+    for name, tensors in (("params", params), ("anchors", anchors), ("currents", currents), ("masters", masters)):
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if tensor is None:
                 continue
-            if not t.is_floating_point():
-                raise TypeError(f"{name}[{i}] is {t.dtype}: only floating tensors can be extrapolated")
-            if t.shape != param.shape or t.device != param.device:
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name}[{i}] is {tensor.dtype}: only floating tensors can be extrapolated")
+            if tensor is not param and (tensor.shape != param.shape or tensor.device != param.device):
                 raise ValueError(
-                    f"{name}[{i}] has shape {tuple(t.shape)} on {t.device}, params[{i}] {tuple(param.shape)} on "
-                    f"{param.device} (local shards, for DTensors)"
+                    f"{name}[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, params[{i}] "
+                    f"{tuple(param.shape)} on {param.device} (local shards, for DTensors)"
                 )
 
 

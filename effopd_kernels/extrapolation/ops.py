@@ -5,15 +5,12 @@ effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA 
 effopd::extrapolate_backward  its two reductions in one pass
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from . import cpu, reference
-
-try:
-    from . import triton_kernels
-except ImportError:  # no Triton on this machine: the reference serves every device
-    triton_kernels = None
 
 LIBRARY = torch.library.Library("effopd", "FRAGMENT")
 
@@ -30,16 +27,32 @@ LIBRARY.impl("extrapolate", reference.extrapolate_forward, "CompositeExplicitAut
 LIBRARY.impl("extrapolate_backward", reference.extrapolate_backward, "CompositeExplicitAutograd")
 
 
-def _extrapolate_cuda(params, anchors, currents, alphas, masters, with_stats):
+def _triton_in_place(params, anchors, currents, alphas, masters, with_stats):
+    from .triton_kernels import launch_extrapolate  # imported at first use: importing this package needs no Triton
+
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
-    triton_kernels.launch_extrapolate(
-        params, anchors, currents, alphas.float(), masters or None, stats if with_stats else None
-    )
+    launch_extrapolate(params, anchors, currents, alphas.float(), masters or None, stats if with_stats else None)
     return stats
 
 
-if triton_kernels is not None:
-    LIBRARY.impl("extrapolate_", _extrapolate_cuda, "CUDA")
+def _triton_forward(w0, delta, alpha):
+    from .triton_kernels import launch_extrapolate_forward
+
+    wide = reference.wide(w0, delta) == torch.float64
+    return (reference.extrapolate_forward if wide else launch_extrapolate_forward)(w0, delta, alpha)
+
+
+def _triton_backward(grad, delta, alpha):
+    from .triton_kernels import launch_extrapolate_backward
+
+    wide = reference.wide(grad, delta) == torch.float64
+    return (reference.extrapolate_backward if wide else launch_extrapolate_backward)(grad, delta, alpha)
+
+
+if importlib.util.find_spec("triton") is not None:
+    LIBRARY.impl("extrapolate_", _triton_in_place, "CUDA")
+    LIBRARY.impl("extrapolate", _triton_forward, "CUDA")
+    LIBRARY.impl("extrapolate_backward", _triton_backward, "CUDA")
 
 
 @torch.library.register_fake("effopd::extrapolate_", lib=LIBRARY)
@@ -49,12 +62,12 @@ def _(params, anchors, currents, alphas, masters, with_stats):
 
 @torch.library.register_fake("effopd::extrapolate", lib=LIBRARY)
 def _(w0, delta, alpha):
-    return torch.empty_like(w0)
+    return torch.empty_like(w0, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("effopd::extrapolate_backward", lib=LIBRARY)
 def _(grad, delta, alpha):
-    return torch.empty_like(delta), torch.empty_like(alpha)
+    return torch.empty_like(delta, memory_format=torch.contiguous_format), torch.empty_like(alpha)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -42,11 +42,11 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
 def extrapolate_forward(w0: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     """w0 + α·delta in w0's dtype; w0 and delta of one shape, alpha a scalar tensor."""
     dtype = wide(w0, delta)
-    return (w0.to(dtype) + alpha.to(dtype) * delta.to(dtype)).to(w0.dtype)
+    return (w0.to(dtype) + alpha.to(dtype) * delta.to(dtype)).to(w0.dtype).contiguous()
 
 
 def extrapolate_backward(grad: Tensor, delta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """∂/∂delta = α·grad in delta's dtype, and ∂/∂α = Σ grad·delta in alpha's dtype (accumulated in fp32 or fp64)."""
     dtype = wide(grad, delta)
     g = grad.to(dtype)
-    return (alpha.to(dtype) * g).to(delta.dtype), (g * delta.to(dtype)).sum().to(alpha.dtype)
+    return (alpha.to(dtype) * g).to(delta.dtype).contiguous(), (g * delta.to(dtype)).sum().to(alpha.dtype)

@@ -4,17 +4,19 @@ from torch import Tensor, nn
 
 __all__ = ["local", "replicas", "reshard"]
 
+PLAIN = (Tensor, nn.Parameter)  # the common case, decided without an attribute look-up that fails
+
 
 def local(tensor: Tensor) -> Tensor:
-    """The memory this rank owns, detached: a view of a plain tensor, or the local shard of a DTensor.
+    """The memory this rank owns: a plain tensor itself, or the local shard of a DTensor (use under no_grad).
 
     Raises ValueError for a DTensor with pending partial sums, whose local values are not its values.
     """
-    if not hasattr(tensor, "placements"):
-        return tensor.detach()
+    if type(tensor) in PLAIN or not hasattr(tensor, "placements"):
+        return tensor
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a DTensor placed {tensor.placements} holds partial sums: redistribute it first")
-    return tensor.detach().to_local()
+    return tensor.to_local()
 
 
 def replicas(tensor: Tensor, world_size: int) -> float:

@@ -245,4 +245,6 @@ def test_opcheck(dtype):
         torch.library.opcheck(ops.extrapolate_.default, arguments, test_utils=("test_schema", "test_faketensor"))
     leaves = (anchor.requires_grad_(), current.requires_grad_(), torch.tensor(2.0, requires_grad=True))
     torch.library.opcheck(ops.extrapolate.default, leaves)
+    strided = (anchor.detach().t(), current.detach().t(), leaves[2].detach())
+    torch.library.opcheck(ops.extrapolate.default, strided)
     torch.library.opcheck(ops.extrapolate_backward.default, tuple(x.detach() for x in (anchor, current, leaves[2])))
