@@ -25,11 +25,12 @@ class EffOPDCallback(TrainerCallback):
         log: receives a dict of `effopd/*` metrics after each event; pass `trainer.log`.
         controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
 
-    The anchor is taken when training begins, so add the callback before `train()`. On `on_save` the controller's state
-    goes into the checkpoint folder, and resuming from that checkpoint restores it.
+    The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into each
+    checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the checkpoint
+    of the resumed step in `args.output_dir`.
 
     Raises:
-        UserError: on resume, when the checkpoint holds no EffOPD state.
+        UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the checkpoint holds no EffOPD state.
     """
 
     def __init__(
@@ -43,25 +44,33 @@ class EffOPDCallback(TrainerCallback):
         self.log = log
         self.controller_args = controller_args
         self.controller: EffOPDController | None = None
+        self.saved_step: int | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.controller = EffOPDController(model, self.score_fn, **self.controller_args)
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        try:
+            self.controller = EffOPDController(model, self.score_fn, optimizer=optimizer, **self.controller_args)
+        except ValueError as e:
+            raise UserError(str(e)) from e
         if state.global_step > 0:
-            folder = self._checkpoint(args, state) / STATE_DIR
+            resumed = Path(args.resume_from_checkpoint or "")
+            folder = (
+                resumed if resumed.name.startswith(PREFIX_CHECKPOINT_DIR) else _checkpoint(args, state)
+            ) / STATE_DIR
             if not folder.is_dir():
                 raise UserError(
                     f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'): it was saved without EffOPD; "
                     "resume with EffOPD disabled, or start afresh"
                 )
             self.controller.load(folder)
-            self._step(state)  # a no-op unless the run was interrupted inside this step's event
+            self._step(state, control)  # a no-op unless the run was interrupted inside this step's event
 
     def on_step_end(self, args, state, control, **kwargs):
-        self._step(state)
+        self._step(state, control)
 
-    def _step(self, state) -> None:
+    def _step(self, state, control) -> None:
         event = self.controller.step(state.global_step)
         if event is not None and self.log is not None:
+            due = control.should_log
             self.log(
                 {
                     "effopd/score_initial": event.score_initial,
@@ -74,12 +83,17 @@ class EffOPDCallback(TrainerCallback):
                     "effopd/virtual_step": event.virtual_step,
                 }
             )
+            control.should_log = due  # logging clears it, and the step's own record is still to come
 
     def on_save(self, args, state, control, **kwargs):
-        folder = self._checkpoint(args, state) / STATE_DIR
-        if not folder.is_dir():
-            self.controller.save(folder)
+        if self.saved_step != state.global_step:  # a trainer that writes checkpoints whole has called save() itself
+            self.save(_checkpoint(args, state), state.global_step)
 
-    @staticmethod
-    def _checkpoint(args, state) -> Path:
-        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write the controller's state into a checkpoint folder; every rank calls it."""
+        self.controller.save(checkpoint / STATE_DIR)
+        self.saved_step = step
+
+
+def _checkpoint(args, state) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

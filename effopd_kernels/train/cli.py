@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 in
 
 import logging
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -227,6 +228,8 @@ def _first_sentence(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    # TRL sets the field that transformers has renamed; nothing a user of the command could do about.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
     try:
         try:
             data, args, model_args = parse(argv)

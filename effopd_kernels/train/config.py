@@ -1,6 +1,8 @@
 """The one flat configuration of a run: TRL's own fields under TRL's names, and ours beside them."""
 
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import trl
@@ -116,10 +118,10 @@ class OPDConfig(trl.DistillationConfig):
     effopd_exclude: list[str] | None = field(
         default=None, metadata={"help": "Patterns of parameter names never to move. Unset: embeddings, head, norms."}
     )
-    effopd_anchor_device: str | None = field(
-        default=None,
+    effopd_anchor_device: str = field(
+        default="device",
         metadata={
-            "help": "Where the anchor lives: unset (beside the weights), 'cpu', or a folder for a memory-mapped file."
+            "help": "Where anchor and W_t live: 'device' (beside the weights), 'host' (pinned), 'disk' (mapped)."
         },
     )
     effopd_optimizer: str = field(
@@ -133,8 +135,10 @@ class OPDConfig(trl.DistillationConfig):
     )
 
     def __post_init__(self):
-        if self.bf16 is None and not self.fp16 and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default is True, which transformers refuses on a CPU
+        if not torch.accelerator.is_available():
+            # TRL's and transformers' defaults are a GPU's: on a CPU the one is refused, the other warned about.
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         super().__post_init__()
@@ -142,6 +146,7 @@ class OPDConfig(trl.DistillationConfig):
             "eval_metric": EVAL_METRICS,
             "overlong_prompts": ("error", "drop"),
             "effopd_acceptance": ("mean", "paired"),
+            "effopd_anchor_device": ("device", "host", "disk"),
             "effopd_optimizer": ("keep", "reset"),
         }.items():
             if getattr(self, name) not in allowed:
@@ -163,3 +168,20 @@ class OPDConfig(trl.DistillationConfig):
         if self.eval_temperature is not None:
             return self.eval_temperature
         return 0.0 if self.eval_metric == "accuracy" else self.temperature
+
+    def controller_args(self) -> dict[str, Any]:
+        """The `effopd_*` fields as keyword arguments of `EffOPDController`."""
+        args = {
+            "schedule": parse_schedule(self.effopd_schedule),
+            "alphas": tuple(self.effopd_alphas[: self.effopd_max_candidates]),
+            "min_delta": self.effopd_min_delta,
+            "accept": self.effopd_acceptance,
+            "confidence": self.effopd_confidence,
+            "max_val_tokens": self.effopd_max_val_tokens,
+            "optimizer_policy": self.effopd_optimizer,
+            "anchor_device": self.effopd_anchor_device,
+        }
+        if self.effopd_anchor_device == "disk":
+            args["anchor_dir"] = os.path.join(self.output_dir, "effopd_anchor")
+        patterns = {"include": self.effopd_include, "exclude": self.effopd_exclude}
+        return args | {k: v for k, v in patterns.items() if v is not None}

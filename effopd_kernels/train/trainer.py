@@ -25,8 +25,8 @@ from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..extrapolation import Scores
 from ..extrapolation.interrupts import Deferred
-from .callback import STATE_DIR, EffOPDCallback
-from .config import OPDConfig, parse_schedule
+from .callback import EffOPDCallback
+from .config import OPDConfig
 from .errors import NonFiniteLossError
 from .interrupt import Interrupts
 from .ledger import Ledger
@@ -108,10 +108,8 @@ class OPDTrainer(trl.DistillationTrainer):
                 self._score,
                 # Not self.log: TRL's adds and clears the averages of the steps since the last log.
                 log=partial(Trainer.log, self),
-                schedule=parse_schedule(args.effopd_schedule),
-                alphas=tuple(args.effopd_alphas[: args.effopd_max_candidates]),
-                min_delta=args.effopd_min_delta,
                 on_weights_changed=self._weights_changed,
+                **args.controller_args(),
             )
             self.add_callback(self.effopd)
 
@@ -203,6 +201,7 @@ class OPDTrainer(trl.DistillationTrainer):
         and KeyboardInterrupt raised; with several processes, at the end of the step in which any of them was told."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))
         with self.interrupts.installed():
@@ -240,7 +239,7 @@ class OPDTrainer(trl.DistillationTrainer):
             finally:
                 self._staging = None
             if self.effopd is not None:
-                self.effopd.controller.save(staged / STATE_DIR)
+                self.effopd.save(staged, self.state.global_step)
             if self.args.should_save:
                 (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
                 if self.state.best_global_step:

@@ -32,7 +32,10 @@ def test_verl_parquet_with_messages(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"text": "a", "label": 1}\n', "no column 'prompt' or 'problem' or 'question'; its columns are 'text', 'label'"),
+        (
+            '{"text": "a", "label": 1}\n',
+            "no column 'prompt' or 'problem' or 'question'; its columns are 'text', 'label'",
+        ),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "empty prompt in row 1"),
         ("not json\n", "cannot be read"),
     ],

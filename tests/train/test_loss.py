@@ -114,7 +114,9 @@ def test_a_trl_that_moved_the_joint_is_named(world):
         def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
             return None
 
-    with pytest.raises(RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"):
+    with pytest.raises(
+        RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"
+    ):
         use_fused_loss(object.__new__(Moved))
 
 

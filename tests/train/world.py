@@ -32,7 +32,9 @@ def tokenizer_for(texts: list[str], **kwargs) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<eos>", "<user>", "<assistant>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     names = {"pad_token": "<pad>", "eos_token": "<eos>"} | kwargs
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)

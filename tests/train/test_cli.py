@@ -1,0 +1,184 @@
+"""The command as a user meets it, in processes of its own."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from train import world as tiny
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+
+
+def flags(world, out, **overrides):
+    values = {
+        "model_name_or_path": world / "student",
+        "teacher_model_name_or_path": world / "teacher",
+        "dataset_name": world / "train.jsonl",
+        "val_dataset_name": world / "val.jsonl",
+        "eval_dataset_name": world / "eval.jsonl",
+        "output_dir": out,
+        "eval_steps": 4,
+        **tiny.FLAGS,
+        **overrides,
+    }
+    return [f"--{k}={v}" for k, v in values.items() if v is not None]
+
+
+def broken_worlds(world, tmp):
+    """Argument lists that are wrong in one way each → what the one sentence must say."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    foreign = tiny.tokenizer_for([r["prompt"] + r["answer"] for r in tiny.problems()], eos_token="<end>")
+    tiny.save(tmp / "foreign", AutoModelForCausalLM.from_pretrained(world / "teacher"), foreign)
+    tokenizer = tiny.tokenizer_of(world)
+    narrow = tiny.tiny_qwen(tokenizer, hidden=32, layers=1, vocab=len(tokenizer) - 1, seed=0)
+    tiny.save(tmp / "narrow", narrow, tokenizer)
+    nan = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    with torch.no_grad():
+        nan.model.norm.weight[0] = math.nan
+    tiny.save(tmp / "nan", nan, tokenizer)
+    tiny.write_jsonl(tmp / "texts.jsonl", [{"text": "a", "label": 1}])
+    (tmp / "empty.jsonl").write_text("")
+    tiny.write_jsonl(tmp / "unlabelled.jsonl", [{"prompt": r["prompt"]} for r in rows])
+    tiny.write_jsonl(tmp / "long.jsonl", [*rows, {"prompt": "and " * 200, "answer": "1"}])
+    (tmp / "used").mkdir()
+    (tmp / "used" / "thesis.txt").write_text("x")
+
+    fresh = (tmp / f"out{i}" for i in itertools.count())
+
+    def case(**overrides):
+        return flags(world, overrides.pop("output_dir", None) or next(fresh), **overrides)
+
+    return {
+        "no student": (case(model_name_or_path=None), "--model_name_or_path is required"),
+        "no such student": (case(model_name_or_path=tmp / "nobody"), "nobody"),
+        "tokenizers differ": (
+            case(teacher_model_name_or_path=tmp / "foreign"),
+            "the tokenizers differ: id 320 is None",
+        ),
+        "vocabulary in use": (case(teacher_model_name_or_path=tmp / "narrow"), "lies beyond the 319 ids"),
+        "missing column": (case(dataset_name=tmp / "texts.jsonl"), "its columns are 'text', 'label'"),
+        "empty dataset": (case(dataset_name=tmp / "empty.jsonl"), "is empty"),
+        "missing file": (case(dataset_name="missing.jsonl"), "'missing.jsonl' does not exist"),
+        "long prompt": (case(dataset_name=tmp / "long.jsonl"), "1 of 41 prompts"),
+        "output in use": (case(output_dir=tmp / "used"), "exists and is not empty"),
+        "nothing to resume": (case(resume_from_checkpoint="true"), "holds no checkpoint"),
+        "nothing to extrapolate": (case(effopd_include="no_such_parameter"), "no_such_parameter"),
+        "no answers": (
+            case(eval_metric="accuracy", val_dataset_name=tmp / "unlabelled.jsonl"),
+            "needs a column 'answer'",
+        ),
+        "NaN teacher": (case(teacher_model_name_or_path=tmp / "nan"), "the teacher's logits are not finite at step 1"),
+        "bad schedule": (case(effopd_schedule="sometimes"), "--effopd_schedule 'sometimes' is not"),
+        "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
+        "unknown flag": ([*case(), "--learning_speed=1"], "learning_speed"),
+        "bad config file": (["--config", str(tmp / "none.yaml")], "none.yaml"),
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(world, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("broken")
+    cases = broken_worlds(world, tmp)
+    run = subprocess.run(
+        [sys.executable, HERE / "cli_driver.py"],
+        input=json.dumps([[str(a) for a in argv] for argv, _ in cases.values()]),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=240,
+    )
+    results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"code"')]
+    assert len(results) == len(cases), run.stderr[-2000:]
+    return tmp, {name: (result, says) for (name, (_, says)), result in zip(cases.items(), results, strict=True)}
+
+
+CASES = [
+    "no student", "no such student", "tokenizers differ", "vocabulary in use", "missing column", "empty dataset",
+    "missing file", "long prompt", "output in use", "nothing to resume", "nothing to extrapolate", "no answers",
+    "NaN teacher", "bad schedule", "bad divergence", "unknown flag", "bad config file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_sentence_and_exit_code_2(refused, case):
+    result, says = refused[1][case]
+    assert result["code"] == 2, result
+    lines = [line for line in result["stderr"].splitlines() if "error:" in line]
+    assert len(lines) == 1 and says in lines[0], result["stderr"]
+    assert "Traceback" not in result["stderr"]
+
+
+def test_refusing_loses_nothing(refused):
+    tmp, results = refused
+    assert set(CASES) == set(results)
+    assert [p.name for p in (tmp / "used").iterdir()] == ["thesis.txt"]
+    assert not list(tmp.glob("out*/*.safetensors"))
+
+
+def test_a_run_a_yaml_file_and_its_output(world, tmp_path):
+    """The console script: YAML with a flag over it, everything written, then loaded as anybody would."""
+    config = {"max_steps": 2, "learning_rate": 5e-3, "overlong_prompts": "drop"}
+    (tmp_path / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in config.items()))
+    argv = [a for a in flags(world, tmp_path / "out") if not a.startswith(("--max_steps", "--learning_rate"))]
+    script = shutil.which("effopd-train", path=str(Path(sys.executable).parent))
+    run = subprocess.run(
+        [script, "--config", tmp_path / "run.yaml", *argv, "--max_steps=4"],
+        capture_output=True, text=True, env=ENVIRONMENT, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    (only,) = summary["runs"]
+    assert only["method"] == "effopd" and only["learning_rate"] == 5e-3 and only["seed"] == 7
+    assert [e["step"] for e in only["events"]] == [1, 2, 4]
+    assert [p["step"] for p in only["curve"]] == [4] and only["final_score"] == only["curve"][-1]["score"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and (out / "curves.png").stat().st_size > 10_000
+    assert len((out / "metrics.jsonl").read_text().splitlines()) >= 4 + 3 + 1
+    student = AutoModelForCausalLM.from_pretrained(out)
+    assert student.config.hidden_size == 32
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
+        assert (out / name).is_file(), name
+
+
+def test_help_is_readable(world):
+    run = subprocess.run(
+        [sys.executable, HERE / "cli_driver.py"],
+        input=json.dumps([["--help"], ["--help_all"]]), capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    short, full = (json.loads(line) for line in run.stdout.splitlines())
+    assert short["code"] == full["code"] == 0
+    assert len(short["stdout"].splitlines()) < 200 < len(full["stdout"].splitlines())
+    for name in ("--model_name_or_path", "--effopd_alphas", "--eval_metric", "--resume_from_checkpoint", "--help_all"):
+        assert name in short["stdout"], name
+
+
+def test_ctrl_c_exits_130_with_a_checkpoint_to_resume_from(world, tmp_path):
+    argv = flags(world, tmp_path / "out", max_steps=10_000, eval_steps=None, effopd_enabled=False)
+    run = subprocess.Popen(
+        [sys.executable, "-m", "effopd_kernels.train.cli", *argv], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    stderr = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, stderr[-2000:]
+    assert "interrupted" in stderr and "Traceback" not in stderr
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert AutoModelForCausalLM.from_pretrained(checkpoint)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["global_step"] == int(checkpoint.name.split("-")[1]) >= 3

@@ -1,0 +1,266 @@
+import json
+import math
+import signal
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from effopd_kernels.train import NonFiniteLossError, UserError
+from effopd_kernels.train.trainer import LEDGER_NAME
+from train import world as tiny
+from train.world import make_trainer
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def history(trainer):
+    """Everything logged that does not tell the time."""
+    timed = ("timing_s", "seconds", "runtime", "per_second", "step_time", "overhead", "total_flos", "train_loss")
+    return [
+        {k: v for k, v in record.items() if not any(t in k for t in timed)}
+        for record in trainer.state.log_history
+        if "train_runtime" not in record
+    ]
+
+
+def test_a_run(world, tmp_path):
+    """Loss falls, metrics are there under their names, the student loads, widths and padded vocabularies differ."""
+    config = {"max_steps": 16, "eval_steps": 8, "eval_on_start": True, "effopd_enabled": False, "learning_rate": 5e-3}
+    trainer = make_trainer(world, tmp_path, config=config)
+    trainer.train()
+    trainer.save_model()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records == trainer.state.log_history
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 16 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    step = next(r for r in records if "loss" in r)
+    assert {
+        "entropy",
+        "num_tokens",
+        "step_time",
+        "teacher_kl",
+        "completions/mean_length",
+        "timing_s/rollout",
+    } <= step.keys()
+    assert step["teacher_kl"] == pytest.approx(step["loss"], rel=1e-4)
+    evaluated = [r for r in records if "eval_teacher_kl" in r]
+    assert [r["step"] for r in evaluated] == [0, 8, 16]
+    assert {"eval_accuracy", "train_tokens", "val_tokens", "seconds"} <= evaluated[0].keys()
+    assert 0 < evaluated[1]["train_tokens"] <= 8 * 8 * 6 and evaluated[-1]["val_tokens"] == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name).to(parameter.dtype)), name
+    assert (tmp_path / "generation_config.json").is_file()
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(trainer.processing_class)
+
+
+def test_effopd_moves_attention_and_mlp_only_and_is_logged(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, config={"max_steps": 4, "eval_steps": 4})
+    before = weights(trainer)
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            seen[state.global_step + 1] = weights(trainer)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    events = trainer.effopd.controller.events
+    assert [e.step for e in events] == [1, 2, 4]
+    moved = {e.step for e in events if e.alpha != 1}
+    assert moved, "no event accepted a candidate; the test world should let one"
+    logged = [r for r in trainer.state.log_history if "effopd/alpha_accepted" in r]
+    assert [r["effopd/alpha_accepted"] for r in logged] == [e.alpha for e in events]
+    names = (
+        "score_initial score_best alpha_accepted num_candidates delta_norm val_tokens overhead_s virtual_step".split()
+    )
+    assert {f"effopd/{n}" for n in names} <= logged[0].keys()
+    assert all(not torch.equal(value, before[name]) for name, value in seen[1].items() if "proj" in name)
+    assert trainer.effopd.controller.val_tokens == sum(e.val_tokens for e in events)
+    final = [r for r in trainer.state.log_history if "eval_teacher_kl" in r][-1]
+    assert final["val_tokens"] == trainer.effopd.controller.val_tokens > 0
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_resuming_is_exact(world, tmp_path, stop):
+    """Stopped after step 3 (between events) or 4 (after one), in the second epoch of the data: same as not stopping."""
+    config = {
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": stop,
+        "eval_steps": 2,
+        "per_device_train_batch_size": 16,
+    }
+    whole = make_trainer(world, tmp_path / "whole", config=config)
+    whole.train()
+    resumed = make_trainer(world, tmp_path / "resumed", config=config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    assert_same_weights(weights(resumed), weights(whole))
+    assert history(resumed) == history(whole)
+    assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
+    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(whole.state.log_history)
+
+
+class SignalAt(TrainerCallback):
+    """Ctrl-C from inside step `step`, at a named point of it."""
+
+    def __init__(self, trainer, point: str, step: int):
+        self.step = step
+        self.fired = False
+        if point == "rollout":
+            self._after(trainer, "_generate_single_turn")
+        elif point == "validation":
+            self._after(trainer._validators["val"], "_grade_batch")
+        self.point = point
+
+    def _after(self, owner, name):
+        original = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if self.now and not self.fired:
+                self._fire()
+            return result
+
+        self.now = False
+        setattr(owner, name, wrapped)
+
+    def _fire(self):
+        self.fired = True
+        signal.raise_signal(signal.SIGINT)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now = state.global_step + 1 == self.step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.point == "update" and state.global_step + 1 == self.step:
+            self._fire()
+
+
+@pytest.mark.parametrize(("point", "last_completed"), [("rollout", 3), ("update", 4), ("validation", 4)])
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, point, last_completed):
+    config = {"max_steps": 6, "eval_steps": 6}
+    whole = make_trainer(world, tmp_path / "whole", config=config)
+    whole.train()
+    stopped = make_trainer(world, tmp_path / "stopped", config=config)
+    stopped.add_callback(SignalAt(stopped, point, step=4))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    checkpoints = sorted(p.name for p in (tmp_path / "stopped").iterdir() if p.is_dir())
+    assert checkpoints == [f"checkpoint-{last_completed}"]
+    folder = tmp_path / "stopped" / checkpoints[0]
+    saved = AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in saved.named_parameters():
+        assert torch.equal(parameter, stopped.model.get_parameter(name)), name
+    assert json.loads((folder / LEDGER_NAME).read_text())["train_tokens"] > 0
+    resumed = make_trainer(world, tmp_path / "stopped", config=config)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed), weights(whole))
+    assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
+
+
+def test_a_checkpoint_without_effopd_state_is_refused(world, tmp_path):
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(world, tmp_path, config={**config, "effopd_enabled": False}).train()
+    with pytest.raises(UserError, match="holds no EffOPD state"):
+        make_trainer(world, tmp_path, config={**config, "max_steps": 3}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(("broken", "says"), [("teacher", "the teacher's logits are not finite at step 1"),
+                                              ("student", "the loss is not finite at step 1")])  # fmt: skip
+def test_non_finite_stops_before_the_update(world, tmp_path, broken, says):
+    trainer = make_trainer(world, tmp_path)
+    model = trainer.teacher_model if broken == "teacher" else trainer.model
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    if broken == "student":  # generation itself would fail on NaN probabilities
+        trainer._generate_single_turn = lambda prompt_ids, *_: [[5, 6, 7] for _ in prompt_ids]
+    before = weights(trainer)
+    with pytest.raises(NonFiniteLossError, match=says):
+        trainer.train()
+    for name, value in weights(trainer).items():
+        assert torch.equal(value, before[name]) or value.isnan().any(), name
+
+
+def test_pad_that_is_eos_does_not_hide_the_real_eos(world, tmp_path):
+    """The loss covers the completion up to and including its first EOS, also when padding looks the same."""
+    tokenizer = tiny.tokenizer_of(world)
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = make_trainer(world, tmp_path, processing_class=tokenizer)
+    eos = tokenizer.eos_token_id
+    completions = [[5, 6, eos], [7, 8, 9, 10, eos], [11, eos]]
+    trainer._generate_single_turn = lambda prompt_ids, *_: completions[: len(prompt_ids)]
+    seen = []
+    trainer.fused_loss.observer = lambda stats, mask: seen.append((stats, mask)) or trainer._observe(stats, mask)
+    trainer.model.train()
+    inputs = trainer._generate_and_score_completions([{"prompt": p} for p in ("Tom", "Ana has", "Kim")])
+    trainer.compute_loss(trainer.model, inputs)
+    ((stats, mask),) = seen
+    assert mask.sum(-1).tolist() == [3, 5, 2]
+    assert (stats.divergence[mask] > 0).all() and (stats.divergence[~mask] == 0).all()
+
+
+def test_validation_repeats_itself_and_leaves_no_trace(world, tmp_path):
+    trainer = make_trainer(world, tmp_path)
+    trainer.model.train()
+    validator = trainer._validators["eval"]
+    state = torch.get_rng_state()
+    first, second = validator(), validator()
+    assert torch.equal(torch.get_rng_state(), state) and trainer.model.training
+    assert first.teacher_kl == second.teacher_kl and len(first.teacher_kl) == len(first.accuracy) == 10
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.1)
+    assert validator().teacher_kl != first.teacher_kl
+
+
+def test_teacher_kl_is_the_mean_over_the_students_completion(world, tmp_path):
+    """Against log-softmaxes of full logits in fp64, on the completion that validation generates."""
+    trainer = make_trainer(world, tmp_path)
+    validator = trainer._validators["eval"]
+    prompt_ids = [trainer._tokenizer(p)["input_ids"] for p in ("Tom has 3", "Ana has 12 books")]
+    completion_ids = [[5, 6, 7], [9, 1]]
+    kl = validator._teacher_kl(prompt_ids, completion_ids)
+    shared = min(trainer.model.config.vocab_size, trainer.teacher_model.config.vocab_size)
+    for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        ids = torch.tensor([prompt + completion])
+        lq, lp = (
+            model(ids).logits[0, len(prompt) - 1 : -1, :shared].double().log_softmax(-1)
+            for model in (trainer.model, trainer.teacher_model)
+        )
+        assert kl[i] == pytest.approx((lq.exp() * (lq - lp)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_a_lora_student(world, tmp_path):
+    config = {"max_steps": 2, "learning_rate": 1e-2}
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(world, tmp_path, config=config, peft_config=lora)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    changed = {n for n, value in before.items() if not torch.equal(value, after[n])}
+    assert changed and all("lora" in n for n in changed)
+    assert [e.step for e in trainer.effopd.controller.events] == [1, 2]
+
+
+def test_messages_go_through_the_chat_template(world, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]} for r in tiny.problems()]
+    for name, part in {"train": rows[:40], "val": rows[40:50], "eval": rows[50:]}.items():
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", part)
+    for model in ("student", "teacher"):
+        (tmp_path / model).symlink_to(world / model)
+    trainer = make_trainer(tmp_path, tmp_path / "out", config={"max_steps": 1})
+    trainer.train()
+    ids = trainer._tokenize_prompts([rows[0]["prompt"]])[0][0]
+    assert trainer._tokenizer.decode(ids).startswith("<user>Tom has") and ids[-1] == 3
