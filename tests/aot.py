@@ -56,6 +56,7 @@ class Report(NamedTuple):
 
 def variants(arch: str) -> Iterator[Variant]:
     yield from _divergence(arch)
+    yield from _extrapolation(arch)
 
 
 def _divergence(arch: str) -> Iterator[Variant]:
@@ -84,6 +85,33 @@ def _divergence(arch: str) -> Iterator[Variant]:
         aligned = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride")
         options = {"num_warps": launch.warps, **launch.options}
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, launch.loads * vector)
+
+
+def _extrapolation(arch: str) -> Iterator[Variant]:
+    import triton.language as tl
+
+    from effopd_kernels.extrapolation import triton_kernels as tk
+
+    options = {"num_warps": 4} if arch.startswith("gfx") else tk.LAUNCH
+    block = tk.LANES * tk.PER_THREAD
+    lists = {"table_ptr": "*i64", "alpha_ptr": "*fp32", "partial_ptr": "*fp32", "L": "i32"}
+    for name, dtypes, master, vector in (
+        ("bf16", (tl.bfloat16, tl.bfloat16, tl.bfloat16), False, 8),
+        ("bf16 and fp32 masters", (tl.bfloat16, tl.bfloat16, tl.float32), True, 4),
+    ):
+        constants = {
+            **dict(zip("PAC", dtypes, strict=True)), "MASTER": master, "STATS": True, "ALIGNED": True,
+            "CHUNK": tk.CHUNK, "LOADS": tk.PER_THREAD // vector, "LANES": tk.LANES, "VECTOR": vector, "L_POW2": 512,
+        }  # fmt: skip
+        yield Variant(f"extrapolate_ {name}", tk._extrapolate_kernel, lists | constants, (), options, tk.PER_THREAD)
+    chunk_sums = {"row_ptr": "*i64", "stats_ptr": "*fp32", "chunks": "i32", "BLOCK": 1024}
+    yield Variant("extrapolate_ sums", tk._sum_chunks_kernel, lists | chunk_sums, (), {"num_warps": 4}, 1024 // 128)
+    pointers = {
+        **dict.fromkeys(("w0_ptr", "delta_ptr", "out_ptr", "grad_ptr", "grad_delta_ptr"), "*bf16"),
+        "alpha_ptr": "*fp32", "partial_ptr": "*fp32", "numel": "i64", "BLOCK": block,
+    }  # fmt: skip
+    yield Variant("extrapolate forward", tk._forward_kernel, pointers, ("numel",), options, tk.PER_THREAD)
+    yield Variant("extrapolate backward", tk._backward_kernel, pointers, ("numel",), options, tk.PER_THREAD)
 
 
 def compile_variant(variant: Variant, arch: str):

@@ -1,0 +1,229 @@
+"""GPU kernels of the extrapolation: a whole list of weights in one launch, and the differentiable form.
+
+    W = A + α·(C − A)  in fp32, rounded once;  α = 1 copies C and α = 0 copies A, bit for bit.
+
+Legend: L tensors in a list, cut in chunks of CHUNK elements; one program serves one chunk.
+
+Traffic in bf16: read A, read C, write W, 6 bytes and ~14 instructions per element (fp32 masters: 4 bytes more). At the
+4.3 TB/s an H200 copies at, 41 instructions per element would fit in that time, so the statistics are free: they
+need no further read. The partial sums are 12 bytes per chunk. Statistics are added in a fixed order (chunk sums, then
+one program per tensor over its chunks), never by float atomics: they repeat bit for bit.
+"""
+
+from contextlib import nullcontext
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+
+CHUNK = 32768
+LANES = 256  # threads of a program: 8 warps, or 4 waves of 64
+LAUNCH = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+PER_THREAD = 16  # elements per thread and turn: two 16-byte loads of bf16 from each tensor
+
+_TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _extrapolate_kernel(
+    table_ptr, alpha_ptr, partial_ptr, L,
+    P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, MASTER: tl.constexpr, STATS: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    L_POW2: tl.constexpr,
+):  # fmt: skip
+    """table (6, L) int64: first chunk, elements, then the addresses of parameter, anchor, current and master."""
+    pid = tl.program_id(0)
+    index = tl.arange(0, L_POW2)
+    first_chunks = tl.load(table_ptr + index, mask=index < L, other=9223372036854775807)
+    i = tl.sum((first_chunks <= pid).to(tl.int32), 0) - 1
+    entry = table_ptr + i
+    start = (pid - tl.load(entry)) * CHUNK  # int64: a tensor may hold more than 2^31 elements
+    numel = tl.load(entry + L) - start
+    param = tl.load(entry + 2 * L).to(tl.pointer_type(P)) + start
+    anchor = tl.load(entry + 3 * L).to(tl.pointer_type(A)) + start
+    current = tl.load(entry + 4 * L).to(tl.pointer_type(C)) + start
+    master = tl.load(entry + 5 * L).to(tl.pointer_type(tl.float32)) + start
+    if ALIGNED:
+        param, anchor, current = tl.multiple_of(param, 16), tl.multiple_of(anchor, 16), tl.multiple_of(current, 16)
+        master = tl.multiple_of(master, 16)
+    alpha = tl.load(alpha_ptr + i)
+    length = tl.minimum(numel, CHUNK).to(tl.int32)
+    # each thread adds up its own elements: the tile's outer and inner dimensions are both within a thread
+    tile = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, :, None] * VECTOR
+    tile += tl.arange(0, VECTOR)[None, None, :]
+    BLOCK: tl.constexpr = LOADS * LANES * VECTOR
+    delta_sq = tl.zeros([LANES], tl.float32)
+    weight_sq = tl.zeros([LANES], tl.float32)
+    broken = tl.zeros([LANES], tl.int32)
+    whole = length // BLOCK * BLOCK
+    for MASKED in tl.static_range(2):  # whole blocks, then the tail
+        for begin in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+            at = begin + tile
+            if MASKED:
+                a = tl.load(anchor + at, mask=at < length, other=0.0)
+                c = tl.load(current + at, mask=at < length, other=0.0)
+            else:
+                a = tl.load(anchor + at)
+                c = tl.load(current + at)
+            delta = c.to(tl.float32) - a.to(tl.float32)
+            value = tl.fma(delta, alpha, a.to(tl.float32))
+            if MASTER:
+                # A + 0·(C − A) loses the sign of −0 and turns an infinite C into NaN: the ends are copies
+                value = tl.where(alpha == 1, c.to(tl.float32), tl.where(alpha == 0, a.to(tl.float32), value))
+                if MASKED:
+                    tl.store(master + at, value, mask=at < length)
+                else:
+                    tl.store(master + at, value)
+            w = tl.where(alpha == 1, c.to(P), tl.where(alpha == 0, a.to(P), value.to(P)))
+            if MASKED:
+                tl.store(param + at, w, mask=at < length)
+            else:
+                tl.store(param + at, w)
+            if STATS:
+                written = w.to(tl.float32)
+                delta_sq += tl.sum(tl.sum(delta * delta, 2), 0)
+                weight_sq += tl.sum(tl.sum(written * written, 2), 0)
+                broken += tl.sum(tl.sum((tl.abs(written) < float("inf")).to(tl.int32) ^ 1, 2), 0)
+    if STATS:
+        tl.store(partial_ptr + 3 * pid, tl.sum(delta_sq, 0))
+        tl.store(partial_ptr + 3 * pid + 1, tl.sum(weight_sq, 0))
+        tl.store(partial_ptr + 3 * pid + 2, tl.sum(broken, 0).to(tl.float32))
+
+
+@triton.jit
+def _sum_chunks_kernel(partial_ptr, table_ptr, row_ptr, stats_ptr, L, chunks, BLOCK: tl.constexpr):
+    """Adds the chunk sums of tensor i, in order, into its row of stats (·, 3)."""
+    i = tl.program_id(0)
+    begin = tl.load(table_ptr + i).to(tl.int32)
+    end = chunks
+    if i + 1 < L:
+        end = tl.load(table_ptr + i + 1).to(tl.int32)
+    sum0, sum1, sum2 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for at in range(begin, end, BLOCK):
+        index = at + tl.arange(0, BLOCK)
+        inside = index < end
+        sum0 += tl.load(partial_ptr + 3 * index, mask=inside, other=0.0)
+        sum1 += tl.load(partial_ptr + 3 * index + 1, mask=inside, other=0.0)
+        sum2 += tl.load(partial_ptr + 3 * index + 2, mask=inside, other=0.0)
+    out = stats_ptr + 3 * tl.load(row_ptr + i)
+    tl.store(out, tl.sum(sum0, 0))
+    tl.store(out + 1, tl.sum(sum1, 0))
+    tl.store(out + 2, tl.sum(sum2, 0))
+
+
+@triton.jit
+def _forward_kernel(w0_ptr, delta_ptr, alpha_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    w0 = tl.load(w0_ptr + at, mask=at < numel).to(tl.float32)
+    delta = tl.load(delta_ptr + at, mask=at < numel).to(tl.float32)
+    value = tl.fma(delta, tl.load(alpha_ptr).to(tl.float32), w0)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
+def _backward_kernel(grad_ptr, delta_ptr, alpha_ptr, grad_delta_ptr, partial_ptr, numel, BLOCK: tl.constexpr):
+    """grad_delta = α·grad, and this block's Σ grad·delta."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+    delta = tl.load(delta_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+    scaled = grad * tl.load(alpha_ptr).to(tl.float32)
+    tl.store(grad_delta_ptr + at, scaled.to(grad_delta_ptr.dtype.element_ty), mask=at < numel)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(grad * delta, 0))
+
+
+def _on(tensor: Tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache(maxsize=16)
+def _table(entries: tuple[tuple[int, ...], ...], rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The device's copy of a list's chunks and addresses, and its tensors' rows in alphas and statistics.
+
+    Cached: extrapolating a list again copies nothing, so any launch but the first can be captured in a CUDA graph.
+    """
+    counts = [triton.cdiv(numel, CHUNK) for numel, *_ in entries]
+    table = torch.tensor([[0, *accumulate(counts[:-1])], *zip(*entries, strict=True)], dtype=torch.int64)
+    return table.to(device, non_blocking=True), torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def launch_extrapolate(
+    params: list[Tensor],
+    anchors: list[Tensor],
+    currents: list[Tensor],
+    alphas: Tensor,
+    masters: list[Tensor] | None,
+    stats_out: Tensor | None,
+) -> None:
+    """Write anchor + α·(current − anchor) into each parameter, and its fp32 master if given; one launch per dtype mix.
+
+    Lists of L tensors of equal shapes; currents may be the params themselves. alphas (L,) fp32 on the device.
+    stats_out (L, 3) fp32: ‖C − A‖², ‖W‖² as written to the parameter, elements of W that are not finite.
+    fp64 and non-contiguous tensors are left to the reference. Nothing here waits for the device.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, columns in enumerate(zip(params, anchors, currents, masters or params, strict=True)):
+        *dtypes, master_dtype = (t.dtype for t in columns)
+        served = all(d in _TL_DTYPE for d in dtypes) and all(t.is_contiguous() for t in columns)
+        served &= not masters or master_dtype == torch.float32
+        if params[i].numel() == 0:
+            if stats_out is not None:
+                stats_out[i].zero_()
+        elif served:
+            aligned = all(t.data_ptr() % 16 == 0 for t in columns)
+            groups.setdefault((*dtypes, aligned), []).append(i)
+        else:
+            one = slice(i, i + 1)
+            master = masters[one] if masters else []
+            row = reference.extrapolate_(
+                params[one], anchors[one], currents[one], alphas[one], master, stats_out is not None
+            )
+            if stats_out is not None:
+                stats_out[i] = row[0]
+
+    for (p, a, c, aligned), group in groups.items():
+        columns = [[t[i].data_ptr() for i in group] for t in (params, anchors, currents, masters or params)]
+        sizes = [params[i].numel() for i in group]
+        table, rows = _table(tuple(zip(sizes, *columns, strict=True)), tuple(group), alphas.device)
+        chunks = sum(triton.cdiv(size, CHUNK) for size in sizes)
+        partial = alphas.new_empty(3 * chunks if stats_out is not None else 0)
+        vector = 16 // max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))
+        with _on(alphas):
+            _extrapolate_kernel[(chunks,)](
+                table, alphas if len(group) == len(params) else alphas[rows], partial, len(group),
+                P=_TL_DTYPE[p], A=_TL_DTYPE[a], C=_TL_DTYPE[c], MASTER=bool(masters), STATS=stats_out is not None,
+                ALIGNED=aligned, CHUNK=CHUNK, LOADS=PER_THREAD // vector, LANES=LANES, VECTOR=vector,
+                L_POW2=triton.next_power_of_2(len(group)), **LAUNCH,
+            )  # fmt: skip
+            if stats_out is not None:
+                _sum_chunks_kernel[(len(group),)](
+                    partial, table, rows, stats_out, len(group), chunks, BLOCK=1024, num_warps=4
+                )
+
+
+def launch_extrapolate_forward(w0: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """w0 + α·delta in w0's dtype; alpha a scalar tensor on the same device."""
+    w0, delta = w0.contiguous(), delta.contiguous()
+    out = torch.empty_like(w0)
+    block = PER_THREAD * LANES
+    if w0.numel():
+        with _on(w0):
+            _forward_kernel[(triton.cdiv(w0.numel(), block),)](w0, delta, alpha, out, w0.numel(), BLOCK=block, **LAUNCH)
+    return out
+
+
+def launch_extrapolate_backward(grad: Tensor, delta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """∂/∂delta = α·grad in delta's dtype and ∂/∂α = Σ grad·delta in alpha's, from one read of both."""
+    grad, delta = grad.contiguous(), delta.contiguous()
+    grad_delta = torch.empty_like(delta)
+    block = PER_THREAD * LANES
+    programs = triton.cdiv(grad.numel(), block)
+    partial = torch.empty(programs, dtype=torch.float32, device=grad.device)
+    if programs:
+        with _on(grad):
+            _backward_kernel[(programs,)](grad, delta, alpha, grad_delta, partial, grad.numel(), BLOCK=block, **LAUNCH)
+    return grad_delta, partial.sum(dtype=torch.float64).to(alpha.dtype)
