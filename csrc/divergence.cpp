@@ -1,5 +1,178 @@
+// Divergences between student and teacher over the vocabulary, on the CPU: value and gradient per row.
+// The row kernel is in divergence_rows.h; here are its arguments, its instruction sets, its threads and its binding.
 #include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+// Vectors wider than the baseline has are passed only between functions that are inlined: no ABI is at stake.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace nb = nanobind;
 
-void bind_divergence(nb::module_ &) {}
+namespace {
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of _KERNEL_DTYPES in effopd_kernels/divergence/ops.py
+enum Kind { kReverse, kForward, kMixture };
+
+constexpr int kLanes = 16;
+constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kFloor = -1e4 * kLog2e;               // FLOOR of effopd_kernels/divergence/reference.py, in bits
+constexpr int64_t kLarge = int64_t(8) << 20;           // bytes from which an output outgrows the caches
+constexpr int64_t kWorkPerThread = int64_t(1) << 16;   // logits worth starting a thread for
+
+// One side's logits. With a soft cap (pre != 0) the kernel reads tanh(pre·x) in their place; c takes either to base 2.
+struct Side {
+    const char* data;
+    int64_t row_bytes;
+    int dtype;
+    float pre, c;
+};
+
+struct Job {
+    Side student, teacher;
+    const uint8_t* mask;     // (N,) or null
+    const float* row_scale;  // (N,) or null
+    float *loss, *stats;     // (N,); (3, N) or null
+    char* grad;              // (N, grad_columns) in the student's dtype, or null
+    int64_t grad_row_bytes, grad_columns, N, V, grain;
+    Kind kind;
+    float a, b, pi;
+    double chain;  // dz/dx of the student's logits at tanh = 0
+    bool stream;   // store past the caches
+};
+
+// Streaming stores spare reading the output's lines before overwriting them.
+inline void copy_out(char* out, const void* from, int64_t bytes, bool stream) {
+#ifdef __SSE2__
+    if (stream && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+        const int64_t whole = bytes / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            _mm_stream_si128((__m128i*)(out + i), _mm_load_si128((const __m128i*)((const char*)from + i)));
+        memcpy(out + whole, (const char*)from + whole, bytes - whole);
+        return;
+    }
+#endif
+    memcpy(out, from, bytes);
+}
+
+inline void end_stream() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+namespace baseline {
+#include "divergence_rows.h"
+}
+
+using RunRows = void (*)(const Job&, std::atomic<int64_t>&, float*);
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+#include "divergence_rows.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace v4 {
+#include "divergence_rows.h"
+}
+#pragma GCC pop_options
+
+RunRows best() {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
+        return v4::run_rows;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return v3::run_rows;
+    return baseline::run_rows;
+}
+#else
+RunRows best() { return baseline::run_rows; }
+#endif
+
+Side make_side(uintptr_t data, int64_t row_stride, int dtype, double temperature, double scale, double softcap) {
+    const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
+    const double c = (softcap != 0 ? softcap : scale) / temperature * kLog2e;
+    return {reinterpret_cast<const char*>(data), row_stride * (dtype == kFloat32 ? 4 : 2), dtype, pre, float(c)};
+}
+
+// Ask for huge pages behind a large fresh buffer, before anything touches it: a fault per 4 KB costs more than the kernel.
+void use_huge_pages(uintptr_t data, int64_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t huge = uintptr_t(2) << 20;
+    const uintptr_t begin = (data + huge - 1) / huge * huge, end = (data + bytes) / huge * huge;
+    if (bytes >= kLarge && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
+void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtype, uintptr_t teacher, int64_t teacher_stride,
+                     int teacher_dtype, int64_t N, int64_t V, uintptr_t mask, uintptr_t row_scale, double a, double b,
+                     double pi, double student_temperature, double teacher_temperature, double student_scale,
+                     double teacher_scale, double student_softcap, double teacher_softcap, uintptr_t grad,
+                     int64_t grad_stride, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads) {
+    const int64_t size = student_dtype == kFloat32 ? 4 : 2;
+    Job job{};
+    job.student = make_side(student, student_stride, student_dtype, student_temperature, student_scale, student_softcap);
+    job.teacher = make_side(teacher, teacher_stride, teacher_dtype, teacher_temperature, teacher_scale, teacher_softcap);
+    job.mask = reinterpret_cast<const uint8_t*>(mask);
+    job.row_scale = reinterpret_cast<const float*>(row_scale);
+    job.loss = reinterpret_cast<float*>(loss);
+    job.stats = reinterpret_cast<float*>(stats);
+    job.grad = reinterpret_cast<char*>(grad);
+    job.grad_row_bytes = grad_stride * size;
+    job.grad_columns = grad_columns;
+    job.N = N;
+    job.V = V;
+    job.grain = std::max<int64_t>(1, kWorkPerThread / 4 / V);
+    job.kind = pi == 1 ? kReverse : pi == 0 ? kForward : kMixture;
+    job.a = float(a);
+    job.b = float(b);
+    job.pi = float(pi);
+    job.chain = student_scale / student_temperature;
+    job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
+
+    const RunRows run = best();
+    std::atomic<int64_t> next{0};
+    const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
+    const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
+    std::vector<std::thread> helpers;
+    auto work = [&] {
+        std::vector<float> memory(scratch + kLanes);
+        void* start = memory.data();
+        size_t space = memory.size() * sizeof(float);
+        run(job, next, static_cast<float*>(std::align(64, scratch * sizeof(float), start, space)));
+    };
+    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(work);
+    work();
+    for (auto& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+void bind_divergence(nb::module_& m) {
+    m.def("divergence_rows", &divergence_rows, nb::call_guard<nb::gil_scoped_release>());
+    m.def("use_huge_pages", &use_huge_pages);
+}

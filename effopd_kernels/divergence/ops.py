@@ -59,11 +59,29 @@ def _reference(student, teacher, *args, grad_out, with_stats):
     return loss, stats if with_stats else loss.new_empty(0)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats):
     module = native() if {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys() else None
-    if module is None or not hasattr(module, "divergence_rows"):
+    if module is None:
         return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
-    raise NotImplementedError
+    N, V = student.shape[0], min(student.shape[1], teacher.shape[1])
+    loss = torch.empty(N, dtype=torch.float32)
+    stats = torch.empty((3, N) if with_stats else 0, dtype=torch.float32)
+    mask = None if mask is None else mask.contiguous()
+    row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
+    if grad_out is not None and grad_out is not student:
+        module.use_huge_pages(grad_out.data_ptr(), grad_out.nbytes)
+    module.divergence_rows(
+        *(student.data_ptr(), student.stride(0), _KERNEL_DTYPES[student.dtype]),
+        *(teacher.data_ptr(), teacher.stride(0), _KERNEL_DTYPES[teacher.dtype]),
+        *(N, V, _address(mask), _address(row_scale), *args),
+        *(_address(grad_out), 0 if grad_out is None else grad_out.stride(0), student.shape[1]),
+        *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads()),
+    )
+    return loss, stats
 
 
 def _triton(student, teacher, *args, grad_out, with_stats):

@@ -1,0 +1,370 @@
+// The row kernel of the divergences. csrc/divergence.cpp includes this file once per instruction set, each time inside
+// its own namespace and target, so everything here is written once and compiled for each.
+//
+// A block of logits of each side is widened to fp32 in the L1 cache (`stage`), where all the mathematics happens; so no
+// kernel is written per dtype. Logarithms are in base 2 throughout: with c = scale·log2(e)/temperature and u, v a block's
+// c·logits relative to the largest so far of sides x and y, one pass gathers
+//
+//     X = Σ 2^u,  Y = Σ 2^v,  G = Σ 2^u·(u − v)        KL(x‖y) = G/X − log2 X + log2 Y, in bits
+//
+// and a second, whose reads come from the cache, writes the gradient of the student's logits s (teacher t):
+//
+//     reverse KL (x = s)   q·(u − v − G/X)            forward KL (x = t)   q − p
+//
+// Mixtures take a pass more in between: Σφ and Σw of the family's definition (effopd_kernels/divergence/reference.py).
+// Sums run in fp32 within a block and in fp64 across blocks.
+//
+// Infinities: the fp32 sum G over a block holding −inf comes out NaN or inf, and only then is the block taken again with
+// the comparisons that −inf needs. `hole` = Σ 2^u over entries with v = −inf, whose log-probability counts as kFloor.
+
+// No include here: this file stands inside a namespace.
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi bits(vf x) { return (vi)x; }
+INLINE vf from_bits(vi x) { return (vf)x; }
+INLINE vf max_(vf a, vf b) { return a > b ? a : b; }
+
+INLINE double sum(vf x) {
+    double s = 0;
+    for (int i = 0; i < kLanes; ++i) s += x[i];
+    return s;
+}
+
+// 2^x for x <= ~1, relative error < 1e-7; exactly 0 below −125, near fp32's end. NaN stays NaN.
+// x = n + r with |r| <= ½: 2^r by a minimax polynomial, 2^n by adding n to its exponent bits.
+INLINE vf exp2_(vf x) {
+    const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
+    const vf shifted = x + magic, r = x - (shifted - magic);
+    vf p = 0.00015353341289f * r + 0.0013398900187f;
+    p = p * r + 0.0096184376053f;
+    p = p * r + 0.055503324096f;
+    p = p * r + 0.24022647910f;
+    p = p * r + 0.69314720288f;
+    p = p * r + 1.0f;
+    return x < -125.0f ? vf{} : from_bits(bits(p) + (bits(shifted) << 23));
+}
+
+// log2 x for normal x > 0. x = 2^n·(1+f) with 1+f in [√½, √2).
+INLINE vf log2_(vf x) {
+    const vi shifted = bits(x) - 0x3f3504f3;
+    const vf f = from_bits((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    vf p = 0.12599961906f * f + -0.20835217027f;
+    p = p * f + 0.21610541550f;
+    p = p * f + -0.23879971940f;
+    p = p * f + 0.28786979215f;
+    p = p * f + -0.36070969824f;
+    p = p * f + 0.48091121736f;
+    p = p * f + -0.72134726049f;
+    return __builtin_convertvector(shifted >> 23, vf) + (f * 1.4426950409f + f * f * p);
+}
+
+INLINE vf tanh_(vf x) {
+    const vf size = from_bits(bits(x) & 0x7fffffff), square = x * x, e = exp2_(-2.8853900818f * size);
+    vf p = -0.0060451650965f * square + 0.020961329108f;
+    p = p * square + -0.053843263175f;
+    p = p * square + 0.13332718845f;
+    p = p * square + -0.33333328433f;
+    const vf large = from_bits(bits((1.0f - e) / (1.0f + e)) | (bits(x) & (vi)splat(-0.0f)));
+    return size < 0.63f ? x + x * square * p : large;
+}
+
+// ---- dtypes: fp32, and bf16 and fp16 by integer arithmetic, which every instruction set has in vectors
+
+INLINE vf load(const char* p, int dtype) {
+    if (dtype == kFloat32) return *(const vf_any*)p;
+    const vi h = __builtin_convertvector(*(const vh_any*)p, vi);
+    if (dtype == kBFloat16) return from_bits(h << 16);
+    const vi size = (h & 0x7fff) << 13;  // fp16: rebase the exponent by a product, which also normalises subnormals
+    const vi finite = bits(from_bits(size) * 0x1p112f), infinite = size | 0x7f800000;
+    return from_bits((size >= (0x7c00 << 13) ? infinite : finite) | ((h & 0x8000) << 16));
+}
+
+INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
+    const vi b = bits(x), size = b & 0x7fffffff;
+    if (dtype == kBFloat16) {
+        const vi rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+        return __builtin_convertvector(x == x ? rounded : 0x7fc0 + vi{}, vh);
+    }
+    const vi normal = (size + 0xfff + ((size >> 13) & 1) - (112 << 23)) >> 13;
+    const vi small = bits(from_bits(size) + 0.5f) - 0x3f000000;  // subnormals have the spacing of 0.5 in fp32
+    vi h = size < (113 << 23) ? small : normal;
+    h = size >= 0x477ff000 ? 0x7c00 + vi{} : h;  // 65520 and more
+    h = x == x ? h : 0x7e00 + vi{};
+    return __builtin_convertvector(h | ((b >> 16) & 0x8000), vh);
+}
+
+// ---- blocks
+
+struct Staged {
+    const float* z;
+    float top;  // the largest of z
+};
+
+INLINE float largest(const float* z, int count) {
+    vf top = *(const vf_any*)z;
+    for (int i = kLanes; i < count; i += kLanes) top = max_(*(const vf_any*)(z + i), top);
+    float result = -kInf;
+    for (int i = 0; i < kLanes; ++i) result = top[i] > result ? top[i] : result;
+    return result;
+}
+
+// `count` logits, or tanh(x·pre) of them under a soft cap, in fp32, padded by −inf to whole vectors.
+INLINE Staged stage_as(const Side& side, const char* p, int count, float* out, const int dtype) {
+    const int size = dtype == kFloat32 ? 4 : 2, whole = count / kLanes * kLanes;
+    for (int i = 0; i < whole; i += kLanes) *(vf*)(out + i) = load(p + int64_t(i) * size, dtype);
+    if (whole < count) {
+        alignas(64) char rest[64] = {};
+        memcpy(rest, p + int64_t(whole) * size, (count - whole) * size);
+        *(vf*)(out + whole) = load(rest, dtype);
+    }
+    if (side.pre != 0)
+        for (int i = 0; i < count; i += kLanes) *(vf*)(out + i) = tanh_(*(const vf*)(out + i) * side.pre);
+    for (int i = count; i % kLanes; ++i) out[i] = -kInf;
+    return {out, largest(out, count)};
+}
+
+static Staged stage(const Side& side, const char* row, int64_t start, int count, float* out) {
+    const char* p = row + start * (side.dtype == kFloat32 ? 4 : 2);
+    if (side.dtype == kBFloat16) return stage_as(side, p, count, out, kBFloat16);
+    if (side.dtype == kFloat16) return stage_as(side, p, count, out, kFloat16);
+    if (side.pre == 0 && count % kLanes == 0) return {(const float*)p, largest((const float*)p, count)};  // as it lies
+    return stage_as(side, p, count, out, kFloat32);
+}
+
+// Subtracting first keeps the error proportional to u, however far all logits lie from 0, and makes u = 0 at the top.
+INLINE vf at(const float* z, int i, float c, float top) { return (*(const vf_any*)(z + i) - top) * c; }
+
+static void store(const float* g, int count, int dtype, char* row, int64_t start, bool stream) {
+    if (dtype == kFloat32) return copy_out(row + start * 4, g, int64_t(count) * 4, stream);
+    alignas(64) uint16_t narrowed[kBlock];
+    for (int i = 0; i < count; i += kLanes) {
+        const vf x = *(const vf*)(g + i);
+        *(vh*)(narrowed + i) = dtype == kBFloat16 ? narrow(x, kBFloat16) : narrow(x, kFloat16);
+    }
+    copy_out(row + start * 2, narrowed, int64_t(count) * 2, stream);
+}
+
+// ---- first pass
+
+struct Sums {  // relative to the references x0, y0, the largest logits so far
+    double x = 0, y = 0, gap = 0, hole = 0, xu = 0, yv = 0;
+    float cx = 0, cy = 0, x0 = 0, y0 = 0, x_top = -kInf, y_top = -kInf;
+    int64_t x_arg = 0, y_arg = 0;
+    bool holes = false;  // −inf met: the gradient pass must look out for it
+};
+
+// False, and nothing added, where the fast form meets −inf (or NaN).
+INLINE bool add_block(Sums& s, const float* x, const float* y, int count, const bool holes, const bool stats) {
+    vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
+    for (int i = 0; i < count; i += kLanes) {
+        vf u = at(x, i, s.cx, s.x0), v = at(y, i, s.cy, s.y0);
+        const vf eu = exp2_(u), ev = exp2_(v);
+        if (holes) {
+            hole += v == -kInf ? eu : vf{};
+            u = u == -kInf ? vf{} : u;
+            v = v == -kInf ? vf{} : v;
+        }
+        X += eu;
+        Y += ev;
+        gap += eu * (u - v);
+        if (stats) {
+            xu += eu * u;
+            yv += ev * v;
+        }
+    }
+    const double total = sum(gap);
+    if (!holes && !(total - total == 0)) return false;
+    s.x += sum(X);
+    s.y += sum(Y);
+    s.gap += total;
+    if (holes) s.hole += sum(hole);
+    if (stats) {
+        s.xu += sum(xu);
+        s.yv += sum(yv);
+    }
+    return true;
+}
+
+static void rebase(Sums& s, float x0, float y0) {
+    const double dx = (double(s.x0) - x0) * s.cx, dy = (double(s.y0) - y0) * s.cy;
+    // Before the first finite logit the reference is 0, and the step from it may be up, and huge.
+    const double fx = s.x == 0 ? 0 : std::exp2(dx), fy = s.y == 0 ? 0 : std::exp2(dy);
+    s.gap = fx * (s.gap + dx * s.x - dy * (s.x - s.hole));
+    s.xu = fx * (s.xu + dx * s.x);
+    s.yv = fy * (s.yv + dy * s.y);
+    s.x *= fx;
+    s.hole *= fx;
+    s.y *= fy;
+    s.x0 = x0;
+    s.y0 = y0;
+}
+
+static int64_t first_of(const float* z, float top) {
+    int64_t i = 0;
+    while (z[i] != top) ++i;
+    return i;
+}
+
+static Sums online(const Side& side_x, const Side& side_y, const char* row_x, const char* row_y, int64_t V, bool stats) {
+    alignas(64) float x_block[kBlock], y_block[kBlock];
+    Sums s;
+    s.cx = side_x.c;
+    s.cy = side_y.c;
+    for (int64_t start = 0; start < V; start += kBlock) {
+        const int count = int(V - start < kBlock ? V - start : kBlock);
+        const Staged x = stage(side_x, row_x, start, count, x_block), y = stage(side_y, row_y, start, count, y_block);
+        if (x.top > s.x_top) {
+            s.x_top = x.top;
+            if (stats) s.x_arg = start + first_of(x.z, x.top);
+        }
+        if (y.top > s.y_top) {
+            s.y_top = y.top;
+            if (stats) s.y_arg = start + first_of(y.z, y.top);
+        }
+        // Until a side has met a finite logit its reference stays 0, so that −inf − reference is −inf and not NaN.
+        const float x0 = s.x_top == -kInf ? 0 : s.x_top, y0 = s.y_top == -kInf ? 0 : s.y_top;
+        if (x0 != s.x0 || y0 != s.y0) rebase(s, x0, y0);
+        if (!(stats ? add_block(s, x.z, y.z, count, false, true) : add_block(s, x.z, y.z, count, false, false))) {
+            s.holes = true;
+            add_block(s, x.z, y.z, count, true, true);
+        }
+    }
+    return s;
+}
+
+// ---- last pass: the gradient of one block, times `factor`, into g
+
+// x = student, y = teacher. q·(u − v − mean) with q = 2^u / X.
+INLINE void reverse_block(const float* x, const float* y, float* g, int count, const Sums& s, float mean, float floor,
+                          float factor, const bool holes) {
+    for (int i = 0; i < count; i += kLanes) {
+        vf u = at(x, i, s.cx, s.x0), v = at(y, i, s.cy, s.y0);
+        const vf eu = exp2_(u);
+        v = max_(v, splat(-kInf));  // keeps u − v from becoming an FMA here and not in add_block: on rows so peaked that
+                                    // q = 1, u − v must equal the mean to the last bit
+        if (holes) {
+            u = u == -kInf ? vf{} : u;
+            v = v == -kInf ? splat(floor) : v;
+        }
+        *(vf*)(g + i) = eu * ((u - v) - mean) * factor;
+    }
+}
+
+// x = teacher, y = student. q − p.
+INLINE void forward_block(const float* x, const float* y, float* g, int count, const Sums& s, float factor_p, float factor_q) {
+    for (int i = 0; i < count; i += kLanes)
+        *(vf*)(g + i) = exp2_(at(y, i, s.cy, s.y0)) * factor_q - exp2_(at(x, i, s.cx, s.x0)) * factor_p;
+}
+
+struct Mixture {  // x = student, y = teacher
+    float a, b, pi, cx, cy, x0, y0, log_x, log_y;
+};
+
+INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
+    const vf l = at(z, i, c, top) - log_sum;
+    return l == -kInf ? splat(kFloor) : l;
+}
+
+// φ (in bits) and w of one block; with e = 2^(−|lp − lq|), every quotient is of numbers in [0, 1], and none is 0/0.
+INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum, double& w_sum) {
+    vf phis{}, ws{};
+    for (int i = 0; i < count; i += kLanes) {
+        const vf lq = log_prob(x, i, m.cx, m.x0, m.log_x), lp = log_prob(y, i, m.cy, m.y0, m.log_y);
+        const vf q = exp2_(lq), p = exp2_(lp), d = lp - lq, e = exp2_(from_bits(bits(d) | bits(splat(-0.0f))));
+        const vi teacher_larger = d > 0;
+        const vf density = teacher_larger ? m.pi + (1 - m.pi) * e : (1 - m.pi) + m.pi * e;  // m over the larger of p, q
+        const vf l = log2_(density);
+        const vf lq_lm = teacher_larger ? -d - l : -l, lp_lm = teacher_larger ? -l : d - l;
+        const vf share = (teacher_larger ? (1 - m.pi) * e : splat(1 - m.pi)) / density;
+        const vf ap = m.a * p, bq = m.b * q, b_term = bq * lq_lm;
+        const vf wi = b_term * float(kLn2) - share * (ap + bq);
+        *(vf*)(w + i) = wi;
+        phis += ap * lp_lm + b_term;
+        ws += wi;
+    }
+    phi_sum += sum(phis);
+    w_sum += sum(ws);
+}
+
+INLINE void mixture_gradient(const Mixture& m, const float* x, const float* w, float* g, int count, float w_sum, float factor) {
+    for (int i = 0; i < count; i += kLanes)
+        *(vf*)(g + i) = (*(const vf*)(w + i) - exp2_(log_prob(x, i, m.cx, m.x0, m.log_x)) * w_sum) * factor;
+}
+
+// Chain rule through the soft cap: d tanh(x)/dx = 1 − tanh².
+INLINE void through_cap(const float* tanh, float* g, int count) {
+    for (int i = 0; i < count; i += kLanes) *(vf*)(g + i) *= 1.0f - *(const vf*)(tanh + i) * *(const vf*)(tanh + i);
+}
+
+// ---- a row
+
+static void one_row(const Job& job, int64_t n, float* scratch) {
+    const Side &student = job.student, &teacher = job.teacher;
+    const char *row_s = student.data + n * student.row_bytes, *row_t = teacher.data + n * teacher.row_bytes;
+    char* row_g = job.grad ? job.grad + n * job.grad_row_bytes : nullptr;
+    const int64_t V = job.V, size = student.dtype == kFloat32 ? 4 : 2;
+    if (job.mask && !job.mask[n]) {
+        job.loss[n] = 0;
+        if (job.stats) job.stats[n] = job.stats[n + job.N] = job.stats[n + 2 * job.N] = 0;
+        if (row_g) memset(row_g, 0, job.grad_columns * size);
+        return;
+    }
+    const bool forward = job.kind == kForward;
+    const Sums s = forward ? online(teacher, student, row_t, row_s, V, job.stats) : online(student, teacher, row_s, row_t, V, job.stats);
+    const double log_x = std::log2(s.x), log_y = std::log2(s.y), floor = kFloor + log_y;
+    const double mean = (s.gap - s.hole * floor) / s.x;
+    double loss = mean - log_x + log_y, w_sum = 0;
+
+    alignas(64) float x_block[kBlock], y_block[kBlock], g[kBlock];
+    const Mixture m{job.a, job.b, job.pi, s.cx, s.cy, s.x0, s.y0, float(log_x), float(log_y)};
+    if (job.kind == kMixture) {
+        loss = 0;
+        for (int64_t start = 0; start < V; start += kBlock) {
+            const int count = int(V - start < kBlock ? V - start : kBlock);
+            const float* x = stage(student, row_s, start, count, x_block).z;
+            const float* y = stage(teacher, row_t, start, count, y_block).z;
+            mixture_block(m, x, y, row_g ? scratch + start : g, count, loss, w_sum);
+        }
+    } else {
+        loss *= forward ? job.a : job.b;
+    }
+    job.loss[n] = float(loss * kLn2);
+    if (job.stats) {
+        const double entropy_x = (log_x - s.xu / s.x) * kLn2, entropy_y = (log_y - s.yv / s.y) * kLn2;
+        job.stats[n] = float(forward ? entropy_y : entropy_x);
+        job.stats[n + job.N] = float(forward ? entropy_x : entropy_y);
+        job.stats[n + 2 * job.N] = s.x_arg == s.y_arg;
+    }
+    if (!row_g) return;
+
+    const double factor = job.chain * (job.row_scale ? job.row_scale[n] : 1.0);
+    for (int64_t start = 0; start < V; start += kBlock) {
+        const int count = int(V - start < kBlock ? V - start : kBlock);
+        const float* x = stage(student, row_s, start, count, x_block).z;
+        if (job.kind == kMixture) {
+            mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
+        } else {
+            const float* y = stage(teacher, row_t, start, count, y_block).z;
+            const float k = float(job.b * kLn2 * factor / s.x);
+            if (forward) forward_block(y, x, g, count, s, float(job.a * factor / s.x), float(job.a * factor / s.y));
+            else if (s.holes) reverse_block(x, y, g, count, s, float(mean), float(floor), k, true);
+            else reverse_block(x, y, g, count, s, float(mean), float(floor), k, false);
+        }
+        if (student.pre != 0) through_cap(x, g, count);
+        store(g, count, student.dtype, row_g, start, job.stream);
+    }
+    memset(row_g + V * size, 0, (job.grad_columns - V) * size);
+}
+
+// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole vectors) is for mixtures.
+static void run_rows(const Job& job, std::atomic<int64_t>& next, float* scratch) {
+    for (int64_t begin; (begin = next.fetch_add(job.grain)) < job.N;)
+        for (int64_t n = begin; n < job.N && n < begin + job.grain; ++n) one_row(job, n, scratch);
+    end_stream();
+}
