@@ -100,17 +100,22 @@ namespace v4 {
 }
 #pragma GCC pop_options
 
-RunRows best() {
+std::vector<RunRows> supported() {  // the best last
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd"))
-        return v4::run_rows;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return v3::run_rows;
-    return baseline::run_rows;
+    std::vector<RunRows> runs{baseline::run_rows};
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return runs;
+    runs.push_back(v3::run_rows);
+    for (bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
+                     __builtin_cpu_supports("avx512vl") != 0, __builtin_cpu_supports("avx512dq") != 0})
+        if (!has) return runs;
+    runs.push_back(v4::run_rows);
+    return runs;
 }
 #else
-RunRows best() { return baseline::run_rows; }
+std::vector<RunRows> supported() { return {baseline::run_rows}; }
 #endif
+
+const std::vector<RunRows> kRuns = supported();
 
 Side make_side(uintptr_t data, int64_t row_stride, int dtype, double temperature, double scale, double softcap) {
     const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
@@ -128,11 +133,12 @@ void use_huge_pages(uintptr_t data, int64_t bytes) {
 }
 
 // Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
+// instruction_set: an index below num_instruction_sets(), or −1 for the best.
 void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtype, uintptr_t teacher, int64_t teacher_stride,
                      int teacher_dtype, int64_t N, int64_t V, uintptr_t mask, uintptr_t row_scale, double a, double b,
                      double pi, double student_temperature, double teacher_temperature, double student_scale,
                      double teacher_scale, double student_softcap, double teacher_softcap, uintptr_t grad,
-                     int64_t grad_stride, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads) {
+                     int64_t grad_stride, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads, int instruction_set) {
     const int64_t size = student_dtype == kFloat32 ? 4 : 2;
     Job job{};
     job.student = make_side(student, student_stride, student_dtype, student_temperature, student_scale, student_softcap);
@@ -154,7 +160,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtyp
     job.chain = student_scale / student_temperature;
     job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
 
-    const RunRows run = best();
+    const RunRows run = kRuns.at(instruction_set < 0 ? kRuns.size() - 1 : size_t(instruction_set));
     std::atomic<int64_t> next{0};
     const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
     const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
@@ -174,5 +180,6 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtyp
 
 void bind_divergence(nb::module_& m) {
     m.def("divergence_rows", &divergence_rows, nb::call_guard<nb::gil_scoped_release>());
+    m.def("num_instruction_sets", [] { return kRuns.size(); });
     m.def("use_huge_pages", &use_huge_pages);
 }

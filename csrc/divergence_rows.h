@@ -246,8 +246,6 @@ INLINE void reverse_block(const float* x, const float* y, float* g, int count, c
     for (int i = 0; i < count; i += kLanes) {
         vf u = at(x, i, s.cx, s.x0), v = at(y, i, s.cy, s.y0);
         const vf eu = exp2_(u);
-        v = max_(v, splat(-kInf));  // keeps u − v from becoming an FMA here and not in add_block: on rows so peaked that
-                                    // q = 1, u − v must equal the mean to the last bit
         if (holes) {
             u = u == -kInf ? vf{} : u;
             v = v == -kInf ? splat(floor) : v;

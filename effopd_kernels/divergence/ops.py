@@ -63,7 +63,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats):
+def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
     module = native() if {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys() else None
     if module is None:
         return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
@@ -79,7 +79,7 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats):
         *(teacher.data_ptr(), teacher.stride(0), _KERNEL_DTYPES[teacher.dtype]),
         *(N, V, _address(mask), _address(row_scale), *args),
         *(_address(grad_out), 0 if grad_out is None else grad_out.stride(0), student.shape[1]),
-        *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads()),
+        *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads(), instruction_set),
     )
     return loss, stats
 

@@ -32,7 +32,7 @@ def ulp(x: Tensor) -> Tensor:
     """
     integer, mask = _EXPONENT[x.dtype]
     return (
-        (x.contiguous().view(integer) & mask)
+        (x.view(integer) & mask)
         .view(x.dtype)
         .to(torch.promote_types(x.dtype, torch.float32))
         .mul_(torch.finfo(x.dtype).eps)
@@ -84,7 +84,7 @@ def _each(
 
 
 def _sum_squares(panel: Tensor, largest: Tensor) -> Tensor:
-    """Σ P² in fp64. Row sums in fp32 are exact enough (their errors average out) and eight times faster, while squares
+    """Σ P² in fp64. Row norms in fp32 are exact enough (their errors average out) and eight times faster, while squares
     stay in range.
     """
     if panel.dtype == torch.float32 and panel.device.type == "cpu" and not 1e-12 < float(largest) < 1e12:
@@ -96,13 +96,16 @@ def _accumulate(row: Tensor, panel: Tensor, values: Tensor, full: bool) -> None:
     """Add one panel to a row of statistics; ``values`` are the entries of x the panel was made from."""
     if panel.numel() == 0:
         return
-    largest = panel.abs().amax()
+    low, high = panel.aminmax()
+    largest = torch.maximum(-low, high)
     row[0] += _sum_squares(panel, largest)
     row[1] = torch.maximum(row[1], largest.double())
-    row[4] += (~torch.isfinite(panel)).sum()
+    if panel.device.type != "cpu" or not largest.isfinite():
+        row[4] += (~panel.isfinite()).sum()
     if full:
-        row[2] += (panel == 0).sum()
-        row[3] += torch.linalg.vector_norm(ulp(values), dtype=torch.float64).square()
+        row[2] += panel.numel() - torch.count_nonzero(panel)
+        steps = ulp(values)
+        row[3] += _sum_squares(steps, steps.amax())
 
 
 def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
@@ -137,7 +140,7 @@ def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None,
 
 
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    z = torch.zeros_like(q)
+    z = q.new_zeros(q.shape)
     for i, matrix in enumerate(_each(x, base, scale)):
         q_i, half = _operand(q[i], fast)
         for _, panel in panels(*matrix, q.dtype):
@@ -172,4 +175,5 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 
 def _operand(q: Tensor, fast: bool) -> tuple[Tensor, bool]:
     half = fast and q.dtype == torch.float32 and bf16_is_native(q.device)
-    return (q.bfloat16() if half else q.contiguous()), half
+    q = q.contiguous()
+    return (q.bfloat16() if half else q), half

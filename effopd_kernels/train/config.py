@@ -136,7 +136,9 @@ class OPDConfig(trl.DistillationConfig):
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
-            # TRL's and transformers' defaults are a GPU's: on a CPU the one is refused, the other warned about.
+            # TRL's and transformers' defaults are a GPU's: on a CPU bf16 is refused, pinning warned about, and without
+            # use_cpu each process of a torchrun would train alone.
+            self.use_cpu = True
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
         if self.eval_steps is not None and self.eval_strategy == "no":
