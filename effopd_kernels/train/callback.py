@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..extrapolation import EffOPDController
 from .errors import UserError
 
-STATE_DIR = "effopd"  # inside each checkpoint folder
+STATE_DIR = "effopd_state"  # inside each checkpoint folder
 
 
 class EffOPDCallback(TrainerCallback):

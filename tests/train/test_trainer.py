@@ -243,15 +243,34 @@ def test_teacher_kl_is_the_mean_over_the_students_completion(world, tmp_path):
 
 
 def test_a_lora_student(world, tmp_path):
-    config = {"max_steps": 2, "learning_rate": 1e-2}
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
-    trainer = make_trainer(world, tmp_path, config=config, peft_config=lora)
-    before = weights(trainer)
-    trainer.train()
-    after = weights(trainer)
+    """Only adapters move; a resumed run equals the whole one; the folder written holds the jumps in one adapter."""
+    config = {"max_steps": 3, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+
+    def lora_trainer(out):
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+        return make_trainer(world, out, config=config, peft_config=lora)
+
+    whole = lora_trainer(tmp_path / "whole")
+    before = weights(whole)
+    whole.train()
+    after = weights(whole)
     changed = {n for n, value in before.items() if not torch.equal(value, after[n])}
     assert changed and all("lora" in n for n in changed)
-    assert [e.step for e in trainer.effopd.controller.events] == [1, 2]
+    assert [e.step for e in whole.effopd.controller.events] == [1, 2]
+    assert any(e.alpha != 1 for e in whole.effopd.controller.events)
+
+    resumed = lora_trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_weights(weights(resumed), after)
+
+    ids = torch.tensor([whole._tokenizer("Tom has 3 apples")["input_ids"]])
+    whole.model.eval()
+    with torch.no_grad():
+        trained = whole.model(ids).logits
+        whole.save_student(str(tmp_path / "student"))
+        torch.testing.assert_close(whole.model(ids).logits, trained, rtol=0, atol=0)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+        torch.testing.assert_close(loaded(ids).logits, trained, rtol=1e-4, atol=1e-4)
 
 
 def test_messages_go_through_the_chat_template(world, tmp_path):
