@@ -1,0 +1,53 @@
+"""What importing costs, and where the package still works."""
+
+import subprocess
+import sys
+import textwrap
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_import_brings_no_heavy_package():
+    run(
+        """
+        import sys
+        import effopd_kernels
+        heavy = {"transformers", "trl", "datasets", "matplotlib", "accelerate", "peft", "pandas"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+
+
+# `sys.modules[name] = None` makes `import name` fail as it does where it is not installed.
+LOSS = """
+    import sys, warnings
+    sys.modules[{missing!r}] = None
+    import torch, effopd_kernels as ek
+    s, t = (torch.randn(3, 40) for _ in range(2))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss = ek.reverse_kl_loss(s.requires_grad_(), t)
+            loss.backward()
+            ek.linear_reverse_kl_loss(torch.randn(3, 8), torch.randn(40, 8), torch.randn(3, 8), torch.randn(40, 8))
+        p, w = torch.zeros(5), torch.ones(5)
+        ek.extrapolate_([p], [torch.zeros(5)], [w], 3.0)
+        ek.batched_rsvd(torch.randn(6, 5), 2)
+    assert p.tolist() == [3.0] * 5
+    expected = (s.softmax(-1) * (s.log_softmax(-1) - t.log_softmax(-1))).sum(-1).mean()
+    assert abs(loss - expected) < 1e-5
+    print([str(w.message) for w in caught])
+"""
+
+
+def test_works_without_triton():
+    assert run(LOSS.format(missing="triton")).strip() == "[]"
+
+
+def test_works_without_the_extension_and_says_so_once():
+    said = run(LOSS.format(missing="effopd_kernels._C"))
+    assert said.count("installed without its C++ extension") == 1
