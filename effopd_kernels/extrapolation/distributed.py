@@ -66,21 +66,22 @@ class Ranks:
         values = tuple(v for s in every for v in s.values)
         return Scores(values, sum(s.tokens for s in every), max(s.seconds for s in every))
 
-    def report(self, error: BaseException) -> None:
-        """Tell the other ranks that this one failed; they raise `RankFailed` at their next exchange.
+    def report(self, error: BaseException) -> bool:
+        """Tell the other ranks that this one failed; they raise `RankFailed` at their next exchange. True if all know.
 
         If they do not come to it within `report_s`, they hang in a collective of the engine's that this rank left: then
         it is this process's end that tells them.
         """
-        if self.size == 1 or isinstance(error, RankFailed):
-            return
-        thread = threading.Thread(target=self._report, args=(error,), daemon=True)
+        told = []
+
+        def tell():
+            with contextlib.suppress(Exception):  # the others are gone already: nobody is left to be told
+                told.append(self.gather(None, error))
+
+        thread = threading.Thread(target=tell, daemon=True)
         thread.start()
         thread.join(self.report_s)
-
-    def _report(self, error: BaseException) -> None:
-        with contextlib.suppress(Exception):  # the others are gone already: nobody is left to be told
-            self.gather(None, error)
+        return bool(told)
 
 
 def share(items: Sequence[T], rank: int | None = None, size: int | None = None) -> Sequence[T]:

@@ -83,14 +83,17 @@ class Event:
             self._changed()
 
     def roll_back(self, error: BaseException) -> None:
-        """W ← W_t; tell engines, then the other ranks. A hook that fails now must not hide the error."""
+        """W ← W_t; tell the other ranks, then engines. A hook that fails now must not hide the error.
+
+        Ranks first: a hook may communicate, and would wait for ranks that wait for this one's scores. If they could not
+        be told they hang elsewhere, and a hook is not called at all.
+        """
         self.weights.restore()
-        try:
-            self._changed()
-        except BaseException as second:
-            error.__context__ = second
-        if not isinstance(error, RankFailed):
-            self.ranks.report(error)
+        if isinstance(error, RankFailed) or self.ranks.report(error):
+            try:
+                self._changed()
+            except BaseException as second:
+                error.__context__ = second
 
     def record(self) -> EffOPDEvent:
         last = self.controller.last_step

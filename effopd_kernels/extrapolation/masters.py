@@ -16,16 +16,15 @@ from .shards import local
 __all__ = ["find_masters", "given_masters", "reset_state"]
 
 
-def find_masters(named: Mapping[str, Tensor], optimizer) -> dict[str, Tensor]:
-    """name → master for the parameters that have one.
+def find_masters(named: Mapping[str, Tensor], optimizer) -> tuple[dict[str, Tensor], list[str]]:
+    """name → master for the parameters that have one, and the names the optimizer has nothing to do with.
 
-    Raises ValueError when the optimizer steps neither a parameter nor a master of it (flattened partitions, as
-    DeepSpeed's): it would undo every jump.
+    If one of those moves all the same, something this function cannot read steps it (DeepSpeed's flattened partitions).
     """
     optimizer = _unwrapped(optimizer)
     stepped = [t for group in optimizer.param_groups for t in group["params"]]
     ids = {id(t) for t in stepped}
-    masters = {}
+    masters, strangers = {}, []
     for name, param in named.items():
         candidates = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor)]
         if id(param) not in ids:
@@ -36,15 +35,12 @@ def find_masters(named: Mapping[str, Tensor], optimizer) -> dict[str, Tensor]:
             if id(param) not in ids:
                 stepped = [t for t in stepped if t is not master]  # equal tensors have masters of their own, in order
         elif id(param) not in ids:
-            raise ValueError(
-                f"the optimizer steps neither {name} nor an fp32 master of it that could be found, so it would undo a "
-                "jump: pass masters={name: tensor}"
-            )
-    return masters
+            strangers.append(name)
+    return masters, strangers
 
 
-def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """masters, checked: ValueError for a name that does not move, or a tensor that is not a master of it."""
+def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """As `find_masters`, checked: ValueError for a name that does not move, or a tensor that is not a master of it."""
     for name, master in masters.items():
         if name not in named:
             raise ValueError(f"masters names {name}, which is not among the parameters that move")
@@ -52,7 +48,7 @@ def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) ->
             raise ValueError(
                 f"{name} is not its master rounded to {named[name].dtype}, bit for bit: W_t could not be restored"
             )
-    return masters
+    return masters, []
 
 
 @torch.no_grad()

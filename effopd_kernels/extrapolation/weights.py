@@ -43,7 +43,7 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         return DenseWeights(chosen, lambda: given_masters(chosen, masters), place, directory, module)
     if optimizer is not None:
         return DenseWeights(chosen, lambda: find_masters(chosen, optimizer), place, directory, module)
-    return DenseWeights(chosen, dict, place, directory, module)
+    return DenseWeights(chosen, place=place, directory=directory, module=module)
 
 
 class DenseWeights:
@@ -51,8 +51,8 @@ class DenseWeights:
 
     Args:
         named: name → tensor as the engine holds it.
-        find_masters: → name → the fp32 copy that an optimizer steps; asked at every event, as many optimizers create
-            masters at their first step.
+        find_masters: see `masters.find_masters`; asked at every event, as many optimizers create masters at their
+            first step.
         place, directory: where the two buffers are kept, see `buffers.allocate`.
         module: whose parameters they are, where FSDP2 may have gathered copies of them.
     """
@@ -60,7 +60,7 @@ class DenseWeights:
     def __init__(
         self,
         named: Mapping[str, Tensor],
-        find_masters: Callable[[], Mapping[str, Tensor]] = dict,
+        find_masters: Callable[[], tuple[Mapping[str, Tensor], list[str]]] = lambda: ({}, []),
         place: str = "device",
         directory=None,
         module: nn.Module | None = None,
@@ -78,9 +78,16 @@ class DenseWeights:
         return any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
 
     def hold(self) -> None:
-        """Keep W_t."""
+        """Keep W_t. Raises ValueError for a parameter that moved though the optimizer steps no copy of it we can see:
+        its next step would undo a jump."""
         reshard(self._module)
-        masters = self._find_masters()
+        masters, strangers = self._find_masters()
+        for name, tensor, anchor in zip(self.names, self.tensors, self.anchors, strict=True):
+            if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device)):
+                raise ValueError(
+                    f"the optimizer steps neither {name} nor an fp32 master of it that could be found, so it would "
+                    "undo a jump: pass masters={name: tensor}"
+                )
         self.masters = [masters.get(name) for name in self.names]
         self.currents = self._copy()
 
@@ -164,8 +171,8 @@ class DenseWeights:
                     f"anchor of {name} is {tuple(state[name].shape)}, here it is {tuple(anchor.shape)} "
                     "(saved with another number of ranks?)"
                 )
-        like = {n: a.to(state[n].dtype) for n, a in zip(self.names, self.anchors, strict=True)}
-        if any(like[n].dtype != a.dtype for n, a in zip(self.names, self.anchors, strict=True)):
+        if any(state[n].dtype != a.dtype for n, a in zip(self.names, self.anchors, strict=True)):  # there were masters
+            like = {n: a.to(state[n].dtype) for n, a in zip(self.names, self.anchors, strict=True)}
             self.anchors = buffers.allocate(like, self._place, self._directory)
         for name, anchor in zip(self.names, self.anchors, strict=True):
             anchor.copy_(state[name])

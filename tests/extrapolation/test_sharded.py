@@ -107,4 +107,4 @@ def test_share_is_contiguous_and_complete():
 def test_alone_nothing_is_exchanged():
     ranks = distributed.Ranks()
     assert ranks.gather("x") == ["x"] and ranks.sum([1.0, 2.0]) == [1.0, 2.0]
-    ranks.report(RuntimeError())
+    assert ranks.report(RuntimeError())

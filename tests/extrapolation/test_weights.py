@@ -136,7 +136,7 @@ def test_masters_jump_with_the_parameters_and_the_jump_survives_the_next_step(ki
     assert [e.alpha for e in controller.events] == [5.0] * 4
     for (name, p), q in zip(half.named_parameters(), full.parameters(), strict=True):
         assert torch.equal(p, q.bfloat16()), name
-    masters = find_masters(dict(half.named_parameters()), optimizer)
+    masters, _ = find_masters(dict(half.named_parameters()), optimizer)
     assert set(masters) == set(dict(half.named_parameters()))
 
 
@@ -159,12 +159,12 @@ def test_a_rejected_event_restores_masters_bit_for_bit():
     seen = []
 
     def score():
-        masters = find_masters(dict(net.named_parameters()), optimizer)
+        masters, _ = find_masters(dict(net.named_parameters()), optimizer)
         seen.append({n: m.clone() for n, m in masters.items()})
         return -len(seen)
 
     run(net, optimizer, steps=[1], score=score, optimizer=optimizer)
-    after = find_masters(dict(net.named_parameters()), optimizer)
+    after, _ = find_masters(dict(net.named_parameters()), optimizer)
     assert not torch.equal(seen[0]["mlp.weight"], seen[1]["mlp.weight"])
     assert all(torch.equal(after[n], m) for n, m in seen[0].items())
 
@@ -202,8 +202,11 @@ def test_an_optimizer_that_steps_something_else_is_refused():
     net = model(torch.bfloat16)
     flat = torch.cat([p.detach().float().flatten() for p in net.parameters()]).requires_grad_()
     controller = EffOPDController(net, lambda: 0.0, optimizer=torch.optim.SGD([flat], 0.1))
+    assert "not moved" in controller.step(1).skipped  # a parameter nobody steps is no reason to stop
+    with torch.no_grad():
+        net["self_attn"].weight.add_(1.0)
     with pytest.raises(ValueError, match=r"steps neither self_attn\.weight nor an fp32 master"):
-        controller.step(1)
+        controller.step(2)
     with pytest.raises(TypeError, match="not an optimizer"):
         find_masters(dict(net.named_parameters()), object())
 
