@@ -1,4 +1,4 @@
-"""EffOPD for any `transformers.Trainer`: the controller's `step` after each optimizer step, its state beside each checkpoint.
+"""EffOPD for any `transformers.Trainer`: the controller's `step` after each optimizer step, its state in checkpoints.
 
 trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
 """
@@ -25,12 +25,13 @@ class EffOPDCallback(TrainerCallback):
         log: receives a dict of `effopd/*` metrics after each event; pass `trainer.log`.
         controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
 
-    The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into each
-    checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the checkpoint
-    of the resumed step in `args.output_dir`.
+    The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
+    each checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the
+    checkpoint of the resumed step in `args.output_dir`.
 
     Raises:
-        UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the checkpoint holds no EffOPD state.
+        UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
+            checkpoint holds no EffOPD state.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class EffOPDCallback(TrainerCallback):
             ) / STATE_DIR
             if not folder.is_dir():
                 raise UserError(
-                    f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'): it was saved without EffOPD; "
+                    f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
                     "resume with EffOPD disabled, or start afresh"
                 )
             self.controller.load(folder)

@@ -54,16 +54,20 @@ class DataArguments:
 HELP = {
     "models": ["model_name_or_path", "teacher_model_name_or_path", "dtype", "use_peft", "lora_r", "lora_alpha"],
     "data": [
-        "dataset_name", "dataset_train_split", "eval_dataset_name", "dataset_test_split", "val_dataset_name", "eval_size",
-        "overlong_prompts",
+        "dataset_name", "dataset_train_split", "eval_dataset_name", "dataset_test_split", "val_dataset_name",
+        "eval_size", "overlong_prompts",
     ],
     "training": [
         "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
         "max_completion_length", "temperature", "divergence", "loss_temperature", "use_vllm", "bf16", "seed",
     ],
-    "validation": ["eval_metric", "eval_steps", "eval_at_powers_of_two", "eval_temperature", "per_device_eval_batch_size"],
+    "validation": [
+        "eval_metric", "eval_steps", "eval_at_powers_of_two", "eval_temperature", "per_device_eval_batch_size",
+    ],
     "EffOPD": [name for name in OPDConfig.__dataclass_fields__ if name.startswith("effopd_")],
-    "output": ["output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to"],
+    "output": [
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "logging_steps", "report_to",
+    ],
 }  # fmt: skip
 
 
@@ -98,7 +102,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
 
 
 def check_output_dir(args: OPDConfig) -> None:
-    """An output folder in use is resumed or overwritten on request, never by accident. Resolves the checkpoint's name."""
+    """A folder in use is resumed or overwritten on request, never by accident. Resolves the checkpoint's name."""
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
     if resume and str(resume).lower() in ("true", "1", "latest"):

@@ -75,7 +75,7 @@ class OPDConfig(trl.DistillationConfig):
     eval_metric: str = field(
         default="accuracy",
         metadata={
-            "help": "What is validated and what EffOPD maximises: 'accuracy' (final answers, needs an answer column) or "
+            "help": "What is validated and EffOPD maximises: 'accuracy' (final answers, needs an answer column) or "
             "'teacher_kl' (minus the KL to the teacher on the student's own completions, needs no labels)."
         },
     )

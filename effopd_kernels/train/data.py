@@ -83,8 +83,8 @@ def require_answers(dataset: datasets.Dataset, where: str) -> None:
     """Raise UserError unless every row has an `answer`."""
     if "answer" not in dataset.column_names:
         raise UserError(
-            f"--eval_metric accuracy needs a column {_either((*ANSWER_NAMES, 'reward_model.ground_truth'))} in '{where}', "
-            f"whose columns are {_listed(dataset.column_names)}; --eval_metric teacher_kl needs none"
+            f"--eval_metric accuracy needs a column {_either((*ANSWER_NAMES, 'reward_model.ground_truth'))} in "
+            f"'{where}', whose columns are {_listed(dataset.column_names)}; --eval_metric teacher_kl needs none"
         )
     for row, value in enumerate(dataset["answer"]):
         if value is None or value == "":
@@ -122,8 +122,8 @@ def fit_context(
     dropped = len(dataset) - len(keep)
     if dropped and overlong == "error":
         raise UserError(
-            f"{dropped} of {len(dataset)} prompts in '{where}' are longer than the {limit} tokens that the context leaves "
-            "beside --max_completion_length; shorten them, or pass --overlong_prompts drop"
+            f"{dropped} of {len(dataset)} prompts in '{where}' are longer than the {limit} tokens that the context "
+            "leaves beside --max_completion_length; shorten them, or pass --overlong_prompts drop"
         )
     if not keep:
         raise UserError(
@@ -153,8 +153,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
             raise UserError(
-                f"the tokenizers differ: id {i} is {ours.get(i)!r} for the student and {theirs.get(i)!r} for the teacher; "
-                "distillation compares distributions id by id and needs one tokenizer"
+                f"the tokenizers differ: id {i} is {ours.get(i)!r} for the student and {theirs.get(i)!r} for the "
+                "teacher; distillation compares distributions id by id and needs one tokenizer"
             )
     beyond = [i for i in ours if i >= shared]
     if beyond:

@@ -18,6 +18,7 @@ from .config import OPDConfig
 from .errors import UserError
 from .report import compare, run_summary, write_report
 
+NAMES = {"opd": "OPD", "effopd": "EffOPD"}
 PAD, EOS = "<pad>", "<eos>"
 EVAL_SIZE, VAL_SIZE = 1024, 256
 BATCH, WARMUP, MAX_STEPS, PROBE_EVERY = 128, 20, 2000, 10
@@ -89,7 +90,7 @@ def build_world(folder: Path, seed: int) -> None:
 
 
 def train_teacher(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list, folder: Path, seed: int):
-    """Supervised training until the model is a teacher, leaving a snapshot behind when it is half as good: the student."""
+    """Supervised training until the model is a teacher; a snapshot from when it was half as good is the student."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
     picker = random.Random(seed)
@@ -125,13 +126,14 @@ def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, row
 
 
 def run_demo(argv: list[str], args: OPDConfig) -> dict:
-    """Build the world, run OPD and EffOPD in it, print the comparison and write it to `output_dir`. Returns the summary."""
+    """Build the world, run OPD and EffOPD in it, print and write the comparison. Returns the summary."""
     from . import cli  # cli imports this module's caller
 
     if args.distributed_state.num_processes > 1:
         raise UserError("--demo runs in one process; torchrun is for runs of your own models")
-    output = Path(args.output_dir if "--output_dir" in argv else "outputs/demo")
-    if not args.overwrite_output_dir and any((output / m).exists() for m in ("opd", "effopd")):
+    # "trainer_output" is what transformers fills in when no output_dir was given.
+    output = Path("outputs/demo" if args.output_dir == "trainer_output" else args.output_dir)
+    if not args.overwrite_output_dir and any((output / m).exists() for m in NAMES):
         raise UserError(
             f"'{output}' holds a demo already; pass --overwrite_output_dir to run it again, or another --output_dir"
         )
@@ -145,14 +147,12 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
         "eval_dataset_name": output / "world/eval.jsonl",
     }
     runs = []
-    for method in ("opd", "effopd"):
+    for method in NAMES:
         own = {"output_dir": output / method, "effopd_enabled": method == "effopd"}
         flags = (
             [f"--{k}={v}" for k, v in {**DEFAULTS, **world}.items()] + given + [f"--{k}={v}" for k, v in own.items()]
         )
-        print(
-            f"\n{'OPD' if method == 'opd' else 'EffOPD'}: {args.max_steps if args.max_steps > 0 else DEFAULTS['max_steps']} steps"
-        )
+        print(f"\n{NAMES[method]}")
         runs.append(run_summary(cli.run(*cli.parse(flags))))
     summary = compare(*runs)
     write_report(summary, output)
@@ -171,7 +171,7 @@ def print_comparison(summary: dict) -> None:
     events = {e["step"]: e for e in effopd["events"]}
     theirs = {p["step"]: p for p in opd["curve"]}
     table = Table(title=f"Held-out {opd['eval_metric']} (learning rate {opd['learning_rate']:g}, seed {opd['seed']})")
-    for name in ("step", "OPD", "EffOPD", "α accepted", "OPD tokens", "EffOPD tokens", "OPD s", "EffOPD s"):
+    for name in ("step", "OPD", "EffOPD", "α", "OPD tokens", "EffOPD tokens", "OPD s", "EffOPD s"):
         table.add_column(name, justify="right")
     for ours in effopd["curve"]:
         step = ours["step"]
@@ -189,8 +189,10 @@ def print_comparison(summary: dict) -> None:
         return f"OPD {base:,}, EffOPD " + ("never" if mine is None else f"{mine:,}")
 
     def ratio(of: str) -> str:
-        return "" if summary[of] is None else f"  ({summary[of]:.2f}× fewer)"
+        return "" if summary[of] is None else f"  (OPD / EffOPD = {summary[of]:.2f})"
 
     console.print(f"To OPD's final score {summary['target_score']:.3f}:")
     console.print(f"  steps  {cost('steps_to_target')}{ratio('step_acceleration')}")
-    console.print(f"  tokens {cost('tokens_to_target')}{ratio('token_acceleration')}  (candidate validation included)")
+    console.print(
+        f"  tokens {cost('tokens_to_target')}{ratio('token_acceleration')}, validation of candidates included"
+    )

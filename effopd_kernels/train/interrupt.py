@@ -9,8 +9,9 @@ class Interrupts:
     """Handles SIGINT and SIGTERM during training.
 
     Args:
-        immediate: True raises KeyboardInterrupt where the signal finds the program. False only sets `pending`: a process
-            that left a collective operation alone would leave the others waiting, so the caller asks all of them first.
+        immediate: True raises KeyboardInterrupt where the signal finds the program. False only sets `pending`: a
+            process that left a collective operation alone would leave the others waiting, so the caller asks all of
+            them first.
     """
 
     def __init__(self, immediate: bool):

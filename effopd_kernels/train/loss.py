@@ -33,7 +33,7 @@ class FusedLoss:
     Args:
         divergence: member of the family; None reads TRL's `beta`.
         temperature: softmax temperature of the loss; None uses the one TRL passes, that of sampling.
-        observer: called with `(DivergenceStats, mask)` after each loss, tensors of shape (B, K), detached, on the device.
+        observer: called with `(DivergenceStats, mask)` after each loss, detached tensors (B, K) on the device.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
         import trl
 
         raise RuntimeError(
-            f"TRL {trl.__version__} no longer computes its loss through `{_JOINT}` in `DistillationTrainer._compute_loss`; "
-            "effopd_kernels was tested with TRL 1.16"
+            f"TRL {trl.__version__} no longer computes its loss through `{_JOINT}` in "
+            "`DistillationTrainer._compute_loss`; effopd_kernels was tested with TRL 1.16"
         )
     loss = FusedLoss() if loss is None else loss
     rebuilt = types.FunctionType(

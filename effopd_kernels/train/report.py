@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and scripts: metrics.jsonl while it runs, summary.json and curves.png after it."""
+"""What a run leaves behind: metrics.jsonl while it runs, summary.json and curves.png after it."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
 
 
 def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
-    """Score against steps, and against generated tokens including validation; events marked where a jump was accepted."""
+    """Score against steps, and against generated tokens including validation; accepted jumps are marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

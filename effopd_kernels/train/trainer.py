@@ -162,7 +162,7 @@ class OPDTrainer(trl.DistillationTrainer):
         return Validator(self, dataset, metrics, self.args.per_device_eval_batch_size, self.args.validation_temperature)
 
     def _score(self) -> Scores:
-        """EffOPD's score of the current weights on this rank's share of the prompts; the controller merges the ranks'."""
+        """The current weights' score on this rank's share of the prompts; the controller merges the ranks'."""
         start = time.perf_counter()
         _, tokens, accuracy, kl = zip(*self._validators["val"].share(), strict=True)
         values = accuracy if self.args.eval_metric == "accuracy" else tuple(-x for x in kl)

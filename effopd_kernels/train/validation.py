@@ -138,10 +138,10 @@ class Validator:
         }
         seen = []
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        with trainer.fused_loss.measuring(lambda stats, mask: seen.append((stats, mask))):
-            with trainer.compute_loss_context_manager():
-                trainer._forward_redirection(
-                    trainer.model_wrapped, student, trainer._compute_loss, student, inputs, None
-                )
+        with (
+            trainer.fused_loss.measuring(lambda stats, mask: seen.append((stats, mask))),
+            trainer.compute_loss_context_manager(),
+        ):
+            trainer._forward_redirection(trainer.model_wrapped, student, trainer._compute_loss, student, inputs, None)
         ((stats, mask),) = seen
         return (stats.divergence.sum(-1) / mask.sum(-1)).tolist()

@@ -1,5 +1,5 @@
-"""Runs `effopd-train` once per argument list read from stdin (JSON), in one process because importing transformers takes
-seconds; prints one JSON line per run: exit code and what went to stderr."""
+"""Runs `effopd-train` once per argument list read from stdin (JSON), in one process because importing transformers
+takes seconds; prints one JSON line per run: exit code and what went to stderr."""
 
 import contextlib
 import io
