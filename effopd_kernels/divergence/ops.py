@@ -68,8 +68,8 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruc
     if module is None:
         return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
     N, V = student.shape[0], min(student.shape[1], teacher.shape[1])
-    loss = torch.empty(N, dtype=torch.float32)
-    stats = torch.empty((3, N) if with_stats else 0, dtype=torch.float32)
+    loss = student.new_empty(N, dtype=torch.float32)
+    stats = loss.new_empty((3, N) if with_stats else 0)
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
     if grad_out is not None and grad_out is not student:

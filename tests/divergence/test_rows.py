@@ -1,0 +1,320 @@
+"""Each implementation of the row op that runs on a CPU, called by name, against fp64. N tokens, V vocabulary.
+
+The criterion, element by element: the error against fp64 is at most that of the same formula in eager PyTorch in the
+same dtype, plus an absolute term. Eager's error at one element may happen to be nil, so the term is what fp32
+arithmetic itself commits: every logit enters rounded to fp32 relative to its distance R from the row's largest, R·2⁻²³,
+and the result is rounded once to the output's dtype. A gradient element is q·(…): its term carries q for the bracket's
+rounding, and R·2⁻²³ of the element itself for that of q = 2^u, whose relative error is u's absolute one.
+"""
+
+import math
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd, ops, skew_forward_kl, skew_reverse_kl
+
+MEMBERS = {
+    "reverse": REVERSE_KL,
+    "forward": FORWARD_KL,
+    "jsd(0.3)": jsd(0.3),
+    "skew_forward(0.1)": skew_forward_kl(0.1),
+    "skew_reverse(0.1)": skew_reverse_kl(0.1),
+}
+PLAIN = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # temperatures, scales, soft caps: student, teacher
+EPS = torch.finfo(torch.float32).eps
+INSTRUCTION_SETS = range(ops.native().num_instruction_sets())
+
+every_member = pytest.mark.parametrize("member", MEMBERS)
+every_implementation = pytest.mark.parametrize("implementation", ["reference", *(f"c++ {i}" for i in INSTRUCTION_SETS)])
+
+
+def run(implementation, student, teacher, member, knobs=PLAIN, mask=None, row_scale=None):
+    """(loss, grad, stats) of one implementation; the gradient's memory is poisoned beforehand."""
+    divergence = MEMBERS[member]
+    args = (student, teacher, mask, row_scale, divergence.a, divergence.b, divergence.pi, *knobs)
+    grad = torch.full(student.shape, math.nan, dtype=student.dtype)
+    if implementation == "reference":
+        loss, stats = ops._reference(*args, grad_out=grad, with_stats=True)
+    else:
+        loss, stats = ops._cpp(*args, grad_out=grad, with_stats=True, instruction_set=int(implementation[-1]))
+    return loss, grad, stats
+
+
+def definition(member, knobs, dtype, student, teacher):
+    """((N,) value, gradient) by autograd in `dtype`."""
+    t_s, t_t, c_s, c_t, cap_s, cap_t = knobs
+    V = min(student.shape[1], teacher.shape[1])
+    log_p = oracle.log_probs(teacher[:, :V].to(dtype), t_t, c_t, cap_t)
+    return oracle.value_and_grad(
+        lambda x: oracle.FAMILY[member](oracle.log_probs(x[:, :V], t_s, c_s, cap_s), log_p), student, dtype=dtype
+    )
+
+
+def check(implementation, student, teacher, member, knobs=PLAIN):
+    t_s, t_t, c_s, c_t, cap_s, cap_t = knobs
+    V = min(student.shape[1], teacher.shape[1])
+    loss, grad, stats = run(implementation, student, teacher, member, knobs)
+    true_loss, true_grad = definition(member, knobs, torch.float64, student, teacher)
+    eager_dtype = torch.promote_types(student.dtype, teacher.dtype)
+    eager_loss, eager_grad = definition(member, knobs, eager_dtype, student, teacher)
+
+    log_q = oracle.log_probs(student[:, :V].double(), t_s, c_s, cap_s)
+    log_p = oracle.log_probs(teacher[:, :V].double(), t_t, c_t, cap_t)
+    q, p = log_q.exp(), log_p.exp()
+    depth = -(torch.minimum(log_q, log_p))  # R of the larger of the two sides, element by element
+    mean_depth = ((q + p) * depth).sum(-1)
+    # four roundings of numbers of size R: (x − top), ·c, u − v, and the product with 2^u
+    loss_term = 4 * EPS * (mean_depth + 1)
+    error, eager = (loss.double() - true_loss).abs(), (eager_loss.double() - true_loss).abs()
+    assert (error <= eager + loss_term).all(), (error / (eager + loss_term)).max()
+
+    chain = abs(c_s) / t_s
+    grad_term = torch.zeros_like(true_grad)
+    grad_term[:, :V] = 4 * EPS * chain * (q + p) * (depth + mean_depth[:, None] + 1)
+    grad_term[:, :V] += 2 * EPS * depth * true_grad[:, :V].abs()
+    grad_term[:, :V] += 2.0**-124 * chain * (depth + mean_depth[:, None] + 1)  # 2^u is flushed to 0 below 2⁻¹²⁵
+    grad_term += torch.finfo(student.dtype).eps * true_grad.abs() + torch.finfo(student.dtype).smallest_normal
+    error, eager = (grad.double() - true_grad).abs(), (eager_grad.double() - true_grad).abs()
+    assert (error <= eager + grad_term).all(), (error / (eager + grad_term)).max()
+    assert (grad[:, V:] == 0).all()
+
+    sides = (student[:, :V], t_s, c_s, cap_s), (teacher[:, :V], t_t, c_t, cap_t)
+    for found, (x, *side) in zip(stats, sides, strict=False):
+        true = oracle.entropy(oracle.log_probs(x.double(), *side))
+        eager = oracle.entropy(oracle.log_probs(x, *side)).double()
+        assert ((found.double() - true).abs() <= (eager - true).abs() + loss_term).all()
+    assert torch.equal(stats[2] == 1, log_q.argmax(-1) == log_p.argmax(-1))
+
+
+def logits(N, V, dtype=torch.float32, spread=3.0, seed=0):
+    return (torch.randn(N, V, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize("V", [1, 2, 127, 4097, 50257])
+def test_vocabularies(implementation, member, V):
+    check(implementation, logits(3, V), logits(3, V, seed=1), member)
+
+
+@every_implementation
+@pytest.mark.parametrize("member", ["reverse", "jsd(0.3)"])
+def test_large_vocabulary(implementation, member):
+    check(implementation, logits(2, 151936, torch.bfloat16), logits(2, 152064, torch.bfloat16, seed=1), member)
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(implementation, member, student_dtype, teacher_dtype):
+    check(implementation, logits(3, 1500, student_dtype), logits(3, 1500, teacher_dtype, seed=1), member)
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        (0.7, 1.3, 1.0, 1.0, 0.0, 0.0),
+        (1.0, 1.0, 0.25, 16.0, 0.0, 0.0),
+        (0.5, 0.9, 1.5, 0.5, 5.0, 0.0),
+        (1.0, 1.0, 1.0, 1.0, 0.0, 30.0),
+        (2.0, 1.0, 1.0, 1.0, 3.0, 30.0),
+    ],
+)
+def test_temperature_scale_softcap(implementation, member, knobs):
+    check(implementation, logits(3, 1500), logits(3, 1500, seed=1), member, knobs)
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_extreme_temperatures(implementation, member, temperature):
+    check(implementation, logits(3, 1500), logits(3, 1500, seed=1), member, (temperature, temperature, *PLAIN[2:]))
+
+
+@every_implementation
+@every_member
+def test_logits_of_ten_thousand(implementation, member):
+    check(implementation, logits(4, 1500, spread=1.0).clamp(-1, 1) * 1e4, logits(4, 1500, seed=1), member)
+    check(implementation, logits(4, 1500) + 1e4, logits(4, 1500, seed=1) - 1e4, member)  # shifts cancel
+
+
+@every_implementation
+@every_member
+def test_student_near_teacher(implementation, member):
+    """Where distillation ends: the value is tiny and every digit of it is a difference."""
+    teacher = logits(4, 4097)
+    check(implementation, teacher + 1e-3 * logits(4, 4097, seed=1), teacher, member)
+    loss, grad, _ = run(implementation, teacher, teacher, member)
+    assert loss.abs().max() < 1e-6 and grad.abs().max() < 1e-7
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.sampled_from(list(MEMBERS)),
+    st.floats(0.05, 20.0),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(0.1, 30.0),
+    st.integers(0, 1000),
+)
+def test_any_shape(N, student_V, teacher_V, member, temperature, dtype, spread, seed):
+    student, teacher = logits(N, student_V, dtype, spread, seed), logits(N, teacher_V, dtype, spread, seed + 1)
+    for implementation in ("reference", f"c++ {INSTRUCTION_SETS[-1]}"):
+        check(implementation, student, teacher, member, (temperature, 1.0, *PLAIN[2:]))
+
+
+# ---- infinities
+
+
+@every_implementation
+@every_member
+def test_infinite_on_both_sides_is_outside_the_support(implementation, member):
+    student, teacher = logits(3, 2000), logits(3, 2000, seed=1)
+    hidden = torch.arange(2000) % 3 == 1
+    loss, grad, stats = run(
+        implementation, student.masked_fill(hidden, -math.inf), teacher.masked_fill(hidden, -math.inf), member
+    )
+    inside = run(implementation, student[:, ~hidden].contiguous(), teacher[:, ~hidden].contiguous(), member)
+    assert (grad[:, hidden] == 0).all()
+    torch.testing.assert_close(loss, inside[0])
+    torch.testing.assert_close(grad[:, ~hidden], inside[1])
+    torch.testing.assert_close(stats, inside[2])
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_infinite_on_one_side_is_floored(implementation, member, side):
+    student, teacher = logits(3, 2000), logits(3, 2000, seed=1)
+    (student if side == "student" else teacher)[:, ::5] = -math.inf
+    loss, grad, _ = run(implementation, student, teacher, member)
+    assert grad.isfinite().all()
+    true_loss, true_grad = definition(member, PLAIN, torch.float64, student, teacher)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
+    if side == "teacher":
+        torch.testing.assert_close(grad.double(), true_grad, rtol=1e-4, atol=1e-5)
+
+
+@every_implementation
+@every_member
+def test_infinite_from_the_start_of_a_row(implementation, member):
+    """No finite logit in the first blocks: references that are not there yet must not make NaN."""
+    student, teacher = logits(2, 5000) - 300, logits(2, 5000, seed=1)
+    student[:, :2500] = -math.inf
+    teacher[:, :1500] = -math.inf
+    loss, grad, _ = run(implementation, student, teacher, member)
+    true_loss, _ = definition(member, PLAIN, torch.float64, student, teacher)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
+    assert grad.isfinite().all()
+
+
+@every_implementation
+@every_member
+def test_nan_is_not_hidden(implementation, member):
+    student, teacher = logits(3, 2000), logits(3, 2000, seed=1)
+    teacher[1, 1234] = math.nan
+    loss, _, _ = run(implementation, student, teacher, member)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+# ---- masks, scales, strides
+
+
+@every_implementation
+@every_member
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_masked_rows_are_zero_whatever_they_hold(implementation, member, poison):
+    student, teacher = logits(4, 300, torch.bfloat16), logits(4, 300, seed=1)
+    mask = torch.tensor([True, False, True, False])
+    expected = run(implementation, student[mask], teacher[mask], member, row_scale=torch.tensor([0.5, 2.0]))
+    student[~mask] = poison
+    teacher[~mask] = poison
+    row_scale = torch.tensor([0.5, 7.0, 2.0, 7.0])
+    loss, grad, stats = run(implementation, student, teacher, member, mask=mask, row_scale=row_scale)
+    assert (loss[~mask] == 0).all() and (grad[~mask] == 0).all() and (stats[:, ~mask] == 0).all()
+    assert torch.equal(loss[mask], expected[0]) and torch.equal(grad[mask], expected[1])
+    assert torch.equal(stats[:, mask], expected[2])
+
+
+@every_implementation
+def test_rows_of_any_stride(implementation):
+    wide_student, wide_teacher = logits(3, 500, torch.bfloat16), logits(3, 700, seed=1)
+    student, teacher = wide_student[:, 7:307], wide_teacher[:, 5:305]
+    found = run(implementation, student, teacher, "reverse")
+    expected = run(implementation, student.contiguous(), teacher.contiguous(), "reverse")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@every_implementation
+@every_member
+def test_overwriting_the_student(implementation, member):
+    student, teacher = logits(3, 2500, torch.bfloat16), logits(3, 2500, seed=1)
+    loss, grad, _ = run(implementation, student, teacher, member)
+    divergence = MEMBERS[member]
+    args = (None, None, divergence.a, divergence.b, divergence.pi, *PLAIN)
+    keywords = {"grad_out": student, "with_stats": False}
+    if implementation == "reference":
+        found, _ = ops._reference(student, teacher, *args, **keywords)
+    else:
+        found, _ = ops._cpp(student, teacher, *args, **keywords, instruction_set=int(implementation[-1]))
+    assert torch.equal(found, loss) and torch.equal(student, grad)
+
+
+def test_threads_do_not_change_the_result():
+    student, teacher = logits(40, 20000), logits(40, 20000, seed=1)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(run(f"c++ {INSTRUCTION_SETS[-1]}", student, teacher, "jsd(0.3)"))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_offsets_beyond_32_bits():
+    """Two rows 2³¹ + 2¹⁶ elements apart in one buffer, of which only the rows themselves are ever touched."""
+    V, stride = 1000, 2**31 + 2**16
+    student, teacher = (torch.empty(stride + V, dtype=torch.bfloat16).as_strided((2, V), (stride, 1)) for _ in range(2))
+    student.copy_(logits(2, V))
+    teacher.copy_(logits(2, V, seed=1))
+    found = torch.ops.effopd.divergence_rows_(student, teacher, None, None, 0.0, 1.0, 1.0, *PLAIN, True, True)
+    loss, grad, stats = run("c++ 0", logits(2, V, torch.bfloat16), logits(2, V, torch.bfloat16, seed=1), "reverse")
+    torch.testing.assert_close(found[0], loss)
+    torch.testing.assert_close(found[1], stats)
+    torch.testing.assert_close(student, grad)
+
+
+# ---- the two traps
+
+
+def test_share_as_an_exponential_is_not_finite():
+    """(1−π)·q/m written exp(lq − lm) overflows where p vanishes and π nears 1; the ratio does not."""
+    student, teacher = torch.tensor([[0.0, 200.0]]), torch.tensor([[200.0, 0.0]])
+    log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    naive = (1 - 1.0) * (log_q - log_p).exp()  # π = 1: m = p
+    assert not naive.isfinite().all()
+    for member in MEMBERS:
+        for implementation in ("reference", f"c++ {INSTRUCTION_SETS[-1]}"):
+            loss, grad, _ = run(implementation, student, teacher, member)
+            assert loss.isfinite().all() and grad.isfinite().all()
+
+
+def test_log_probabilities_without_a_floor_are_nan():
+    student, teacher = logits(1, 50), logits(1, 50, seed=1)
+    student[:, 40:] = teacher[:, 40:] = -math.inf
+    log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    assert (log_q.exp() * (log_q - log_p)).sum().isnan()
+    for implementation in ("reference", f"c++ {INSTRUCTION_SETS[-1]}"):
+        assert run(implementation, student, teacher, "reverse")[0].isfinite().all()
