@@ -35,6 +35,7 @@ METHODS = {
         "gradient, α ≤ 64; −KL, paired, 97.5 %",
         dict(**KL, confidence=0.975, search="gradient", alphas=(3, 64)),
     ),
+    "gradient-loss": ("gradient, α ≤ 64; the loss itself", dict(score="loss", search="gradient", alphas=(3, 64))),
 }
 
 
@@ -114,7 +115,7 @@ def run(world: World, options: dict | None, learning_rate: float, steps: int, se
     controller = None
     if scored_by:
         loss_fn = loss_of_fixed_batch if options.get("search") == "gradient" else None
-        controller = EffOPDController(student, score, loss_fn=loss_fn, **options)
+        controller = EffOPDController(student, None if scored_by == "loss" else score, loss_fn=loss_fn, **options)
     curve, train_tokens, evaluating = [], 0, 0.0
     picker = torch.Generator().manual_seed(seed)
     for step in range(steps + 1):

@@ -140,6 +140,22 @@ def test_masters_jump_with_the_parameters_and_the_jump_survives_the_next_step(ki
     assert set(masters) == set(dict(half.named_parameters()))
 
 
+def test_under_accelerates_mixed_precision_the_parameters_are_the_masters():
+    accelerate = pytest.importorskip("accelerate")
+    plain, prepared = model(), model()
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        wrapped, optimizer = accelerator.prepare(prepared, torch.optim.SGD(prepared.parameters(), 0.1))
+        events = run(wrapped, optimizer, optimizer=optimizer).events
+    finally:  # accelerate keeps its settings for the whole process
+        accelerate.state.GradientState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    run(plain, torch.optim.SGD(plain.parameters(), 0.1))
+    assert [e.alpha for e in events] == [5.0] * 4
+    for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert q.dtype == torch.float32 and torch.equal(p, q)
+
+
 def test_without_its_master_a_jump_is_undone():
     """Why masters are written: the guard above has teeth."""
     net = model(torch.bfloat16)
@@ -178,6 +194,14 @@ def test_state_with_masters_loads_into_a_fresh_controller(tmp_path):
     fresh.load(tmp_path)
     for name, anchor in fresh.state_dict()["anchor"].items():
         assert anchor.dtype == torch.float32 and torch.equal(anchor, controller.state_dict()["anchor"][name])
+
+
+def test_partitioned_parameters_are_refused():
+    net = model()
+    net["mlp"].weight = torch.nn.Parameter(torch.empty(0))
+    net["mlp"].weight.ds_id = 0  # as DeepSpeed ZeRO-3 leaves them
+    with pytest.raises(ValueError, match=r"mlp\.weight is partitioned by DeepSpeed"):
+        EffOPDController(net, lambda: 0.0)
 
 
 def test_given_masters_are_checked():
