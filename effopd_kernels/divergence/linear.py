@@ -32,7 +32,7 @@ torch.library.define(
 )
 
 
-def _pieces(total: int, limit: int) -> list[slice]:
+def pieces(total: int, limit: int) -> list[slice]:
     """[0, total) in the fewest near-equal slices of at most `limit` (at least 1) each."""
     count = -(-total // max(limit, 1))
     edges = [total * i // count for i in range(count + 1)] if count else [0]
@@ -47,7 +47,7 @@ def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tenso
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
     else:  # no GEMM of mixed dtypes here: widen the head a slice at a time
         hidden = hidden_ND.to(out_NV.dtype)
-        for cols in _pieces(weight_VD.shape[0], 16 * MIB // (4 * weight_VD.shape[1])):
+        for cols in pieces(weight_VD.shape[0], 16 * MIB // (4 * weight_VD.shape[1])):
             out_NV[:, cols] = hidden @ weight_VD[cols].to(out_NV.dtype).T
     if bias_V is not None:
         out_NV += bias_V
@@ -61,7 +61,7 @@ def _add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, out=acc_VD)
     else:
         hidden = hidden_ND.to(acc_VD.dtype)
-        for cols in _pieces(grad_NV.shape[1], 16 * MIB // (4 * grad_NV.shape[0])):
+        for cols in pieces(grad_NV.shape[1], 16 * MIB // (4 * grad_NV.shape[0])):
             acc_VD[cols].addmm_(grad_NV[:, cols].to(acc_VD.dtype).T, hidden)
 
 
@@ -109,7 +109,7 @@ def _linear_rows(
     n, with_grad = h_s.shape[0], any(needs)
     s_dtype, t_dtype = logits_dtype or dtypes[0], logits_dtype or dtypes[1]
     student_bytes = chunk_bytes * 3 // 4 if with_grad else chunk_bytes // 2
-    chunks = _pieces(n, student_bytes // (V * s_dtype.itemsize))
+    chunks = pieces(n, student_bytes // (V * s_dtype.itemsize))
     tile_rows = max(1, (chunk_bytes - student_bytes) // (V * t_dtype.itemsize))
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
 
@@ -126,7 +126,7 @@ def _linear_rows(
 
     for chunk in chunks:
         s_chunk = s_buf[: chunk.stop - chunk.start]
-        for tile in _pieces(s_chunk.shape[0], tile_rows):
+        for tile in pieces(s_chunk.shape[0], tile_rows):
             rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
             s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
             _project(s_tile, h_s[rows], w_s, b_s)
@@ -198,7 +198,7 @@ def _rows(tensors, row_scale, spec, needs, with_stats):
     return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
 
 
-def _compute_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -207,7 +207,7 @@ def _compute_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{side}_hidden (..., D) and {side}_weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}"
@@ -265,8 +265,8 @@ def linear_divergence_loss(
         teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
         **{name: bias for name, bias in biases.items() if bias is not None},
     )  # fmt: skip
-    _check_side("student", student_hidden, student_weight, student_bias)
-    _check_side("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_side("student", student_hidden, student_weight, student_bias)
+    check_side("teacher", teacher_hidden, teacher_weight, teacher_bias)
     shape = student_hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != shape:
         raise ValueError(
@@ -284,8 +284,8 @@ def linear_divergence_loss(
     if chunk_bytes is None:
         chunk_bytes = (208 if student_hidden.device.type == "cpu" else 1024) * MIB
     dtypes = (
-        _compute_dtype("student", student_hidden, student_weight),
-        _compute_dtype("teacher", teacher_hidden, teacher_weight),
+        compute_dtype("student", student_hidden, student_weight),
+        compute_dtype("teacher", teacher_hidden, teacher_weight),
     )
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]).detach(), teacher_weight.detach(), teacher_bias

@@ -1,0 +1,203 @@
+"""Teachers known only in part: top-k log-probabilities, or the log-probability of the sampled token.
+
+N tokens, V vocabulary, D hidden size, k known entries. Top-k: the vocabulary outside the k entries becomes one bucket,
+on both sides, so that what is compared are two distributions over k + 1 outcomes. By the data-processing inequality
+that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .arguments import check_float, local
+from .family import REVERSE_KL, Divergence
+from .linear import MIB, check_side, compute_dtype, pieces
+from .logits import divergence_loss
+
+
+def _transformed(logits_NV: Tensor, temperature: float, scale: float, softcap: float | None) -> Tensor:
+    z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * scale
+    return (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
+
+
+def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
+    """Log-weights (N, k) of the k entries and, with a tail to speak of, of all others together as one more column.
+
+    Summed over the others rather than taken as 1 − Σ of the k, which cancels where the k hold nearly everything.
+    """
+    z = _transformed(logits_NV, *transform)
+    known = z.gather(1, ids_Nk)
+    if not tail or ids_Nk.shape[1] == z.shape[1]:
+        return known
+    return torch.cat([known, z.scatter(1, ids_Nk, -torch.inf).logsumexp(1, keepdim=True)], 1)
+
+
+def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
+    z = _transformed(logits_NV, *transform)
+    return z.gather(1, ids_N1) - z.logsumexp(1, keepdim=True)
+
+
+class _LinearRows(torch.autograd.Function):
+    """rows(hidden·weightᵀ + bias, ids, *options), a chunk of rows at a time; backward projects each chunk again."""
+
+    @staticmethod
+    def forward(hidden_ND, weight_VD, bias_V, ids_Nk, rows, options, dtype, chunk_rows):
+        chunks = [
+            rows(_LinearRows.project(hidden_ND[chunk], weight_VD, bias_V, dtype), ids_Nk[chunk], *options)
+            for chunk in pieces(max(hidden_ND.shape[0], 1), chunk_rows)
+        ]
+        return torch.cat(chunks)
+
+    @staticmethod
+    def project(hidden, weight, bias, dtype):
+        with torch.amp.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(
+                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rest = inputs[4:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden_ND, weight_VD, bias_V, ids_Nk = ctx.saved_tensors
+        rows, options, dtype, chunk_rows = ctx.rest
+        wide = torch.promote_types(dtype, torch.float32)
+        needs = ctx.needs_input_grad
+        grad_h = torch.zeros_like(hidden_ND) if needs[0] else None
+        grad_w = torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None
+        grad_b = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
+        for chunk in pieces(hidden_ND.shape[0], chunk_rows):
+            hidden = hidden_ND[chunk].to(dtype)
+            with torch.enable_grad():
+                logits = _LinearRows.project(hidden, weight_VD, bias_V, dtype).detach().requires_grad_()
+                out = rows(logits, ids_Nk[chunk], *options)
+            (g,) = torch.autograd.grad(out, logits, grad_output[chunk])
+            if grad_h is not None:
+                grad_h[chunk] = g @ weight_VD.to(dtype)
+            if grad_w is not None:
+                grad_w += g.T @ hidden
+            if grad_b is not None:
+                grad_b += g.sum(0, dtype=wide)
+        grad_w = None if grad_w is None else grad_w.to(weight_VD.dtype)
+        grad_b = None if grad_b is None else grad_b.to(bias_V.dtype)
+        return grad_h, grad_w, grad_b, None, None, None, None, None
+
+
+def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
+    hidden, weight, bias = map(local, (hidden, weight, bias))
+    check_float(student_hidden=hidden, student_weight=weight)
+    check_side("student", hidden, weight, bias)
+    dtype = compute_dtype("student", hidden, weight)
+    if chunk_bytes is None:
+        chunk_bytes = (208 if hidden.device.type == "cpu" else 1024) * MIB
+    # the logits, their fp32 form, its exponentials and two gradients live at a time
+    chunk_rows = chunk_bytes // (weight.shape[0] * 5 * 4)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return _LinearRows.apply(flat, weight, bias, ids.reshape(flat.shape[0], -1), rows, options, dtype, chunk_rows)
+
+
+def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+
+
+def topk_divergence_loss(
+    student: Tensor,
+    teacher_logprobs: Tensor,
+    teacher_ids: Tensor,
+    divergence: Divergence = REVERSE_KL,
+    *,
+    student_weight: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    tail: bool = True,
+    temperature: float = 1.0,
+    chunk_bytes: int | None = None,
+    **options,
+):
+    """Divergence from a teacher of whom k log-probabilities per token are known.
+
+    student: logits (..., V), or with student_weight (V, D) (and student_bias (V,)) hidden states (..., D), whose logits
+        are then never held. teacher_logprobs, teacher_ids (..., k): log-probabilities under the teacher's full
+        distribution, at whatever temperature it was asked at, and their token ids, all different within a token.
+    tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead.
+    temperature: of the student. options: mask, weight, reduction, num_tokens, return_stats, as in `divergence_loss`;
+        the stats are those of the k + 1 outcomes.
+
+    The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
+    Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit.
+    """
+    shape = student.shape[:-1]
+    check_float(student=student, teacher_logprobs=teacher_logprobs)
+    V = student.shape[-1] if student_weight is None else student_weight.shape[0]
+    if teacher_logprobs.shape[:-1] != shape or not 0 < teacher_logprobs.shape[-1] <= V:
+        raise ValueError(
+            f"teacher_logprobs must be {tuple(shape)} + (k,) with 0 < k <= {V}, got {tuple(teacher_logprobs.shape)}"
+        )
+    _check_ids("teacher_ids", teacher_ids, teacher_logprobs.shape)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    k = teacher_logprobs.shape[-1]
+    tail = tail and k < V
+    transform = (tail, temperature, student_logit_scale, student_softcap)
+    ids = teacher_ids.long()
+    if student_weight is None:
+        student = local(student)
+        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform)
+    else:
+        buckets = _linear_rows(student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes)
+    known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
+    if tail:
+        rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
+        known = torch.cat([known, rest.log().to(known.dtype)], -1)
+    return divergence_loss(buckets.reshape(known.shape), known, divergence, **options)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int | None = None,
+) -> Tensor:
+    """Log-probabilities (...) fp32 of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits.
+
+    Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes or dtypes that do not fit.
+    """
+    _check_ids("ids", ids, hidden.shape[:-1])
+    options = (temperature, logit_scale, softcap)
+    rows = _linear_rows(hidden, weight, bias, ids.long(), _token_rows, options, chunk_bytes)
+    return rows.reshape(ids.shape)
+
+
+def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+    """Per-token estimates of KL(student ‖ teacher) at tokens sampled from the student, of the inputs' shape.
+
+    With d = log q − log p: "k1" is d, unbiased, of high variance and either sign; "k2" is d²/2, biased, never negative,
+    and its gradient is an unbiased estimate of the divergence's; "k3" is e^(−d) − 1 + d, unbiased and never negative,
+    whose gradient estimates that of KL(teacher ‖ student) (J. Schulman, "Approximating KL divergence", 2020). The
+    gradient of "k1" is zero on average: use it as a reward. The teacher is a constant.
+    """
+    if student_logprobs.shape != teacher_logprobs.shape:
+        raise ValueError(
+            f"log-probabilities differ in shape: {tuple(student_logprobs.shape)}, {tuple(teacher_logprobs.shape)}"
+        )
+    d = student_logprobs.to(torch.promote_types(student_logprobs.dtype, torch.float32)) - teacher_logprobs.detach()
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}')
