@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
-from effopd_kernels.extrapolation import EffOPDController, Scores
+from effopd_kernels.extrapolation import EffOPDController, Losses, Scores
 from effopd_kernels.train.demo import build_world
 
 PROMPT, ANSWER = 6, 4  # tokens: "07+85=", and three digits with the end token
@@ -92,7 +92,7 @@ def run(world: World, options: dict | None, learning_rate: float, steps: int, se
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0)
     options = dict(options or {})
     scored_by = options.pop("score", None)
-    val, fixed, slope_tokens = world.prompts["val"], {}, 0
+    val, fixed = world.prompts["val"], {}
 
     def score():
         ids, mask = world.complete(student, val)
@@ -106,11 +106,11 @@ def run(world: World, options: dict | None, learning_rate: float, steps: int, se
 
     def loss_of_fixed_batch():
         """KL on completions of W_t, generated once per event; it depends on α through the student alone."""
-        nonlocal slope_tokens
+        tokens = 0
         if not fixed:
             fixed["batch"] = world.complete(student, val)
-            slope_tokens += int(fixed["batch"][1].sum())
-        return world.kl(student, *fixed["batch"]).sum() / len(val)
+            tokens = int(fixed["batch"][1].sum())
+        return Losses(world.kl(student, *fixed["batch"]).sum() / len(val), tokens)
 
     controller = None
     if scored_by:
@@ -139,7 +139,7 @@ def run(world: World, options: dict | None, learning_rate: float, steps: int, se
                     "step": step,
                     "score": value,
                     "train_tokens": train_tokens,
-                    "val_tokens": (controller.val_tokens if controller else 0) + slope_tokens,
+                    "val_tokens": controller.val_tokens if controller else 0,
                     "seconds": round(time.perf_counter() - started - evaluating, 3),
                 }
             )

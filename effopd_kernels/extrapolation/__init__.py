@@ -4,7 +4,7 @@ from .checkpoint import CheckpointError, newest_intact
 from .controller import EffOPDController
 from .distributed import share
 from .functional import ExtrapolationStats, extrapolate, extrapolate_
-from .records import Candidate, EffOPDEvent, Scores
+from .records import Candidate, EffOPDEvent, Losses, Scores
 
 __all__ = [
     "Candidate",
@@ -12,6 +12,7 @@ __all__ = [
     "EffOPDController",
     "EffOPDEvent",
     "ExtrapolationStats",
+    "Losses",
     "Scores",
     "extrapolate",
     "extrapolate_",

@@ -50,8 +50,9 @@ class EffOPDController:
         max_val_tokens: over the whole run; an evaluation that would exceed it, judged by the last one, is not started.
         search: "candidates" (published), or "gradient": α from the slope of loss_fn, see `line_minimum`, then tried
             against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
-        loss_fn: () → differentiable scalar of a fixed validation batch, or an iterable of them (micro-batches).
-            Gradients in place before the event are there again afterwards. Without score_fn, −loss is the score.
+        loss_fn: () → differentiable scalar of a fixed validation batch, an iterable of them (micro-batches), or
+            `Losses`. Gradients in place before the event are there again afterwards. Without score_fn, −loss is the
+            score.
         max_gradients: forward-backward passes per event of search="gradient".
         optimizer: to find fp32 masters in, and for optimizer_policy.
         optimizer_policy: "keep" (published), or "reset" the moments of moved parameters after a jump.

@@ -9,7 +9,7 @@ import torch
 from .distributed import RankFailed
 from .interrupts import Deferred
 from .randomness import SameRandomness
-from .records import Candidate, EffOPDEvent, Scores
+from .records import Candidate, EffOPDEvent, Losses, Scores
 from .search import Point, backward, gradients_aside, line_minimum
 
 if TYPE_CHECKING:
@@ -151,12 +151,15 @@ class Event:
         for param in self.weights.trained():
             param.grad = None
         with self.signals.open(), self.randomness.rewound(), torch.enable_grad():
-            loss, count = backward(self.controller.loss_fn())
+            losses = Losses.of(self.controller.loss_fn())
+            loss, count = backward(losses.values)
         slope = self.weights.slope(self.ranks.size)
-        loss, slope = self.ranks.sum([loss / count / self.ranks.size, slope / count])
+        loss, slope, tokens = self.ranks.sum([loss / count / self.ranks.size, slope / count, losses.tokens])
+        self.tokens += int(tokens)
         return Point(alpha, loss, slope)
 
     @torch.no_grad()
-    def _negative_loss(self) -> float:
-        total, count = backward(self.controller.loss_fn())
-        return -total / count
+    def _negative_loss(self) -> Scores:
+        losses = Losses.of(self.controller.loss_fn())
+        total, count = backward(losses.values)
+        return Scores((-total / count,), losses.tokens)

@@ -1,13 +1,13 @@
 """What goes into the controller (scores) and what comes out of it (events)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Candidate", "EffOPDEvent", "Scores"]
+__all__ = ["Candidate", "EffOPDEvent", "Losses", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class Scores:
     @property
     def mean(self) -> float:
         return sum(self.values) / len(self.values)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a loss_fn may return: a differentiable scalar or an iterable of them (micro-batches, whose mean counts), and
+    the tokens it generated for them, if any."""
+
+    values: Tensor | Iterable[Tensor]
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, result: "Losses | Tensor | Iterable[Tensor]") -> "Losses":
+        return result if isinstance(result, Losses) else cls(result)
 
 
 @dataclass(frozen=True)

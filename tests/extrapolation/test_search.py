@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from effopd_kernels.extrapolation import EffOPDController
+from effopd_kernels.extrapolation import EffOPDController, Losses
 from effopd_kernels.extrapolation.search import Point, line_minimum
 
 
@@ -96,16 +96,18 @@ def test_slope_is_the_derivative_along_the_line():
     assert torch.equal(net["mlp"].weight, current)
 
 
-def test_micro_batches_average_and_each_graph_is_freed():
-    net, _, _, loss, train = world()
-
+def test_micro_batches_average_and_their_tokens_count():
     def halves():
         yield 0.5 * loss()
         yield 1.5 * loss()
 
-    controller = EffOPDController(net, None, search="gradient", loss_fn=halves)
-    train()
-    assert controller.step(1).alpha == pytest.approx(6.0, rel=1e-4)
+    for losses, tokens in ((halves, 0), (lambda: Losses(halves(), tokens=7), 7)):
+        net, _, _, loss, train = world()
+        controller = EffOPDController(net, None, search="gradient", loss_fn=losses)
+        train()
+        event = controller.step(1)
+        assert event.alpha == pytest.approx(6.0, rel=1e-4)
+        assert event.val_tokens == tokens * (event.num_gradients + 2)  # and W_t and the minimum as scores
 
 
 def test_without_score_fn_the_loss_is_the_score():
