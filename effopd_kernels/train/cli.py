@@ -232,8 +232,8 @@ def _first_sentence(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    # TRL sets the field that transformers has renamed; nothing a user of the command could do about.
-    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+    # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     try:
         try:
             data, args, model_args = parse(argv)

@@ -24,7 +24,7 @@ EVAL_SIZE, VAL_SIZE = 1024, 256
 BATCH, WARMUP, MAX_STEPS, PROBE_EVERY = 128, 20, 2000, 10
 STUDENT_ACCURACY, TEACHER_ACCURACY = 0.5, 0.98  # of 512 training problems, exact, at the first probe that reaches it
 DEFAULTS = {
-    "learning_rate": 1e-5,
+    "learning_rate": 3e-6,  # small against the weights, as in post-training: there the gain is
     "max_steps": 256,
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 256,
