@@ -65,26 +65,25 @@ class _WithGradients(torch.autograd.Function):
 
 
 class _PerRow(torch.autograd.Function):
-    """Per-row divergences (N,), times `weight_N` where given; gradients wait for the upstream gradient of each row."""
+    """Per-row divergences (N,) and stats; gradients wait for the upstream gradient of each row."""
 
     @staticmethod
-    def forward(run, spec, needs, with_stats, weight_N, *tensors):
+    def forward(run, spec, needs, with_stats, *tensors):
         rows, _, stats = run(tensors, None, spec, (False,) * len(needs), with_stats)
-        return rows if weight_N is None else rows * weight_N, rows, stats
+        return rows, stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.run, ctx.spec, ctx.needs, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output, *_):
-        weight_N, *tensors = ctx.saved_tensors
-        row_scale = grad_output if weight_N is None else grad_output * weight_N
-        _, grads, _ = ctx.run(tensors, row_scale, ctx.spec, ctx.needs, False)
-        return None, None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
+    def backward(ctx, grad_output, _):
+        tensors = ctx.saved_tensors
+        _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
+        return None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
 
 
 def reduced_loss(
@@ -96,7 +95,8 @@ def reduced_loss(
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
-        return _PerRow.apply(run, spec, needs, stats, scale_N, *tensors)
+        rows, stats_3N = _PerRow.apply(run, spec, needs, stats, *tensors)
+        return rows if scale_N is None else rows * scale_N, rows.detach(), stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
     rows, grads, stats_3N = run(detached, scale_N, spec, needs, stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()

@@ -72,10 +72,9 @@ class _LinearRows(torch.autograd.Function):
         grad_b = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
         for chunk in pieces(hidden_ND.shape[0], chunk_rows):
             hidden = hidden_ND[chunk].to(dtype)
-            with torch.enable_grad():
-                logits = _LinearRows.project(hidden, weight_VD, bias_V, dtype).detach().requires_grad_()
-                out = rows(logits, ids_Nk[chunk], *options)
-            (g,) = torch.autograd.grad(out, logits, grad_output[chunk])
+            logits = _LinearRows.project(hidden, weight_VD, bias_V, dtype)
+            _, pull = torch.func.vjp(lambda z, ids=ids_Nk[chunk]: rows(z, ids, *options), logits)
+            (g,) = pull(grad_output[chunk])
             if grad_h is not None:
                 grad_h[chunk] = g @ weight_VD.to(dtype)
             if grad_w is not None:
