@@ -112,6 +112,13 @@ class OPDConfig(trl.DistillationConfig):
         default=0.84,
         metadata={"help": "One-sided confidence asked of 'paired' acceptance (0.84 is one standard error)."},
     )
+    effopd_search: str = field(
+        default="candidates",
+        metadata={
+            "help": "'candidates': try effopd_alphas in turn (published). 'gradient': find α ≤ max(effopd_alphas) from "
+            "the slope of the teacher KL on fixed completions, then score that one."
+        },
+    )
     effopd_include: list[str] | None = field(
         default=None, metadata={"help": "Patterns of parameter names to move. Unset: attention and MLP weights."}
     )
@@ -150,6 +157,7 @@ class OPDConfig(trl.DistillationConfig):
             "effopd_acceptance": ("mean", "paired"),
             "effopd_anchor_device": ("device", "host", "disk"),
             "effopd_optimizer": ("keep", "reset"),
+            "effopd_search": ("candidates", "gradient"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -180,6 +188,7 @@ class OPDConfig(trl.DistillationConfig):
             "accept": self.effopd_acceptance,
             "confidence": self.effopd_confidence,
             "max_val_tokens": self.effopd_max_val_tokens,
+            "search": self.effopd_search,
             "optimizer_policy": self.effopd_optimizer,
             "anchor_device": self.effopd_anchor_device,
         }

@@ -32,7 +32,7 @@ from .errors import NonFiniteLossError
 from .interrupt import Interrupts
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
-from .validation import Validator
+from .validation import TeacherLoss, Validator
 
 LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
 
@@ -110,6 +110,7 @@ class OPDTrainer(trl.DistillationTrainer):
                 # Not self.log: TRL's adds and clears the averages of the steps since the last log.
                 log=partial(Trainer.log, self),
                 on_weights_changed=self._weights_changed,
+                loss_fn=TeacherLoss(self._validators["val"]) if args.effopd_search == "gradient" else None,
                 **args.controller_args(),
             )
             self.add_callback(self.effopd)
@@ -164,9 +165,9 @@ class OPDTrainer(trl.DistillationTrainer):
     def _score(self) -> Scores:
         """The current weights' score on this rank's share of the prompts; the controller merges the ranks'."""
         start = time.perf_counter()
-        _, tokens, accuracy, kl = zip(*self._validators["val"].share(), strict=True)
-        values = accuracy if self.args.eval_metric == "accuracy" else tuple(-x for x in kl)
-        return Scores(values, sum(tokens), time.perf_counter() - start)
+        graded = self._validators["val"].share()  # may be empty on a rank
+        values = [correct if self.args.eval_metric == "accuracy" else -kl for _, _, correct, kl in graded]
+        return Scores(values, sum(tokens for _, tokens, _, _ in graded), time.perf_counter() - start)
 
     def _costs(self) -> dict[str, float]:
         val_tokens = self.effopd.controller.val_tokens if self.effopd and self.effopd.controller else 0

@@ -6,6 +6,7 @@ is left as it was, so that validating does not change training.
 """
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import datasets
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl.trainer.utils import pad
 
+from ..extrapolation.records import Losses
 from .grading import is_correct
 
 
@@ -73,30 +75,36 @@ class Validator:
 
     def share(self) -> list[tuple[int, int, float, float]]:
         """This rank's part: (row, tokens generated, correct, teacher KL) per prompt."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
-        world, rank = accelerator.num_processes, accelerator.process_index
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        was_training = trainer.model.training
-        trainer.model.eval()
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        devices = [device] if device.type == "cuda" else []
         results = []
-        try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
-                # Every rank makes the same number of calls (sharded models communicate inside them); a rank that has
-                # run out of batches repeats the last one and throws the result away.
-                for index in range(rank, -(-len(self.batches) // world) * world, world):
-                    torch.manual_seed(trainer.args.seed + index)
-                    graded = self._grade_batch(self.batches[min(index, len(self.batches) - 1)])
-                    if index < len(self.batches):
-                        results += graded
-        finally:
-            trainer.model.train(was_training)
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(trainer.model):
+            for index in self.indices():
+                graded = self._grade_batch(index)
+                if index < len(self.batches):
+                    results += graded
         return results
 
-    def _grade_batch(self, rows: range) -> list[tuple[int, int, float, float]]:
+    def indices(self) -> range:
+        """This rank's batches. Every rank gets the same number, because sharded models communicate in each; an index
+        beyond the last batch stands for the last one again, whose result is then thrown away."""
+        world, rank = self.trainer.accelerator.num_processes, self.trainer.accelerator.process_index
+        return range(rank, -(-len(self.batches) // world) * world, world)
+
+    def complete(self, index: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of batch `index`'s prompts and of the student's completions, sampled with the batch's own seed."""
+        prompts = [self.prompts[r] for r in self._rows(index)]
+        prompt_ids, _, fields = self.trainer._tokenize_prompts(prompts)
+        torch.manual_seed(self.trainer.args.seed + index)
+        return prompt_ids, self._generate(prompt_ids, fields)
+
+    def _rows(self, index: int) -> range:
+        return self.batches[min(index, len(self.batches) - 1)]
+
+    def _grade_batch(self, index: int) -> list[tuple[int, int, float, float]]:
         """(row, tokens generated, correct, teacher KL) for each prompt of one batch."""
-        trainer = self.trainer
-        prompt_ids, _, fields = trainer._tokenize_prompts([self.prompts[r] for r in rows])
-        completion_ids = self._generate(prompt_ids, fields)
+        trainer, rows = self.trainer, self._rows(index)
+        prompt_ids, completion_ids = self.complete(index)
         correct = [0.0] * len(rows)
         if self.answers is not None:
             texts = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -122,12 +130,18 @@ class Validator:
 
     def _teacher_kl(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
         """Mean KL(student ‖ teacher) per completion token of each prompt, in nats."""
+        seen = []
+        self._reverse_kl(prompt_ids, completion_ids, lambda stats, mask: seen.append((stats, mask)))
+        ((stats, mask),) = seen
+        return (stats.divergence.sum(-1) / mask.sum(-1)).tolist()
+
+    def _reverse_kl(self, prompt_ids, completion_ids, observer) -> torch.Tensor:
+        """Mean over all completion tokens, through the trainer's own loss; differentiable unless gradients are off."""
         trainer = self.trainer
 
         def padded(rows, value, side):
-            return pad([torch.tensor(r) for r in rows], padding_value=value, padding_side=side).to(
-                trainer.accelerator.device
-            )
+            rows = [torch.tensor(r) for r in rows]
+            return pad(rows, padding_value=value, padding_side=side).to(trainer.accelerator.device)
 
         pad_id = trainer._tokenizer.pad_token_id
         inputs = {
@@ -136,12 +150,46 @@ class Validator:
             "completion_ids": padded(completion_ids, pad_id, "right"),
             "completion_mask": padded([[1] * len(r) for r in completion_ids], 0, "right"),
         }
-        seen = []
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        with (
-            trainer.fused_loss.measuring(lambda stats, mask: seen.append((stats, mask))),
-            trainer.compute_loss_context_manager(),
-        ):
-            trainer._forward_redirection(trainer.model_wrapped, student, trainer._compute_loss, student, inputs, None)
-        ((stats, mask),) = seen
-        return (stats.divergence.sum(-1) / mask.sum(-1)).tolist()
+        with trainer.fused_loss.measuring(observer), trainer.compute_loss_context_manager():
+            return trainer._forward_redirection(
+                trainer.model_wrapped, student, trainer._compute_loss, student, inputs, None
+            )[0]
+
+
+class TeacherLoss:
+    """KL(student ‖ teacher) on completions that stay the same during one event: what `search="gradient"` descends.
+
+    The first call at a step generates them with the weights of that step, for this rank's share of the prompts; later
+    calls at the same step, with other weights, cost forward and backward passes only.
+    """
+
+    def __init__(self, validator: Validator):
+        self.validator = validator
+        self.step: int | None = None
+        self.completions: list[tuple[list[list[int]], list[list[int]]]] = []
+
+    def __call__(self) -> Losses:
+        trainer, tokens = self.validator.trainer, 0
+        if self.step != trainer.state.global_step:
+            with _evaluating(trainer.model), torch.no_grad():
+                self.completions = [self.validator.complete(index) for index in self.validator.indices()]
+            self.step = trainer.state.global_step
+            tokens = sum(len(c) for _, completion_ids in self.completions for c in completion_ids)
+        return Losses(self._losses(), tokens)
+
+    def _losses(self):
+        with _evaluating(self.validator.trainer.model):
+            for prompt_ids, completion_ids in self.completions:
+                yield self.validator._reverse_kl(prompt_ids, completion_ids, lambda *_: None)
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module):
+    """`model.eval()` for the duration; TRL files metrics by the mode it finds the model in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -90,6 +90,18 @@ def test_effopd_moves_attention_and_mlp_only_and_is_logged(world, tmp_path):
     assert final["val_tokens"] == trainer.effopd.controller.val_tokens > 0
 
 
+def test_gradient_search(world, tmp_path):
+    """α from slopes on the completions of the event's own weights: generated once, and two scores at most."""
+    config = {"max_steps": 4, "effopd_search": "gradient", "effopd_schedule": "2,4", "learning_rate": 3e-4}
+    trainer = make_trainer(world, tmp_path, config=config)
+    trainer.train()
+    events = trainer.effopd.controller.events
+    assert [e.step for e in events] == [2, 4] and all(e.num_gradients >= 2 for e in events)
+    assert all(e.val_tokens <= 3 * 10 * 6 for e in events)
+    assert any(e.alpha > 1 for e in events) and all(e.score_best >= e.score_initial for e in events)
+    assert len([r for r in trainer.state.log_history if "teacher_kl" in r]) == 4  # the model was left in training mode
+
+
 @pytest.mark.parametrize("stop", [3, 4])
 def test_resuming_is_exact(world, tmp_path, stop):
     """Stopped after step 3 (between events) or 4 (after one), in the second epoch of the data: same as not stopping."""
