@@ -34,12 +34,14 @@ def make_spec(divergence: Divergence, temperature: float, teacher_temperature: f
 
 
 def row_factor(
-    shape: torch.Size, device: torch.device, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
+    tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask (N,) and each row's factor in the loss (N,), fp32, either None where it has no effect.
+    """The mask (N,) and each row's factor in the loss (N,), either None where it has no effect.
 
+    tokens (..., anything) gives shape, device and, if wider than fp32, the factor's dtype.
     Raises ValueError or TypeError for a mask, weight, reduction or num_tokens that does not fit.
     """
+    shape, device, dtype = tokens.shape[:-1], tokens.device, torch.promote_types(tokens.dtype, torch.float32)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_tokens is not None and reduction != "mean":
@@ -54,13 +56,12 @@ def row_factor(
     if mask is not None:
         mask = mask.reshape(-1)
     if weight is not None:
-        weight = weight.detach().reshape(-1)
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.detach().reshape(-1).to(dtype)
         weight = weight if mask is None else weight.masked_fill(~mask, 0)
     if reduction != "mean":
         return mask, weight
     if weight is None:
-        weight = torch.ones(shape.numel(), device=device) if mask is None else mask.to(torch.float32)
+        weight = torch.ones(shape.numel(), device=device, dtype=dtype) if mask is None else mask.to(dtype)
     total = weight.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class DivergenceStats(NamedTuple):
@@ -45,6 +44,34 @@ def _may_hand_over(grad_output: Tensor) -> bool:
     )
 
 
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity, in a graph that refuses to be differentiated: silence would mean a second derivative of 0."""
+
+    @staticmethod
+    def forward(grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        raise RuntimeError(
+            "effopd_kernels' losses are differentiable once: their gradient has no derivative of its own"
+        )
+
+
+def differentiable_once(grads):
+    """`grads` as backward returns them; under create_graph=True, so that differentiating them raises RuntimeError."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(grads)
+    return tuple(
+        g if g is None else _DifferentiableOnce.apply(g.detach(), torch.zeros((), device=g.device, requires_grad=True))
+        for g in grads
+    )
+
+
 class _WithGradients(torch.autograd.Function):
     """The identity on `value`, whose gradients with respect to `inputs` are known already."""
 
@@ -57,11 +84,10 @@ class _WithGradients(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1 : 1 + len(inputs) // 2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
         grads = ctx.saved_tensors
         scaled = grads if _may_hand_over(grad_output) else [grad * grad_output for grad in grads]
-        return None, *(None for _ in grads), *scaled
+        return None, *(None for _ in grads), *differentiable_once(scaled)
 
 
 class _PerRow(torch.autograd.Function):
@@ -79,11 +105,11 @@ class _PerRow(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, _):
         tensors = ctx.saved_tensors
-        _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
-        return None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
+        with torch.no_grad():
+            _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
+        return None, None, None, None, *differentiable_once(grads), *(None for _ in tensors[len(grads) :])
 
 
 def reduced_loss(

@@ -73,8 +73,7 @@ def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | No
     return index, torch.arange(num_valid, device=mask_N.device) < mask_N.sum()
 
 
-@torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd")
-def _(
+def linear_divergence_rows(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale,
     *args,
 ):  # fmt: skip
@@ -173,6 +172,9 @@ def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype
     return torch.zeros(weight.shape, device=weight.device, dtype=acc_dtype)
 
 
+torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)
+
+
 @torch.library.register_fake("effopd::linear_divergence_rows")
 def _(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale, *args
@@ -216,6 +218,12 @@ def check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         raise ValueError(f"{side}_weight is empty: {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{side}_bias must be ({weight.shape[0]},) as {side}_weight has it, got {tuple(bias.shape)}")
+
+
+def _check_num_valid(mask_N: Tensor, num_valid: int) -> None:
+    # On a GPU, looking would be the very wait that num_valid spares.
+    if mask_N.device.type == "cpu" and not torch.compiler.is_compiling() and num_valid < (kept := int(mask_N.sum())):
+        raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
 def linear_divergence_loss(
@@ -275,12 +283,18 @@ def linear_divergence_loss(
         )
     if num_valid is not None and mask is None:
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
+    if logits_dtype is not None and not logits_dtype.is_floating_point:
+        raise TypeError(f"logits_dtype must be floating point, got {logits_dtype}")
+    if chunk_bytes is not None and not chunk_bytes > 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     spec = make_spec(
         divergence, temperature, teacher_temperature,
         student_scale=float(student_logit_scale), teacher_scale=float(teacher_logit_scale),
         student_softcap=float(student_softcap or 0), teacher_softcap=float(teacher_softcap or 0),
     )  # fmt: skip
-    mask_N, scale_N = row_factor(shape, student_hidden.device, mask, weight, reduction, num_tokens)
+    mask_N, scale_N = row_factor(student_hidden, mask, weight, reduction, num_tokens)
+    if num_valid is not None:
+        _check_num_valid(mask_N, num_valid)
     if chunk_bytes is None:
         chunk_bytes = (208 if student_hidden.device.type == "cpu" else 1024) * MIB
     dtypes = (

@@ -7,9 +7,9 @@ that divergence is at most the full one; it is never negative; and at k = V, wit
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arguments import check_float, local
+from .autograd import differentiable_once
 from .family import REVERSE_KL, Divergence
 from .linear import MIB, check_side, compute_dtype, pieces
 from .logits import divergence_loss
@@ -61,8 +61,13 @@ class _LinearRows(torch.autograd.Function):
         ctx.rest = inputs[4:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
+        with torch.no_grad():
+            grads = _LinearRows.gradients(ctx, grad_output)
+        return *differentiable_once(grads), None, None, None, None, None
+
+    @staticmethod
+    def gradients(ctx, grad_output):
         hidden_ND, weight_VD, bias_V, ids_Nk = ctx.saved_tensors
         rows, options, dtype, chunk_rows = ctx.rest
         wide = torch.promote_types(dtype, torch.float32)
@@ -83,7 +88,7 @@ class _LinearRows(torch.autograd.Function):
                 grad_b += g.sum(0, dtype=wide)
         grad_w = None if grad_w is None else grad_w.to(weight_VD.dtype)
         grad_b = None if grad_b is None else grad_b.to(bias_V.dtype)
-        return grad_h, grad_w, grad_b, None, None, None, None, None
+        return grad_h, grad_w, grad_b
 
 
 def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):

@@ -1,0 +1,397 @@
+"""The losses among PyTorch's own mechanisms: ops, compilation, autocast, autograd, sharding; and their errors."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from effopd_kernels.divergence import (
+    autograd,
+    divergence_loss,
+    jsd,
+    linear,
+    linear_divergence_loss,
+    linear_token_logprobs,
+    ops,
+    topk_divergence_loss,
+)
+
+N, V, D = 6, 50, 8
+NUMBERS = (0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # reverse KL; temperatures, scales, soft caps
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def heads(dtype=torch.float32):
+    return [random(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(N, D), (V, D), (N, D + 1), (V + 2, D + 1)])]
+
+
+MASK = torch.arange(N) % 3 != 0
+
+
+# ---- ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_rows(dtype, with_grad, masked):
+    inputs = (random(N, V, dtype=dtype), random(N, V + 3, seed=1))
+    args = (*inputs, MASK if masked else None, torch.rand(N) if masked else None, *NUMBERS, with_grad, masked)
+    torch.library.opcheck(torch.ops.effopd.divergence_rows.default, args)
+    torch.library.opcheck(torch.ops.effopd.divergence_rows_.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (False, False, False)])
+@pytest.mark.parametrize("num_valid", [None, 5])
+def test_opcheck_linear(dtype, needs, num_valid):
+    h_s, w_s, h_t, w_t = heads(dtype)
+    bias = random(V, dtype=dtype)
+    args = (
+        h_s,
+        w_s,
+        bias,
+        h_t,
+        w_t,
+        None,
+        MASK,
+        None,
+        *NUMBERS,
+        dtype,
+        dtype,
+        torch.float32,
+        3000,
+        num_valid,
+        *needs,
+        True,
+    )
+    torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, args)
+
+
+def test_without_the_extension_the_reference_serves_with_one_warning():
+    code = """
+import sys, warnings
+sys.modules["effopd_kernels._C"] = None
+import torch
+from effopd_kernels.divergence import divergence_loss
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        loss = divergence_loss(torch.zeros(2, 5), torch.eye(2, 5))
+assert loss > 0
+assert len(caught) == 1 and "C++ extension" in str(caught[0].message), [str(w.message) for w in caught]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- compilation
+
+
+CASES = {
+    "logits": (lambda s, t, **o: divergence_loss(s, t, **o), {}),
+    "logits, masked, jsd": (lambda s, t, **o: divergence_loss(s, t, jsd(0.3), **o), {"mask": MASK}),
+    "logits, per row": (lambda s, t, **o: divergence_loss(s, t, **o).square().sum(), {"reduction": "none"}),
+    "logits, in place": (lambda s, t, **o: divergence_loss(s * 1, t, **o), {"inplace": True}),
+    "top-k": (lambda s, t, **o: topk_divergence_loss(s, *torch.log_softmax(t, -1).topk(3), **o), {}),
+}
+LINEAR = {
+    "linear": (lambda *x, **o: linear_divergence_loss(*x, **o), {"chunk_bytes": 1000}),
+    "linear, masked": (lambda *x, **o: linear_divergence_loss(*x, **o), {"mask": MASK, "num_tokens": torch.tensor(9)}),
+    "linear, num_valid": (lambda *x, **o: linear_divergence_loss(*x, **o), {"mask": MASK, "num_valid": 4}),
+    "linear, per row": (lambda *x, **o: linear_divergence_loss(*x, **o).square().sum(), {"reduction": "none"}),
+    "token log-probabilities": (lambda h, w, *_: linear_token_logprobs(h, w, torch.arange(N)).sum(), {}),
+}
+
+
+# Dynamo instantiates autograd functions while it traces them, and autograd warns of that.
+tracing = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@tracing
+@pytest.mark.parametrize("case", [*CASES, *LINEAR])
+def test_compiles_in_one_graph(case):
+    function, options = (CASES | LINEAR)[case]
+    inputs = [random(N, V), random(N, V, seed=1)] if case in CASES else heads()
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_(i < len(inputs) // 2) for i, x in enumerate(inputs)]
+        loss = f(*leaves, **options)
+        loss.backward()
+        results.append((loss.detach(), *(x.grad for x in leaves if x.requires_grad)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@tracing
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # inductor's own
+def test_compiles_with_inductor():
+    student, teacher = random(N, V).requires_grad_(), random(N, V, seed=1)
+    loss = torch.compile(divergence_loss, fullgraph=True)(student, teacher)
+    loss.backward()
+    expected = student.detach().requires_grad_()
+    divergence_loss(expected, teacher).backward()
+    torch.testing.assert_close(student.grad, expected.grad)
+
+
+# ---- autocast
+
+
+def test_autocast_projects_in_its_dtype():
+    tensors = heads()
+    h, w = (x.clone().requires_grad_() for x in tensors[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_divergence_loss(h, w, *tensors[2:])
+    loss.backward()
+    narrow = [x.bfloat16() for x in tensors]
+    hb, wb = (x.clone().requires_grad_() for x in narrow[:2])
+    expected = linear_divergence_loss(hb, wb, *narrow[2:])
+    expected.backward()
+    assert loss.dtype == h.grad.dtype == w.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(w.grad, wb.grad.float(), rtol=1e-2, atol=1e-5)  # ours was not rounded to bf16
+    with torch.autocast("cpu", torch.bfloat16):  # mixed parameters, as a user under autocast has them
+        mixed = linear_divergence_loss(tensors[0].bfloat16(), tensors[1], *tensors[2:])
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_autocast_leaves_logits_alone():
+    student, teacher = random(N, V).requires_grad_(), random(N, V, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = divergence_loss(student, teacher)
+    torch.testing.assert_close(loss, divergence_loss(student, teacher), rtol=0, atol=0)
+
+
+# ---- autograd
+
+
+def losses():
+    """(what, loss as a function of leaves, leaves)"""
+    teacher = random(N, V, seed=1)
+    h_s, w_s, h_t, w_t = heads()
+    yield lambda s: divergence_loss(s, teacher), [random(N, V)]
+    yield lambda s: divergence_loss(s, teacher, reduction="none").mean(), [random(N, V)]
+    yield lambda h, w: linear_divergence_loss(h, w, h_t, w_t, mask=MASK), [h_s, w_s]
+    yield lambda h, w: linear_divergence_loss(h, w, h_t, w_t, reduction="none").mean(), [h_s, w_s]
+
+
+every_loss = pytest.mark.parametrize(
+    "loss_of, leaves", list(losses()), ids=["logits", "logits none", "linear", "linear none"]
+)
+
+
+@every_loss
+def test_a_second_backward_gives_the_same_gradient(loss_of, leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    loss = loss_of(*leaves)
+    results = []
+    for retain in (True, True, False):
+        loss.backward(retain_graph=retain)
+        results.append([x.grad for x in leaves])
+        for x in leaves:
+            x.grad = None
+        if retain:  # a caller may do with its gradients what it likes
+            kept, results[-1] = results[-1], [g.clone() for g in results[-1]]
+            for g in kept:
+                g.fill_(math.nan)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@every_loss
+def test_gradients_scale_and_accumulate(loss_of, leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    once = torch.autograd.grad(loss_of(*leaves), leaves)
+    (loss_of(*leaves) * 3).backward()
+    loss_of(*leaves).backward()
+    torch.testing.assert_close([x.grad for x in leaves], [4 * g for g in once])
+
+
+@every_loss
+def test_functional_gradient(loss_of, leaves):
+    expected = torch.autograd.grad(loss_of(*(xs := [x.clone().requires_grad_() for x in leaves])), xs)
+    found = torch.func.grad(loss_of, argnums=tuple(range(len(leaves))))(*leaves)
+    torch.testing.assert_close(found, expected)
+
+
+@every_loss
+def test_a_second_derivative_is_an_error_not_a_zero(loss_of, leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    grads = torch.autograd.grad(loss_of(*leaves), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (loss_of(*leaves) + sum(g.square().sum() for g in grads)).backward()  # as a penalty would be
+
+
+@every_loss
+def test_inputs_are_not_mutated(loss_of, leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    before = [x.detach().clone() for x in leaves]
+    loss_of(*leaves).backward()
+    assert all(torch.equal(a, b) for a, b in zip(leaves, before, strict=True))
+
+
+def test_inplace_overwrites_the_logits_with_their_gradient():
+    student, teacher = random(N, V).requires_grad_(), random(N, V, seed=1)
+    expected = torch.autograd.grad(divergence_loss(student, teacher), student)[0]
+    logits = student * 1
+    loss = divergence_loss(logits, teacher, inplace=True)
+    torch.testing.assert_close(logits.detach(), expected)
+    first = torch.autograd.grad(loss, student, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, student)[0], first)
+    torch.testing.assert_close(first, expected)
+
+
+class Spy(TorchDispatchMode):
+    """Records every operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hidden, weight", [(True, True), (True, False), (False, True), (False, False)])
+def test_frozen_parts_are_skipped(hidden, weight):
+    h_s, w_s, h_t, w_t = heads()
+    with Spy() as spy:
+        linear_divergence_loss(h_s.requires_grad_(hidden), w_s.requires_grad_(weight), h_t, w_t)
+    (args,) = (args for func, args in spy.calls if func is torch.ops.effopd.linear_divergence_rows.default)
+    assert args[-4:-2] == (hidden, weight)
+    with torch.no_grad(), Spy() as spy:
+        linear_divergence_loss(h_s, w_s, h_t, w_t)
+    (args,) = (args for func, args in spy.calls if func is torch.ops.effopd.linear_divergence_rows.default)
+    assert args[-4:-1] == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    "needs, gemms", [((True, True), 4), ((True, False), 3), ((False, True), 3), ((False, False), 2)]
+)
+def test_four_gemm_units_at_most(needs, gemms):
+    h_s, w_s, h_t, w_t = heads()
+    spec, dtypes = list(NUMBERS), (torch.float32, torch.float32)
+    with Spy() as spy:
+        linear._linear_rows(
+            (h_s, w_s, None), (h_t, w_t, None), MASK, None, spec, dtypes, None, 1 << 20, None, (*needs, False), False
+        )
+    products = [args for func, args in spy.calls if "mm" in func.__name__]
+    assert len(products) == gemms
+    assert all(MASK.sum() in (a.shape[0], a.shape[1]) for a, *_ in products)  # masked rows have left
+
+
+# ---- synchronisation
+
+
+SYNCHRONISING = ("_local_scalar_dense", "nonzero.default", "masked_select", "item", "unique", "index.Tensor_bool")
+
+
+@pytest.mark.parametrize(
+    "call, allowed",
+    [
+        (lambda s, t, h: divergence_loss(s, t, mask=MASK, weight=torch.rand(N), num_tokens=torch.tensor(4)), 0),
+        (lambda s, t, h: divergence_loss(s, t, mask=MASK, reduction="none", return_stats=True)[0].sum(), 0),
+        (lambda s, t, h: linear_divergence_loss(*h, weight=torch.rand(N)), 0),
+        (lambda s, t, h: linear_divergence_loss(*h, mask=MASK, num_valid=4, num_tokens=torch.tensor(4)), 0),
+        (lambda s, t, h: linear_divergence_loss(*h, mask=MASK), 1),
+    ],
+)
+def test_no_host_synchronisation(call, allowed, monkeypatch):
+    """Nothing that a GPU would have to be waited for, in forward or, scaled by a device scalar, in backward."""
+    monkeypatch.setattr(autograd, "_may_hand_over", lambda grad_output: False)  # as it is off the CPU
+    monkeypatch.setattr(linear, "_check_num_valid", lambda mask, num_valid: None)  # likewise
+    h_s, w_s, *teacher = heads()
+    inputs = random(N, V).requires_grad_(), random(N, V, seed=1), (h_s.requires_grad_(), w_s.requires_grad_(), *teacher)
+
+    class Inside(Spy):  # opaque ops are entered, to see what they run
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.effopd.linear_divergence_rows.default:
+                with self:
+                    return linear.linear_divergence_rows(*args)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Inside() as spy:
+        call(*inputs).backward()
+    waits = [func for func, _ in spy.calls if any(name in str(func) for name in SYNCHRONISING)]
+    assert any("divergence_rows" in str(func) for func, _ in spy.calls)
+    assert len(waits) == allowed, waits
+
+
+# ---- sharded heads
+
+
+def test_sharded_heads_are_gathered(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text("""
+import os, torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from effopd_kernels.divergence import linear_divergence_loss
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+h, w, ht, wt = torch.randn(6, 8), torch.randn(50, 8), torch.randn(6, 8), torch.randn(50, 8)
+plain = w.clone().requires_grad_()
+expected = linear_divergence_loss(h, plain, ht, wt)
+expected.backward()
+sharded = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
+loss = linear_divergence_loss(h, sharded, ht, distribute_tensor(wt, mesh, [Shard(1)]))
+loss.backward()
+torch.testing.assert_close(loss, expected)
+assert isinstance(sharded.grad, DTensor)
+torch.testing.assert_close(sharded.grad.full_tensor(), plain.grad)
+dist.destroy_process_group()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- errors
+
+
+S, T = random(N, V), random(N, V, seed=1)
+H = heads()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: divergence_loss(S, T[:3]), ["(6, 50)", "(3, 50)"]),
+        (lambda: divergence_loss(S.long(), T), ["student_logits", "int64"]),
+        (lambda: divergence_loss(S, T.to("meta")), ["cpu", "meta"]),
+        (lambda: divergence_loss(S[:, :0], T), ["(6, 0)"]),
+        (lambda: divergence_loss(S, T, mask=MASK[:4]), ["mask", "(6,)", "(4,)"]),
+        (lambda: divergence_loss(S, T, mask=MASK.float()), ["bool", "float32"]),
+        (lambda: divergence_loss(S, T, weight=torch.ones(6, 1)), ["weight", "(6,)", "(6, 1)"]),
+        (lambda: divergence_loss(S, T, reduction="batchmean"), ["batchmean"]),
+        (lambda: divergence_loss(S, T, reduction="sum", num_tokens=3), ["num_tokens"]),
+        (lambda: divergence_loss(S, T, temperature=0.0), ["temperature", "0.0"]),
+        (lambda: divergence_loss(S, T, teacher_temperature=-1.0), ["teacher_temperature", "-1.0"]),
+        (lambda: divergence_loss(S, T, "reverse_kl"), ["REVERSE_KL", "reverse_kl"]),
+        (lambda: linear_divergence_loss(H[0], H[3], H[2], H[3]), ["student_weight", "(6, 8)", "(52, 9)"]),
+        (lambda: linear_divergence_loss(H[0], H[1], H[0], H[3]), ["teacher_weight", "(6, 8)", "(52, 9)"]),
+        (lambda: linear_divergence_loss(H[0][:4], *H[1:]), ["(4, 8)", "(6, 9)"]),
+        (lambda: linear_divergence_loss(*H, student_bias=torch.zeros(3)), ["student_bias", "(50,)", "(3,)"]),
+        (lambda: linear_divergence_loss(H[0].bfloat16(), *H[1:]), ["bfloat16", "float32", "autocast"]),
+        (lambda: linear_divergence_loss(*H, num_valid=3), ["num_valid"]),
+        (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=3), ["num_valid", "3", "4"]),
+        (lambda: linear_divergence_loss(*H, chunk_bytes=0), ["chunk_bytes", "0"]),
+        (lambda: linear_divergence_loss(*H, logits_dtype=torch.int8), ["logits_dtype", "int8"]),
+    ],
+)
+def test_errors_name_what_does_not_fit(call, words):
+    with Spy() as spy, pytest.raises((ValueError, TypeError)) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+    assert not any("divergence_rows" in str(func) or "mm" in str(func) for func, _ in spy.calls)  # before any work
+
+
+def test_reference_and_kernel_share_the_floor():
+    assert ops.reference.FLOOR == -1e4

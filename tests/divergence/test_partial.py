@@ -1,0 +1,168 @@
+"""Teachers known in part. N tokens, V vocabulary, k known entries."""
+
+import oracle
+import pytest
+import torch
+
+from effopd_kernels.divergence import (
+    FORWARD_KL,
+    REVERSE_KL,
+    divergence_loss,
+    jsd,
+    linear_divergence_loss,
+    linear_token_logprobs,
+    sampled_kl,
+    topk_divergence_loss,
+)
+
+N, V, D = 6, 97, 8
+MEMBERS = {"reverse": REVERSE_KL, "forward": FORWARD_KL, "jsd(0.3)": jsd(0.3)}
+every_member = pytest.mark.parametrize("member", MEMBERS)
+
+
+def random(*shape, seed=0, spread=2.0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * spread
+
+
+def teacher(k, seed=1, dtype=torch.float64):
+    log_p = torch.log_softmax(random(N, V, seed=seed), -1)
+    known, ids = log_p.topk(k)
+    return log_p, known.to(dtype), ids
+
+
+def buckets(log_q, ids):
+    rest = torch.ones_like(log_q).scatter(1, ids, 0)
+    tail = (log_q.exp() * rest).sum(1, keepdim=True).log()
+    return torch.cat([log_q.gather(1, ids), tail], 1)
+
+
+@every_member
+@pytest.mark.parametrize("k", [1, 5, V - 1])
+def test_topk_compares_k_plus_1_outcomes(member, k):
+    log_p, known, ids = teacher(k)
+    student = random(N, V)
+    expected = oracle.value_and_grad(
+        lambda x: oracle.FAMILY[member](buckets(oracle.log_probs(x, 0.7), ids), buckets(log_p, ids)).mean(), student
+    )
+    leaf = student.clone().requires_grad_()
+    loss = topk_divergence_loss(leaf, known, ids, MEMBERS[member], temperature=0.7)
+    loss.backward()
+    torch.testing.assert_close((loss, leaf.grad), expected)
+
+
+@every_member
+def test_topk_of_everything_is_the_full_divergence(member):
+    log_p, known, ids = teacher(V)
+    student = random(N, V)
+    leaf, full = (student.clone().requires_grad_() for _ in range(2))
+    loss, expected = (
+        topk_divergence_loss(leaf, known, ids, MEMBERS[member]),
+        divergence_loss(full, log_p, MEMBERS[member]),
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(leaf.grad, full.grad)
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_is_a_divergence(member, dtype):
+    """Never negative and no more than the full one, even for teachers whose k entries hold all mass but rounding."""
+    for spread in (0.1, 3.0, 40.0):
+        t = random(N, V, seed=1, spread=spread, dtype=torch.float32)
+        known, ids = torch.log_softmax(t, -1).topk(5)
+        for student in (t, random(N, V, seed=2, spread=spread, dtype=torch.float32)):
+            loss = topk_divergence_loss(student.to(dtype), known, ids, MEMBERS[member], reduction="none")
+            full = divergence_loss(student.to(dtype), t, MEMBERS[member], reduction="none")
+            # the tail's floor of 2⁻²⁴ may cost this much; fp32 may leave a zero this far below itself
+            assert (loss >= -1e-6).all() and (loss <= full + 1e-4).all() and loss.isfinite().all()
+
+
+def test_topk_without_tail_renormalises():
+    log_p, known, ids = teacher(5)
+    student = random(N, V)
+    loss = topk_divergence_loss(student, known, ids, tail=False)
+    torch.testing.assert_close(loss, divergence_loss(student.gather(1, ids), log_p.gather(1, ids)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_topk_from_hidden_states(dtype):
+    _, known, ids = teacher(5, dtype=torch.float32)
+    mask = torch.arange(N) != 2
+    tensors = [random(N, D, seed=3).to(dtype), random(V, D, seed=4, spread=0.5).to(dtype), random(V, seed=5).to(dtype)]
+    a, b = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    options = {"temperature": 0.9, "student_softcap": 4.0, "student_logit_scale": 0.8}
+    loss = topk_divergence_loss(
+        a[0], known, ids, student_weight=a[1], student_bias=a[2], chunk_bytes=V * 40, mask=mask, **options
+    )
+    expected = topk_divergence_loss(oracle.logits(*b), known, ids, mask=mask, **options)
+    loss.backward(), expected.backward()
+    tolerance = {} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 2e-3}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    torch.testing.assert_close([x.grad for x in a], [x.grad for x in b], **tolerance)
+
+
+def test_token_logprobs():
+    ids = torch.randint(V, (2, 3), generator=torch.Generator().manual_seed(0))
+    tensors = [random(2, 3, D, seed=3), random(V, D, seed=4, spread=0.5), random(V, seed=5)]
+    upstream = random(2, 3, seed=6)
+    expected = oracle.value_and_grad(
+        lambda h, w, b: (
+            oracle.log_probs(oracle.logits(h, w, b), 0.9, 0.8, 4.0).gather(-1, ids[..., None])[..., 0] * upstream
+        ),
+        *tensors,
+    )
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    found = linear_token_logprobs(
+        leaves[0], leaves[1], ids, bias=leaves[2], temperature=0.9, logit_scale=0.8, softcap=4.0, chunk_bytes=V * 40
+    )
+    (found * upstream).sum().backward()
+    torch.testing.assert_close((found * upstream, *(x.grad for x in leaves)), expected)
+    assert torch.autograd.gradcheck(lambda h, w: linear_token_logprobs(h, w, ids), leaves[:2])
+
+
+def test_sampled_estimators_agree_in_expectation():
+    """Averaged over the student's tokens, k1 and k3 are the divergence, and k2's gradient is the divergence's."""
+    student, log_p = random(N, V).requires_grad_(), teacher(V)[0]
+    log_q = torch.log_softmax(student, -1)
+    q = log_q.detach().exp()
+    exact = oracle.reverse_kl(oracle.log_probs(student), log_p)
+    for estimator in ("k1", "k3"):
+        torch.testing.assert_close((q * sampled_kl(log_q, log_p, estimator)).sum(-1), exact)
+    (expected,) = torch.autograd.grad(exact.sum(), student)
+    (found,) = torch.autograd.grad((q * sampled_kl(log_q, log_p, "k2")).sum(), student)
+    torch.testing.assert_close(found, expected)
+    assert (sampled_kl(log_q, log_p, "k3") >= 0).all() and (sampled_kl(log_q, log_p, "k2") >= 0).all()
+
+
+def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
+    """Monte Carlo: within four standard errors of the full divergence."""
+    hidden, weight = random(1, D, seed=3), random(V, D, seed=4, spread=0.3)
+    t_hidden, t_weight = random(1, D, seed=5), random(V, D, seed=6, spread=0.3)
+    full = linear_divergence_loss(hidden, weight, t_hidden, t_weight)
+    q = oracle.log_probs(oracle.logits(hidden, weight)).exp()[0]
+    ids = torch.multinomial(q, 4000, replacement=True, generator=torch.Generator().manual_seed(0))
+    log_q = linear_token_logprobs(hidden.expand(4000, D), weight, ids)
+    log_p = linear_token_logprobs(t_hidden.expand(4000, D), t_weight, ids)
+    for estimator in ("k1", "k3"):
+        samples = sampled_kl(log_q, log_p, estimator)
+        assert (samples.mean() - full).abs() < 4 * samples.std() / 4000**0.5
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.zeros(N, 2, dtype=torch.long)), "(6, 3)"),
+        (lambda: topk_divergence_loss(random(N, V), random(N, V + 1), torch.zeros(N, V + 1).long()), "k <= 97"),
+        (lambda: topk_divergence_loss(random(N, V), random(5, 3), torch.zeros(5, 3).long()), "(5, 3)"),
+        (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.zeros(N, 3)), "int64"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, 9), torch.zeros(N).long()), "(97, 9)"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.zeros(5).long()), "(6,)"),
+        (lambda: sampled_kl(random(3), random(4)), "(4,)"),
+        (lambda: sampled_kl(random(3), random(3), "k4"), "k4"),
+    ],
+)
+def test_errors_name_what_does_not_fit(call, words):
+    with pytest.raises((ValueError, TypeError)) as error:
+        call()
+    assert words in str(error.value)
