@@ -29,7 +29,7 @@ TARGETS = {
 
 
 class Variant(NamedTuple):
-    """A kernel with its arguments: a type ("*bf16", "i32", "fp32") or, if not a string, a constant's value."""
+    """A kernel with its arguments: a type ("*bf16", "i32", "fp32"), or anything else as a constant's value."""
 
     name: str
     kernel: Any
@@ -57,6 +57,7 @@ class Report(NamedTuple):
 def variants(arch: str) -> Iterator[Variant]:
     yield from _divergence(arch)
     yield from _extrapolation(arch)
+    yield from _lowrank(arch)
 
 
 def _divergence(arch: str) -> Iterator[Variant]:
@@ -92,7 +93,7 @@ def _extrapolation(arch: str) -> Iterator[Variant]:
 
     from effopd_kernels.extrapolation import triton_kernels as tk
 
-    options = {"num_warps": 4} if arch.startswith("gfx") else tk.LAUNCH
+    options = tk.HIP if arch.startswith("gfx") else tk.CUDA
     block = tk.LANES * tk.PER_THREAD
     lists = {"table_ptr": "*i64", "alpha_ptr": "*fp32", "partial_ptr": "*fp32", "L": "i32"}
     for name, dtypes, master, vector in (
@@ -114,12 +115,65 @@ def _extrapolation(arch: str) -> Iterator[Variant]:
     yield Variant("extrapolate backward", tk._backward_kernel, pointers, ("numel",), options, tk.PER_THREAD)
 
 
+def _lowrank(arch: str) -> Iterator[Variant]:
+    import triton.language as tl
+
+    from effopd_kernels.lowrank import triton_kernels as tk
+
+    config, precision = (tk.HIP, "ieee") if arch.startswith("gfx") else (tk.CUDA, "tf32x3")
+    pair = {
+        "address_ptr": "*i64", "scale_ptr": "*fp32", "partial_ptr": "*fp64",
+        **dict.fromkeys(("B", "N", "M", "L", "x_n", "base_n"), "i32"), "x_m": 1, "base_m": 1, "ALIGNED": True,
+    }  # fmt: skip
+    transposed = {"x_n": 1, "base_n": 1, "x_m": "i32", "base_m": "i32"}
+    half = {"X": tl.bfloat16, "BASE": tl.bfloat16}
+    single = {"X": tl.float32, "BASE": tl.float32}
+    sizes = ("N", "M", "L", "x_n", "x_m", "base_n", "base_m")
+
+    def split(launch):
+        tile = {key: value for key, value in launch.items() if key.isupper()}
+        return tile, {key: value for key, value in launch.items() if key not in tile}
+
+    for name, launch, types in (
+        ("bf16, rounded, statistics", "rounded, statistics", half | {"STATS": True, "FULL": True, "scale_ptr": None}),
+        ("bf16 transposed, rounded", "rounded", half | transposed | {"STATS": False, "FULL": False}),
+        ("bf16", "exact", half | {"STATS": False, "FULL": False}),
+        ("fp32, statistics", "exact", single | {"STATS": True, "FULL": False, "scale_ptr": None}),
+    ):
+        blocks, options = split(config[launch])
+        tile = {"SPAN": tk.SPAN, "COLUMNS": tk.COLUMNS, **blocks, "PRECISION": precision}
+        q = "*fp32" if launch == "exact" else "*bf16"
+        arguments = pair | types | tile | {"q_ptr": q, "y_ptr": "*fp32"}
+        elements = blocks["ROWS"] * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
+        yield Variant(f"lowrank X·Q {name}", tk._skinny_kernel, arguments, sizes, options, elements)
+    for name, types in (("bf16", half | {"HALF": tl.bfloat16}), ("fp32", single | {"HALF": None})):
+        blocks, options = split(config["gram"])
+        arguments = pair | types | blocks | {"PRECISION": precision, "g_ptr": "*fp32", "TILE": tk.GRAM_TILE}
+        elements = 2 * tk.GRAM_TILE * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
+        yield Variant(f"lowrank XᵀX {name}", tk._gram_kernel, arguments, sizes, options, elements)
+    arguments = pair | half | {"FULL": True, "SPAN": tk.SPAN, "ROWS": tk.STATS_ROWS, "BLOCK": 256}
+    elements = tk.STATS_ROWS * 256 // (4 * TARGETS[arch].warp_size)
+    yield Variant("lowrank statistics bf16", tk._stats_kernel, arguments, sizes, {"num_warps": 4}, elements)
+    jacobi = {
+        "w_ptr": "*fp64", "value_ptr": "*fp64", "L": "i32", "SWEEPS": "i32", "tolerance": "fp32",
+        "HALF": 128, "BLOCK": 32,
+    }  # fmt: skip
+    elements = 128 * 32 // (8 * TARGETS[arch].warp_size)
+    yield Variant("lowrank eigh fp64", tk._jacobi_kernel, jacobi, (), {"num_warps": 8}, elements)
+
+
+def _is_type(argument) -> bool:
+    return isinstance(argument, str) and bool(re.fullmatch(r"\*?(i|fp|bf)\d+", argument))
+
+
 def compile_variant(variant: Variant, arch: str):
     """triton.compile for a target that need not be present."""
     names = variant.kernel.arg_names
-    signature = {n: a if isinstance(a := variant.arguments[n], str) else "constexpr" for n in names}
+    signature = {n: a if _is_type(a := variant.arguments[n]) else "constexpr" for n in names}
     constants = {n: variant.arguments[n] for n in names if signature[n] == "constexpr"}
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in variant.aligned]
+    aligned = [
+        i for i, n in enumerate(names) if signature[n][0] == "*" or (n in variant.aligned and n not in constants)
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(variant.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(variant.options))
