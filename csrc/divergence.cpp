@@ -13,7 +13,7 @@
 #include <vector>
 
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
@@ -31,7 +31,7 @@ namespace {
 enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of _KERNEL_DTYPES in effopd_kernels/divergence/ops.py
 enum Kind { kReverse, kForward, kMixture };
 
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kStep = 2 * kLanes;  // of a vector; of the inner loops
 constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;

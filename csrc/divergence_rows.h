@@ -36,18 +36,39 @@ INLINE double sum(vf x) {
     return s;
 }
 
-// 2^x for x <= ~1, relative error < 1e-7; exactly 0 below −125, near fp32's end. NaN stays NaN.
-// x = n + r with |r| <= ½: 2^r by a minimax polynomial, 2^n by adding n to its exponent bits.
+// 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
+// K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
+#define EACH for (int k = 0; k < K; ++k)
+template <int K>
+INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
+    vf r[K], p[K];
+#ifdef __AVX512DQ__  // x = ⌊x⌋ + r: two instructions split and scale
+    EACH r[k] = (vf)_mm512_reduce_ps((__m512)x[k], 9);
+    EACH p[k] = 0.0018671301f * r[k] + 0.0090170303f;
+    EACH p[k] = p[k] * r[k] + 0.0557999131f;
+    EACH p[k] = p[k] * r[k] + 0.2401644501f;
+    EACH p[k] = p[k] * r[k] + 0.6931513118f;
+    EACH p[k] = p[k] * r[k] + 1.0f;
+    EACH e[k] = (vf)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
+#else  // x = n + r with |r| <= ½, for x <= ~1; n is added to the exponent bits of 2^r
+    vf shifted[K];
+    EACH shifted[k] = x[k] + 0x1.8p23f;  // rounds to an integer, left in the low bits
+    EACH r[k] = x[k] - (shifted[k] - 0x1.8p23f);
+    EACH p[k] = 0.0013264700f * r[k] + 0.0096715339f;
+    EACH p[k] = p[k] * r[k] + 0.0555073400f;
+    EACH p[k] = p[k] * r[k] + 0.2402224176f;
+    EACH p[k] = p[k] * r[k] + 0.6931469774f;
+    EACH p[k] = p[k] * r[k] + 1.0f;
+    EACH e[k] = x[k] < -125.0f ? vf{} : from_bits(bits(p[k]) + (bits(shifted[k]) << 23));
+#endif
+}
+#undef EACH
+
 INLINE vf exp2_(vf x) {
-    const vf magic = splat(0x1.8p23f);  // adding it rounds to an integer, left in the low bits
-    const vf shifted = x + magic, r = x - (shifted - magic);
-    vf p = 0.00015353341289f * r + 0.0013398900187f;
-    p = p * r + 0.0096184376053f;
-    p = p * r + 0.055503324096f;
-    p = p * r + 0.24022647910f;
-    p = p * r + 0.69314720288f;
-    p = p * r + 1.0f;
-    return x < -125.0f ? vf{} : from_bits(bits(p) + (bits(shifted) << 23));
+    const vf in[1] = {x};
+    vf out[1];
+    exp2_(in, out);
+    return out[0];
 }
 
 // log2 x for normal x > 0. x = 2^n·(1+f) with 1+f in [√½, √2).
@@ -106,35 +127,41 @@ struct Staged {
     float top;  // the largest of z
 };
 
-INLINE float largest(const float* z, int count) {
-    vf top = *(const vf_any*)z;
-    for (int i = kLanes; i < count; i += kLanes) top = max_(*(const vf_any*)(z + i), top);
+INLINE float largest(vf top) {
     float result = -kInf;
     for (int i = 0; i < kLanes; ++i) result = top[i] > result ? top[i] : result;
     return result;
 }
 
-// `count` logits, or tanh(x·pre) of them under a soft cap, in fp32, padded by −inf to whole vectors.
-INLINE Staged stage_as(const Side& side, const char* p, int count, float* out, const int dtype) {
+// `count` logits, or tanh(x·pre) of them under a soft cap, in fp32, padded by −inf to a multiple of kStep.
+INLINE Staged stage_as(const Side& side, const char* p, int count, float* out, const int dtype, const bool capped) {
     const int size = dtype == kFloat32 ? 4 : 2, whole = count / kLanes * kLanes;
-    for (int i = 0; i < whole; i += kLanes) *(vf*)(out + i) = load(p + int64_t(i) * size, dtype);
-    if (whole < count) {
+    vf top = splat(-kInf);
+    for (int i = 0; i < count; i += kLanes) {
         alignas(64) char rest[64] = {};
-        memcpy(rest, p + int64_t(whole) * size, (count - whole) * size);
-        *(vf*)(out + whole) = load(rest, dtype);
+        if (i == whole) memcpy(rest, p + int64_t(i) * size, (count - i) * size);
+        const vf x = load(i == whole ? rest : p + int64_t(i) * size, dtype), z = capped ? tanh_(x * side.pre) : x;
+        *(vf*)(out + i) = z;
+        if (i < whole) top = max_(z, top);
     }
-    if (side.pre != 0)
-        for (int i = 0; i < count; i += kLanes) *(vf*)(out + i) = tanh_(*(const vf*)(out + i) * side.pre);
-    for (int i = count; i % kLanes; ++i) out[i] = -kInf;
-    return {out, largest(out, count)};
+    float largest_z = largest(top);
+    for (int i = whole; i < count; ++i) largest_z = out[i] > largest_z ? out[i] : largest_z;
+    for (int i = count; i % kStep; ++i) out[i] = -kInf;
+    return {out, largest_z};
 }
 
 static Staged stage(const Side& side, const char* row, int64_t start, int count, float* out) {
     const char* p = row + start * (side.dtype == kFloat32 ? 4 : 2);
-    if (side.dtype == kBFloat16) return stage_as(side, p, count, out, kBFloat16);
-    if (side.dtype == kFloat16) return stage_as(side, p, count, out, kFloat16);
-    if (side.pre == 0 && count % kLanes == 0) return {(const float*)p, largest((const float*)p, count)};  // as it lies
-    return stage_as(side, p, count, out, kFloat32);
+    const bool capped = side.pre != 0;
+    if (side.dtype == kFloat32 && !capped && count % kStep == 0) {  // as it lies
+        const float* z = (const float*)p;
+        vf top = splat(-kInf);
+        for (int i = 0; i < count; i += kLanes) top = max_(*(const vf_any*)(z + i), top);
+        return {z, largest(top)};
+    }
+    if (side.dtype == kFloat32) return capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
+    if (side.dtype == kBFloat16) return capped ? stage_as(side, p, count, out, kBFloat16, true) : stage_as(side, p, count, out, kBFloat16, false);
+    return capped ? stage_as(side, p, count, out, kFloat16, true) : stage_as(side, p, count, out, kFloat16, false);
 }
 
 // Subtracting first keeps the error proportional to u, however far all logits lie from 0, and makes u = 0 at the top.
@@ -162,20 +189,24 @@ struct Sums {  // relative to the references x0, y0, the largest logits so far
 // False, and nothing added, where the fast form meets −inf (or NaN).
 INLINE bool add_block(Sums& s, const float* x, const float* y, int count, const bool holes, const bool stats) {
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
-    for (int i = 0; i < count; i += kLanes) {
-        vf u = at(x, i, s.cx, s.x0), v = at(y, i, s.cy, s.y0);
-        const vf eu = exp2_(u), ev = exp2_(v);
-        if (holes) {
-            hole += v == -kInf ? eu : vf{};
-            u = u == -kInf ? vf{} : u;
-            v = v == -kInf ? vf{} : v;
-        }
-        X += eu;
-        Y += ev;
-        gap += eu * (u - v);
-        if (stats) {
-            xu += eu * u;
-            yv += ev * v;
+    for (int i = 0; i < count; i += kStep) {
+        vf z[4] = {at(x, i, s.cx, s.x0), at(y, i, s.cy, s.y0), at(x, i + kLanes, s.cx, s.x0), at(y, i + kLanes, s.cy, s.y0)}, e[4];
+        exp2_(z, e);
+        for (int k = 0; k < 4; k += 2) {
+            vf u = z[k], v = z[k + 1];
+            const vf eu = e[k], ev = e[k + 1];
+            if (holes) {
+                hole += v == -kInf ? eu : vf{};
+                u = u == -kInf ? vf{} : u;
+                v = v == -kInf ? vf{} : v;
+            }
+            X += eu;
+            Y += ev;
+            gap += eu * (u - v);
+            if (stats) {
+                xu += eu * u;
+                yv += ev * v;
+            }
         }
     }
     const double total = sum(gap);
@@ -243,14 +274,17 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
 // x = student, y = teacher. q·(u − v − mean) with q = 2^u / X.
 INLINE void reverse_block(const float* x, const float* y, float* g, int count, const Sums& s, float mean, float floor,
                           float factor, const bool holes) {
-    for (int i = 0; i < count; i += kLanes) {
-        vf u = at(x, i, s.cx, s.x0), v = at(y, i, s.cy, s.y0);
-        const vf eu = exp2_(u);
-        if (holes) {
-            u = u == -kInf ? vf{} : u;
-            v = v == -kInf ? splat(floor) : v;
+    for (int i = 0; i < count; i += kStep) {
+        vf u[2] = {at(x, i, s.cx, s.x0), at(x, i + kLanes, s.cx, s.x0)}, e[2];
+        exp2_(u, e);
+        for (int k = 0; k < 2; ++k) {
+            vf v = at(y, i + k * kLanes, s.cy, s.y0);
+            if (holes) {
+                u[k] = u[k] == -kInf ? vf{} : u[k];
+                v = v == -kInf ? splat(floor) : v;
+            }
+            *(vf*)(g + i + k * kLanes) = e[k] * ((u[k] - v) - mean) * factor;
         }
-        *(vf*)(g + i) = eu * ((u - v) - mean) * factor;
     }
 }
 
