@@ -1,9 +1,9 @@
 """The truncated SVD of a group of equally shaped differences: first pass, basis, final projection, certificates.
 
-    Q from one of three routes;   Y = X Q = U S Wᵀ;   V = Q W;   ρ = ‖XᵀU − V S‖ by column
+    Q from one of three routes;   U₀ = orth(X Q);   XᵀU₀ = V S Wᵀ;   U = U₀ W;   ρ = ‖X V − U S‖ by column
 
-X v_i = σ_i u_i by construction, so σ̃_i ≤ σ_i and ‖X‖² − Σσ̃² is the squared norm of what was left out; the last
-product measures how far the triplets are from being singular.
+Xᵀu_i = σ_i v_i by construction, so σ̃_i ≤ σ_i and ‖X‖² − Σσ̃² is the squared norm of what was left out; the last product
+measures how far the triplets are from being singular. The factorisation proper happens on the short side.
 
 Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K = rank.
 """
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
 
     def width(self, m: int) -> int:
         """Columns L of the sketch for a short side m."""
-        oversample = max(self.rank, 32) if self.oversample is None else self.oversample
+        oversample = max(self.rank + 8, 32) if self.oversample is None else self.oversample
         return min(m, self.rank + oversample)
 
 
@@ -66,8 +66,8 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
     like = difference.x[0].new_empty(0, dtype=difference.dtype)
     start = None
     if k and route == "subspace":
-        omega = routes.gaussian(settings.seed, n, width, like).expand(len(x), n, width)
-        start, statistics = ops.sketch(difference.mT.x, difference.mT.base, omega, False, True)
+        omega = routes.signs(settings.seed, m, width, like).expand(len(x), m, width)
+        start, statistics = ops.sketch(difference.x, difference.base, omega, False, True)
     else:
         statistics = ops.stats(difference.x, difference.base, False)
 
@@ -120,11 +120,11 @@ def power_of_two(largest: Tensor) -> Tensor:
 def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, settings: Settings) -> Tensor:
     if route == "exact":
         return routes.exact(x, width)
-    if route == "subspace":
-        return routes.iterate(x, orth.basis(start), settings.power_iters)
+    if start is not None and settings.power_iters:  # the first half of the first iteration was the sketch
+        return routes.iterate(x, orth.basis(x.mT.apply(start, fast=True)), settings.power_iters - 1, fast=True)
     m = x.x[0].shape[1]
-    omega = routes.gaussian(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype))
-    return routes.gram(x, omega.expand(len(x.x), m, width), settings.power_iters)
+    omega = routes.signs(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype)).expand(len(x.x), m, width)
+    return omega if route == "subspace" else routes.gram(x, omega, settings.power_iters)
 
 
 def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, may_iterate: bool) -> tuple[RSVD, Rest]:
@@ -133,25 +133,32 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     eps = torch.finfo(q.dtype).eps
     rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
     for _ in range(MAX_ROUNDS):
-        u, s, w = orth.svd_of_tall(x.apply(q), k)
-        v = q @ w
-        leading, v_k = s[:, :k], v[..., :k]
-        gap = x.mT.apply(u) - v_k * leading.to(v.dtype).unsqueeze(-2)
+        left = orth.orthonormal(x.apply(q))
+        right = x.mT.apply(left)
+        v, s, w = orth.svd_of_tall(right, k)
+        u, leading = left @ w[..., :k], s[:, :k]
+        gap = x.apply(v) - u * leading.to(u.dtype).unsqueeze(-2)
         rho = gap.double().square().sum(-2).sqrt() + rounding
         met = ((rho <= (tol or torch.inf) * leading) | (rho <= 2 * rounding)).all(-1)
         if met.all() or not may_iterate:
             break
-        q = routes.iterate(x, v, max(1, settings.power_iters))
+        q = routes.iterate(x, orth.basis(right), max(1, settings.power_iters), fast=False)
 
-    residual = _residual_norm(x, u, leading.to(v.dtype), v_k, frobenius, eps)
+    residual = _residual_norm(x, u, leading.to(u.dtype), v, frobenius, eps)
     flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
     flags[~met] |= int(Flag.TOL_NOT_MET)
     deficient = leading[:, -1] <= rounding[:, 0]
     flags[deficient] |= int(Flag.RANK_DEFICIENT)
     if s.shape[-1] > k:
         flags[~deficient & (s[:, k] > 0.999 * leading[:, -1])] |= int(Flag.CLUSTERED)
-    svd = RSVD(u, leading.to(u.dtype), v_k.mT, residual, frobenius, rho, flags)
-    return svd, Rest(s[:, k:].to(u.dtype), v[..., k:])
+    svd = RSVD(u, leading.to(u.dtype), v.mT, residual, frobenius, rho, flags)
+    return svd, _rest(right, s, w, k)
+
+
+def _rest(right: Tensor, s: Tensor, w: Tensor, k: int) -> Rest:
+    """The Ritz pairs beyond k; those at rounding level are left out as zeros."""
+    s = torch.where(s[:, k:] > 1e-4 * s[:, :1], s[:, k:], 0.0).to(right.dtype)
+    return Rest(s, (right @ w[..., k:]) * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
 
 
 def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Tensor, eps: float) -> Tensor:

@@ -53,8 +53,8 @@ class Difference:
         for i in range(len(self.x)):
             us = u[i] * s[i]
             for rows, panel in self._panels(i):
-                panel.addmm_(us[rows], v[i].mT, alpha=-1)
-                squares[i] += torch.linalg.vector_norm(panel, dtype=torch.float64).square()
+                left = torch.addmm(panel, us[rows], v[i].mT, alpha=-1)
+                squares[i] += torch.linalg.vector_norm(left, dtype=torch.float64).square()
         return squares.sqrt()
 
     def _panels(self, i: int):

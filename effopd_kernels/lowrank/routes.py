@@ -5,9 +5,9 @@ chosen.
     gram       G = XᵀX once, then Q ← orth(G Q) without touching the pair
     exact      eigenvectors of G in fp64 (for fp64 input: LAPACK's SVD)
 
-Whatever the route, :mod:`rsvd` ends with one fp32 projection of the pair itself, and only that decides σ: an error δ in
-the subspace costs δ² in σ. Therefore the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and
-5.1.
+Whatever the route, :mod:`decompose` ends with two fp32 products with the pair itself, and only they decide σ: the first
+damps what rounding brought into Q from outside the subspace, and an error δ of the subspace costs δ² in σ. Therefore
+the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .difference import Difference
-from .orth import basis, orthonormal
+from .orth import basis
 
 ROUTES = ("subspace", "gram", "exact")
 GRAM_ITERATIONS = 4  # iterations in the Gram per requested power iteration: they cost a tenth of one on the pair
@@ -29,28 +29,29 @@ def choose(n: int, m: int, rank: int, width: int, device: torch.device) -> str:
     return "subspace" if rank <= (96 if device.type == "cpu" else 16) else "gram"
 
 
-def gaussian(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """The test matrix of a shape, (rows, columns): drawn on the CPU, so every device and every batch gets the same
-    numbers.
+def signs(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """The test matrix of a shape, (rows, columns) of ±1: drawn on the CPU, so every device and batch gets the same.
+
+    Signs do as well as Gaussians here and come 64 to a draw, which makes them free.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(like.device, like.dtype)
+    words = torch.randint(-(2**63), 2**63 - 1, (rows, -(-columns // 64)), generator=generator)
+    bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.reshape(rows, -1)[:, :columns].to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-def iterate(x: Difference, q: Tensor, iterations: int) -> Tensor:
-    """Q ← orth(XᵀX Q). The last round is in full precision: it damps what rounding brought in from outside the
-    subspace.
-    """
-    for i in range(iterations):
-        q = basis(x.gram_apply(q, fast=i < iterations - 1))
-    return orthonormal(q)
+def iterate(x: Difference, q: Tensor, iterations: int, fast: bool) -> Tensor:
+    """Q ← orth(XᵀX Q)."""
+    for _ in range(iterations):
+        q = basis(x.gram_apply(q, fast))
+    return q
 
 
 def gram(x: Difference, q: Tensor, iterations: int) -> Tensor:
     g = x.gram(double=False)
     for _ in range(max(1, GRAM_ITERATIONS * iterations)):
         q = basis(g @ q)
-    return orthonormal(q)
+    return q
 
 
 def exact(x: Difference, width: int) -> Tensor:

@@ -116,6 +116,18 @@ def test_repeatable_and_independent_of_the_batch(route):
         assert torch.equal(x, y) and torch.equal(x[1, 2], z)
 
 
+@pytest.mark.parametrize("columns", [64, 75])
+def test_batch_equals_single_where_panels_are_views(columns):
+    """fp32 without a base needs no copy: results must still not depend on where a matrix lies in its batch."""
+    a = torch.randn(3, 50, columns, generator=torch.Generator().manual_seed(0))
+    before = a.clone()
+    together = batched_rsvd(a, 5, route="subspace")
+    for i in range(3):
+        alone = batched_rsvd(a[i].clone(), 5, route="subspace")
+        assert all(torch.equal(x[i], y) for x, y in zip(together, alone, strict=True))
+    assert torch.equal(a, before)
+
+
 def test_the_seed_matters_only_to_the_sketch():
     a = spectrum("polynomial", 200, 260).float()
     one, two = (batched_rsvd(a, 5, seed=seed, route="subspace") for seed in (0, 1))

@@ -138,7 +138,7 @@ def test_gradient_does_not_depend_on_the_basis_inside_a_cluster():
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 8)])
+@pytest.mark.parametrize("shape", [(5, 4), (2, 3, 4)])
 def test_gradcheck_of_the_low_rank_part(shape):
     a, base = random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, base: low_rank_part(a, 2, base=base), (a, base))
