@@ -12,8 +12,8 @@ from pathlib import Path
 import trl
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoint import damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
 from .errors import NonFiniteLossError, UserError
@@ -101,17 +101,22 @@ def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
     return parser.parse_args_and_config(argv)
 
 
-def check_output_dir(args: OPDConfig) -> None:
-    """A folder in use is resumed or overwritten on request, never by accident. Resolves the checkpoint's name."""
-    folder = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    if resume and str(resume).lower() in ("true", "1", "latest"):
-        args.resume_from_checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if args.resume_from_checkpoint is None:
-            raise UserError(f"--resume_from_checkpoint: '{folder}' holds no checkpoint")
+def resolve_checkpoint(args: OPDConfig) -> None:
+    """`--resume_from_checkpoint` without a path (or `latest`) means the newest intact one; a damaged one is named."""
+    resume, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if resume and str(resume).lower() in ("true", "latest"):
+        args.resume_from_checkpoint = str(newest_intact(folder))
     elif resume and not Path(resume).is_dir():
         raise UserError(f"--resume_from_checkpoint: '{resume}' is not a folder")
-    elif not resume and not args.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+    elif resume and (wrong := damage(Path(resume))):
+        raise UserError(f"--resume_from_checkpoint: {wrong}")
+
+
+def check_output_dir(args: OPDConfig) -> None:
+    """A folder in use is resumed or overwritten on request, never by accident."""
+    folder = Path(args.output_dir)
+    asked = args.resume_from_checkpoint or args.overwrite_output_dir
+    if not asked and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; pass --resume_from_checkpoint to go on with it, "
             "--overwrite_output_dir to write over it, or another folder"
@@ -210,6 +215,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
 
 def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
     """Train, then write the student, summary.json and curves.png into `output_dir`."""
+    resolve_checkpoint(args)
     if PartialState().is_main_process:
         check_output_dir(args)
     trainer = build_trainer(data, args, model_args)

@@ -1,8 +1,16 @@
-"""Stop signals become KeyboardInterrupt, at once or, with several processes, when all have agreed."""
+"""Stop signals become KeyboardInterrupt, at once or, with several processes, when all have agreed; what a step was when
+it completed is remembered, so that a checkpoint of it can still be written."""
 
+import random
 import signal
 import threading
 from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ..extrapolation.interrupts import Deferred
 
 
 class Interrupts:
@@ -35,3 +43,46 @@ class Interrupts:
         finally:
             for s, handler in saved.items():
                 signal.signal(s, handler)
+
+
+class StepGuard(TrainerCallback):
+    """Brackets the optimizer step against interrupts, and remembers the random state each completed step ended with."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.step = 0
+        self.random_state = None
+        self._update: Deferred | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._completed(state)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        # An optimizer step is many small writes; interrupted between two of them, the weights would belong to no step.
+        self._update = Deferred()
+        self._update.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._completed(state)
+        if args.eval_at_powers_of_two and args.do_eval and state.global_step.bit_count() == 1:
+            control.should_evaluate = True
+        interrupts, accelerator = self.trainer.interrupts, self.trainer.accelerator
+        if not interrupts.immediate:  # several processes: stop together or not at all
+            told = torch.tensor(int(interrupts.pending), device=accelerator.device)
+            interrupts.pending = bool(accelerator.reduce(told, "sum"))
+            control.should_save = control.should_save or interrupts.pending
+            control.should_training_stop = control.should_training_stop or interrupts.pending
+        self._update.__exit__()
+
+    def _completed(self, state) -> None:
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self.step = state.global_step
+        self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+    def restore_random_state(self) -> None:
+        python, numpy, cpu, cuda = self.random_state
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)

@@ -6,30 +6,29 @@ transformers' and accelerate's; nothing of them is written again here.
 
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
+from ..divergence import REVERSE_KL
 from ..extrapolation import Scores
-from ..extrapolation.interrupts import Deferred
 from ..extrapolation.lora import COMPANION
 from .callback import EffOPDCallback
+from .checkpoint import STAGING, checkpoint_name, newest_intact, publish
 from .config import OPDConfig
 from .errors import NonFiniteLossError
-from .interrupt import Interrupts
+from .interrupt import Interrupts, StepGuard
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
 from .validation import TeacherLoss, Validator
@@ -95,7 +94,7 @@ class OPDTrainer(trl.DistillationTrainer):
         self.ledger = Ledger()
         self.last_evaluated: int | None = None
         self.interrupts = Interrupts(immediate=self.accelerator.num_processes == 1)
-        self.guard = _StepGuard(self)
+        self.guard = StepGuard(self)
         self.add_callback(self.guard)
         self._staging: Path | None = None
         self.effopd: EffOPDCallback | None = None
@@ -119,7 +118,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def _observe(self, stats, mask) -> None:
         sums = [stats.divergence.sum(), stats.teacher_entropy.sum(), mask.sum()]
-        self._observed = [torch.stack([s.double() for s in sums])]
+        self._observed = [torch.stack([s.float() for s in sums])]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -131,7 +130,8 @@ class OPDTrainer(trl.DistillationTrainer):
         if not math.isfinite(divergence):
             raise NonFiniteLossError(f"the loss is not finite at step {step}; nothing was updated in it")
         if tokens:
-            self._metrics["train"]["teacher_kl"].append(divergence / tokens)
+            is_kl = self.args.loss_divergence == REVERSE_KL and self.args.loss_temperature == 1
+            self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
         return output
 
     # ---- rollouts and data --------------------------------------------------------------------------------------
@@ -221,7 +221,10 @@ class OPDTrainer(trl.DistillationTrainer):
         """`transformers.Trainer.train`. On Ctrl-C (SIGINT, SIGTERM) a checkpoint of the last completed step is written
         and KeyboardInterrupt raised; with several processes, at the end of the step in which any of them was told."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = str(newest_intact(Path(self.args.output_dir)))
+        if self.is_world_process_zero():
+            for abandoned in Path(self.args.output_dir).glob(f"{STAGING}*"):  # by a process that was killed
+                shutil.rmtree(abandoned)
         self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))
@@ -249,11 +252,11 @@ class OPDTrainer(trl.DistillationTrainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint appears whole or not at all: written under another name, then renamed."""
+        """As transformers writes it, with EffOPD's state and the ledger, published when complete."""
         run_dir = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        name = checkpoint_name(self.state.global_step)
         with self.ledger.off_the_clock():
-            self._staging = run_dir / f".saving-{self.state.global_step}"
+            self._staging = run_dir / f"{STAGING}{self.state.global_step}"
             staged = self._staging / name
             try:
                 super()._save_checkpoint(model, trial)
@@ -263,15 +266,15 @@ class OPDTrainer(trl.DistillationTrainer):
                 self.effopd.save(staged, self.state.global_step)
             if self.args.should_save:
                 (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(
-                        run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-                    )
+                if self.state.best_global_step:  # super() looked for it in the staging folder
+                    self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            self.accelerator.wait_for_everyone()
-            if self.args.local_process_index == 0 and staged.exists():
-                _replace(staged, run_dir / name)
-                shutil.rmtree(staged.parent)
+            # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
+            for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):
+                self.accelerator.wait_for_everyone()
+                if mine and staged.exists():
+                    publish(staged, run_dir / name)
+                    shutil.rmtree(staged.parent)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 rotate_checkpoints(
@@ -282,49 +285,6 @@ class OPDTrainer(trl.DistillationTrainer):
                 )
 
 
-class _StepGuard(TrainerCallback):
-    """Brackets the optimizer step against interrupts, and remembers the random state each completed step ended with."""
-
-    def __init__(self, trainer: OPDTrainer):
-        self.trainer = trainer
-        self.step = 0
-        self.random_state = None
-        self._update: Deferred | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._completed(state)
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        # An optimizer step is many small writes; interrupted between two of them, the weights would belong to no step.
-        self._update = Deferred()
-        self._update.__enter__()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._completed(state)
-        if args.eval_at_powers_of_two and args.do_eval and state.global_step.bit_count() == 1:
-            control.should_evaluate = True
-        interrupts, accelerator = self.trainer.interrupts, self.trainer.accelerator
-        if not interrupts.immediate:  # several processes: stop together or not at all
-            told = torch.tensor(int(interrupts.pending), device=accelerator.device)
-            interrupts.pending = bool(accelerator.reduce(told, "sum"))
-            control.should_save = control.should_save or interrupts.pending
-            control.should_training_stop = control.should_training_stop or interrupts.pending
-        self._update.__exit__()
-
-    def _completed(self, state) -> None:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        self.step = state.global_step
-        self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-    def restore_random_state(self) -> None:
-        python, numpy, cpu, cuda = self.random_state
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
-
-
 def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
     kwargs = dict(args.teacher_model_init_kwargs or {})
     if args.teacher_model_revision is not None:
@@ -333,12 +293,3 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(name, **kwargs)
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Rename folder `new` to `old`, which may exist."""
-    aside = new.parent / "replaced"
-    if old.exists():
-        old.rename(aside)
-    new.rename(old)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Checkpoints that appear whole or not at all, and can be told from damaged ones.
+
+A checkpoint is written under another name, gets a manifest of its files' sizes and CRC-32, and is then renamed. A
+process killed at any moment leaves the folder it was writing unpublished; a file truncated or altered later no longer
+agrees with the manifest.
+"""
+
+import json
+import logging
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .errors import UserError
+
+MANIFEST = "manifest.json"
+STAGING = ".saving-"
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def publish(staged: Path, final: Path) -> None:
+    """Give `staged` its manifest and the name `final`, which may exist and is then replaced."""
+    files = [p for p in sorted(staged.rglob("*")) if p.is_file() and p.name != MANIFEST]
+    manifest = {str(p.relative_to(staged)): [p.stat().st_size, _crc32(p)] for p in files}
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    aside = staged.parent / "replaced"
+    if final.exists():
+        final.rename(aside)
+    staged.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a published checkpoint, naming the file; None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"'{checkpoint / MANIFEST}' is missing or unreadable"
+    for name, (size, crc) in manifest.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"'{file}' is missing"
+        if file.stat().st_size != size:
+            return f"'{file}' has {file.stat().st_size} bytes instead of {size}"
+        if _crc32(file) != crc:
+            return f"'{file}' was altered"
+    return None
+
+
+def newest_intact(output_dir: Path) -> Path:
+    """The newest checkpoint in `output_dir` that is whole; damaged ones are named in a warning and passed over.
+
+    Raises:
+        UserError: there is none.
+    """
+    steps = {
+        p: int(m[1]) for p in output_dir.glob("*") if (m := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", p.name))
+    }
+    for checkpoint in sorted(steps, key=steps.get, reverse=True):
+        if (wrong := damage(checkpoint)) is None:
+            return checkpoint
+        logger.warning("%s; going on from the checkpoint before it", wrong)
+    raise UserError(f"--resume_from_checkpoint: '{output_dir}' holds no {'intact ' if steps else ''}checkpoint")
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,106 @@
+"""Checkpoints under kill -9, truncation and alteration."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from effopd_kernels.train import UserError
+from effopd_kernels.train.checkpoint import damage, newest_intact
+from train import world as tiny
+from train.world import make_trainer
+
+HERE = Path(__file__).parent
+RUN = """
+import sys
+from pathlib import Path
+from train.world import make_trainer
+world, out, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resume"
+config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+trainer = make_trainer(world, out, config=config)
+trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
+trainer.save_model()
+"""
+
+
+def start(world, out, how):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    out.mkdir(exist_ok=True)
+    with open(out / "stderr.txt", "w") as stderr:
+        command = [sys.executable, "-c", RUN, world, out, how]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+
+
+def finish(process, out):
+    assert process.wait(timeout=200) == 0, (out / "stderr.txt").read_text()[-2000:]
+
+
+def test_killed_at_any_moment_the_resumed_run_is_the_same(world, tmp_path):
+    finish(start(world, tmp_path / "whole", "afresh"), tmp_path / "whole")
+    out = tmp_path / "killed"
+    for lines in (2, 5):  # killed twice: after that many records, wherever the process then is
+        process = start(world, out, "resume")
+        metrics, deadline = out / "metrics.jsonl", time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.is_file() and metrics.read_text().count("\n") >= lines:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(start(world, out, "resume"), out)
+    expected, got = (load_file(p / "model.safetensors") for p in (tmp_path / "whole", out))
+    assert expected.keys() == got.keys()
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
+    assert not list(out.glob(".saving-*"))
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    make_trainer(world, out, config={"max_steps": 2, "save_strategy": "steps", "save_steps": 1}).train()
+    return out
+
+
+@pytest.fixture
+def checkpoints(two_checkpoints, tmp_path):
+    return shutil.copytree(two_checkpoints, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "effopd_state/effopd.json"]
+)
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(checkpoints, file, how, caplog):
+    victim = checkpoints / "checkpoint-2" / file
+    content = victim.read_bytes()
+    assert damage(checkpoints / "checkpoint-2") is None
+    if how == "missing":
+        victim.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        victim.write_bytes(content[:-1] if how == "truncated" else flipped)
+    with caplog.at_level(logging.WARNING):
+        assert newest_intact(checkpoints).name == "checkpoint-1"
+    assert str(victim) in caplog.text
+
+
+def test_none_intact(checkpoints):
+    for folder in checkpoints.glob("checkpoint-*"):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "ledger.json"} <= manifest.keys()
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="holds no intact checkpoint"):
+        newest_intact(checkpoints)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        newest_intact(tiny.HERE)
