@@ -29,4 +29,4 @@ def test_two_processes_equal_one(world, tmp_path):
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-3)
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=2e-5, msg=name)
-    assert (tmp_path / "two" / "checkpoint-2" / "effopd").is_dir()
+    assert (tmp_path / "two" / "checkpoint-2" / "effopd_state").is_dir()
