@@ -1,0 +1,227 @@
+"""Divergence losses against eager PyTorch, torch.compile, F.kl_div, TRL and Liger.
+
+    pytest benchmarks/bench_divergence.py --benchmark-only [--quick] [--save-results]
+
+Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2. FLOP from hidden
+states: 4 GEMM units of 2·N·V·D (student and teacher projections, dh, dW). The table gives each contender's time, our
+speed relative to it, and the fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured
+GEMM rate, both taken in the same run. Shapes that a device cannot hold are skipped; peers that are not installed, or
+that need a GPU where there is none, are left out.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import DEVICE, copy_bandwidth, gemm_rate, peak_in_child, race
+
+from effopd_kernels.divergence import divergence_loss, jsd, linear_reverse_kl_loss, reverse_kl_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
+
+GPU = DEVICE == "cuda"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# (device, tokens, vocabulary, dtype)
+LOGITS = [
+    ("cpu", 256, 151936, "fp32"),
+    ("cpu", 256, 151936, "bf16"),
+    ("cuda", 8192, 151936, "bf16"),
+    ("cuda", 8192, 131072, "fp32"),
+]
+# (device, tokens, hidden, vocabulary, dtype)
+LINEAR = [
+    ("cpu", 512, 896, 151936, "fp32"),
+    ("cpu", 512, 896, 151936, "bf16"),
+    *(("cuda", tokens, 4096, 128256, "bf16") for tokens in (1024, 2048, 4096, 8192)),
+]
+
+
+def available_bytes() -> int:
+    if GPU:
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+
+
+def need(device: str, nbytes: int) -> None:
+    if device != DEVICE:
+        pytest.skip(f"a {device} shape")
+    if nbytes > available_bytes():
+        pytest.skip(f"needs {nbytes / 1e9:.0f} GB")
+
+
+def eager_reverse_kl(s, t):
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def kl_div(s, t):
+    return F.kl_div(F.log_softmax(t, -1), F.log_softmax(s, -1), log_target=True, reduction="batchmean")
+
+
+def eager_jsd(s, t):
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    log_m = torch.logaddexp(log_q, log_p) - 0.6931471805599453
+    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)).mean()
+
+
+def with_backward(loss, *leaves):
+    def call():
+        for leaf in leaves:
+            leaf.grad = None
+        loss().backward()
+
+    return call
+
+
+def without_grad(loss):
+    def call():
+        with torch.no_grad():
+            loss()
+
+    return call
+
+
+def rows_of(times: dict, ours: str, work: float, ceiling: float, of: str) -> list[dict]:
+    return [
+        {
+            "contender": name,
+            "ms": round(1e3 * t, 2),
+            f"{ours} is × faster": round(t / times[ours], 2),
+            of: round(work / t / ceiling, 3),
+        }
+        for name, t in times.items()
+    ]
+
+
+@pytest.mark.parametrize("device, N, V, dtype", LOGITS)
+def test_logits(benchmark, report, request, device, N, V, dtype):
+    quick = request.config.getoption("--quick")
+    N, rounds = (N // 4, 3) if quick else (N, 7)
+    size = N * V * DTYPES[dtype].itemsize
+    need(device, 14 * size)  # eager's temporaries
+    s, t = (torch.randn(N, V, device=DEVICE).mul_(3).to(DTYPES[dtype]) for _ in range(2))
+    s.requires_grad_()
+    compiled = torch.compile(eager_reverse_kl)
+    contenders = {
+        "ours": lambda: reverse_kl_loss(s, t),
+        "ours, in place": lambda: reverse_kl_loss(s, t, inplace=True),
+        "eager": lambda: eager_reverse_kl(s, t),
+        "torch.compile": lambda: compiled(s, t),
+        "F.kl_div": lambda: kl_div(s, t),
+    }
+    bandwidth = copy_bandwidth()
+    times = race({name: with_backward(loss, s) for name, loss in contenders.items()}, rounds)
+    rows = rows_of(times, "ours", 3 * size, bandwidth, "of copy bandwidth")
+    for row in rows:
+        row["in place is × faster"] = round(times[row["contender"]] / times["ours, in place"], 2)
+    report(f"reverse KL from logits, value and gradient, {N} × {V} {dtype}", rows, copy_GBs=round(bandwidth / 1e9, 1))
+
+    forward = {name: without_grad(contenders[name]) for name in ("ours", "eager", "torch.compile", "F.kl_div")}
+    times = race(forward, rounds)
+    report(
+        f"reverse KL from logits, value, {N} × {V} {dtype}",
+        rows_of(times, "ours", 2 * size, bandwidth, "of copy bandwidth"),
+    )
+
+    contenders = {"ours": lambda: divergence_loss(s, t, jsd(0.5)), "eager": lambda: eager_jsd(s, t)}
+    if GPU:
+        contenders |= liger_jsd(s, t)
+    times = race({name: with_backward(loss, s) for name, loss in contenders.items()}, min(rounds, 3))
+    report(
+        f"JSD from logits, value and gradient, {N} × {V} {dtype}",
+        rows_of(times, "ours", 3 * size, bandwidth, "of copy bandwidth"),
+    )
+    benchmark.pedantic(with_backward(lambda: reverse_kl_loss(s, t), s), rounds=3)
+
+
+def liger_jsd(s, t):
+    try:
+        from liger_kernel.transformers.functional import liger_jsd
+    except ImportError:
+        return {}
+    return {"Liger JSD": lambda: liger_jsd(F.log_softmax(s, -1), F.log_softmax(t, -1), beta=0.5)}
+
+
+def linear_contenders(h, w, ht, wt) -> dict:
+    contenders = {
+        "ours": lambda: linear_reverse_kl_loss(h, w, ht, wt),
+        "eager": lambda: eager_reverse_kl(F.linear(h, w), F.linear(ht, wt)),
+    }
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        contenders["TRL chunked"] = lambda: ChunkedDivergenceFunction.apply(h, w, None, ht, wt, None, 1.0)[0].mean()
+    except ImportError:
+        pass
+    if not GPU:
+        return contenders
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+        chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0)
+        labels = torch.zeros(len(h), dtype=torch.long, device=DEVICE)
+        contenders["Liger fused JSD"] = lambda: liger_fused_linear_jsd(h, w, ht, wt)
+        contenders["Liger chunked JSD"] = lambda: chunked(h, w, ht, wt, labels)
+    except ImportError:
+        pass
+    return contenders
+
+
+SETUP = """
+import sys
+sys.path.insert(0, {folder!r})
+import bench_divergence as bench
+from effopd_kernels.divergence import linear_reverse_kl_loss
+torch.manual_seed(0)
+h, w, ht, wt = bench.linear_inputs({N}, {D}, {V}, torch.{dtype})
+small = bench.linear_inputs(4, 8, 64, torch.{dtype})  # threads and libraries are loaded before the peak is forgotten
+for loss in bench.linear_contenders(*small).values():
+    loss().backward()
+loss = bench.linear_contenders(h, w, ht, wt)[{name!r}]
+"""
+
+
+def linear_inputs(N, D, V, dtype):
+    shapes = (N, D), (V, D), (N, D), (V, D)
+    tensors = [torch.randn(s, device=DEVICE).mul_(0.3 if i % 2 else 1.0).to(dtype) for i, s in enumerate(shapes)]
+    return [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
+
+
+def extra_memory(name, N, D, V, dtype, folder) -> int:
+    """Peak bytes beyond inputs and gradients, of value and gradient."""
+    gradients = (N * D + V * D) * dtype.itemsize
+    if not GPU:
+        setup = SETUP.format(folder=folder, N=N, D=D, V=V, dtype=str(dtype).split(".")[1], name=name)
+        return peak_in_child(setup, "loss().backward()") - gradients
+    inputs = linear_inputs(N, D, V, dtype)
+    loss = linear_contenders(*inputs)[name]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss().backward()
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+@pytest.mark.parametrize("device, N, D, V, dtype", LINEAR)
+def test_linear(benchmark, report, request, device, N, D, V, dtype):
+    quick = request.config.getoption("--quick")
+    N, rounds = (N // 4, 1) if quick else (N, 3 if GPU else 2)
+    dtype_ = DTYPES[dtype]
+    need(device, 4 * V * D * dtype_.itemsize + 12 * N * V * dtype_.itemsize)
+    h, w, ht, wt = linear_inputs(N, D, V, dtype_)
+    contenders = {name: with_backward(loss, h, w) for name, loss in linear_contenders(h, w, ht, wt).items()}
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(0)).argsort() < 0.4 * N
+    mask = mask.to(DEVICE)
+    contenders["ours, 60 % masked"] = with_backward(lambda: linear_reverse_kl_loss(h, w, ht, wt, mask=mask), h, w)
+    rate = gemm_rate(N, V, D, dtype_)
+    times = race(contenders, rounds)
+    rows = rows_of(times, "ours", 4 * 2 * N * V * D, rate, "of GEMM rate")
+    del h, w, ht, wt, contenders
+    folder = str(request.path.parent)
+    for row in rows:
+        if "masked" not in row["contender"]:
+            row["extra MB"] = round(extra_memory(row["contender"], N, D, V, dtype_, folder) / 1e6)
+    report(f"reverse KL from hidden states, {N} tokens, D {D}, V {V}, {dtype}", rows, gemm_GFLOPs=round(rate / 1e9))
+    h, w, ht, wt = linear_inputs(N, D, V, dtype_)
+    benchmark.pedantic(with_backward(lambda: linear_reverse_kl_loss(h, w, ht, wt), h, w), rounds=1)

@@ -1,0 +1,92 @@
+"""What benchmarks share: the device's name and measured ceilings, contenders timed in turns, peak memory, tables."""
+
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name() -> str:
+    """Such as nvidia-h200 or cpu-amd-epyc-2cores: the folder under results/."""
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        try:
+            with open("/proc/cpuinfo") as f:
+                model = next((line.split(":")[1] for line in f if line.startswith("model name")), platform.machine())
+        except OSError:
+            model = platform.machine()
+        name = f"cpu {model} {torch.get_num_threads()}cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def seconds(function) -> float:
+    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def race(contenders: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one unmeasured call. They take turns, in rotating order, so that drift and
+    neighbours fall on all alike."""
+    times = {name: [] for name in contenders}
+    for function in contenders.values():
+        function()
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            times[name].append(seconds(contenders[name]))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def copy_bandwidth(nbytes: int = 1 << 28) -> float:
+    """Bytes per second, reads and writes counted, of copying a buffer larger than the caches."""
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * nbytes / race({"copy": lambda: target.copy_(source)}, 5)["copy"]
+
+
+def gemm_rate(M: int, N: int, K: int, dtype: torch.dtype) -> float:
+    """FLOP per second of (M, K)·(N, K)ᵀ into memory already touched."""
+    a, b = (torch.randn(rows, K, device=DEVICE, dtype=dtype) for rows in (M, N))
+    out = torch.empty(M, N, device=DEVICE, dtype=dtype)
+    return 2 * M * N * K / race({"gemm": lambda: torch.mm(a, b.T, out=out)}, 3)["gemm"]
+
+
+def peak_in_child(setup: str, call: str) -> int:
+    """Peak resident bytes that `call` adds to those after `setup`, in a process of its own."""
+    code = f"""
+import resource, torch
+{setup}
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+before = resident()
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")  # forget the peak so far
+{call}
+with open("/proc/self/status") as f:
+    peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+print("PEAK", peak - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.rsplit("PEAK", 1)[1])
+
+
+def table(title: str, rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(c, "")) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    ]
+    return "\n".join([title, *lines])
