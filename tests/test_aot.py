@@ -1,14 +1,52 @@
-"""No shipped kernel configuration spills a register on any architecture we launch it on."""
+"""No shipped kernel configuration spills a register, or asks for more shared memory than there is, on any architecture
+we launch it on; and rows are addressed in 64 bits."""
+
+import re
 
 import pytest
 
 pytest.importorskip("triton")
 
 import aot
+import triton
+import triton.language as tl
+
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may use
 
 
-def test_no_configuration_spills():
+def test_no_configuration_spills_or_lacks_shared_memory():
     reports = list(aot.reports())
     assert {r.arch for r in reports} == set(aot.TARGETS)
-    spilled = [f"{r.name} on {r.arch}: {r.spilled} bytes" for r in reports if r.spilled]
-    assert not spilled, "\n".join(spilled)
+    bad = [r for r in reports if r.spilled or r.shared > SHARED_MEMORY[r.arch]]
+    assert not bad, "\n".join(f"{r.name} on {r.arch}: {r.spilled} bytes spilled, {r.shared} shared" for r in bad)
+
+
+def narrow_uses_of_strides(variant) -> list[str]:
+    """Where a 32-bit stride enters arithmetic without being widened first."""
+    ir = aot.compile_variant(variant, "sm_90").asm["ttir"]
+    strides = {name for name, kind in variant.arguments.items() if name.endswith(("_stride", "_n")) and kind == "i32"}
+    body = [line for line in ir.splitlines() if "tt.func" not in line and not line.startswith("#")]
+    uses = [line for line in body for stride in strides if re.search(rf"%{stride}\b", line)]
+    assert uses, "no use of a stride found: this test looks for the wrong names"
+    return [line for line in uses if not re.search(r"arith\.extsi %\w+ : i32 to i64", line)]
+
+
+@triton.jit
+def _careless_kernel(x_ptr, x_stride):
+    tl.store(x_ptr + tl.program_id(0) * x_stride, 0.0)
+
+
+def test_rows_are_addressed_in_64_bits():
+    careless = aot.Variant("", _careless_kernel, {"x_ptr": "*fp32", "x_stride": "i32"}, (), {"num_warps": 1}, 1)
+    assert narrow_uses_of_strides(careless)
+    checked = 0
+    for variant in aot.variants("sm_90"):
+        if variant.name in ("divergence reverse", "divergence mixture", "lowrank X·Q bf16", "lowrank statistics bf16"):
+            assert not narrow_uses_of_strides(variant)
+            checked += 1
+    assert checked == 4

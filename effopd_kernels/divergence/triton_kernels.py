@@ -444,6 +444,10 @@ def launch_divergence_rows(
     Returns loss (N,) fp32 and stats (3, N) fp32 (student entropy, teacher entropy, top-1 agreement; empty unless
     with_stats). Nothing here waits for the device, so the launch can be captured in a CUDA graph.
     """
+    if student_scale <= 0 or teacher_scale <= 0:  # the reference of 2^u is the largest x times a positive number
+        raise ValueError(f"logit scales must be positive, got {student_scale} and {teacher_scale}")
+    mask = None if mask is None else mask.contiguous()
+    row_scale = None if row_scale is None else row_scale.contiguous()
     N, Vs = student.shape
     V = min(Vs, teacher.shape[1])
     loss = torch.empty(N, dtype=torch.float32, device=student.device)

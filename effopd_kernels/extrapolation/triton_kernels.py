@@ -23,7 +23,8 @@ from . import reference
 
 CHUNK = 32768
 LANES = 256  # threads of a program: 8 warps, or 4 waves of 64
-LAUNCH = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 128}
+CUDA, HIP = {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4}
+LAUNCH = HIP if torch.version.hip else CUDA
 PER_THREAD = 16  # elements per thread and turn: two 16-byte loads of bf16 from each tensor
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
