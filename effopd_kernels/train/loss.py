@@ -77,12 +77,12 @@ class FusedLoss:
         mask = completion_mask.bool()
         loss, stats = linear_divergence_loss(
             student_hidden_states,
-            _gathered(student_lm_head_weight),
+            _gathered(student_lm_head_weight, student_hidden_states),
             teacher_hidden_states,
-            _gathered(teacher_lm_head_weight),
+            _gathered(teacher_lm_head_weight, teacher_hidden_states),
             divergence_from_beta(beta) if self.divergence is None else self.divergence,
-            student_bias=_gathered(student_lm_head_bias),
-            teacher_bias=_gathered(teacher_lm_head_bias),
+            student_bias=_gathered(student_lm_head_bias, student_hidden_states),
+            teacher_bias=_gathered(teacher_lm_head_bias, teacher_hidden_states),
             student_logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
             student_softcap=student_final_logit_softcapping,
@@ -97,9 +97,9 @@ class FusedLoss:
         return loss, stats.student_entropy.sum(), mask.sum()
 
 
-def _gathered(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """FSDP2 keeps the head as a DTensor outside the wrapped forward: gather it once, not once per chunk."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _gathered(head: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """FSDP2's mixed precision keeps a sharded head in fp32 beside hidden states of its compute dtype."""
+    return head.full_tensor().to(hidden.dtype) if isinstance(head, DTensor) else head
 
 
 def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) -> FusedLoss:
