@@ -137,15 +137,19 @@ INLINE float largest(vf top) {
 INLINE Staged stage_as(const Side& side, const char* p, int count, float* out, const int dtype, const bool capped) {
     const int size = dtype == kFloat32 ? 4 : 2, whole = count / kLanes * kLanes;
     vf top = splat(-kInf);
-    for (int i = 0; i < count; i += kLanes) {
-        alignas(64) char rest[64] = {};
-        if (i == whole) memcpy(rest, p + int64_t(i) * size, (count - i) * size);
-        const vf x = load(i == whole ? rest : p + int64_t(i) * size, dtype), z = capped ? tanh_(x * side.pre) : x;
+    for (int i = 0; i < whole; i += kLanes) {
+        const vf x = load(p + int64_t(i) * size, dtype), z = capped ? tanh_(x * side.pre) : x;
         *(vf*)(out + i) = z;
-        if (i < whole) top = max_(z, top);
+        top = max_(z, top);
     }
     float largest_z = largest(top);
-    for (int i = whole; i < count; ++i) largest_z = out[i] > largest_z ? out[i] : largest_z;
+    if (whole < count) {
+        alignas(64) char rest[64] = {};
+        memcpy(rest, p + int64_t(whole) * size, (count - whole) * size);
+        const vf x = load(rest, dtype);
+        *(vf*)(out + whole) = capped ? tanh_(x * side.pre) : x;
+        for (int i = whole; i < count; ++i) largest_z = out[i] > largest_z ? out[i] : largest_z;
+    }
     for (int i = count; i % kStep; ++i) out[i] = -kInf;
     return {out, largest_z};
 }
