@@ -137,6 +137,7 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
         raise UserError(
             f"'{output}' holds a demo already; pass --overwrite_output_dir to run it again, or another --output_dir"
         )
+    torch.set_num_threads(1)  # matrices 64 wide: threads cost more to wake than they do, far more on a busy machine
     build_world(output / "world", args.seed)
     given = [a for a in argv if a != "--demo"]
     world = {
