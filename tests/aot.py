@@ -81,11 +81,11 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("N", "V", "Vs", "S", "student_stride", "teacher_stride", "grad_stride", "skew"), "i32"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
-            "LANES": launch.lanes, "VECTOR": vector, "LOADS": launch.loads, "SLICE": launch.slice, "S_POW2": 16,
+            "LANES": launch.lanes, "VECTOR": vector, "LOADS": launch.loads, "SLICE": launch.slice, "S_POW2": 32,
         }  # fmt: skip
         aligned = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride")
-        options = {"num_warps": launch.warps, **launch.options}
-        yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, launch.loads * vector)
+        options, elements = launch.options(stats), launch.loads * vector
+        yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, elements)
 
 
 def _extrapolation(arch: str) -> Iterator[Variant]:
@@ -203,11 +203,10 @@ def _read_cubin(compiled) -> tuple[int, int, list[tuple[Any, str]]]:
 
 def _read_amdgcn(compiled) -> tuple[int, int, list[tuple[Any, str]]]:
     text = compiled.asm["amdgcn"]
-    number = {
-        key: int(n)
-        for key, n in re.findall(r"\.(vgpr_count|\w+_spill_count|private_segment_fixed_size):? +(\d+)", text)
-    }
-    spilled = max(number["private_segment_fixed_size"], 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]))
+    wanted = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):? +(\d+)"
+    number = {key: int(n) for key, n in re.findall(wanted, text)}
+    # scalar registers spill to lanes of vector registers, not to memory
+    spilled = max(number["private_segment_fixed_size"], 4 * number["vgpr_spill_count"])
     body, label = [], 0
     for line in text.splitlines():
         if re.match(r"\.LBB\w+:", line):
