@@ -32,9 +32,10 @@ class Settings(NamedTuple):
     route: str | None
 
     def width(self, m: int) -> int:
-        """Columns L of the sketch for a short side m."""
-        oversample = max(self.rank + 8, 32) if self.oversample is None else self.oversample
-        return min(m, self.rank + oversample)
+        """Columns L of the sketch for a short side m; unless told, a multiple of 16, which products like."""
+        if self.oversample is None:
+            return min(m, -(-(self.rank + max(self.rank + 8, 32)) // 16) * 16)
+        return min(m, self.rank + self.oversample)
 
 
 class Rest(NamedTuple):

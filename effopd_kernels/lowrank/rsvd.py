@@ -36,8 +36,8 @@ def batched_rsvd(
         a: (..., m, n) bf16, fp16, fp32 or fp64, any strides. Arithmetic is fp32, or fp64 for fp64 input.
         rank: k, 0 ≤ k ≤ min(m, n).
         base: like ``a``, or None for zero. Subtracted on the fly, exactly for bf16 pairs; never written at full size.
-        oversample: extra columns of the sketch, default max(k + 8, 32). Generous on purpose: columns are cheap, a slow
-            spectrum is not.
+        oversample: extra columns of the sketch, default max(k + 8, 32) or a few more. Generous on purpose: columns are
+            cheap, a slow spectrum is not.
         power_iters: iterations XᵀX after the first pass (times four inside a Gram matrix).
         tol: iterate until every triplet residual ≤ tol · σ_i, or is at rounding level; else `Flag.TOL_NOT_MET` is set.
         seed: of the sketch. It depends on the seed and the shape alone, so a matrix's result does not depend on its
