@@ -10,15 +10,14 @@ round, in rotating order, so that drift and neighbours fall on all of them alike
 """
 
 import statistics
-import time
 
 import pytest
 import torch
+from common import DEVICE, seconds
 
 from effopd_kernels.extrapolation import extrapolate_
 
 ALPHA = 3.0
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def block(hidden, intermediate, heads, kv_heads, head_dim, bias):
@@ -68,15 +67,6 @@ def naive(w, a, c):
 
 
 CONTENDERS = [ours, ours_with_statistics, lerp_out, foreach_lerp, foreach_chain, naive]
-
-
-def seconds(function):
-    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def extra_memory(function, arguments):
