@@ -1,6 +1,6 @@
 """Truncated SVD and spectra of weight updates against torch and scikit-learn.
 
-    pytest benchmarks/bench_lowrank.py --benchmark-only [--quick]
+    pytest benchmarks/bench_lowrank.py --benchmark-only [--quick] [--save-results]
 
 Matrices are 1024 × 3072 with σ_i = 1/i, where the worst relative error of σ_1 … σ_64 is easy to get wrong. Contenders
 take turns within each round, so that drift and neighbours fall on all alike; ratios are of medians. scikit-learn gets
@@ -16,14 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from common import DEVICE, gemm_rate, seconds
 
 from effopd_kernels.lowrank import batched_rsvd, spectral_metrics
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M, N, RANK, BATCH = 1024, 3072, 64, 4
 TRUTH = 1 / torch.arange(1, M + 1, dtype=torch.float64)
 
@@ -44,15 +43,6 @@ def bf16_pair():
     return current.bfloat16().to(DEVICE), base.bfloat16().to(DEVICE)
 
 
-def seconds(function):
-    synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
-
-
 def medians(contenders, rounds):
     """{name: (function, repetitions of its work it stands for)} → {name: median seconds for all of it}."""
     times = {name: [] for name in contenders}
@@ -71,21 +61,7 @@ def error(s):
     return ((s - TRUTH[:RANK]) / TRUTH[:RANK]).abs().max().item()
 
 
-def gemm_rate(dtype):
-    """Measured flops per second of a square product."""
-    x = torch.randn(2048, 2048, device=DEVICE).to(dtype)
-    return 2 * 2048**3 / min(seconds(lambda: x @ x) for _ in range(5))
-
-
-def show(capsys, title, rows):
-    with capsys.disabled():
-        print(f"\n{title}")
-        print("".join(f"{column:>26}" for column in rows[0]))
-        for row in rows:
-            print("".join(f"{value:>26}" for value in row.values()))
-
-
-def test_top_64(benchmark, request, capsys):
+def test_top_64(benchmark, request, report):
     quick = request.config.getoption("--quick", False)
     a = torch.stack([power_law(seed) for seed in range(BATCH)])
     ours = error(batched_rsvd(a, RANK).S)
@@ -126,16 +102,14 @@ def test_top_64(benchmark, request, capsys):
         for name in contenders
     ]
     pass_flops = 2 * BATCH * M * N * 144
-    rates = {dtype: gemm_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
+    rates = {dtype: gemm_rate(2048, 2048, 2048, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     floor = pass_flops * (4 / rates["bfloat16"] + (2 + RANK / 144) / rates["float32"])
-    benchmark.extra_info.update(test="top 64 of 4 × (1024 × 3072)", rows=rows)
-    benchmark.extra_info["GEMM GFLOP/s"] = {dtype: round(rate / 1e9) for dtype, rate in rates.items()}
-    benchmark.extra_info["share of the GEMM ceiling"] = round(floor / found["ours"], 2)
-    show(capsys, f"top {RANK} of {BATCH} × ({M} × {N}); {floor / found['ours']:.0%} of the GEMM ceiling", rows)
+    rows[0]["share of GEMM ceiling"] = round(floor / found["ours"], 2)
+    report(f"top {RANK} of {BATCH} × ({M} × {N})", rows)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16 pair"])
-def test_metrics(benchmark, request, capsys, kind):
+def test_metrics(benchmark, request, report, kind):
     quick = request.config.getoption("--quick", False)
     a, base = (power_law(0), None) if kind == "fp32" else bf16_pair()
     exact = a.double() if base is None else a.double() - base.double()
@@ -167,9 +141,8 @@ def test_metrics(benchmark, request, capsys, kind):
         }
         for name in contenders
     ]
-    benchmark.extra_info.update(test=f"all metrics of one 1024 × 3072 matrix, {kind}", rows=rows)
-    benchmark.extra_info["slq standard error"] = f"{sampled.standard_error['effective_rank'].item() / rank:.1e}"
-    show(capsys, f"all metrics of one {M} × {N} matrix, {kind}; effective rank {rank:.1f}", rows)
+    rows[1]["standard error"] = f"{sampled.standard_error['effective_rank'].item() / rank:.1e}"
+    report(f"all metrics of one {M} × {N} matrix, {kind}, effective rank {rank:.1f}", rows)
 
 
 LAYER = {
@@ -200,7 +173,7 @@ print(json.dumps({"seconds": time.perf_counter() - start, "reading alone": readi
 """
 
 
-def test_streaming_a_model(benchmark, request, capsys, tmp_path):
+def test_streaming_a_model(benchmark, request, report, tmp_path):
     from safetensors.torch import save_file
 
     layers = 4 if request.config.getoption("--quick", False) else 24
@@ -240,5 +213,4 @@ def test_streaming_a_model(benchmark, request, capsys, tmp_path):
         "factors, GB": round((tmp_path / "factors.safetensors").stat().st_size / 1e9, 2),
     }
     assert result["peak"] < 2e9
-    benchmark.extra_info.update(test=f"update_svd, rank 64, {7 * layers} matrices in two folders", rows=[row])
-    show(capsys, f"update_svd, rank 64, {7 * layers} matrices of {layers} layers in two folders", [row])
+    report(f"update_svd, rank 64, {7 * layers} matrices in two folders", [row])
