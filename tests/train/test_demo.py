@@ -1,0 +1,32 @@
+"""The embedded default, a few steps of it, through the command."""
+
+import json
+import math
+
+from effopd_kernels.train.cli import main
+
+
+def test_demo(tmp_path, capsys):
+    argv = ["--demo", "--output_dir", str(tmp_path), "--max_steps", "4", "--eval_steps", "4", "--disable_tqdm", "true"]
+    assert main(argv) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    opd, effopd = summary["runs"]
+    assert (opd["method"], effopd["method"]) == ("opd", "effopd") and not opd["events"]
+    for run in (opd, effopd):
+        assert [p["step"] for p in run["curve"]] == [0, 1, 2, 4]
+        assert all(0.3 < p["score"] < 0.9 and p["seconds"] >= 0 for p in run["curve"])
+        assert run["final_score"] == run["curve"][-1]["score"]
+    assert opd["curve"][0]["score"] == effopd["curve"][0]["score"]  # the same student
+    assert opd["curve"][-1]["val_tokens"] == 0 < effopd["curve"][-1]["val_tokens"]
+    assert [e["step"] for e in effopd["events"]] == [1, 2, 4]
+    assert summary["target_score"] == opd["final_score"]
+    for cost in ("steps", "tokens"):
+        reached = summary[f"{cost}_to_target"]
+        factor = summary[f"{cost.removesuffix('s')}_acceleration"]
+        assert (factor is None) == (not reached["effopd"])
+        assert factor is None or math.isclose(factor, reached["opd"] / reached["effopd"])
+    for name in ("world/student/tokenizer.json", "opd/model.safetensors", "effopd/metrics.jsonl", "curves.png"):
+        assert (tmp_path / name).is_file(), name
+    assert "To OPD's final score" in capsys.readouterr().out
+    assert main(argv) == 2  # a second demo does not overwrite the first unasked
+    assert "holds a demo already" in capsys.readouterr().err
