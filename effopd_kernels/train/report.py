@@ -99,6 +99,7 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     """Score against steps, and against generated tokens including validation; accepted jumps are marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -129,5 +130,6 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     by_token.set_xlabel("completion tokens generated, candidate validation included")
     for axes in (by_step, by_token):
         axes.grid(alpha=0.3)
-    by_step.legend(loc="lower right")
+    by_token.xaxis.set_major_formatter(EngFormatter(sep=""))  # 160k, where 160000 would run into its neighbour
+    by_step.legend(loc="upper left")
     figure.savefig(path, dpi=120)
