@@ -67,11 +67,14 @@ def test_a_run(world, tmp_path):
 def test_effopd_moves_attention_and_mlp_only_and_is_logged(world, tmp_path):
     trainer = make_trainer(world, tmp_path, config={"max_steps": 4, "eval_steps": 4})
     before = weights(trainer)
-    seen = {}
+    stepped, left = {}, {}  # weights by step: as the optimizer made them, and as the event left them
 
     class Watch(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
-            seen[state.global_step + 1] = weights(trainer)
+            stepped[state.global_step + 1] = weights(trainer)
+
+        def on_step_end(self, args, state, control, **kwargs):  # added last, so after the event
+            left[state.global_step] = weights(trainer)
 
     trainer.add_callback(Watch())
     trainer.train()
@@ -84,7 +87,16 @@ def test_effopd_moves_attention_and_mlp_only_and_is_logged(world, tmp_path):
     names = ["score_initial", "score_best", "alpha_accepted", "num_candidates", "delta_norm", "val_tokens"]
     names += ["overhead_s", "virtual_step"]
     assert {f"effopd/{n}" for n in names} <= logged[0].keys()
-    assert all(not torch.equal(value, before[name]) for name, value in seen[1].items() if "proj" in name)
+    for event, anchor in zip(events, (before, left[1], left[2]), strict=True):
+        for name, current in stepped[event.step].items():
+            expected = current
+            if "_proj." in name:
+                expected = torch.lerp(anchor[name], current, event.alpha)
+            torch.testing.assert_close(left[event.step][name], expected, rtol=0, atol=1e-6, msg=name)
+            if event.alpha != 1 and "_proj." in name:
+                assert not torch.equal(left[event.step][name], current), name
+            if "_proj." not in name:
+                assert torch.equal(left[event.step][name], current), name
     assert trainer.effopd.controller.val_tokens == sum(e.val_tokens for e in events)
     final = [r for r in trainer.state.log_history if "eval_teacher_kl" in r][-1]
     assert final["val_tokens"] == trainer.effopd.controller.val_tokens > 0
