@@ -1,8 +1,8 @@
 """The two ways a run ends early that are nobody's bug."""
 
+from ..errors import UserError
 
-class UserError(ValueError):
-    """Something the caller gave is wrong. The message names what, where, and what would be right."""
+__all__ = ["NonFiniteLossError", "UserError"]
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -1,0 +1,113 @@
+"""LoRA adapters as checkpoints: ΔW = s·B·A, with no rounding to the base's dtype in between.
+
+s is lora_alpha / r, or lora_alpha / √r with rsLoRA; both may differ by layer (``alpha_pattern``, ``rank_pattern``). A
+folder ``effopd`` inside holds the companion that extrapolation left (`effopd_kernels.extrapolation.lora`); it adds.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..extrapolation.lora import COMPANION
+from .checkpoints import Checkpoint, listed, read_json
+
+CONFIG = "adapter_config.json"
+_FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
+
+
+class Factors(NamedTuple):
+    """Where the factors of one weight are stored."""
+
+    file: Checkpoint
+    a: str
+    b: str
+    scale: float
+    transposed: bool  # the weight is (in, out): embeddings and Conv1D
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / "model.safetensors").is_file()
+
+
+class Adapter(Checkpoint):
+    """A peft LoRA folder on a base. What it does not touch is the base's.
+
+    Raises:
+        UserError: as `Checkpoint`; another method than LoRA, or DoRA; factors of tensors that the base does not have.
+    """
+
+    def __init__(self, path: str | Path, base: Checkpoint):
+        self._factors: dict[str, list[Factors]] = {}
+        self._whole: dict[str, tuple[Checkpoint, str]] = {}  # modules_to_save
+        for folder in (Path(path), Path(path) / COMPANION):
+            if (folder / CONFIG).is_file():
+                self._add(folder)
+        super().__init__(path)
+        self.config = base.config
+        unknown = [name for name in (*self._factors, *self._whole) if name not in base.shapes]
+        if unknown:
+            raise UserError(f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}")
+        self.shapes = dict(base.shapes)
+        for name, factors in self._factors.items():
+            for f in factors:
+                (rank, n), (m, _) = f.file.shapes[f.a][0], f.file.shapes[f.b][0]
+                self.shapes[name] = ((n, m) if f.transposed else (m, n), base.shapes[name][1])
+                if f.file.shapes[f.b][0][1] != rank:
+                    raise UserError(f"the LoRA factors of {name} in {f.file.path} do not fit each other")
+
+    def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `Checkpoint.pair`; the product is fp32 on its own, without the base's rounding."""
+        if name in self._whole:
+            file, stored = self._whole[name]
+            return file.read(stored), base
+        if name not in self._factors:
+            return base, base
+        return sum(_product(f) for f in self._factors[name]), None
+
+    def alias(self, name: str, source: str) -> None:
+        """A tied head moves with the embedding."""
+        self.shapes[name] = self.shapes[source]
+        for held in (self._factors, self._whole):
+            if source in held:
+                held[name] = held[source]
+
+    def _add(self, folder: Path) -> None:
+        config = read_json(folder / CONFIG)
+        if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
+            kind = "DoRA" if config.get("use_dora") else config["peft_type"]
+            raise UserError(f"{folder} is a {kind} adapter; only LoRA is W + s·B·A: merge it into the model first")
+        file = Checkpoint(folder)
+        found: dict[str, dict[str, str]] = {}
+        for stored in file.shapes:
+            name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            if match := _FACTOR.match(name):
+                found.setdefault(match[1], {})[match[3]] = stored
+                if match[2]:
+                    found[match[1]]["embedding"] = stored
+            else:
+                self._whole[name] = (file, stored)
+        for module, parts in found.items():
+            if not {"A", "B"} <= set(parts):
+                raise UserError(f"{folder} holds only one of the two LoRA factors of {module}")
+            rank = file.shapes[parts["A"]][0][0]
+            alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+            scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            transposed = "embedding" in parts or bool(config.get("fan_in_fan_out"))
+            self._factors.setdefault(f"{module}.weight", []).append(
+                Factors(file, parts["A"], parts["B"], scale, transposed)
+            )
+
+
+def _product(f: Factors) -> Tensor:
+    product = f.scale * (f.file.read(f.b).float() @ f.file.read(f.a).float())
+    return product.mT.contiguous() if f.transposed else product
+
+
+def _by_pattern(pattern: dict | None, module: str, default: float) -> float:
+    """peft's rule: the first key that is the module's name or its ending, as a regular expression."""
+    matches = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(matches, default)

@@ -1,0 +1,52 @@
+"""`effopd-analyze`: what training did to the weights, from checkpoints on disk.
+
+Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (nothing was written, or, with
+`interventions`, what was done is kept and the same command goes on).
+"""
+
+import os
+import sys
+
+from ..errors import UserError
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
+       effopd-analyze interventions ... --dataset_name NAME --eval_metric accuracy|teacher_kl
+
+  updates         where updates go and along which directions, from the weights alone
+  interventions   what edited models score: scaled, truncated, transplanted updates
+
+effopd-analyze updates --help and effopd-analyze interventions --help list the options.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
+    try:
+        if command in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0 if argv else EXIT_USER_ERROR
+        if command == "updates":
+            from .updates import main as run
+        elif command == "interventions":
+            from .interventions import main as run
+        else:
+            raise UserError(f"unknown command '{command}'; the commands are updates and interventions")
+        run(arguments)
+    except UserError as error:
+        if first:
+            print(f"effopd-analyze: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if first:
+            print("effopd-analyze: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

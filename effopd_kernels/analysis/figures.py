@@ -1,0 +1,148 @@
+"""One look for all figures. Each is a single panel that stays legible at the width of a phone; reports lay them out.
+
+A trajectory keeps its colour, marker and dash in every figure, so that print without colour and eyes that see fewer
+colours can follow it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito 2008
+MARKERS, DASHES = "osD^vP", ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)), (0, (3, 1)), (0, (7, 3)))
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": "#222222",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "svg.hashsalt": "effopd",  # equal figures are equal files
+}
+WIDTH, HEIGHT = 4.8, 3.3  # inches
+
+
+def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = HEIGHT) -> "Figure":
+    """A figure of one panel: ``paint(axes)`` draws into it, under this module's style."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        paint(figure.subplots())
+    return figure
+
+
+def save(figure: "Figure", folder: str | Path, name: str) -> str:
+    """Write ``folder/name.png`` and ``folder/name.svg``; returns ``name``."""
+    import matplotlib
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return name
+
+
+def look(index: int) -> dict:
+    """Keyword arguments for ``axes.plot`` of the trajectory number ``index``."""
+    i = index % len(COLOURS)
+    return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
+
+
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    markers: bool = True,
+    **axes_properties,
+) -> "Figure":
+    """One line per trajectory, with a legend where there are several.
+
+    Args:
+        curves: trajectory → (x, y). bands: trajectory → (low, high) around its y, such as error bounds.
+        axes_properties: as for ``Axes.set``: xscale, ylim, title, ...
+    """
+
+    def paint(axes: "Axes") -> None:
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            style = look(i) | ({} if markers else {"marker": ""})
+            axes.plot(x, y, label=name, **style)
+            if bands and name in bands:
+                axes.fill_between(x, *bands[name], color=style["color"], alpha=0.18, linewidth=0)
+        axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
+        if len(curves) > 1:
+            axes.legend()
+
+    return draw(paint)
+
+
+def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], y_label: str, *, x_label: str = "") -> "Figure":
+    """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``."""
+
+    def paint(axes: "Axes") -> None:
+        width = 0.8 / len(values)
+        for i, (name, heights) in enumerate(values.items()):
+            x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
+            axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
+        axes.set(ylabel=y_label, xlabel=x_label)
+        axes.set_xticks(
+            range(len(groups)),
+            groups,
+            rotation=0 if len(groups) <= 5 else 40,
+            ha="center" if len(groups) <= 5 else "right",
+        )
+        axes.grid(axis="x", visible=False)
+        if len(values) > 1:
+            axes.legend()
+
+    return draw(paint)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    *,
+    limits: tuple[float, float] | None = None,
+    title: str = "",
+    row_label: str = "",
+) -> "Figure":
+    """``values[row][column]``, the first row at the bottom; NaN stays blank. ``limits`` make several comparable."""
+    import numpy
+
+    def paint(axes: "Axes") -> None:
+        grid = numpy.ma.masked_invalid(numpy.asarray(values, dtype=float))
+        low, high = limits or (None, None)
+        mesh = axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
+        step = max(1, -(-len(rows) // 16))
+        axes.set_yticks([i + 0.5 for i in range(0, len(rows), step)], rows[::step])
+        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=40, ha="right")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.set(title=title, ylabel=row_label)
+        axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
+
+    return draw(paint, height=min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))

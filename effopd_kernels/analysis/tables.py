@@ -1,0 +1,34 @@
+"""Tables: a list of rows, or columns of equal length, as CSV for people and Parquet for programs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+
+
+def write_table(folder: str | Path, name: str, rows: Rows) -> None:
+    """``folder/name.csv`` and ``folder/name.parquet``.
+
+    Args:
+        rows: dicts, whose keys are the columns in order of first appearance (a key that a row lacks is null), or a
+            mapping of columns to values. Values are numbers, strings, booleans or None; floats are written in full.
+    """
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    if not isinstance(rows, Mapping):
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        rows = {key: [row.get(key) for row in rows] for key in names}
+    table = pyarrow.table(dict(rows))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    csv.write_csv(table, folder / f"{name}.csv")
+    parquet.write_table(table, folder / f"{name}.parquet")
+
+
+def read_table(folder: str | Path, name: str) -> list[dict[str, Any]]:
+    """The rows that :func:`write_table` wrote."""
+    from pyarrow import parquet
+
+    return parquet.read_table(Path(folder) / f"{name}.parquet").to_pylist()
