@@ -80,24 +80,32 @@ inline void end_stream() {
 #endif
 }
 
+// X86_LEVEL is the x86-64 level a clone is compiled for: g++ reads the whole file before it acts on the target pragmas,
+// so that __FMA__ and __AVX512F__ would tell of the baseline only.
+#define X86_LEVEL 1
 namespace baseline {
 #include "divergence_rows.h"
 }
+#undef X86_LEVEL
 
 using RunRows = void (*)(const Job&, std::atomic<int64_t>&, float*);
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
+#define X86_LEVEL 3
 namespace v3 {
 #include "divergence_rows.h"
 }
+#undef X86_LEVEL
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
+#define X86_LEVEL 4
 namespace v4 {
 #include "divergence_rows.h"
 }
+#undef X86_LEVEL
 #pragma GCC pop_options
 
 std::vector<RunRows> supported() {  // the best last

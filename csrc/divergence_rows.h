@@ -1,9 +1,10 @@
 // The row kernel of the divergences. csrc/divergence.cpp includes this file once per instruction set, each time inside
 // its own namespace and target, so everything here is written once and compiled for each.
 //
-// A block of logits of each side is widened to fp32 in the L1 cache (`stage`), where all the mathematics happens; so no
-// kernel is written per dtype. Logarithms are in base 2 throughout: with c = scale·log2(e)/temperature and u, v a block's
-// c·logits relative to the largest so far of sides x and y, one pass gathers
+// Rows are taken in blocks. Where both sides are fp32 or both bf16, the two hot loops read them as they lie; whatever else
+// (fp16, soft caps, sides of different dtypes, a row's ragged end) is first widened to fp32 in the L1 cache (`stage`).
+// Logarithms are in base 2 throughout: with c = scale·log2(e)/temperature and u, v the c·logits of sides x and y relative
+// to a reference near the largest so far, one pass gathers
 //
 //     X = Σ 2^u,  Y = Σ 2^v,  G = Σ 2^u·(u − v)        KL(x‖y) = G/X − log2 X + log2 Y, in bits
 //
@@ -24,6 +25,8 @@ typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(64)));
 
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi bits(vf x) { return (vi)x; }
@@ -42,7 +45,7 @@ INLINE double sum(vf x) {
 template <int K>
 INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
     vf r[K], p[K];
-#ifdef __AVX512DQ__  // x = ⌊x⌋ + r: two instructions split and scale
+#if X86_LEVEL >= 4  // x = ⌊x⌋ + r: two instructions split and scale
     EACH r[k] = (vf)_mm512_reduce_ps((__m512)x[k], 9);
     EACH p[k] = 0.0018671301f * r[k] + 0.0090170303f;
     EACH p[k] = p[k] * r[k] + 0.0557999131f;
@@ -120,56 +123,108 @@ INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
     return __builtin_convertvector(h | ((b >> 16) & 0x8000), vh);
 }
 
-// ---- blocks
-
-struct Staged {
-    const float* z;
-    float top;  // the largest of z
+// Two vectors at once. Of bf16 the first holds the even entries and the second the odd ones: no shuffle, and as every
+// sum is over all entries, and stores undo it, nothing else need know.
+struct Two {
+    vf x[2];
 };
 
-INLINE float largest(vf top) {
-    float result = -kInf;
-    for (int i = 0; i < kLanes; ++i) result = top[i] > result ? top[i] : result;
-    return result;
+INLINE Two load_two(const char* p, const int dtype) {
+    if (dtype == kFloat32) return {{*(const vf_any*)p, *(const vf_any*)(p + sizeof(vf))}};
+    const vi h = *(const vi_any*)p;
+    return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
 }
 
+INLINE vi round_bf16(vf x) {  // to nearest even, in the upper half; NaN stays NaN
+    const vi b = bits(x);
+    return x == x ? b + 0x7fff + ((b >> 16) & 1) : 0x7fc00000 + vi{};
+}
+
+INLINE void store_two(char* p, const Two& g, const int dtype) {
+    if (dtype == kFloat32) *(vf_any*)p = g.x[0], *(vf_any*)(p + sizeof(vf)) = g.x[1];
+    else *(vi_any*)p = (vi)((vu)round_bf16(g.x[0]) >> 16) | (round_bf16(g.x[1]) & ~0xffff);
+}
+
+// ---- blocks
+
+// Logits in fp32 or bf16, a multiple of kStep of them.
+struct Block {
+    const char* z;
+    int dtype;
+};
+
 // `count` logits, or tanh(x·pre) of them under a soft cap, in fp32, padded by −inf to a multiple of kStep.
-INLINE Staged stage_as(const Side& side, const char* p, int count, float* out, const int dtype, const bool capped) {
+INLINE void stage_as(const Side& side, const char* p, int count, float* out, const int dtype, const bool capped) {
     const int size = dtype == kFloat32 ? 4 : 2, whole = count / kLanes * kLanes;
-    vf top = splat(-kInf);
     for (int i = 0; i < whole; i += kLanes) {
-        const vf x = load(p + int64_t(i) * size, dtype), z = capped ? tanh_(x * side.pre) : x;
-        *(vf*)(out + i) = z;
-        top = max_(z, top);
+        const vf x = load(p + int64_t(i) * size, dtype);
+        *(vf*)(out + i) = capped ? tanh_(x * side.pre) : x;
     }
-    float largest_z = largest(top);
     if (whole < count) {
         alignas(64) char rest[64] = {};
         memcpy(rest, p + int64_t(whole) * size, (count - whole) * size);
         const vf x = load(rest, dtype);
         *(vf*)(out + whole) = capped ? tanh_(x * side.pre) : x;
-        for (int i = whole; i < count; ++i) largest_z = out[i] > largest_z ? out[i] : largest_z;
     }
     for (int i = count; i % kStep; ++i) out[i] = -kInf;
-    return {out, largest_z};
 }
 
-static Staged stage(const Side& side, const char* row, int64_t start, int count, float* out) {
+static const float* stage(const Side& side, const char* row, int64_t start, int count, float* out) {
     const char* p = row + start * (side.dtype == kFloat32 ? 4 : 2);
     const bool capped = side.pre != 0;
-    if (side.dtype == kFloat32 && !capped && count % kStep == 0) {  // as it lies
-        const float* z = (const float*)p;
-        vf top = splat(-kInf);
-        for (int i = 0; i < count; i += kLanes) top = max_(*(const vf_any*)(z + i), top);
-        return {z, largest(top)};
-    }
-    if (side.dtype == kFloat32) return capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
-    if (side.dtype == kBFloat16) return capped ? stage_as(side, p, count, out, kBFloat16, true) : stage_as(side, p, count, out, kBFloat16, false);
-    return capped ? stage_as(side, p, count, out, kFloat16, true) : stage_as(side, p, count, out, kFloat16, false);
+    if (side.dtype == kFloat32 && !capped && count % kStep == 0) return (const float*)p;
+    if (side.dtype == kFloat32) capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
+    else if (side.dtype == kBFloat16) capped ? stage_as(side, p, count, out, kBFloat16, true) : stage_as(side, p, count, out, kBFloat16, false);
+    else capped ? stage_as(side, p, count, out, kFloat16, true) : stage_as(side, p, count, out, kFloat16, false);
+    return out;
 }
 
-// Subtracting first keeps the error proportional to u, however far all logits lie from 0, and makes u = 0 at the top.
-INLINE vf at(const float* z, int i, float c, float top) { return (*(const vf_any*)(z + i) - top) * c; }
+static bool as_they_lie(const Side& x, const Side& y) {
+    return x.dtype == y.dtype && x.dtype != kFloat16 && x.pre == 0 && y.pre == 0;
+}
+
+static Block block_of(const Side& side, const char* row, int64_t start, int count, float* out, bool as_it_lies) {
+    if (as_it_lies && count % kStep == 0) return {row + start * (side.dtype == kFloat32 ? 4 : 2), side.dtype};
+    return {(const char*)stage(side, row, start, count, out), kFloat32};
+}
+
+INLINE float largest(vf x) {
+    float result = -kInf;
+    for (int i = 0; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+}
+
+INLINE float top_as(const char* z, int count, const int dtype) {
+    vf top = splat(-kInf);
+    for (int i = 0; i < count; i += kStep) {
+        const Two two = load_two(z + i * (dtype == kFloat32 ? 4 : 2), dtype);
+        top = max_(two.x[1], max_(two.x[0], top));
+    }
+    return largest(top);
+}
+
+static float top_of(const Block& b, int count) {
+    return b.dtype == kFloat32 ? top_as(b.z, count, kFloat32) : top_as(b.z, count, kBFloat16);
+}
+
+static int64_t first_of(const Block& b, float top) {
+    for (int64_t i = 0;; i += kLanes) {
+        const vf x = load(b.z + i * (b.dtype == kFloat32 ? 4 : 2), b.dtype);
+        for (int j = 0; j < kLanes; ++j)
+            if (x[j] == top) return i + j;
+    }
+}
+
+// c·z − reference, rounded once. Any reference cancels from the results as long as a whole side has the same.
+INLINE vf at(vf z, float c, float reference) {
+#if X86_LEVEL >= 3 || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return z * c - reference;
+#else  // a rounding of the product would be an error of the size of c·z, however near the reference it lies
+    typedef double vd __attribute__((vector_size(128)));
+    return __builtin_convertvector(__builtin_convertvector(z, vd) * double(c) - double(reference), vf);
+#endif
+}
+INLINE vf at(const float* z, int i, float c, float reference) { return at(*(const vf_any*)(z + i), c, reference); }
 
 static void store(const float* g, int count, int dtype, char* row, int64_t start, bool stream) {
     if (dtype == kFloat32) return copy_out(row + start * 4, g, int64_t(count) * 4, stream);
@@ -183,18 +238,25 @@ static void store(const float* g, int count, int dtype, char* row, int64_t start
 
 // ---- first pass
 
-struct Sums {  // relative to the references x0, y0, the largest logits so far
+struct Sums {  // relative to the references x0, y0
     double x = 0, y = 0, gap = 0, hole = 0, xu = 0, yv = 0;
-    float cx = 0, cy = 0, x0 = 0, y0 = 0, x_top = -kInf, y_top = -kInf;
-    int64_t x_arg = 0, y_arg = 0;
+    float cx = 0, cy = 0, x0 = 0, y0 = 0;
     bool holes = false;  // −inf met: the gradient pass must look out for it
+    bool agree = false;  // the largest logits of both sides stand in one place
 };
 
-// False, and nothing added, where the fast form meets −inf (or NaN).
-INLINE bool add_block(Sums& s, const float* x, const float* y, int count, const bool holes, const bool stats) {
+struct Part {  // what one block adds
+    double x, y, gap, hole, xu, yv;
+    float lane;  // the largest sum of any lane
+};
+
+template <int dtype, bool holes, bool stats>
+static Part part_of(const Sums& s, const char* x, const char* y, int count) {
+    constexpr int size = dtype == kFloat32 ? 4 : 2;
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
     for (int i = 0; i < count; i += kStep) {
-        vf z[4] = {at(x, i, s.cx, s.x0), at(y, i, s.cy, s.y0), at(x, i + kLanes, s.cx, s.x0), at(y, i + kLanes, s.cy, s.y0)}, e[4];
+        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
+        vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)}, e[4];
         exp2_(z, e);
         for (int k = 0; k < 4; k += 2) {
             vf u = z[k], v = z[k + 1];
@@ -213,21 +275,17 @@ INLINE bool add_block(Sums& s, const float* x, const float* y, int count, const 
             }
         }
     }
-    const double total = sum(gap);
-    if (!holes && !(total - total == 0)) return false;
-    s.x += sum(X);
-    s.y += sum(Y);
-    s.gap += total;
-    if (holes) s.hole += sum(hole);
-    if (stats) {
-        s.xu += sum(xu);
-        s.yv += sum(yv);
-    }
-    return true;
+    return {sum(X), sum(Y), sum(gap), holes ? sum(hole) : 0, stats ? sum(xu) : 0, stats ? sum(yv) : 0, largest(max_(X, Y))};
+}
+
+template <bool holes>
+static Part part_of(const Sums& s, const Block& x, const Block& y, int count, bool stats) {
+    if (x.dtype == kFloat32) return stats ? part_of<kFloat32, holes, true>(s, x.z, y.z, count) : part_of<kFloat32, holes, false>(s, x.z, y.z, count);
+    return stats ? part_of<kBFloat16, holes, true>(s, x.z, y.z, count) : part_of<kBFloat16, holes, false>(s, x.z, y.z, count);
 }
 
 static void rebase(Sums& s, float x0, float y0) {
-    const double dx = (double(s.x0) - x0) * s.cx, dy = (double(s.y0) - y0) * s.cy;
+    const double dx = double(s.x0) - x0, dy = double(s.y0) - y0;
     // Before the first finite logit the reference is 0, and the step from it may be up, and huge.
     const double fx = s.x == 0 ? 0 : std::exp2(dx), fy = s.y == 0 ? 0 : std::exp2(dy);
     s.gap = fx * (s.gap + dx * s.x - dy * (s.x - s.hole));
@@ -240,56 +298,88 @@ static void rebase(Sums& s, float x0, float y0) {
     s.y0 = y0;
 }
 
-static int64_t first_of(const float* z, float top) {
-    int64_t i = 0;
-    while (z[i] != top) ++i;
-    return i;
+// Until a side has met a finite logit its reference stays 0, so that −inf − reference is −inf and not NaN.
+static float reference(double sum, float old, float top) {
+    return top == -kInf || (sum != 0 && top <= old) ? old : top;
 }
 
+static void meet_tops(Sums& s, const Block& x, const Block& y, int count) {
+    rebase(s, reference(s.x, s.x0, top_of(x, count) * s.cx), reference(s.y, s.y0, top_of(y, count) * s.cy));
+}
+
+struct Argmax {
+    float top = -kInf;
+    int64_t index = 0;
+    void add(const Block& block, int64_t start, int count) {
+        const float block_top = top_of(block, count);
+        if (!(block_top > top)) return;
+        top = block_top;
+        index = start + first_of(block, top);
+    }
+};
+
 static Sums online(const Side& side_x, const Side& side_y, const char* row_x, const char* row_y, int64_t V, bool stats) {
+    // A reference may lag behind the largest logit as long as u stays small: its rounding is u·2⁻²⁴. A lane sums
+    // kBlock / kLanes = 2⁶ entries, so this bounds u by 8.
+    constexpr float kLag = 256;
     alignas(64) float x_block[kBlock], y_block[kBlock];
+    const bool as_it_lies = as_they_lie(side_x, side_y);
     Sums s;
+    Argmax x_best, y_best;
     s.cx = side_x.c;
     s.cy = side_y.c;
     for (int64_t start = 0; start < V; start += kBlock) {
-        const int count = int(V - start < kBlock ? V - start : kBlock);
-        const Staged x = stage(side_x, row_x, start, count, x_block), y = stage(side_y, row_y, start, count, y_block);
-        if (x.top > s.x_top) {
-            s.x_top = x.top;
-            if (stats) s.x_arg = start + first_of(x.z, x.top);
+        const int count = int(V - start < kBlock ? V - start : kBlock), padded = (count + kStep - 1) / kStep * kStep;
+        const Block x = block_of(side_x, row_x, start, count, x_block, as_it_lies);
+        const Block y = block_of(side_y, row_y, start, count, y_block, as_it_lies);
+        if (stats) x_best.add(x, start, padded), y_best.add(y, start, padded);
+        if (s.x == 0 || s.y == 0) meet_tops(s, x, y, padded);
+        Part part = part_of<false>(s, x, y, padded, stats);
+        if (!(part.lane <= kLag)) {
+            meet_tops(s, x, y, padded);
+            part = part_of<false>(s, x, y, padded, stats);
         }
-        if (y.top > s.y_top) {
-            s.y_top = y.top;
-            if (stats) s.y_arg = start + first_of(y.z, y.top);
-        }
-        // Until a side has met a finite logit its reference stays 0, so that −inf − reference is −inf and not NaN.
-        const float x0 = s.x_top == -kInf ? 0 : s.x_top, y0 = s.y_top == -kInf ? 0 : s.y_top;
-        if (x0 != s.x0 || y0 != s.y0) rebase(s, x0, y0);
-        if (!(stats ? add_block(s, x.z, y.z, count, false, true) : add_block(s, x.z, y.z, count, false, false))) {
+        if (!(part.gap - part.gap == 0)) {  // −inf (or NaN) has no place in the fast form
             s.holes = true;
-            add_block(s, x.z, y.z, count, true, true);
+            part = part_of<true>(s, x, y, padded, stats);
         }
+        s.x += part.x;
+        s.y += part.y;
+        s.gap += part.gap;
+        s.hole += part.hole;
+        s.xu += part.xu;
+        s.yv += part.yv;
     }
+    s.agree = x_best.index == y_best.index;
     return s;
 }
 
 // ---- last pass: the gradient of one block, times `factor`, into g
 
-// x = student, y = teacher. q·(u − v − mean) with q = 2^u / X.
-INLINE void reverse_block(const float* x, const float* y, float* g, int count, const Sums& s, float mean, float floor,
-                          float factor, const bool holes) {
+// x = student, y = teacher. q·(u − v − mean) with q = 2^u / X. Writes the blocks' dtype.
+template <int dtype, bool holes>
+static void reverse_as(const char* x, const char* y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
+    constexpr int size = dtype == kFloat32 ? 4 : 2;
     for (int i = 0; i < count; i += kStep) {
-        vf u[2] = {at(x, i, s.cx, s.x0), at(x, i + kLanes, s.cx, s.x0)}, e[2];
+        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
+        vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, e[2];
         exp2_(u, e);
+        Two out;
         for (int k = 0; k < 2; ++k) {
-            vf v = at(y, i + k * kLanes, s.cy, s.y0);
+            vf v = at(zy.x[k], s.cy, s.y0);
             if (holes) {
                 u[k] = u[k] == -kInf ? vf{} : u[k];
                 v = v == -kInf ? splat(floor) : v;
             }
-            *(vf*)(g + i + k * kLanes) = e[k] * ((u[k] - v) - mean) * factor;
+            out.x[k] = e[k] * ((u[k] - v) - mean) * factor;
         }
+        store_two(g + i * size, out, dtype);
     }
+}
+
+static void reverse_block(const Block& x, const Block& y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
+    if (x.dtype == kFloat32) return s.holes ? reverse_as<kFloat32, true>(x.z, y.z, g, count, s, mean, floor, factor) : reverse_as<kFloat32, false>(x.z, y.z, g, count, s, mean, floor, factor);
+    return s.holes ? reverse_as<kBFloat16, true>(x.z, y.z, g, count, s, mean, floor, factor) : reverse_as<kBFloat16, false>(x.z, y.z, g, count, s, mean, floor, factor);
 }
 
 // x = teacher, y = student. q − p.
@@ -363,8 +453,8 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
         loss = 0;
         for (int64_t start = 0; start < V; start += kBlock) {
             const int count = int(V - start < kBlock ? V - start : kBlock);
-            const float* x = stage(student, row_s, start, count, x_block).z;
-            const float* y = stage(teacher, row_t, start, count, y_block).z;
+            const float* x = stage(student, row_s, start, count, x_block);
+            const float* y = stage(teacher, row_t, start, count, y_block);
             mixture_block(m, x, y, row_g ? scratch + start : g, count, loss, w_sum);
         }
     } else {
@@ -375,24 +465,30 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
         const double entropy_x = (log_x - s.xu / s.x) * kLn2, entropy_y = (log_y - s.yv / s.y) * kLn2;
         job.stats[n] = float(forward ? entropy_y : entropy_x);
         job.stats[n + job.N] = float(forward ? entropy_x : entropy_y);
-        job.stats[n + 2 * job.N] = s.x_arg == s.y_arg;
+        job.stats[n + 2 * job.N] = s.agree;
     }
     if (!row_g) return;
 
     const double factor = job.chain * (job.row_scale ? job.row_scale[n] : 1.0);
+    const float k = float(job.b * kLn2 * factor / s.x);
+    const bool as_it_lies = job.kind == kReverse && as_they_lie(student, teacher);
     for (int64_t start = 0; start < V; start += kBlock) {
-        const int count = int(V - start < kBlock ? V - start : kBlock);
-        const float* x = stage(student, row_s, start, count, x_block).z;
-        if (job.kind == kMixture) {
-            mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
+        const int count = int(V - start < kBlock ? V - start : kBlock), padded = (count + kStep - 1) / kStep * kStep;
+        if (job.kind == kReverse) {
+            const Block x = block_of(student, row_s, start, count, x_block, as_it_lies);
+            const Block y = block_of(teacher, row_t, start, count, y_block, as_it_lies);
+            reverse_block(x, y, (char*)g, padded, s, float(mean), float(floor), k);
+            if (as_it_lies && x.dtype == kBFloat16) {
+                copy_out(row_g + start * size, g, int64_t(count) * size, job.stream);
+                continue;
+            }
+            if (student.pre != 0) through_cap((const float*)x.z, g, count);
         } else {
-            const float* y = stage(teacher, row_t, start, count, y_block).z;
-            const float k = float(job.b * kLn2 * factor / s.x);
-            if (forward) forward_block(y, x, g, count, s, float(job.a * factor / s.x), float(job.a * factor / s.y));
-            else if (s.holes) reverse_block(x, y, g, count, s, float(mean), float(floor), k, true);
-            else reverse_block(x, y, g, count, s, float(mean), float(floor), k, false);
+            const float* x = stage(student, row_s, start, count, x_block);
+            if (job.kind == kMixture) mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
+            else forward_block(stage(teacher, row_t, start, count, y_block), x, g, count, s, float(job.a * factor / s.x), float(job.a * factor / s.y));
+            if (student.pre != 0) through_cap(x, g, count);
         }
-        if (student.pre != 0) through_cap(x, g, count);
         store(g, count, student.dtype, row_g, start, job.stream);
     }
     memset(row_g + V * size, 0, (job.grad_columns - V) * size);
