@@ -1,13 +1,13 @@
 """The losses among PyTorch's own mechanisms: ops, compilation, autocast, autograd, sharding; and their errors."""
 
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrun import torchrun
 
 from effopd_kernels.divergence import (
     autograd,
@@ -346,10 +346,8 @@ loss.backward()
 torch.testing.assert_close(loss, expected)
 assert isinstance(sharded.grad, DTensor)
 torch.testing.assert_close(sharded.grad.full_tensor(), plain.grad)
-dist.destroy_process_group()
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(script)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -174,7 +174,6 @@ def main(folder, case):
     else:
         run(folder, sharded=True, fail=case)
     torch.save(results, folder / f"{case}-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

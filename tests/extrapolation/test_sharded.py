@@ -1,6 +1,5 @@
 """Two ranks on gloo: the same events as one process, nothing gathered, and a failing rank takes the other down."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,21 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_run
+from torchrun import torchrun
 
 from effopd_kernels.extrapolation import distributed, share
 
 SCRIPT = Path(sharded_run.__file__)
 
 
-def torchrun(folder, case, timeout=120):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    return subprocess.run([*command, SCRIPT, folder, case], capture_output=True, text=True, timeout=timeout)
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    result = torchrun(folder, "equal")
+    result = torchrun(SCRIPT, folder, "equal")
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"equal-{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -86,7 +81,7 @@ def test_mixed_precision_moves_the_fp32_shards(ranks):
 @pytest.mark.parametrize("case", ["alone", "in a collective"])
 def test_a_rank_that_fails_in_scoring_brings_all_down_with_weights_restored(tmp_path, case):
     start = time.perf_counter()
-    result = torchrun(tmp_path, case)
+    result = torchrun(SCRIPT, tmp_path, case)
     assert result.returncode != 0 and time.perf_counter() - start < 60
     said = [(tmp_path / f"{case}-{rank}.txt").read_text() for rank in range(2)]
     assert said[1] == f"True RuntimeError: scoring server lost ({case})"
