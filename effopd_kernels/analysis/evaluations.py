@@ -1,0 +1,164 @@
+"""Edit, evaluate, restore, note it down; what is noted down already is not evaluated again."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from .edits import EditableModel
+from .plans import Trial
+
+FILE = "evaluations.jsonl"
+METRICS = ("accuracy", "teacher_kl")
+MEASURED = "gain"  # the first column of a row that is a measurement; before it, what was tried
+
+
+class Evaluation(NamedTuple):
+    """Per-prompt values in prompt order; None where not measured."""
+
+    accuracy: list[float] | None
+    teacher_kl: list[float] | None
+    tokens: int
+    seconds: float
+
+    def score(self, metric: str) -> list[float]:
+        """Higher is better: accuracy, or minus the KL."""
+        return self.accuracy if metric == "accuracy" else [-kl for kl in self.teacher_kl]
+
+
+class Evaluations:
+    """Finished evaluations by edit key, in a file of JSON lines that grows with each.
+
+    Args:
+        folder: where the file is or will be.
+        settings: what an evaluation depends on beside the edit; the file's first line.
+        fresh: whether to begin anew over what an earlier run left.
+
+    Raises:
+        UserError: the folder holds evaluations made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict, fresh: bool = False):
+        self.path, self.settings = folder / FILE, json.loads(json.dumps(settings))
+        self.done: dict[str, Evaluation] = {}
+        self._intact = 0  # bytes; a line that a kill cut short is written again
+        if self.path.is_file() and not fresh:
+            self._read()
+
+    def _read(self) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if not whole:
+            return
+        found = json.loads(whole[0])
+        differ = [k for k in self.settings if found.get(k) != self.settings[k]]
+        if differ:
+            raise UserError(
+                f"'{self.path}' holds evaluations with another {differ[0]} ({found.get(differ[0])!r}, now "
+                f"{self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another --output_dir"
+            )
+        for line in whole[1:]:
+            record = json.loads(line)
+            self.done[record.pop("key")] = Evaluation(**record)
+        self._intact = sum(map(len, whole))
+
+    def add(self, key: str, evaluation: Evaluation, write: bool) -> None:
+        """write: whether this process is the one that keeps the file."""
+        self.done[key] = evaluation
+        if not write:
+            return
+        text = "" if self._intact else json.dumps(self.settings) + "\n"
+        text += json.dumps({"key": key, **evaluation._asdict()}) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.truncate(self._intact)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._intact += len(text.encode())
+
+
+def pending(trials: Iterable[Trial], evaluations: Evaluations) -> dict[str, Trial]:
+    """What is left to evaluate, once each; same weights asked for by two interventions are one evaluation."""
+    left: dict[str, Trial] = {}
+    for trial in trials:
+        if (key := trial.edit.key()) not in evaluations.done:
+            left.setdefault(key, trial)
+    return left
+
+
+def evaluate_trials(
+    model: EditableModel,
+    left: dict[str, Trial],
+    evaluations: Evaluations,
+    validate: Callable[[], Evaluation],
+    *,
+    write: bool = True,
+    save: Callable[[Trial], None] | None = None,
+) -> None:
+    """Every trial of `left` in turn; an exception or Ctrl-C leaves the base in `model` and the finished ones noted.
+
+    Args:
+        validate: scores the model as it is now. save: called with each trial while its weights are in place.
+        write: whether this process keeps the file and shows the progress.
+    """
+    with tqdm(left.items(), unit=" models", disable=not write) as bar:
+        for key, trial in bar:
+            bar.set_description(" ".join(filter(None, (trial.intervention, trial.edit.trajectory))))
+            with model.edited(trial.edit):
+                evaluation = validate()
+                if save is not None:
+                    save(trial)
+            evaluations.add(key, evaluation, write)
+            bar.set_postfix({m: f"{mean(v):.4g}" for m in METRICS if (v := getattr(evaluation, m)) is not None})
+
+
+def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> list[dict]:
+    """One row per trial: means over prompts with their standard errors, and the gain over the base.
+
+    `gain` is of the score (accuracy, or minus the KL); `recovered` is the gain over that of the trajectory's final
+    model, None where that is zero. Both compare the same prompts, and so do their errors.
+    """
+    trials = list(trials)
+    base = evaluations.done["base"].score(metric)
+
+    def gains_of(trial: Trial) -> list[float]:
+        return [x - y for x, y in zip(evaluations.done[trial.edit.key()].score(metric), base, strict=True)]
+
+    whole = {trial.edit.trajectory: gains_of(trial) for trial in trials if trial.intervention == "final"}
+    rows = []
+    for trial in trials:
+        found, gains = evaluations.done[trial.edit.key()], gains_of(trial)
+        row = {"intervention": trial.intervention, "trajectory": trial.edit.trajectory, **trial.about}
+        row |= {MEASURED: mean(gains), "gain_se": standard_error(gains)}
+        row |= dict(zip(("recovered", "recovered_se"), ratio(gains, whole.get(trial.edit.trajectory)), strict=True))
+        for name in METRICS:
+            if (values := getattr(found, name)) is not None:
+                row |= {name: mean(values), f"{name}_se": standard_error(values)}
+        rows.append(row | {"tokens": found.tokens, "seconds": found.seconds})
+    return rows
+
+
+def ratio(values: list[float], reference: list[float] | None) -> tuple[float | None, float | None]:
+    """mean(values) / mean(reference) and its standard error, both to first order (delta method)."""
+    if not reference or mean(reference) == 0:
+        return None, None
+    share = mean(values) / mean(reference)
+    return share, standard_error([v - share * r for v, r in zip(values, reference, strict=True)]) / abs(mean(reference))
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean, over prompts; NaN for one prompt."""
+    if len(values) < 2:
+        return math.nan
+    centre = mean(values)
+    return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))

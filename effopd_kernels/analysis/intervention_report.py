@@ -1,0 +1,214 @@
+"""What the interventions found, as tables, figures and the sections of a report."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import figures
+from .evaluations import MEASURED
+from .plans import UNMATCHED
+from .report import FIGURES, TABLES, Headline, Interval, Section, write_report
+from .tables import write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLES = {
+    "scale": "Scaling the final update",
+    "norm": "Score against update norm",
+    "embeddings": "Embeddings of the base",
+    "window": "A few layers at a time",
+    "top": "The leading part of the rank",
+    "bottom": "The rank without its leading part",
+    "rescale": "Early checkpoints at the final norm",
+}
+LEADS = {
+    "scale": "W0 + α·ΔW of the final checkpoint on every tensor: α = 0 is the base, α = 1 the trained model.",
+    "norm": "Every checkpoint as it is, placed by the Frobenius norm of its whole update.",
+    "embeddings": "The final model with the base's embeddings, and head where that is a tensor of its own.",
+    "window": "The base with a window of layers taken from the final checkpoint: their MLPs, their attention, both.",
+    "top": "Every matrix's final update truncated to its leading singular triplets; vectors keep their final values. "
+    "Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole update.",
+    "bottom": "Every matrix's final update without its leading singular triplets; vectors keep their final values. "
+    "Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole update.",
+    "rescale": "Every checkpoint, and the same with each tensor's update rescaled to that tensor's final norm.",
+}
+HOW_TO_READ = {
+    "scale": "A best value beyond α = 1 means that going on along the update would have paid; a flat stretch, that its "
+    "length does not matter.",
+    "norm": "The trajectory whose curve leaves the base's line sooner gets more out of each unit of movement.",
+    "embeddings": "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect.",
+    "window": "A point is a window, placed at its middle layer; the further from the base's line, the more of what was "
+    "learned sits there.",
+    "top": "A curve that reaches its final model's line early has its gain in few directions.",
+    "bottom": "A curve that stays at the base's line has nothing in the directions that are left.",
+    "rescale": "Where the right panel is near the final model's line from the start, the direction was there early and "
+    "only length was missing.",
+}
+LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
+Z = 1.96  # bars and bands hold 95 % of what drawing other prompts would give
+LABELS = {"accuracy": "accuracy", "teacher_kl": "KL to the teacher, nats per token"}
+Row = Mapping[str, Any]
+
+
+def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: str, notes: Sequence[str] = ()) -> None:
+    """tables/, figures/ and report.html into `folder`.
+
+    Args:
+        rows: of `evaluations.rows_of`. metric: the one drawn. settings, lead, notes: see `report.write_report`.
+    """
+    view = View(rows, metric)
+    write_table(folder / TABLES, "models", [r for r in rows if r["intervention"] in ("base", "final")])
+    sections = []
+    for name, title in TITLES.items():
+        own = [{k: v for k, v in row.items() if k != "intervention"} for row in rows if row["intervention"] == name]
+        if not own:
+            continue
+        write_table(folder / TABLES, name, own)
+        drawn = [figures.save(figure, folder / FIGURES, stem) for stem, figure in FIGURES_OF[name](view, own)]
+        note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
+        how = HOW_TO_READ[name] if name == "embeddings" else f"{HOW_TO_READ[name]} {LINES}"
+        sections.append(Section(title, LEADS[name], drawn, how, view.table(own), note))
+    write_report(
+        folder, "What edited models score", sections, settings, lead=lead, headlines=headlines(view, rows), notes=notes
+    )
+
+
+class View:
+    """Rows under one metric, and the lines every figure is read against: the base and the final models."""
+
+    def __init__(self, rows: Sequence[Row], metric: str):
+        self.metric = metric
+        (self.base,) = (row for row in rows if row["intervention"] == "base")
+        self.finals = {row["trajectory"]: row for row in rows if row["intervention"] == "final"}
+
+    def interval(self, row: Row, column: str | None = None) -> Interval:
+        value, error = row[column or self.metric], row[f"{column or self.metric}_se"]
+        spread = 0.0 if math.isnan(error) else Z * error
+        return Interval(value, value - spread, value + spread)
+
+    def table(self, own: Sequence[Row]) -> list[dict[str, Any]]:
+        """One row per setting, one column per trajectory; where settings are a trajectory's own, one row each."""
+        out: dict[tuple, dict[str, Any]] = {}
+        for row in own:
+            about = {k.replace("_", " "): row[k] for k in list(row)[1 : list(row).index(MEASURED)]}
+            if "update norm" in about:
+                about = {"trajectory": row["trajectory"], **about}
+            column = self.metric.replace("_", " ") if "update norm" in about else row["trajectory"]
+            out.setdefault(tuple(about.values()), about)[column] = self.interval(row)
+        return list(out.values())
+
+    def curves(self, rows: Sequence[Row], x: str, x_label: str, **axes_properties) -> "Figure":
+        """The metric over `x` with its 95 % bands, one line per trajectory; dotted, the base and the final models."""
+        of = {t: [row for row in rows if row["trajectory"] == t] for t in self.finals}
+        intervals = {t: [self.interval(row) for row in own] for t, own in of.items() if own}
+        figure = figures.lines(
+            {t: ([row[x] for row in of[t]], [i.value for i in found]) for t, found in intervals.items()},
+            x_label,
+            LABELS[self.metric],
+            bands={t: ([i.low for i in found], [i.high for i in found]) for t, found in intervals.items()},
+            **axes_properties,
+        )
+        (axes,) = figure.axes
+        axes.axhline(self.base[self.metric], color="#666666", linewidth=1, linestyle=":")
+        for i, final in enumerate(self.finals.values()):
+            axes.axhline(final[self.metric], color=figures.look(i)["color"], linewidth=1, linestyle=":")
+        return figure
+
+    def limits(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """One range for several figures."""
+        ends = [v for row in (self.base, *self.finals.values(), *rows) for v in self.interval(row)[1:]]
+        margin = 0.04 * (max(ends) - min(ends)) or 0.05
+        return min(ends) - margin, max(ends) + margin
+
+
+def scale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    yield "scale", view.curves(rows, "alpha", "α in W0 + α·ΔW")
+
+
+def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    origin = [{**view.base, "trajectory": t, "update_norm": 0.0} for t in view.finals]
+    yield "norm", view.curves([*origin, *rows], "update_norm", "‖ΔW‖, all tensors")
+
+
+def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    choices = list(dict.fromkeys(row["of_the_base"] for row in rows))
+    values = {t: [r[view.metric] for r in rows if r["trajectory"] == t] + [view.base[view.metric]] for t in view.finals}
+    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric], x_label="of the base")
+
+
+def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    placed = [{**row, "middle": (row["first_layer"] + row["last_layer"]) / 2} for row in rows]
+    for block in dict.fromkeys(row["block"] for row in rows):
+        own = [row for row in placed if row["block"] == block]
+        title = "MLP and attention" if block == "both" else {"mlp": "MLP"}.get(block, block)
+        yield f"window_{block}", view.curves(own, "middle", "middle layer", title=title, ylim=view.limits(rows))
+
+
+def truncation(part: str):
+    def draw(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+        for matched in dict.fromkeys(row["norm"] for row in rows):
+            own = [row for row in rows if row["norm"] == matched]
+            label = "share of the rank kept, from the " + part
+            figure = view.curves(
+                own, "rank_kept", label, title=f"norm: {matched}", ylim=view.limits(rows), xscale="log"
+            )
+            yield f"{part}_{re.sub(r'[^A-Za-z0-9]+', '_', matched)}", figure
+
+    return draw
+
+
+def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    for rescaled, title in ((False, "as it was"), (True, "at the final norm")):
+        own = [row for row in rows if row["rescaled"] == rescaled]
+        stem = "rescale_after" if rescaled else "rescale_before"
+        yield stem, view.curves(own, "step", "training progress", title=title, ylim=view.limits(rows))
+    if view.metric != "teacher_kl" and "teacher_kl" in view.base:
+        kl = View([{**view.base, "intervention": "base"}], "teacher_kl")
+        kl.finals = view.finals
+        for rescaled, title in ((False, "as it was"), (True, "at the final norm")):
+            own = [row for row in rows if row["rescaled"] == rescaled]
+            stem = "rescale_after_kl" if rescaled else "rescale_before_kl"
+            yield stem, kl.curves(own, "step", "training progress", title=title, ylim=kl.limits(rows))
+
+
+FIGURES_OF = {
+    "scale": scale,
+    "norm": norm,
+    "embeddings": embeddings,
+    "window": window,
+    "top": truncation("top"),
+    "bottom": truncation("bottom"),
+    "rescale": rescale,
+}
+
+
+def headlines(view: View, rows: Sequence[Row]) -> list[Headline]:
+    """What the models score, and how much of each final model's gain a few edits recover."""
+    out = [
+        Headline(
+            LABELS[view.metric],
+            {**{t: view.interval(row) for t, row in view.finals.items()}, "base": view.interval(view.base)},
+            "Final models and base on the same prompts. Whiskers: 95 % of what other prompts would give.",
+            1.0 if view.metric == "accuracy" else None,
+        )
+    ]
+
+    def recovered(label: str, chosen: list[Row]) -> None:
+        values = {r["trajectory"]: view.interval(r, "recovered") for r in chosen if r["recovered"] is not None}
+        if values:
+            out.append(Headline(label, values, "Share of the final model's gain over the base.", 1.0))
+
+    own = [r for r in rows if r["intervention"] == "top" and r["norm"] == UNMATCHED]
+    if own:
+        kept = min((r["rank_kept"] for r in own), key=lambda f: abs(f - 0.1))
+        recovered(f"top {kept:.2g} of the rank", [r for r in own if r["rank_kept"] == kept])
+    own = [r for r in rows if r["intervention"] == "rescale" and r["rescaled"]]
+    recovered(
+        "first checkpoint at the final norm", [next(r for r in own if r["trajectory"] == t) for t in view.finals if own]
+    )
+    own = [r for r in rows if r["intervention"] == "embeddings"]
+    recovered("with the base's embeddings", [r for r in own if r["of_the_base"] == "embeddings"])
+    return out

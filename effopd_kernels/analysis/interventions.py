@@ -1,0 +1,272 @@
+"""`effopd-analyze interventions`: what edited models score.
+
+Every edit is made in place, scored with the trainer's own validation and undone (`edits.py`); what was scored is noted
+down at once (`evaluations.py`), so that an interrupted command goes on where it stopped.
+"""
+
+import math
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from trl import ModelConfig, TrlParser
+
+from ..errors import UserError
+from ..train import OPDTrainer, cli
+from ..train.config import OPDConfig
+from ..train.interrupt import Interrupts
+from . import intervention_report
+from .checkpoints import Comparison, compare, listed
+from .edits import EditableModel
+from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
+from .output import check_free
+from .plans import INTERVENTIONS, Plan, Trial
+from .scoring import Validate, estimate
+
+
+@dataclass
+class InterventionArguments:
+    """What to compare and what to try."""
+
+    base: str | None = field(default=None, metadata={"help": "The model that training started from: folder."})
+    checkpoints: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints of one trajectory: folders, LoRA adapters too."}
+    )
+    trajectory: list[str] | None = field(
+        default=None,
+        metadata={"help": "NAME=DIR,DIR,...; may be repeated to set several side by side.", "action": "extend"},
+    )
+    interventions: list[str] = field(
+        default_factory=lambda: list(INTERVENTIONS), metadata={"help": f"Which of {', '.join(INTERVENTIONS)}."}
+    )
+    alphas: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75, 1.25, 1.5, 2.0],
+        metadata={"help": "α of `scale`, beside 0 and 1."},
+    )
+    rank_fractions: list[float] = field(
+        default_factory=lambda: [0.01, 0.05, 0.1, 0.25, 0.5],
+        metadata={"help": "Shares of the rank that `top` keeps and `bottom` drops; factors of the largest are held."},
+    )
+    window: int | None = field(default=None, metadata={"help": "Layers in a window. Unset: a quarter of the depth."})
+    stride: int | None = field(default=None, metadata={"help": "Layers between windows. Unset: half a window."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Evaluate on the first so many prompts only."})
+    save_models: bool = field(default=False, metadata={"help": "Also write every edited model into output_dir/models."})
+    estimate_only: bool = field(default=False, metadata={"help": "Say what the run would cost, and stop."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """The sub-command. Raises UserError for anything wrong with what was given, before any work."""
+    # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+    try:
+        ours, data, args, model_args = parse(list(argv))
+    except (ValueError, OSError) as error:  # HfArgumentParser, TrainingArguments and the YAML reader
+        raise UserError(" ".join(str(error).split())) from error
+    with Interrupts(immediate=True).installed():
+        run(ours, data, args, model_args)
+
+
+def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig]:
+    parser = TrlParser(
+        (InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig), prog="effopd-analyze interventions"
+    )
+    if "-h" in argv or "--help" in argv:
+        print_help(parser)
+        raise SystemExit(0)
+    return parser.parse_args_and_config(argv)
+
+
+EVALUATION = [
+    "teacher_model_name_or_path", "dataset_name", "dataset_test_split", "eval_metric", "eval_temperature",
+    "max_completion_length", "per_device_eval_batch_size", "overlong_prompts", "dtype", "use_vllm", "seed",
+    "output_dir", "overwrite_output_dir",
+]  # fmt: skip
+
+
+def print_help(parser: TrlParser) -> None:
+    actions = {a.dest: a for a in parser._actions}
+    print("usage: effopd-analyze interventions --base DIR --checkpoints DIR [DIR ...] --dataset_name eval.jsonl \\")
+    print("           --eval_metric accuracy|teacher_kl [--teacher_model_name_or_path DIR] --output_dir OUT")
+    print("       torchrun --nproc_per_node 8 -m effopd_kernels.analysis.cli interventions ...\n")
+    formatter = parser._get_formatter()
+    for title, names in (("what to try", list(InterventionArguments.__dataclass_fields__)), ("evaluation", EVALUATION)):
+        formatter.start_section(title)
+        formatter.add_arguments([actions[n] for n in names])
+        formatter.end_section()
+    print(formatter.format_help())
+    print(
+        "The same command goes on where it was interrupted. Options of effopd-train, and its YAML as --config, apply."
+    )
+
+
+def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, model_args: ModelConfig) -> None:
+    """Check, estimate, evaluate, report."""
+    check(ours, data, args)
+    comparison = compare(ours.base, given_trajectories(ours))
+    folder = Path(args.output_dir)
+    if not args.overwrite_output_dir and not (folder / FILE).is_file():
+        check_free(folder)
+    settings = settings_of(comparison, ours, data, args, model_args)
+    evaluations = Evaluations(folder, settings, fresh=args.overwrite_output_dir)
+
+    trainer = build_trainer(ours, data, args, model_args)
+    first = trainer.is_world_process_zero()
+    evaluations.done = broadcast_object_list([evaluations.done])[0]  # every process must leave out the same
+    model = EditableModel(
+        trainer.model,
+        comparison.trajectories,
+        max_fraction=max(ours.rank_fractions),
+        on_change=trainer._weights_changed,
+    )
+    trials = plan_of(ours, comparison, model).trials(ours.interventions)
+    left = pending(trials, evaluations)
+    validate = Validate(trainer, args, ours.max_prompts)
+    cost = estimate(model, trials, left, validate)
+    if first:
+        print(cost, flush=True)
+    if ours.estimate_only:
+        return
+    save = partial(save_model, trainer, folder / "models") if ours.save_models else None
+    evaluate_trials(model, left, evaluations, validate, write=first, save=save)
+    if first:
+        rows = rows_of(trials, evaluations, args.eval_metric)
+        write_report(folder, rows, args.eval_metric, settings, comparison)
+        print(f"tables, figures and report.html are in {folder}")
+
+
+def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig) -> None:
+    """What can be known to be wrong from the arguments alone."""
+    for name, value in {"base": ours.base, "dataset_name": data.dataset_name}.items():
+        if value is None:
+            raise UserError(f"--{name} is required")
+    if args.output_dir == "trainer_output":  # what transformers fills in when none was given
+        raise UserError("--output_dir is required")
+    if args.eval_metric == "teacher_kl" and args.teacher_model_name_or_path is None:
+        raise UserError("--eval_metric teacher_kl needs --teacher_model_name_or_path")
+    unknown = [name for name in ours.interventions if name not in INTERVENTIONS]
+    if unknown:
+        raise UserError(f"--interventions '{unknown[0]}' is not one of {', '.join(INTERVENTIONS)}")
+    if not all(0 < f <= 1 for f in ours.rank_fractions):
+        raise UserError(f"--rank_fractions must lie in (0, 1], not {ours.rank_fractions}")
+    if not all(map(math.isfinite, ours.alphas)):
+        raise UserError(f"--alphas must be finite, not {ours.alphas}")
+    for name in ("window", "stride", "max_prompts"):
+        if (value := getattr(ours, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+
+
+def given_trajectories(ours: InterventionArguments) -> dict[str, list[str]]:
+    """name → folders."""
+    out = {"checkpoints": ours.checkpoints} if ours.checkpoints else {}
+    for text in ours.trajectory or []:
+        name, _, folders = text.partition("=")
+        if not folders or name in out:
+            raise UserError(f"--trajectory '{text}' is not NAME=DIR,DIR,... with a name of its own")
+        out[name] = folders.split(",")
+    if not out:
+        raise UserError("--checkpoints DIR [DIR ...] or --trajectory NAME=DIR,DIR,... is required")
+    return out
+
+
+def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """All that an evaluation depends on beside its edit."""
+    teacher = args.teacher_model_name_or_path
+    return {
+        "base": _identity(comparison.base.path),
+        **{t: ", ".join(_identity(c.path) for c in many) for t, many in comparison.trajectories.items()},
+        "teacher": teacher and _identity(Path(teacher)),
+        "dataset": f"{_identity(Path(data.dataset_name))}, {data.dataset_config}, {data.dataset_test_split}",
+        "prompts": ours.max_prompts or "all",
+        "eval metric": args.eval_metric,
+        "temperature": args.validation_temperature,
+        **{name.replace("_", " "): getattr(args, name) for name in SAMPLING},
+        "dtype": model_args.dtype,
+    }
+
+
+SAMPLING = (
+    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs",
+    "per_device_eval_batch_size", "seed",
+)  # fmt: skip
+
+
+def _identity(path: Path) -> str:
+    """A path, and what changes when its content does; a hub id is itself."""
+    if not path.exists():
+        return str(path)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    stamp = max(file.stat().st_mtime_ns for file in files) if files else 0
+    return f"{path} ({sum(file.stat().st_size for file in files):,} bytes, {stamp % 10**12:012d})"
+
+
+def build_trainer(ours, data, args: OPDConfig, model_args: ModelConfig) -> OPDTrainer:
+    """effopd-train's own, with the base as its student: its checks, its models, its generation."""
+    model_args.model_name_or_path = ours.base
+    data.eval_dataset_name, data.dataset_train_split = data.dataset_name, data.dataset_test_split
+    args.do_eval, args.effopd_enabled = True, False
+    without_teacher = args.teacher_model_name_or_path is None
+    if without_teacher:
+        args.teacher_model_name_or_path = ours.base  # it insists on one
+    trainer = cli.build_trainer(data, args, model_args)
+    if without_teacher:
+        trainer.teacher_model = args.teacher_model_name_or_path = None
+    return trainer
+
+
+def plan_of(ours: InterventionArguments, comparison: Comparison, model: EditableModel) -> Plan:
+    """What to try. Reads every checkpoint once, for the norms.
+
+    Raises:
+        UserError: a model whose parameters are not its files' tensors, weights that are not finite, a window deeper
+            than the model.
+    """
+    if strangers := [name for name in model.live if name not in comparison.base.shapes]:
+        raise UserError(
+            f"transformers renames or fuses tensors of {comparison.base.path} when it loads them, so they cannot be "
+            f"edited by name: {listed(strangers)}"
+        )
+    steps, norms = {}, {}
+    for name, i, checkpoint in comparison.checkpoints():
+        steps.setdefault(name, []).append(i + 1 if checkpoint.step is None else checkpoint.step)
+        each = model.norms(name, i)
+        if broken := [tensor for tensor, norm in each.items() if not math.isfinite(norm)]:
+            raise UserError(f"{checkpoint.path} has weights that are not finite, in {listed(broken)}; leave it out")
+        norms[name, i] = math.hypot(*each.values())
+    plan = Plan(
+        list(model.live), steps, norms, ours.alphas, ours.rank_fractions, window=ours.window, stride=ours.stride
+    )
+    if (ours.window or 1) > plan.layers:
+        raise UserError(f"--window {ours.window} exceeds the model's {plan.layers} layers")
+    return plan
+
+
+def save_model(trainer: OPDTrainer, folder: Path, trial: Trial) -> None:
+    name = "-".join(
+        str(v).replace(" ", "_") for v in (trial.intervention, trial.edit.trajectory, *trial.about.values())
+    )
+    trainer.save_model(str(folder / name))
+
+
+def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison) -> None:
+    """Everything into a folder of its own first; then each part takes its place."""
+    staging = folder / ".unfinished"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    compared = ", ".join(f"{t} ({len(c)} checkpoints)" for t, c in comparison.trajectories.items())
+    lead = f"{compared}, from {comparison.base.label}: each edited in place, scored on the same prompts, and restored."
+    equal = [
+        f"{comparison.trajectories[r['trajectory']][-1].path} equals the base."
+        for r in rows
+        if r["intervention"] == "final" and r["update_norm"] == 0
+    ]
+    intervention_report.write(staging, rows, metric, settings, lead, [*comparison.notes, *equal])
+    for part in staging.iterdir():
+        if (folder / part.name).is_dir():
+            shutil.rmtree(folder / part.name)
+        part.replace(folder / part.name)
+    staging.rmdir()

@@ -1,0 +1,68 @@
+"""Scoring a model as effopd-train does, and what scoring many will cost."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from ..train import OPDTrainer
+from ..train.config import OPDConfig
+from ..train.validation import Validator
+from .edits import Edit, EditableModel
+from .evaluations import Evaluation
+from .plans import Trial
+
+
+class Validate:
+    """Every prompt's accuracy, where there are answers, and teacher KL, where there is a teacher.
+
+    Args:
+        trainer: its student is scored, on its evaluation set. most: score on so many prompts from the first.
+    """
+
+    def __init__(self, trainer: OPDTrainer, args: OPDConfig, most: int | None = None):
+        self.trainer, self.batch = trainer, args.per_device_eval_batch_size
+        dataset = trainer.eval_dataset
+        self.dataset = dataset.select(range(min(most or len(dataset), len(dataset))))
+        has = {"accuracy": "answer" in dataset.column_names, "teacher_kl": trainer.teacher_model is not None}
+        self.metrics = tuple(name for name, possible in has.items() if possible)
+        self.temperature = args.validation_temperature
+        self.validator = self._validator(self.dataset)
+
+    def __call__(self) -> Evaluation:
+        found = self.validator()
+        return Evaluation(found.accuracy, found.teacher_kl, found.tokens, found.seconds)
+
+    def seconds(self) -> float:
+        """About how long a call takes, from one batch on each process; the first warms up."""
+        world = self.trainer.accelerator.num_processes
+        few = self.dataset.select(range(min(self.batch * world, len(self.dataset))))
+        once = min((self._validator(few)() for _ in range(2)), key=lambda v: v.seconds).seconds
+        return once * math.ceil(len(self.dataset) / (self.batch * world))
+
+    def _validator(self, dataset) -> Validator:
+        return Validator(self.trainer, dataset, self.metrics, self.batch, self.temperature)
+
+
+def estimate(model: EditableModel, trials: Sequence[Trial], left: Mapping[str, Trial], validate: Validate) -> str:
+    """What is to be done and about how long it takes, from one batch, one edit and one factorisation."""
+    scored = len({trial.edit.key() for trial in trials})
+    text = f"{scored} models to score on {len(validate.dataset):,} prompts each"
+    if len(left) < scored:
+        text += f", {scored - len(left)} of them done already"
+    if not left:
+        return text
+    whole = next((t.edit for t in left.values() if t.edit.names), Edit())
+    start = time.perf_counter()
+    with model.edited(whole):
+        edit_seconds = time.perf_counter() - start
+    seconds = len(left) * (validate.seconds() + edit_seconds)
+    places = {(t.edit.trajectory, t.edit.checkpoint) for t in left.values() if t.edit.part != "whole"}
+    seconds += sum(model.factor_seconds(*place) for place in places)
+    return f"{text}: about {duration(seconds)}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{n} {unit}" for n, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if n]
+    return " ".join(parts[:2]) or "no time"

@@ -1,0 +1,201 @@
+"""Edited weights against an fp64 definition, and the base back bit for bit whatever happens."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from effopd_kernels.analysis import edits
+from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.analysis.edits import Edit, EditableModel
+from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
+
+SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
+LAYERS = 4
+
+
+class Net(torch.nn.Module):
+    """Enough of a transformer to have roles: an embedding that is also the head, layers, a norm."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        tensors = {"model.embed_tokens.weight": torch.randn(40, 16), "model.norm.weight": torch.ones(16)}
+        for i in range(LAYERS):
+            for name, shape in SHAPES.items():
+                tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(shape) / 4
+        for name, tensor in tensors.items():
+            module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, torch.nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(leaf, torch.nn.Parameter(tensor.to(dtype)))
+        self.lm_head = torch.nn.Module()
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def world(request, tmp_path):
+    """(model, its comparison, weights by trajectory and position with the base under None)."""
+    torch.manual_seed(0)
+    net = Net(request.param)
+    base = {n: p.detach().clone() for n, p in net.named_parameters()}
+    weights = {None: base}
+    for trajectory in ("opd", "rl"):
+        for i in range(2):
+            moved = {n: (w + 0.05 * (i + 1) * torch.randn_like(w)).to(w.dtype) for n, w in base.items()}
+            weights[trajectory, i] = moved
+            (tmp_path / trajectory / f"checkpoint-{i + 1}").mkdir(parents=True)
+            save_file(moved, tmp_path / trajectory / f"checkpoint-{i + 1}/model.safetensors")
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base/model.safetensors")
+    folders = {t: [tmp_path / t / f"checkpoint-{i + 1}" for i in range(2)] for t in ("opd", "rl")}
+    return net, EditableModel(net, compare(tmp_path / "base", folders).trajectories), weights
+
+
+def plan_for(model):
+    norms = {(t, i): math.hypot(*model.norms(t, i).values()) for t in ("opd", "rl") for i in range(2)}
+    return Plan(list(model.live), {"opd": [1, 2], "rl": [1, 2]}, norms, window=2, stride=1)
+
+
+def bits(net):
+    return {n: p.detach().clone().view(torch.uint8) for n, p in net.named_parameters()}
+
+
+def same(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def expected(edit, weights, name):
+    """The edited tensor in fp64, by definition."""
+    w0 = weights[None][name].double()
+    if name not in edit.names:
+        return w0
+    delta = weights[edit.trajectory, edit.checkpoint][name].double() - w0
+    if edit.part != "whole" and delta.ndim == 2:
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+        k = math.ceil(edit.fraction * len(s))
+        keep = slice(0, k) if edit.part == "top" else slice(k, None)
+        delta = u[:, keep] @ s[keep].diag() @ v[keep]
+    scale = edit.alpha
+    if edit.norm_of is not None:
+        target = (weights[edit.norm_of, 1][name].double() - w0).norm()
+        scale *= target / delta.norm() if delta.norm() > 0 else 0
+    return w0 + scale * delta
+
+
+def test_every_edit_of_every_intervention_writes_its_definition_and_leaves_the_base(world):
+    net, model, weights = world
+    before, seen = bits(net), set()
+    for trial in plan_for(model).trials(list(INTERVENTIONS)):
+        with model.edited(trial.edit):
+            for name, param in net.named_parameters():
+                want = expected(trial.edit, weights, name)
+                # Once rounded: half a unit in the last place, and the fp32 arithmetic before it.
+                atol = torch.finfo(param.dtype).eps * want.abs() / 2 + 2e-6
+                assert ((param.double() - want).abs() <= atol).all(), (trial.intervention, trial.about, name)
+        assert same(bits(net), before), trial.about
+        seen.add(trial.intervention)
+    assert seen == {*INTERVENTIONS, "base", "final"}
+
+
+def test_a_checkpoint_as_it_is_is_written_bit_for_bit(world):
+    net, model, weights = world
+    with model.edited(Edit("opd", 0, tuple(model.live))):
+        assert all(torch.equal(p, weights["opd", 0][n]) for n, p in net.named_parameters())
+        assert net.lm_head.weight is net.model.embed_tokens.weight
+
+
+def test_norms(world):
+    _, model, weights = world
+    for (trajectory, i), moved in ((k, v) for k, v in weights.items() if k is not None):
+        for name, norm in model.norms(trajectory, i).items():
+            assert norm == pytest.approx((moved[name].double() - weights[None][name].double()).norm().item(), rel=1e-6)
+
+
+def test_what_raises_inside_leaves_the_base(world):
+    net, model, _ = world
+    before = bits(net)
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), model.edited(Edit("opd", 1, tuple(model.live))):
+            assert not same(bits(net), before)
+            raise error
+        assert same(bits(net), before)
+
+
+def test_an_unreadable_tensor_half_way_leaves_the_base(world, monkeypatch):
+    net, model, _ = world
+    before, checkpoint = bits(net), model.trajectories["opd"][1]
+    read, wrote = checkpoint.read, []
+
+    def failing(name):
+        if len(wrote) == 3:
+            raise OSError("gone")
+        wrote.append(name)
+        return read(name)
+
+    monkeypatch.setattr(checkpoint, "read", failing)
+    with pytest.raises(OSError, match="gone"), model.edited(Edit("opd", 1, tuple(model.live))):
+        pytest.fail("the edit was not complete")
+    assert len(wrote) == 3 and same(bits(net), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_at_every_point_leaves_the_base(world, monkeypatch, number):
+    """In the n-th write of a tensor, inside the evaluation, in the n-th copy of the restoration."""
+    net, model, _ = world
+    before, edit = bits(net), Edit("opd", 1, tuple(model.live))
+    handler = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+    restore, write = model._restore, edits.extrapolate_
+    left = [0]
+
+    def tick():
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+
+    def ticking(function):
+        def wrapper(*args, **kwargs):
+            tick()
+            function(*args, **kwargs)
+            tick()
+
+        return wrapper
+
+    monkeypatch.setattr(edits, "extrapolate_", ticking(write))
+    monkeypatch.setattr(model, "_restore", ticking(restore))
+    monkeypatch.setattr(model, "on_change", tick)
+    points, evaluated = 0, 0
+    try:
+        while True:
+            points += 1
+            left[0] = points
+            interrupted = True
+            try:
+                with model.edited(edit):
+                    tick()
+                    evaluated += 1
+                interrupted = False
+            except (KeyboardInterrupt, SystemExit):
+                pass
+            assert same(bits(net), before), points
+            if left[0] > 0:
+                break
+            assert interrupted, points
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert points == 2 * len(model.live) + 4 + 1  # every write twice, hook, evaluation, restoration twice; then none
+    assert evaluated == 3  # a signal during writing or evaluation stops before it ends
+
+
+def test_edits_that_write_the_same_weights_share_a_key():
+    assert Edit().key() == Edit("opd", 1, ("a",), alpha=0.0).key() == Edit("rl", 0, ()).key() == "base"
+    one = Edit("opd", 1, ("a", "b"))
+    assert one.key() == Edit("opd", 1, ("b", "a")).key()
+    others = [Edit("rl", 1, ("a", "b")), Edit("opd", 0, ("a", "b")), Edit("opd", 1, ("a",))]
+    others += [Edit("opd", 1, ("a", "b"), **c) for c in ({"alpha": 2.0}, {"part": "top"}, {"norm_of": "rl"})]
+    assert len({edit.key() for edit in [one, *others]}) == 7
