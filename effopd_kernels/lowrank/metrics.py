@@ -22,6 +22,7 @@ from .decompose import oriented, power_of_two
 from .difference import Difference
 from .rsvd import as_batch, check_pair
 from .slq import Spectrum, sampled_spectrum
+from .types import RSVD
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
 LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
@@ -86,18 +87,31 @@ def spectral_metrics(
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     rows = []
     for x, y in zip(as_batch(a), bases, strict=True):
-        tall = x.shape[0] >= x.shape[1]
-        difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
-        statistics = ops.stats(difference.x, difference.base, True)[0]
-        usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
-        if not usable:
-            spectrum = Spectrum(statistics.new_zeros(0))
-        elif method == "exact":
-            spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
-        else:
-            spectrum = sampled_spectrum(difference, max(top, 16), probes, steps, seed)
-        rows.append(_metrics(spectrum, statistics, x, top, method == "slq"))
+        rows.append(measured(x, y, top, method, probes, steps, seed)[1])
     return _stacked(rows, a, method == "slq")
+
+
+def measured(
+    x: Tensor, y: Tensor | None, top: int, method: str, probes: int, steps: int, seed: int, svd: RSVD | None = None
+) -> tuple[Spectrum, dict[str, Tensor]]:
+    """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
+
+    With method "slq" the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
+    sampled.
+    """
+    tall = x.shape[0] >= x.shape[1]
+    difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
+    statistics = ops.stats(difference.x, difference.base, True)[0]
+    usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
+    if not usable:
+        spectrum = Spectrum(statistics.new_zeros(0))
+    elif method == "exact":
+        spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
+    else:
+        if svd is not None and not tall:
+            svd = svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)
+        spectrum = sampled_spectrum(difference, max(top, 16), probes, steps, seed, svd)
+    return spectrum, _metrics(spectrum, statistics, x, top, method == "slq")
 
 
 def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:

@@ -111,7 +111,8 @@ def _accumulate(row: Tensor, panel: Tensor, values: Tensor, full: bool) -> None:
     if panel.device.type != "cpu" or not largest.isfinite():
         row[4] += (~panel.isfinite()).sum()
     if full:
-        row[2] += panel.numel() - torch.count_nonzero(panel)
+        # Of the bits, without the sign of −0: counting floats that are not zero takes ten times as long.
+        row[2] += panel.numel() - torch.count_nonzero(panel.abs().view(_EXPONENT[panel.dtype][0]))
         steps = ulp(values)
         row[3] += _sum_squares(steps, steps.amax())
 

@@ -1,13 +1,17 @@
 """Spectra as weighted nodes, and their estimate by stochastic Lanczos quadrature.
 
-tr f(XᵀX) = E zᵀ f(XᵀX) z for random signs z, and for each z the Lanczos process gives a Gauss quadrature: nodes are
-eigenvalues θ of its tridiagonal T, weights ‖z‖² (e₁ᵀy)². Ubaru, Chen & Saad 2017, algorithm 1. The leading triplets are
-taken out first and counted exactly (as in Hutch++, Meyer et al. 2021): only the rest, which is small and even, is
+tr f(XᵀX) = E zᵀ f(XᵀX) z for z uniform on a sphere, and for each z the Lanczos process gives a Gauss quadrature: nodes
+are eigenvalues θ of its tridiagonal T, weights ‖z‖² (e₁ᵀy)². Ubaru, Chen & Saad 2017, algorithm 1. The leading triplets
+are taken out first and counted exactly (as in Hutch++, Meyer et al. 2021): only the rest, which is small and even, is
 sampled.
+
+The same nodes bound the rest from above. The quadrature is exact for λᵈ up to d = 2T − 1, and zᵀ(XᵀX)ᵈz ≥ λ₁ᵈ (v₁ᵀz)²,
+where v₁ᵀz is a standard normal number for Gaussian z: the largest of P probes gives λ₁ unless all P of them are small.
 
 Shape legend: M short side; P probes; T steps; K leading triplets.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +20,9 @@ from torch import Tensor
 
 from .decompose import Settings, decompose_group
 from .difference import Difference
-from .types import ROUNDING
+from .types import ROUNDING, RSVD
+
+FAILURE = 1e-9  # probability that `Spectrum.rest_norm` is not a bound
 
 
 class Spectrum(NamedTuple):
@@ -24,7 +30,8 @@ class Spectrum(NamedTuple):
 
     leading: Tensor  # (K,) fp64, descending
     nodes: Tensor | None = None  # (P, T) fp64 singular values
-    weights: Tensor | None = None  # (P, T)
+    weights: Tensor | None = None  # (P, T), summing to M − K for every probe
+    lengths: Tensor | None = None  # (P,) ‖z‖² of the Gaussian probe over M − K
 
     def sums(self, f: Callable[[Tensor], Tensor], unit: Tensor) -> Tensor:
         """Σ_i f(σ_i / unit) over the whole spectrum, one estimate per probe: (P, F), or (1, F) where nothing was
@@ -35,13 +42,30 @@ class Spectrum(NamedTuple):
             return known
         return known + (self.weights.unsqueeze(-1) * f(self.nodes / unit)).sum(1)
 
+    def rest_norm(self) -> float:
+        """An upper bound on the spectral norm of X(1 − VVᵀ), the matrix without its leading right singular vectors; it
+        fails with probability `FAILURE`, over the seed.
+        """
+        if self.nodes is None or not self.nodes.any():
+            return 0.0
+        probes, degree = len(self.nodes), 2 * self.nodes.shape[1] - 1
+        largest = self.nodes.amax()
+        moments = self.lengths * (self.weights * (self.nodes / largest) ** (2 * degree)).sum(1)
+        # P(|v₁ᵀz| < t for all probes) = erf(t/√2)^P
+        smallest = torch.special.erfinv(torch.tensor(FAILURE ** (1 / probes), dtype=torch.float64)) * math.sqrt(2)
+        return float(largest * (moments.amax() / smallest**2) ** (1 / (2 * degree)))
 
-def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int) -> Spectrum:
-    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M)."""
+
+def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int, svd: RSVD | None = None) -> Spectrum:
+    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M). With ``svd``, of that
+    difference, its triplets are the leading ones.
+    """
     m = x.x[0].shape[1]
-    k = min(k, m)
-    svd, _ = decompose_group(x.x, x.base, Settings(k, None, 2, None, seed, None))
-    s, v = svd.S[0].double(), svd.Vh[0].mT
+    if svd is None:
+        found, _ = decompose_group(x.x, x.base, Settings(min(k, m), None, 2, None, seed, None))
+        svd = RSVD(*(field[0] for field in found))
+    k = svd.S.shape[-1]
+    s, v = svd.S.double(), svd.Vh.mT
     floor = ROUNDING * torch.finfo(v.dtype).eps * svd.frobenius_norm  # below it nodes are rounding
     s = torch.where(s > floor, s, 0.0)
     if k == m:
@@ -49,15 +73,15 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int) 
     scale = torch.exp2(-s[:1].log2().floor())
     x = Difference(x.x, x.base, scale)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randint(0, 2, (m, probes), generator=generator).to(v.device, v.dtype).mul_(2).sub_(1)
-    nodes, weights = _lanczos(x, v, z, min(steps, m - k))
+    z = torch.randn(m, probes, generator=generator).to(v.device, v.dtype)
+    nodes, weights, squares = _lanczos(x, v, z, min(steps, m - k))
     nodes = nodes / scale
-    return Spectrum(s, torch.where(nodes > floor, nodes, 0.0), weights)
+    return Spectrum(s, torch.where(nodes > floor, nodes, 0.0), weights * (m - k), squares / (m - k))
 
 
-def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (P, T) of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P), with full
-    reorthogonalisation.
+def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes and weights (P, T), each probe's summing to 1, of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P),
+    and ‖z‖² (P,) outside V; with full reorthogonalisation.
     """
 
     def outside(y: Tensor) -> Tensor:
@@ -84,4 +108,4 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, T
         side = torch.stack(off[:-1], -1).double()
         t = t + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
     theta, y = torch.linalg.eigh(t)
-    return theta.clamp_min(0).sqrt(), length.double().square().unsqueeze(-1) * y[:, 0].square()
+    return theta.clamp_min(0).sqrt(), y[:, 0].square(), length.double().square()
