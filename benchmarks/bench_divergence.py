@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, copy_bandwidth, gemm_rate, peak_in_child, race
 
-from effopd_kernels.divergence import divergence_loss, jsd, linear_reverse_kl_loss, reverse_kl_loss
+from effopd_kernels.divergence import divergence_loss, jsd, linear_reverse_kl_loss, ops, reverse_kl_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -106,6 +106,7 @@ def test_logits(benchmark, report, request, device, N, V, dtype):
     contenders = {
         "ours": lambda: reverse_kl_loss(s, t),
         "ours, in place": lambda: reverse_kl_loss(s, t, inplace=True),
+        **({} if GPU else {"ours, on new pages": lambda: (release_pages(), reverse_kl_loss(s, t))[1]}),
         "eager": lambda: eager_reverse_kl(s, t),
         "torch.compile": lambda: compiled(s, t),
         "F.kl_div": lambda: kl_div(s, t),
@@ -115,6 +116,11 @@ def test_logits(benchmark, report, request, device, N, V, dtype):
     rows = rows_of(times, "ours", 3 * size, bandwidth, "of copy bandwidth")
     for row in rows:
         row["in place is × faster"] = round(times[row["contender"]] / times["ours, in place"], 2)
+        if not GPU and row["contender"] in LOGITS_LOSSES:
+            setup = LOGITS_SETUP.format(
+                folder=str(request.path.parent), N=N, V=V, dtype=DTYPES[dtype], name=row["contender"]
+            )
+            row["extra MB"] = round((peak_in_child(setup, "loss(s, t).backward()") - size) / 1e6)
     report(f"reverse KL from logits, value and gradient, {N} × {V} {dtype}", rows, copy_GBs=round(bandwidth / 1e9, 1))
 
     forward = {name: without_grad(contenders[name]) for name in ("ours", "eager", "torch.compile", "F.kl_div")}
@@ -133,6 +139,26 @@ def test_logits(benchmark, report, request, device, N, V, dtype):
         rows_of(times, "ours", 3 * size, bandwidth, "of copy bandwidth"),
     )
     benchmark.pedantic(with_backward(lambda: reverse_kl_loss(s, t), s), rounds=3)
+
+
+LOGITS_LOSSES = {"ours": reverse_kl_loss, "eager": eager_reverse_kl}
+LOGITS_SETUP = """
+import sys
+sys.path.insert(0, {folder!r})
+import bench_divergence as bench
+torch.manual_seed(0)
+loss = bench.LOGITS_LOSSES[{name!r}]
+small = torch.randn(64, 2048, dtype={dtype})  # threads and libraries are loaded before the peak is forgotten
+loss(small.requires_grad_(), small.detach()).backward()
+s, t = (torch.randn({N}, {V}).to({dtype}) for _ in range(2))
+s.requires_grad_()
+"""
+
+
+def release_pages():
+    """Give back what the last gradient left for the next (csrc/buffers.cpp)."""
+    if hasattr(ops.native(), "release_rows"):
+        ops.native().release_rows()
 
 
 def liger_jsd(s, t):

@@ -15,9 +15,6 @@
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 // Vectors wider than the baseline has are passed only between functions that are inlined: no ABI is at stake.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -131,15 +128,6 @@ Side make_side(uintptr_t data, int64_t row_stride, int dtype, double temperature
     return {reinterpret_cast<const char*>(data), row_stride * (dtype == kFloat32 ? 4 : 2), dtype, pre, float(c)};
 }
 
-// Ask for huge pages behind a large fresh buffer, before anything touches it: a fault per 4 KB costs more than the kernel.
-void use_huge_pages(uintptr_t data, int64_t bytes) {
-#ifdef __linux__
-    constexpr uintptr_t huge = uintptr_t(2) << 20;
-    const uintptr_t begin = (data + huge - 1) / huge * huge, end = (data + bytes) / huge * huge;
-    if (bytes >= kLarge && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
 // instruction_set: an index below num_instruction_sets(), or −1 for the best.
 void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtype, uintptr_t teacher, int64_t teacher_stride,
@@ -189,5 +177,4 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtyp
 void bind_divergence(nb::module_& m) {
     m.def("divergence_rows", &divergence_rows, nb::call_guard<nb::gil_scoped_release>());
     m.def("num_instruction_sets", [] { return kRuns.size(); });
-    m.def("use_huge_pages", &use_huge_pages);
 }

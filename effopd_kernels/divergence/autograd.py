@@ -35,13 +35,16 @@ class Spec(NamedTuple):
     teacher_softcap: float = 0.0
 
 
-def _may_hand_over(grad_output: Tensor) -> bool:
-    # A factor of exactly 1 needs no scaling copy, but a graph that is kept must keep its gradient too. Reading the
-    # factor is free on the CPU and a synchronisation elsewhere.
+def _is_one(factor: Tensor) -> bool:
+    return factor.device.type == "cpu" and factor.item() == 1  # elsewhere reading it would be a synchronisation
+
+
+def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
+    """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return (
-        not torch.compiler.is_compiling() and grad_output.device.type == "cpu" and not keep_graph() and grad_output == 1
-    )
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or keep_graph():
+        return tuple(grad * factor for grad in grads)
+    return grads if _is_one(factor) else tuple(grad.mul_(factor) for grad in grads)
 
 
 class _DifferentiableOnce(torch.autograd.Function):
@@ -86,8 +89,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grads = ctx.saved_tensors
-        scaled = grads if _may_hand_over(grad_output) else [grad * grad_output for grad in grads]
-        return None, *(None for _ in grads), *differentiable_once(scaled)
+        return None, *(None for _ in grads), *differentiable_once(_scaled(grads, grad_output))
 
 
 class _PerRow(torch.autograd.Function):

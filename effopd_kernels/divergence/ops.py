@@ -28,6 +28,8 @@ torch.library.define(
 )
 
 _KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
+_KEPT_FROM = 8 << 20  # bytes from which the pages of a gradient are worth keeping for the next (csrc/buffers.cpp)
 
 
 @functools.cache
@@ -72,8 +74,6 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruc
     stats = loss.new_empty((3, N) if with_stats else 0)
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
-    if grad_out is not None and grad_out is not student:
-        module.use_huge_pages(grad_out.data_ptr(), grad_out.nbytes)
     module.divergence_rows(
         *(student.data_ptr(), student.stride(0), _KERNEL_DTYPES[student.dtype]),
         *(teacher.data_ptr(), teacher.stride(0), _KERNEL_DTYPES[teacher.dtype]),
@@ -92,11 +92,22 @@ def _triton(student, teacher, *args, grad_out, with_stats):
     return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
 
 
-def _register(device: str, launch):
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _empty_on_kept_pages(like: Tensor) -> Tensor:
+    module = native() if like.nbytes >= _KEPT_FROM and like.dtype in _DLPACK_DTYPES else None
+    if not hasattr(module, "fresh_rows"):
+        return _empty(like)
+    return torch.from_dlpack(module.fresh_rows(*like.shape, *_DLPACK_DTYPES[like.dtype]))
+
+
+def _register(device: str, launch, empty=_empty):
     @torch.library.impl("effopd::divergence_rows", device)
     def rows(student, teacher, *args):
         *args, with_grad, with_stats = args
-        grad = torch.empty_like(student, memory_format=torch.contiguous_format) if with_grad else None
+        grad = empty(student) if with_grad else None
         loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
@@ -107,7 +118,7 @@ def _register(device: str, launch):
 
 
 _register("CompositeExplicitAutograd", _reference)
-_register("CPU", _cpp)
+_register("CPU", _cpp, _empty_on_kept_pages)
 if importlib.util.find_spec("triton") is not None:
     _register("CUDA", _triton)
 

@@ -303,7 +303,7 @@ SYNCHRONISING = ("_local_scalar_dense", "nonzero.default", "masked_select", "ite
 )
 def test_no_host_synchronisation(call, allowed, monkeypatch):
     """Nothing that a GPU would have to be waited for, in forward or, scaled by a device scalar, in backward."""
-    monkeypatch.setattr(autograd, "_may_hand_over", lambda grad_output: False)  # as it is off the CPU
+    monkeypatch.setattr(autograd, "_is_one", lambda factor: False)  # as it is off the CPU
     monkeypatch.setattr(linear, "_check_num_valid", lambda mask, num_valid: None)  # likewise
     h_s, w_s, *teacher = heads()
     inputs = random(N, V).requires_grad_(), random(N, V, seed=1), (h_s.requires_grad_(), w_s.requires_grad_(), *teacher)
