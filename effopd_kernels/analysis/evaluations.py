@@ -63,8 +63,8 @@ class Evaluations:
                 f"{self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another --output_dir"
             )
         for line in whole[1:]:
-            record = json.loads(line)
-            self.done[record.pop("key")] = Evaluation(**record)
+            key, *values = json.loads(line)
+            self.done[key] = Evaluation(*values)
         self._intact = sum(map(len, whole))
 
     def add(self, key: str, evaluation: Evaluation, write: bool) -> None:
@@ -73,7 +73,7 @@ class Evaluations:
         if not write:
             return
         text = "" if self._intact else json.dumps(self.settings) + "\n"
-        text += json.dumps({"key": key, **evaluation._asdict()}) + "\n"
+        text += json.dumps([key, *evaluation]) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             file.truncate(self._intact)

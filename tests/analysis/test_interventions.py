@@ -1,0 +1,324 @@
+"""`effopd-analyze interventions` on tiny real trajectories: what it plans, what it writes, stopping and going on."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchrun import torchrun
+from train import world as tiny
+
+from effopd_kernels.analysis.cli import main
+from effopd_kernels.analysis.edits import Edit
+from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
+from effopd_kernels.analysis.plans import INTERVENTIONS, UNMATCHED, Plan, Trial
+from effopd_kernels.analysis.tables import read_table
+from effopd_kernels.errors import UserError
+
+HERE = Path(__file__).parent
+STEPS, TRAJECTORIES = (2, 4), {"opd": 1, "rl": 2}
+FEW = ("--alphas", "2", "--rank_fractions", "0.1", "0.5")
+
+
+# ---- what is planned ------------------------------------------------------------------------------------------------
+
+
+def plan(layers=8, trajectories=("opd", "rl"), **kwargs):
+    parts = ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm")
+    names = [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in parts]
+    names = ["model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight"]
+    steps = {t: [10, 20, 40] for t in trajectories}
+    return Plan(names, steps, {(t, i): 1.0 for t in steps for i in range(3)}, **kwargs)
+
+
+def test_windows_cover_every_layer_with_the_blocks_they_name():
+    p = plan(window=3, stride=2)
+    trials = p.trials(["window"])[3:]  # after base and finals
+    assert {t.about["block"] for t in trials} == {"mlp", "attention", "both"}
+    for trial in trials:
+        layers = range(trial.about["first_layer"], trial.about["last_layer"] + 1)
+        assert len(layers) == 3
+        wanted = {"mlp": ("mlp",), "attention": ("self_attn",), "both": ("mlp", "self_attn")}[trial.about["block"]]
+        want = {n for n in p.names if any(f"layers.{i}.{part}." in n for i in layers for part in wanted)}
+        assert set(trial.edit.names) == want
+    starts = [t.about["first_layer"] for t in trials if (t.edit.trajectory, t.about["block"]) == ("opd", "mlp")]
+    assert starts == [0, 2, 4, 5]  # the last one reaches the top although the stride does not divide
+
+
+def test_window_defaults_to_a_quarter_of_the_depth_and_half_overlaps():
+    starts = [t.about["first_layer"] for t in plan(16).trials(["window"])[3:] if t.about["block"] == "mlp"]
+    assert starts[: len(starts) // 2] == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_embeddings_and_an_untied_head_are_left_out_one_by_one():
+    trials = plan().trials(["embeddings"])[3:7]
+    gone = {t.about["of_the_base"]: set(plan().names) - set(t.edit.names) for t in trials}
+    embedding, head = {"model.embed_tokens.weight"}, {"lm_head.weight"}
+    assert gone == {"nothing": set(), "embeddings": embedding, "head": head, "embeddings and head": embedding | head}
+
+
+def test_truncation_is_matched_to_every_trajectory():
+    for part in ("top", "bottom"):
+        trials = [t for t in plan(fractions=(0.1, 0.5)).trials([part])[3:] if t.edit.trajectory == "opd"]
+        assert [(t.edit.norm_of, t.edit.fraction) for t in trials] == [
+            (norm, f) for norm in (None, "opd", "rl") for f in (0.1, 0.5)
+        ]
+        kept = {t.edit.fraction: t.about["rank_kept"] for t in trials}
+        assert kept == ({0.1: 0.1, 0.5: 0.5} if part == "top" else {0.1: 0.9, 0.5: 0.5})
+
+
+# ---- what is reported -----------------------------------------------------------------------------------------------
+
+
+def test_rows_compare_the_same_prompts(tmp_path):
+    final, half = Edit("opd", 1, ("a",)), Edit("opd", 1, ("a",), alpha=0.5)
+    trials = [Trial("base", Edit(), {}), Trial("final", final, {}), Trial("scale", half, {"alpha": 0.5})]
+    evaluations = Evaluations(tmp_path, {})
+    scores = {"base": [0.0, 0.0, 1.0, 0.0], final.key(): [1.0, 1.0, 1.0, 0.0], half.key(): [1.0, 0.0, 1.0, 0.0]}
+    for key, values in scores.items():
+        evaluations.add(key, Evaluation(values, None, 4, 1.0), write=False)
+    base, whole, row = rows_of(trials, evaluations, "accuracy")
+    assert (base["gain"], base["accuracy"], whole["recovered"], whole["recovered_se"]) == (0, 0.25, 1, 0)
+    assert row["alpha"] == 0.5 and row["gain"] == 0.25 and row["recovered"] == 0.5
+    assert row["gain_se"] == pytest.approx(statistics.stdev([1, 0, 0, 0]) / 2)
+    # ratio of means, to first order: the spread of g − r·G over |mean G|
+    assert row["recovered_se"] == pytest.approx(statistics.stdev([0.5, -0.5, 0, 0]) / 2 / 0.5)
+
+
+def test_a_gain_of_nothing_has_no_share(tmp_path):
+    trials = [Trial("base", Edit(), {}), Trial("final", Edit("opd", 0, ("a",)), {})]
+    evaluations = Evaluations(tmp_path, {})
+    for trial in trials:
+        evaluations.add(trial.edit.key(), Evaluation(None, [1.0, 2.0], 4, 1.0), write=False)
+    row = rows_of(trials, evaluations, "teacher_kl")[1]
+    assert row["gain"] == 0 and row["recovered"] is None and row["recovered_se"] is None and row["teacher_kl"] == 1.5
+
+
+def test_evaluations_survive_a_line_cut_short(tmp_path):
+    trials = [Trial("scale", Edit("opd", 0, ("a",), alpha=a), {}) for a in (1.0, 2.0, 3.0)]
+    first = Evaluations(tmp_path, {"seed": 0})
+    for trial in trials[:2]:
+        first.add(trial.edit.key(), Evaluation([1.0], [0.25], 3, 0.5), write=True)
+    path = tmp_path / "evaluations.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    again = Evaluations(tmp_path, {"seed": 0})
+    assert again.done == {trials[0].edit.key(): Evaluation([1.0], [0.25], 3, 0.5)}
+    assert list(pending(trials, again).values()) == trials[1:]
+    for trial in trials[1:]:
+        again.add(trial.edit.key(), Evaluation([0.0], None, 3, 0.5), write=True)
+    assert Evaluations(tmp_path, {"seed": 0}).done == again.done and len(again.done) == 3
+    with pytest.raises(UserError, match=r"another seed \(0, now 1\)"):
+        Evaluations(tmp_path, {"seed": 1})
+    assert not Evaluations(tmp_path, {"seed": 1}, fresh=True).done
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A world, and two short trajectories from its student."""
+    folder = tiny.build(tmp_path_factory.mktemp("world"))
+    for name, seed in TRAJECTORIES.items():
+        config = {"max_steps": STEPS[-1], "save_strategy": "steps", "save_steps": STEPS[0], "save_only_model": True}
+        config |= {"effopd_enabled": False, "seed": seed, "learning_rate": 3e-3, "eval_strategy": "no"}
+        tiny.make_trainer(folder, folder / name, config=config).train()
+    return folder
+
+
+def arguments(trained, out, *more):
+    trajectories = [
+        f"{name}={','.join(str(trained / name / f'checkpoint-{s}') for s in STEPS)}" for name in TRAJECTORIES
+    ]
+    return [
+        "interventions", "--base", str(trained / "student"), *(f"--trajectory={t}" for t in trajectories),
+        "--teacher_model_name_or_path", str(trained / "teacher"), "--dataset_name", str(trained / "eval.jsonl"),
+        "--eval_metric", "teacher_kl", "--max_completion_length", "4", "--per_device_eval_batch_size", "4",
+        "--output_dir", str(out), *FEW, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    assert main(arguments(trained, out)) == 0
+    return out
+
+
+def measured(out):
+    """All tables, without the clock."""
+    return {
+        name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_table(out / "tables", name)]
+        for name in (*INTERVENTIONS, "models")
+    }
+
+
+def test_tables_figures_and_report(finished, trained):
+    tables = measured(finished)
+    assert [len(tables[n]) for n in INTERVENTIONS] == [6, 4, 4, 12, 12, 12, 8]
+    base, *finals = tables["models"]
+    assert base["update_norm"] == 0 and [row["trajectory"] for row in finals] == list(TRAJECTORIES)
+    for row in finals:  # the same weights, whichever intervention asks for them
+        for name, about in (
+            ("scale", {"alpha": 1.0}),
+            ("norm", {"step": 4}),
+            ("embeddings", {"of_the_base": "nothing"}),
+            ("rescale", {"step": 4, "rescaled": True}),
+        ):
+            (same,) = (r for r in tables[name] if (about | {"trajectory": row["trajectory"]}).items() <= r.items())
+            assert same["teacher_kl"] == row["teacher_kl"] and same["recovered"] == 1
+        student, trained_weights = (
+            load_file(folder / "model.safetensors")
+            for folder in (trained / "student", trained / row["trajectory"] / "checkpoint-4")
+        )
+        norm = math.hypot(*(float((w.double() - student[n].double()).norm()) for n, w in trained_weights.items()))
+        assert row["update_norm"] == pytest.approx(norm, rel=1e-6)
+        assert row["teacher_kl"] < base["teacher_kl"]
+    halves = {r["norm"]: r for r in tables["top"] if r["trajectory"] == "opd" and r["rank_kept"] == 0.5}
+    assert set(halves) == {UNMATCHED, "that of opd", "that of rl"}
+    report = (finished / "report.html").read_text()
+    images = sorted(p.stem for p in (finished / "figures").glob("*.svg"))
+    assert report.count("<img ") == len(images) == 14
+    assert f"{finals[0]['teacher_kl']:.3g}" in report and "14 figures" not in report
+    assert {p.name for p in finished.iterdir()} == {"evaluations.jsonl", "figures", "report.html", "tables"}
+
+
+def test_scores_are_the_trainers_own(finished, trained, tmp_path):
+    """Of the final model, evaluated as effopd-train would evaluate it."""
+    row = measured(finished)["models"][1]
+    trainer = tiny.make_trainer(
+        trained,
+        tmp_path,
+        student=str(trained / "opd/checkpoint-4"),
+        config={"max_completion_length": 4, "per_device_eval_batch_size": 4, "effopd_enabled": False, "seed": 42},
+    )
+    metrics = trainer.evaluate()
+    assert row["teacher_kl"] == metrics["eval_teacher_kl"] and row["accuracy"] == metrics["eval_accuracy"]
+
+
+def test_the_same_command_again_evaluates_nothing(finished, trained, capfd):
+    lines = (finished / "evaluations.jsonl").read_bytes()
+    assert main(arguments(trained, finished, "--estimate_only", "true")) == 0
+    assert (finished / "evaluations.jsonl").read_bytes() == lines
+    said = capfd.readouterr().out
+    total = len(lines.splitlines()) - 1
+    assert f"{total} models to score on 10 prompts each, {total} of them done already" in said
+
+
+def test_interrupted_and_gone_on_with(finished, trained, tmp_path):
+    command = [sys.executable, HERE / "interventions_run.py", *arguments(trained, tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+    )
+    noted = tmp_path / "out/evaluations.jsonl"
+    deadline = time.monotonic() + 120
+    while not (noted.is_file() and noted.read_bytes().count(b"\n") > 5) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr.decode()[-2000:]
+    assert b"effopd-analyze: error" not in stderr and b"Traceback" not in stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"evaluations.jsonl"}
+    half = noted.read_bytes()
+    assert main(arguments(trained, tmp_path / "out")) == 0
+    assert noted.read_bytes().startswith(half) and len(noted.read_bytes()) > len(half)
+    assert measured(tmp_path / "out") == measured(finished)
+
+
+def test_two_processes_equal_one(finished, trained, tmp_path):
+    some = ["--interventions", "scale", "top"]
+    result = torchrun(
+        HERE / "interventions_run.py", *arguments(trained, tmp_path, *some), "--overwrite_output_dir", "true"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("models", "scale", "top"):
+        for row, alone in zip(read_table(tmp_path / "tables", name), measured(finished)[name], strict=True):
+            for key, value in alone.items():
+                assert row[key] == (pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value)
+
+
+def test_edited_models_are_written_when_asked(trained, tmp_path):
+    few = ["--interventions", "embeddings", "--save_models", "true", "--max_prompts", "2"]
+    assert main(arguments(trained, tmp_path, *few)) == 0
+    saved = load_file(tmp_path / "models/embeddings-opd-embeddings/model.safetensors")
+    base, final = (load_file(trained / f / "model.safetensors") for f in ("student", "opd/checkpoint-4"))
+    for name, weight in saved.items():
+        assert torch.equal(weight, (base if "embed" in name else final)[name]), name
+    assert sum(not torch.equal(base[n], final[n]) for n in base) > 10
+
+
+def broken(trained, tmp):
+    """Argument lists that are wrong in one way each → what the one sentence must say."""
+    poisoned = load_file(trained / "opd/checkpoint-4/model.safetensors")
+    poisoned["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    shutil.copytree(trained / "opd/checkpoint-4", tmp / "nan")
+    save_file(poisoned, tmp / "nan/model.safetensors", {"format": "pt"})
+    (tmp / "empty.jsonl").write_text("")
+    (tmp / "used").mkdir()
+    (tmp / "used/thesis.txt").write_text("x")
+    tiny.write_jsonl(tmp / "unlabelled.jsonl", [{"prompt": "1 + 1"}])
+
+    def case(*more, out="fresh"):
+        return arguments(trained, tmp / out, *map(str, more))
+
+    return {
+        "no base": (case()[:1] + case()[3:], "--base is required"),
+        "no checkpoints": ([a for a in case() if not a.startswith("--trajectory")], "--checkpoints DIR"),
+        "bad trajectory": (case("--trajectory=opd"), "--trajectory 'opd' is not NAME=DIR"),
+        "no such intervention": (case("--interventions", "prune"), "'prune' is not one of scale, norm"),
+        "bad fraction": (case("--rank_fractions", 10), "--rank_fractions must lie in (0, 1]"),
+        "deep window": (case("--window", 3), "--window 3 exceeds the model's 2 layers"),
+        "empty set": (case("--dataset_name", tmp / "empty.jsonl"), "is empty"),
+        "no answers": (case("--dataset_name", tmp / "unlabelled.jsonl", "--eval_metric", "accuracy"), "'answer'"),
+        "no teacher": ([a for a in case() if "teacher" not in a or a == "teacher_kl"], "teacher_kl needs --teacher"),
+        "NaN": (case(f"--trajectory=bad={tmp / 'nan'}"), "not finite, in model.layers.1.mlp.up_proj.weight"),
+        "in use": (case(out="used"), "exists and is not empty"),
+        "unknown flag": (case("--speed", 3), "speed"),
+    }
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capfd):
+    for name, (argv, says) in broken(trained, tmp_path).items():
+        assert main(argv) == 2, name
+        error = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+        assert len(error) == 1 and says in error[0], (name, error)
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "fresh").exists() or not any((tmp_path / "fresh").iterdir())
+
+
+def test_other_settings_do_not_mix(finished, trained, capfd):
+    assert main(arguments(trained, finished, "--seed", "3")) == 2
+    assert "holds evaluations with another seed (42, now 3)" in capfd.readouterr().err
+
+
+def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path):
+    some = ["--max_prompts", "4", "--interventions", "scale", "top", "rescale"]
+    argv = [a for a in arguments(trained, tmp_path, *some) if not a.startswith("--trajectory")]
+    assert main([*argv, "--checkpoints", str(trained / "student")]) == 0
+    assert "equals the base" in (tmp_path / "report.html").read_text()
+    for name in some[3:]:
+        for row in read_table(tmp_path / "tables", name):
+            assert row["gain"] == 0 and row["recovered"] is None
+            assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+
+
+def test_estimate_only(trained, tmp_path, capfd):
+    assert main(arguments(trained, tmp_path / "out", "--estimate_only", "true")) == 0
+    assert "models to score on 10 prompts each: about" in capfd.readouterr().out
+    assert not (tmp_path / "out/evaluations.jsonl").exists()
+
+
+def test_a_line_of_the_record_is_json(finished):
+    settings, *lines = map(json.loads, (finished / "evaluations.jsonl").read_text().splitlines())
+    assert settings["seed"] == 42 and all(len(Evaluation(*line[1:]).teacher_kl) == 10 for line in lines)
