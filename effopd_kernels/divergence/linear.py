@@ -2,7 +2,8 @@
 
 N tokens, V vocabulary (the shared prefix), D hidden size (student and teacher may differ). Rows are taken in chunks:
 
-    for each chunk      for each tile of it    s = h_s·W_sᵀ (V wide), t = h_t·W_tᵀ        2 GEMM units
+    for each chunk      s = h_s·W_sᵀ (V wide)                                               1 GEMM unit
+                        for each tile of it    t = h_t·W_tᵀ                                 1 GEMM unit
                                                the row kernel overwrites s by g = dloss/ds
                         dh = g·W_s,  dW_s += gᵀ·h_s                                         2 GEMM units
 
@@ -53,16 +54,17 @@ def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tenso
         out_NV += bias_V
 
 
-def _add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor) -> None:
-    """acc += gradᵀ·hidden, where acc may be fp32 and the operands narrower."""
+def _add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
+    """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
+    beta = 0 if first else 1  # 0 leaves unread what stood there
     if acc_VD.dtype == grad_NV.dtype:
-        acc_VD.addmm_(grad_NV.T, hidden_ND)
+        acc_VD.addmm_(grad_NV.T, hidden_ND, beta=beta)
     elif acc_VD.device.type == "cuda":
-        torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, out=acc_VD)
+        torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:
         hidden = hidden_ND.to(acc_VD.dtype)
         for cols in pieces(grad_NV.shape[1], 16 * MIB // (4 * grad_NV.shape[0])):
-            acc_VD[cols].addmm_(grad_NV[:, cols].to(acc_VD.dtype).T, hidden)
+            acc_VD[cols].addmm_(grad_NV[:, cols].to(acc_VD.dtype).T, hidden, beta=beta)
 
 
 def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
@@ -125,10 +127,10 @@ def _linear_rows(
 
     for chunk in chunks:
         s_chunk = s_buf[: chunk.stop - chunk.start]
+        _project(s_chunk, h_s[chunk], w_s, b_s)
         for tile in pieces(s_chunk.shape[0], tile_rows):
             rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
             s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
-            _project(s_tile, h_s[rows], w_s, b_s)
             _project(t_tile, h_t[rows], w_t, b_t)
             row_scale = None if row_scale_N is None else row_scale_N[rows]
             loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
@@ -141,10 +143,8 @@ def _linear_rows(
         g = s_chunk.to(dtypes[0])
         if grad_h is not None:
             grad_h[chunk] = g @ w_s
-        if grad_w is not None and len(chunks) == 1 and grad_w.dtype == g.dtype:
-            torch.mm(g.T, h_s, out=grad_w[:V])  # one product: nothing to accumulate
-        elif grad_w is not None:
-            _add_product(grad_w[:V], g, h_s[chunk])
+        if grad_w is not None:
+            _add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
         if grad_b is not None:
             grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
 
@@ -164,12 +164,10 @@ def _linear_rows(
 
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
-    """Where dW is gathered: fp32 unless one product, rounded once, is all there is. Rows beyond V stay zero."""
-    if num_chunks == 1 and weight.dtype == dtype:
-        grad = torch.empty_like(weight)
-        grad[V:] = 0
-        return grad
-    return torch.zeros(weight.shape, device=weight.device, dtype=acc_dtype)
+    """Where dW is gathered: fp32 unless one product, rounded once, is all there is. What no product reaches is zero."""
+    grad = ops.empty_gradient(weight, weight.dtype if num_chunks == 1 and weight.dtype == dtype else acc_dtype)
+    grad[V if num_chunks else 0 :] = 0
+    return grad
 
 
 torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)

@@ -92,22 +92,20 @@ def _triton(student, teacher, *args, grad_out, with_stats):
     return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
 
 
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+def empty_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, contiguous, of the shape and device of `like` (rows, columns): on the CPU, on kept pages."""
+    dtype = dtype or like.dtype
+    large = like.device.type == "cpu" and like.numel() * dtype.itemsize >= _KEPT_FROM
+    if large and dtype in _DLPACK_DTYPES and hasattr(native(), "fresh_rows"):
+        return torch.from_dlpack(native().fresh_rows(*like.shape, *_DLPACK_DTYPES[dtype]))
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _empty_on_kept_pages(like: Tensor) -> Tensor:
-    module = native() if like.nbytes >= _KEPT_FROM and like.dtype in _DLPACK_DTYPES else None
-    if not hasattr(module, "fresh_rows"):
-        return _empty(like)
-    return torch.from_dlpack(module.fresh_rows(*like.shape, *_DLPACK_DTYPES[like.dtype]))
-
-
-def _register(device: str, launch, empty=_empty):
+def _register(device: str, launch):
     @torch.library.impl("effopd::divergence_rows", device)
     def rows(student, teacher, *args):
         *args, with_grad, with_stats = args
-        grad = empty(student) if with_grad else None
+        grad = empty_gradient(student) if with_grad else None
         loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
@@ -118,7 +116,7 @@ def _register(device: str, launch, empty=_empty):
 
 
 _register("CompositeExplicitAutograd", _reference)
-_register("CPU", _cpp, _empty_on_kept_pages)
+_register("CPU", _cpp)
 if importlib.util.find_spec("triton") is not None:
     _register("CUDA", _triton)
 

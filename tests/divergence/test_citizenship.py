@@ -280,9 +280,9 @@ def test_four_gemm_units_at_most(needs, gemms):
         linear._linear_rows(
             (h_s, w_s, None), (h_t, w_t, None), MASK, None, spec, dtypes, None, 1 << 20, None, (*needs, False), False
         )
-    products = [args for func, args in spy.calls if "mm" in func.__name__]
+    products = [args for func, args in spy.calls if "mm" in func.__name__]  # the operands stand last
     assert len(products) == gemms
-    assert all(MASK.sum() in (a.shape[0], a.shape[1]) for a, *_ in products)  # masked rows have left
+    assert all(MASK.sum() in (*a.shape, *b.shape) for *_, a, b in products)  # masked rows have left
 
 
 # ---- synchronisation
