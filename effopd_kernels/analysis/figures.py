@@ -74,22 +74,27 @@ def lines(
     y_label: str,
     *,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    level: float | None = None,
     markers: bool = True,
+    drawstyle: str = "default",
     **axes_properties,
 ) -> "Figure":
     """One line per trajectory, with a legend where there are several.
 
     Args:
         curves: trajectory → (x, y). bands: trajectory → (low, high) around its y, such as error bounds.
+        level: a dotted line across, such as what chance gives.
         axes_properties: as for ``Axes.set``: xscale, ylim, title, ...
     """
 
     def paint(axes: "Axes") -> None:
         for i, (name, (x, y)) in enumerate(curves.items()):
-            style = look(i) | ({} if markers else {"marker": ""})
+            style = look(i) | {"drawstyle": drawstyle} | ({} if markers else {"marker": ""})
             axes.plot(x, y, label=name, **style)
             if bands and name in bands:
                 axes.fill_between(x, *bands[name], color=style["color"], alpha=0.18, linewidth=0)
+        if level is not None:
+            axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2)
         axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
         if len(curves) > 1:
             axes.legend()
@@ -97,23 +102,55 @@ def lines(
     return draw(paint)
 
 
-def bars(groups: Sequence[str], values: Mapping[str, Sequence[float]], y_label: str, *, x_label: str = "") -> "Figure":
-    """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``."""
+def paths(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> "Figure":
+    """Ways through a plane, one per trajectory, fainter at the start, with a ring around the end."""
+
+    def paint(axes: "Axes") -> None:
+        for i, (name, (x, y)) in enumerate(curves.items()):
+            style = look(i)
+            axes.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1, alpha=0.5)
+            shades = [0.35 + 0.65 * j / max(1, len(x) - 1) for j in range(len(x))]
+            axes.scatter(x, y, color=style["color"], marker=style["marker"], alpha=shades, s=26, label=name)
+            axes.scatter(x[-1:], y[-1:], facecolors="none", edgecolors=style["color"], s=110, linewidths=1.4)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.margins(0.1)
+        if len(curves) > 1:
+            for handle in axes.legend().legend_handles:
+                handle.set_alpha(1)
+
+    return draw(paint)
+
+
+def bars(
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    y_label: str,
+    *,
+    x_label: str = "",
+    errors: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    marks: Mapping[str, Sequence[float]] | None = None,
+) -> "Figure":
+    """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``.
+
+    Args:
+        errors: trajectory → (low, high) ends of error bars. marks: label → a height per group to hold bars against.
+    """
 
     def paint(axes: "Axes") -> None:
         width = 0.8 / len(values)
         for i, (name, heights) in enumerate(values.items()):
             x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
             axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
-        axes.set(ylabel=y_label, xlabel=x_label)
-        axes.set_xticks(
-            range(len(groups)),
-            groups,
-            rotation=0 if len(groups) <= 5 else 40,
-            ha="center" if len(groups) <= 5 else "right",
-        )
+            if errors and name in errors:
+                axes.vlines(x, *errors[name], color="#222222", linewidth=1)
+        for label, heights in (marks or {}).items():
+            middle = range(len(groups))
+            axes.hlines(heights, [x - 0.46 for x in middle], [x + 0.46 for x in middle], color="#222222", label=label)
+        crowded = len(groups) > 6
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
         axes.grid(axis="x", visible=False)
-        if len(values) > 1:
+        if len(values) > 1 or marks:
             axes.legend()
 
     return draw(paint)

@@ -1,0 +1,98 @@
+"""Which tokens' embeddings moved."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import figures
+from .findings import Findings
+from .report import FIGURES, TABLES, Section
+from .tables import write_table
+
+SHOWN = 20  # tokens in the report
+MOST = 200  # tokens with their text in the table
+
+
+def embeddings(found: Findings, folder: Path) -> list[Section]:
+    """Write the tables embedding_tokens and embedding_top and their figures; return the report's part."""
+    if not found.tokens:
+        return []
+    spoken = speaker([found.comparison.base.path, *(c[-1].path for c in found.comparison.trajectories.values())])
+    columns: dict[str, list] = {key: [] for key in ("trajectory", "token", "shift", "relative_shift", "cosine")}
+    top, leads = [], []
+    for trajectory, measured in found.tokens.items():
+        shift = measured["relative_shift"]
+        columns["trajectory"] += [trajectory] * len(shift)
+        columns["token"] += range(len(shift))
+        for key, values in measured.items():
+            columns[key] += values.tolist()
+        moved = int((measured["shift"] > 0).sum())
+        order = torch.argsort(shift, descending=True, stable=True)[: min(MOST, moved)].tolist()
+        top += [
+            {"trajectory": trajectory, "place": place, "token": token, "text": spoken(token)}
+            | {key: values[token].item() for key, values in measured.items()}
+            for place, token in enumerate(order, 1)
+        ]
+        leads.append(f"{moved:,} of {len(shift):,} tokens moved in {trajectory}")
+    write_table(folder / TABLES, "embedding_tokens", columns)
+    figure_names = [
+        _histogram(found, folder, "relative_shift", "‖Δe‖ / ‖e‖ of a token", lambda x: x),
+        _histogram(found, folder, "cosine", "1 − cos(e, e in the base)", lambda x: 1 - x),
+    ]
+    if top:
+        write_table(folder / TABLES, "embedding_top", top)
+    table = [
+        {"trajectory": r["trajectory"], "token": r["token"], "text": r["text"], "‖Δe‖": r["shift"],
+         "‖Δe‖ / ‖e‖": r["relative_shift"], "cosine": r["cosine"]} for r in top if r["place"] <= SHOWN
+    ]  # fmt: skip
+    return [
+        Section(
+            "Which tokens moved",
+            "; ".join(leads) + ".",
+            [name for name in figure_names if name],
+            "How many tokens' embeddings moved by how much: far to the left of what the layers moved means that "
+            "training left the embedding alone.",
+            table,
+            f"The tokens that moved most for their size; the first {MOST} are in tables/embedding_top, every token's "
+            "numbers in tables/embedding_tokens.",
+        )
+    ]
+
+
+def _histogram(found: Findings, folder: Path, column: str, label: str, of: Callable) -> str | None:
+    values = {t: of(measured[column].double()) for t, measured in found.tokens.items()}
+    positive = {t: v[v > 0] for t, v in values.items()}
+    if not any(len(v) for v in positive.values()):
+        return None
+    low = min(float(v.min()) for v in positive.values() if len(v))
+    high = max(float(v.max()) for v in positive.values() if len(v))
+    edges = torch.logspace(*(float(torch.tensor(x).log10()) for x in (low * 0.9, high * 1.1)), 50, dtype=torch.float64)
+    counts = {t: torch.histogram(v, edges).hist.tolist() for t, v in positive.items()}
+    middles = (edges[1:] * edges[:-1]).sqrt().tolist()
+    figure = figures.lines(
+        {t: (middles, count) for t, count in counts.items()},
+        label, "tokens", markers=False, xscale="log", drawstyle="steps-mid", ylim=(0, None),
+    )  # fmt: skip
+    return figures.save(figure, folder / FIGURES, f"embedding_{column}")
+
+
+def speaker(folders: list[Path]) -> Callable[[int], str]:
+    """A function from a token's id to its text, through the first tokenizer in these folders; without one, to ""."""
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return lambda token: _visible(tokenizer.decode([token], skip_special_tokens=False))
+        if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+            from transformers import AutoTokenizer
+
+            slow = AutoTokenizer.from_pretrained(folder)
+            return lambda token: _visible(slow.decode([token]))
+    return lambda token: ""
+
+
+def _visible(text: str) -> str:
+    """Spaces and line ends as signs one can see."""
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

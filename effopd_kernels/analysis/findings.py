@@ -1,0 +1,103 @@
+"""What was measured, gathered from all tensors and ranks, and the sums and averages that every analysis takes of it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Comparison
+from .measure import Measured, Options
+from .report import Interval
+from .roles import TYPES, third
+
+Row = Mapping[str, Any]
+CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")  # what names a checkpoint in every table
+GROUPS: dict[str, Callable[[Row], bool]] = {
+    "MLP and attention": lambda row: row["part"] in ("mlp", "attention"),
+    "attention": lambda row: row["part"] == "attention",
+    "MLP": lambda row: row["part"] == "mlp",
+}
+
+
+class Findings:
+    """Rows in the order trajectory, checkpoint, tensor, however the work was shared out.
+
+    Attributes:
+        rows, alignment: as in `Measured`, of all tensors. energy: (trajectory, position) → [(type, curve (G,))].
+        directions: (T, T) inner products, or None without matrices. tokens: trajectory → column → (V,).
+    """
+
+    def __init__(self, comparison: Comparison, options: Options, measured: Iterable[Measured]):
+        self.comparison, self.options = comparison, options
+        order = {name: i for i, name in enumerate(comparison.names)}
+        tensors = sorted(measured, key=lambda m: order[m.tensor])
+        self.trajectories = list(comparison.trajectories)
+        self.rows = self._sorted(row for m in tensors for row in m.rows)
+        self.alignment = self._sorted(row for m in tensors for row in m.alignment)
+        self.energy: dict[tuple[str, int], list[tuple[str, list[float]]]] = {}
+        for m in tensors:
+            for trajectory, position, kind, curve in m.energy:
+                self.energy.setdefault((trajectory, position), []).append((kind, curve))
+        products = [m.directions for m in tensors if m.directions is not None]
+        self.directions: Tensor | None = torch.stack(products).sum(0) if products else None
+        self.tokens = next((m.tokens for m in tensors if m.tokens), {})
+        self.layers = 1 + max((row["layer"] for row in self.rows if row["layer"] is not None), default=-1)
+        for row in self.rows:
+            row["third"] = third(row["layer"], self.layers)
+
+    def last(self, trajectory: str, rows: Sequence[Row] | None = None) -> list[Row]:
+        """The rows of a trajectory's last checkpoint."""
+        return [
+            r for r in (self.rows if rows is None else rows) if r["trajectory"] == trajectory and r["progress"] == 1
+        ]
+
+    def types(self) -> list[str]:
+        """The module types there are, in the usual order."""
+        found = {row["type"] for row in self.rows}
+        return [kind for kind in TYPES if kind in found]
+
+    def _sorted(self, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        place = {t: i for i, t in enumerate(self.trajectories)}
+        return sorted(rows, key=lambda row: (place[row["trajectory"]], row["progress"]))
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
+    """Rows by the values of some columns, in order of first appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def norms(rows: Sequence[Row]) -> dict[str, Any]:
+    """Totals over tensors: counts add, norms add in squares. Tensors that are not finite are left out."""
+    rows = [row for row in rows if not row["non_finite"]]
+    parameters = sum(row["parameters"] for row in rows)
+    update, weight = (math.sqrt(sum(row[key] ** 2 for row in rows)) for key in ("update_norm", "weight_norm"))
+    return {
+        "parameters": parameters,
+        "update_norm": update,
+        "weight_norm": weight,
+        "relative_update": update / weight if weight else 0.0,
+        "unchanged_fraction": sum(r["unchanged_fraction"] * r["parameters"] for r in rows) / max(1, parameters),
+    }
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    """The average of a column over the rows that have it; 0 where none has."""
+    values = [row[key] for row in rows if row.get(key) is not None and row[key] == row[key]]
+    return sum(values) / len(values) if values else 0.0
+
+
+def interval(row: Row, key: str, low: str | None = None, high: str | None = None, error: str | None = None) -> Interval:
+    """A column with its bounds, or ± two standard errors."""
+    value = row[key]
+    if error is not None:
+        return Interval(value, value - 2 * row[error], value + 2 * row[error])
+    return Interval(value, row[low] if low else value, row[high] if high else value)
+
+
+def share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,262 @@
+"""What is measured on one tensor: norms in every checkpoint, and of attention and MLP matrices the spectrum of ΔW too.
+
+Error bars of a leading σ. With the triplets at hand UᵀΔ = S Vᵀ, so (ΔV)ᵀΔV = S² + GᵀG with G = ΔV − US, and
+
+    σ̃_i² ≤ σ_i² ≤ σ̃_i² + ‖G‖² + τ²        τ ≥ ‖Δ(1 − VVᵀ)‖, from `lowrank.slq.Spectrum.rest_norm`
+
+by Weyl, and the same summed over i ≤ p by Ky Fan. ‖G‖ is in the triplets' residuals.
+
+Shape legend: T checkpoints of all trajectories; G grid points of an energy curve; V tokens.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..lowrank import RSVD, Flag, batched_rsvd, ops, principal_cosines, subspace_alignment
+from ..lowrank.decompose import Settings
+from ..lowrank.metrics import measured
+from ..lowrank.routes import choose
+from ..lowrank.slq import Spectrum
+from ..lowrank.types import ROUNDING
+from .checkpoints import Checkpoint, Comparison
+from .roles import Role, role_of
+
+OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it costs is inside the error bars
+PROBES, STEPS, STEPS_SQUARE = 16, 4, 12  # a square matrix has σ down to 0, which takes more steps to resolve
+_LOG = [10 ** (i / 12) for i in range(-36, 0)]
+GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
+ROWS = 1 << 10  # tokens at a time, a few MB that stay in cache
+
+
+class Options(NamedTuple):
+    """What to compute."""
+
+    rank: int = 64
+    ks: tuple[int, ...] = (1, 8, 64)  # subspaces whose alignment is followed
+    exact: bool = False  # the whole spectrum of every matrix
+    top_fraction: float = 0.01
+    seed: int = 0
+    device: str | None = None  # where to compute; None is the CPU
+
+
+@dataclass
+class Measured:
+    """One tensor's contribution, small enough to send between ranks."""
+
+    tensor: str
+    rows: list[dict[str, Any]] = field(default_factory=list)  # per checkpoint and matrix
+    alignment: list[dict[str, Any]] = field(default_factory=list)  # per checkpoint, matrix and k
+    energy: list[tuple[str, int, str, list[float]]] = field(default_factory=list)  # trajectory, position, type, (G,)
+    directions: Tensor | None = None  # (T, T) inner products of sign-aligned u₁, summed over the tensor's matrices
+    tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # trajectory → column → (V,)
+
+
+def measure(comparison: Comparison, name: str, options: Options, embedding: bool = False) -> Measured:
+    """Read one tensor in the base and in every checkpoint, one at a time, and measure it.
+
+    Args:
+        embedding: it is the token embedding; every row is measured in the last checkpoint of every trajectory.
+    """
+    found, role = Measured(name), role_of(name)
+    base = comparison.base.read(name).to(options.device)
+    weight_norm = float(torch.linalg.vector_norm(base, dtype=torch.float32))
+    spectral = role.part in ("attention", "mlp") and base.ndim >= 2 and min(base.shape[-2:]) > 1
+    first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
+    for trajectory, checkpoints in comparison.trajectories.items():
+        last, finals = len(checkpoints) - 1, []
+        for position in (last, *range(last)):  # the last first: the others' subspaces are held against its
+            a, b = _pair(checkpoints[position], name, base, options.device)
+            where = {
+                "trajectory": trajectory,
+                "checkpoint": checkpoints[position].label,
+                "step": checkpoints[position].step,
+                "progress": comparison.progress[trajectory][position],
+            }
+            if embedding and position == last:
+                found.tokens[trajectory] = _tokens(a, b, base)
+            if not spectral:
+                found.rows.append({**where, **_named(name, role, base), **_norms(a, b), "weight_norm": weight_norm})
+                continue
+            for i, (x, y) in enumerate(_matrices(a, b)):
+                w = _matrices(base, None)[i][0] if base.ndim > 2 else None
+                norm = weight_norm if w is None else float(torch.linalg.vector_norm(w, dtype=torch.float32))
+                named = _named(name, role, x) if w is None else _named(f"{name}[{i}]", role._replace(expert=i), x)
+                svd, spectrum, row = _spectrum(x, y, options)
+                found.rows.append({**where, **named, **row, "weight_norm": norm})
+                if position == last:
+                    finals.append(svd)
+                if row["non_finite"] or row["update_norm"] == 0:
+                    continue
+                found.energy.append((trajectory, position, role.type, _energy(spectrum, min(x.shape), row)))
+                found.alignment += [{**where, **named, **r} for r in _alignment(svd.U, finals[i], options.ks)]
+                first.setdefault(trajectory, {}).setdefault(position, {})[i] = svd.U[:, 0].float().cpu()
+    if spectral:
+        found.directions = _directions(comparison, first)
+    for row in found.rows:
+        row["relative_update"] = row["update_norm"] / row["weight_norm"] if row["weight_norm"] else math.nan
+    return found
+
+
+def _pair(checkpoint: Checkpoint, name: str, base: Tensor, device: str | None) -> tuple[Tensor, Tensor | None]:
+    a, b = checkpoint.pair(name, base)
+    return a.to(device), None if b is None else b.to(device)
+
+
+def _matrices(a: Tensor, b: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Stacked experts one by one."""
+    count, size = a.shape[:-2].numel(), a.shape[-2:]
+    bases = [None] * count if b is None else b.reshape(count, *size).unbind()
+    return list(zip(a.reshape(count, *size).unbind(), bases, strict=True))
+
+
+def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:
+    return {
+        "tensor": name,
+        "layer": role.layer,
+        "type": role.type,
+        "part": role.part,
+        "expert": role.expert,
+        "parameters": like.numel(),
+    }
+
+
+def _norms(a: Tensor, b: Tensor | None) -> dict[str, Any]:
+    """The update's norm and what is wrong with it, for any shape."""
+    x, y = (None if t is None else t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
+    squares, largest, unchanged, _, bad = ops.stats([x], [] if y is None else [y], True)[0].tolist()
+    bad = int(bad) or int(not math.isfinite(largest))
+    return {
+        "update_norm": math.nan if bad else math.sqrt(squares),
+        "unchanged_fraction": unchanged / a.numel(),
+        "non_finite": bad,
+    }
+
+
+def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any]]:
+    """Factors, spectrum, and a row of metrics with bounds; zeros, not NaN, for a matrix that did not move."""
+    n, m = max(a.shape), min(a.shape)
+    svd = batched_rsvd(a, options.rank, base=b, oversample=OVERSAMPLE, seed=options.seed, clip_rank=True)
+    width = Settings(min(options.rank, m), OVERSAMPLE, 2, None, 0, None).width(m)
+    exact = options.exact or choose(n, m, options.rank, width, a.device) == "exact"
+    top = math.ceil(options.top_fraction * m)
+    steps = STEPS if n >= 2 * m else STEPS_SQUARE
+    method = "exact" if exact else "slq"
+    spectrum, metrics = measured(a, b, top, method, PROBES, steps, options.seed, svd)
+    row = {name: value.item() for name, value in metrics.items()}
+    bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
+    if zero:
+        row |= {name: 0.0 for name, value in row.items() if value != value}
+    norm = row.pop("frobenius_norm")
+    low, high, top_high = _bounds(svd, spectrum, row["spectral_norm"], top, exact)
+    unit = norm or 1.0
+    row = {
+        "update_norm": norm,
+        "non_finite": int(bad),
+        **row,
+        "spectral_norm_low": low,
+        "spectral_norm_high": high,
+        "spectral_to_frobenius_low": low / unit,
+        "spectral_to_frobenius_high": high / unit,
+        "top_fraction_norm_ratio_high": row["top_fraction_norm_ratio"] if exact else min(top_high / unit, 1.0),
+        "effective_rank_error": row.pop("effective_rank error", 0.0),
+        "spectrum": "exact" if exact else "sampled",
+    }
+    for name in ("participation_ratio", "rank_above_noise"):
+        row.pop(f"{name} error", None)
+    return svd, spectrum, row
+
+
+def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) -> tuple[float, float, float]:
+    """(lower, upper) for σ₁ and the upper for ‖Δ_top‖_F."""
+    norm = float(svd.frobenius_norm)
+    rounding = ROUNDING * torch.finfo(svd.S.dtype).eps * norm
+    if exact or not math.isfinite(norm) or norm == 0:
+        return first - (rounding if norm else 0.0), first + rounding, norm
+    s, gap, rest = svd.S.double(), float(svd.triplet_residual.square().sum()), spectrum.rest_norm() ** 2
+    beyond = float(svd.residual_norm) ** 2  # Weyl with the Frobenius norm of the rest holds too
+
+    def upper(count: int) -> float:
+        head = float(s[:count].square().sum())
+        return min(math.sqrt(head + min(gap + count * rest, beyond)), norm) + rounding
+
+    return max(float(s[0]) - rounding, 0.0), upper(1), upper(top)
+
+
+def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:
+    """‖Δ_r‖_F / ‖Δ‖_F at r = fraction · m for the fractions of `GRID`; beyond the known σ, from the sampled density."""
+    squares = spectrum.leading.double().square().cpu()
+    if len(squares) < m and spectrum.nodes is not None:
+        nodes, order = spectrum.nodes.flatten().sort(descending=True)
+        reached = spectrum.weights.flatten()[order].cumsum(0) / len(spectrum.nodes)
+        index = torch.searchsorted(reached, torch.arange(m - len(squares), dtype=torch.float64).to(reached) + 0.5)
+        rest = nodes[index.clamp_max(len(nodes) - 1)].square().cpu()
+        left = max(row["update_norm"] ** 2 - float(squares.sum()), 0.0)
+        squares = torch.cat([squares, rest * (left / float(rest.sum()) if rest.any() else 0.0)])
+    reached = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
+    reached = (reached / reached[-1]).clamp_max(1)
+    position = torch.tensor(GRID, dtype=torch.float64) * (len(reached) - 1)
+    below = position.floor().long().clamp_max(len(reached) - 2)
+    return torch.lerp(reached[below], reached[below + 1], position - below).sqrt().tolist()
+
+
+def _alignment(u: Tensor, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Per k: the paper's mean |cos(u_i, u_i,final)|, principal angles, and what chance would give."""
+    if final.flags & (Flag.NON_FINITE | Flag.ZERO):
+        return []
+    rows = []
+    for k in ks:
+        if k > min(u.shape[1], u.shape[0] // 2):  # of half a space or more any two subspaces align
+            continue
+        cosines = principal_cosines(u, final.U, k)
+        rows.append(
+            {
+                "k": k,
+                "mean_cosine": float(subspace_alignment(u, final.U, k)),
+                "mean_principal_cosine": float(cosines.mean()),
+                "largest_angle_degrees": math.degrees(math.acos(min(1.0, float(cosines[-1])))),
+                "chance_cosine": math.sqrt(2 / (math.pi * u.shape[0])),
+            }
+        )
+    return rows
+
+
+def _directions(comparison: Comparison, first: dict[str, dict[int, dict[int, Tensor]]]) -> Tensor:
+    """(T, T) inner products of u₁, its sign turned towards the trajectory's last one, and that towards the first
+    trajectory's. A checkpoint whose update has no direction counts as zero.
+    """
+    order = [(t, i) for t, i, _ in comparison.checkpoints()]
+    products = torch.zeros(len(order), len(order), dtype=torch.float64)
+    matrices = sorted({i for positions in first.values() for own in positions.values() for i in own})
+    for i in matrices:
+        held = {(t, p): own[i].double() for t, positions in first.items() for p, own in positions.items() if i in own}
+        zero = torch.zeros_like(next(iter(held.values())))
+        lasts = {t: held.get((t, len(c) - 1), zero) for t, c in comparison.trajectories.items()}
+        reference = next(iter(lasts.values()))
+        lasts = {t: -u if u @ reference < 0 else u for t, u in lasts.items()}
+        aligned = [held.get(key, zero) for key in order]
+        aligned = torch.stack([-u if u @ lasts[t] < 0 else u for (t, _), u in zip(order, aligned, strict=True)])
+        products += aligned @ aligned.mT
+    return products
+
+
+def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
+    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp32.
+
+    1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
+    """
+    parts = []
+    for start in range(0, len(base), ROWS):
+        rows = slice(start, start + ROWS)
+        before = base[rows].float()
+        delta = a[rows].float() if b is None else a[rows].float() - b[rows].float()
+        shift, length, after = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before, before + delta))
+        both = 2 * length * after
+        cosine = 1 - torch.where(both > 0, (shift.square() - (after - length).square()) / both, 0.0)
+        relative = torch.where(length > 0, shift / length, 0.0)
+        parts.append(torch.stack([shift, relative, cosine.clamp(-1, 1)]).float().cpu())
+    shift, relative, cosine = torch.cat(parts, 1)
+    return {"shift": shift, "relative_shift": relative, "cosine": cosine}
