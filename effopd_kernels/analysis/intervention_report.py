@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import figures
 from .evaluations import MEASURED
-from .plans import UNMATCHED
+from .plans import FINAL, OWN, UNMATCHED
 from .report import FIGURES, TABLES, Headline, Interval, Section, write_report
 from .tables import write_table
 
@@ -47,6 +47,7 @@ HOW_TO_READ = {
     "rescale": "Where the right panel is near the final model's line from the start, the direction was there early and "
     "only length was missing.",
 }
+ACROSS = {"norm": None, "rescale": "norm"}  # columns of a section's table, where they are not the trajectories
 LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
 Z = 1.96  # bars and bands hold 95 % of what drawing other prompts would give
 LABELS = {"accuracy": "accuracy", "teacher_kl": "KL to the teacher, nats per token"}
@@ -70,7 +71,7 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
         drawn = [figures.save(figure, folder / FIGURES, stem) for stem, figure in FIGURES_OF[name](view, own)]
         note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
         how = HOW_TO_READ[name] if name == "embeddings" else f"{HOW_TO_READ[name]} {LINES}"
-        sections.append(Section(title, LEADS[name], drawn, how, view.table(own), note))
+        sections.append(Section(title, LEADS[name], drawn, how, view.table(own, ACROSS.get(name, "trajectory")), note))
     write_report(
         folder, "What edited models score", sections, settings, lead=lead, headlines=headlines(view, rows), notes=notes
     )
@@ -89,14 +90,13 @@ class View:
         spread = 0.0 if math.isnan(error) else Z * error
         return Interval(value, value - spread, value + spread)
 
-    def table(self, own: Sequence[Row]) -> list[dict[str, Any]]:
-        """One row per setting, one column per trajectory; where settings are a trajectory's own, one row each."""
+    def table(self, own: Sequence[Row], across: str | None) -> list[dict[str, Any]]:
+        """The metric, one row per setting and one column for each value of `across`, or one column."""
+        names = ["trajectory", *(name for name in list(own[0])[: list(own[0]).index(MEASURED)] if name != "trajectory")]
         out: dict[tuple, dict[str, Any]] = {}
         for row in own:
-            about = {k.replace("_", " "): row[k] for k in list(row)[1 : list(row).index(MEASURED)]}
-            if "update norm" in about:
-                about = {"trajectory": row["trajectory"], **about}
-            column = self.metric.replace("_", " ") if "update norm" in about else row["trajectory"]
+            about = {name.replace("_", " "): row[name] for name in names if name != across}
+            column = row[across] if across else self.metric.replace("_", " ")
             out.setdefault(tuple(about.values()), about)[column] = self.interval(row)
         return list(out.values())
 
@@ -136,7 +136,7 @@ def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
 def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
     choices = list(dict.fromkeys(row["of_the_base"] for row in rows))
     values = {t: [r[view.metric] for r in rows if r["trajectory"] == t] + [view.base[view.metric]] for t in view.finals}
-    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric], x_label="of the base")
+    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric])
 
 
 def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
@@ -161,17 +161,14 @@ def truncation(part: str):
 
 
 def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
-    for rescaled, title in ((False, "as it was"), (True, "at the final norm")):
-        own = [row for row in rows if row["rescaled"] == rescaled]
-        stem = "rescale_after" if rescaled else "rescale_before"
-        yield stem, view.curves(own, "step", "training progress", title=title, ylim=view.limits(rows))
+    views = [view]
     if view.metric != "teacher_kl" and "teacher_kl" in view.base:
-        kl = View([{**view.base, "intervention": "base"}], "teacher_kl")
-        kl.finals = view.finals
-        for rescaled, title in ((False, "as it was"), (True, "at the final norm")):
-            own = [row for row in rows if row["rescaled"] == rescaled]
-            stem = "rescale_after_kl" if rescaled else "rescale_before_kl"
-            yield stem, kl.curves(own, "step", "training progress", title=title, ylim=kl.limits(rows))
+        views.append(View([view.base, *view.finals.values()], "teacher_kl"))
+    for of in views:
+        for norm, stem in ((OWN, "before"), (FINAL, "after")):
+            own = [row for row in rows if row["norm"] == norm]
+            figure = of.curves(own, "progress", "training progress", title=f"norm: {norm}", ylim=of.limits(rows))
+            yield f"rescale_{stem}" + ("" if of is view else f"_{of.metric}"), figure
 
 
 FIGURES_OF = {
@@ -205,7 +202,7 @@ def headlines(view: View, rows: Sequence[Row]) -> list[Headline]:
     if own:
         kept = min((r["rank_kept"] for r in own), key=lambda f: abs(f - 0.1))
         recovered(f"top {kept:.2g} of the rank", [r for r in own if r["rank_kept"] == kept])
-    own = [r for r in rows if r["intervention"] == "rescale" and r["rescaled"]]
+    own = [r for r in rows if r["intervention"] == "rescale" and r["norm"] == FINAL]
     recovered(
         "first checkpoint at the final norm", [next(r for r in own if r["trajectory"] == t) for t in view.finals if own]
     )

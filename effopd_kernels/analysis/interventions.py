@@ -27,6 +27,7 @@ from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .output import check_free
 from .plans import INTERVENTIONS, Plan, Trial
 from .scoring import Validate, estimate
+from .updates import trajectories_of
 
 
 @dataclass
@@ -107,7 +108,7 @@ def print_help(parser: TrlParser) -> None:
 def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, model_args: ModelConfig) -> None:
     """Check, estimate, evaluate, report."""
     check(ours, data, args)
-    comparison = compare(ours.base, given_trajectories(ours))
+    comparison = compare(ours.base, trajectories_of(ours.checkpoints, ours.trajectory or []))
     folder = Path(args.output_dir)
     if not args.overwrite_output_dir and not (folder / FILE).is_file():
         check_free(folder)
@@ -158,19 +159,6 @@ def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig)
     for name in ("window", "stride", "max_prompts"):
         if (value := getattr(ours, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-
-
-def given_trajectories(ours: InterventionArguments) -> dict[str, list[str]]:
-    """name → folders."""
-    out = {"checkpoints": ours.checkpoints} if ours.checkpoints else {}
-    for text in ours.trajectory or []:
-        name, _, folders = text.partition("=")
-        if not folders or name in out:
-            raise UserError(f"--trajectory '{text}' is not NAME=DIR,DIR,... with a name of its own")
-        out[name] = folders.split(",")
-    if not out:
-        raise UserError("--checkpoints DIR [DIR ...] or --trajectory NAME=DIR,DIR,... is required")
-    return out
 
 
 def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -232,7 +220,8 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
         )
     steps, norms = {}, {}
     for name, i, checkpoint in comparison.checkpoints():
-        steps.setdefault(name, []).append(i + 1 if checkpoint.step is None else checkpoint.step)
+        step = i + 1 if checkpoint.step is None else checkpoint.step
+        steps.setdefault(name, []).append((step, comparison.progress[name][i]))
         each = model.norms(name, i)
         if broken := [tensor for tensor, norm in each.items() if not math.isfinite(norm)]:
             raise UserError(f"{checkpoint.path} has weights that are not finite, in {listed(broken)}; leave it out")
@@ -264,9 +253,11 @@ def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, co
         for r in rows
         if r["intervention"] == "final" and r["update_norm"] == 0
     ]
-    intervention_report.write(staging, rows, metric, settings, lead, [*comparison.notes, *equal])
-    for part in staging.iterdir():
-        if (folder / part.name).is_dir():
-            shutil.rmtree(folder / part.name)
-        part.replace(folder / part.name)
-    staging.rmdir()
+    try:
+        intervention_report.write(staging, rows, metric, settings, lead, [*comparison.notes, *equal])
+        for part in staging.iterdir():
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

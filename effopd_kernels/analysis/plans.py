@@ -17,7 +17,8 @@ from .edits import Edit
 from .roles import role_of
 
 BLOCKS = {"mlp": ("mlp", "router"), "attention": ("attention",), "both": ("mlp", "router", "attention")}
-UNMATCHED = "as it falls"
+UNMATCHED = "as it falls"  # what tables say of a part's norm
+OWN, FINAL = "its own", "the final one's"  # and of a checkpoint's
 
 
 class Trial(NamedTuple):
@@ -34,14 +35,14 @@ class Plan:
 
     Args:
         names: tensors that can be edited.
-        steps: trajectory → training progress of its checkpoints, in order.
+        steps: trajectory → (optimizer steps, share of the training) of its checkpoints, in order.
         update_norms: (trajectory, position) → ‖W_t − W0‖_F.
         alphas: of `scale`. fractions: of the rank, for `top` and `bottom`.
         window, stride: in layers; by default a quarter of the depth, and half a window.
     """
 
     names: Sequence[str]
-    steps: Mapping[str, Sequence[float]]
+    steps: Mapping[str, Sequence[tuple[int, float]]]
     update_norms: Mapping[tuple[str, int], float]
     alphas: Sequence[float] = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
     fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.25, 0.5)
@@ -78,8 +79,8 @@ def scale(plan: Plan, trajectory: str) -> Iterator[Trial]:
 
 
 def norm(plan: Plan, trajectory: str) -> Iterator[Trial]:
-    for i, step in enumerate(plan.steps[trajectory]):
-        about = {"step": step, "update_norm": plan.update_norms[trajectory, i]}
+    for i, (step, progress) in enumerate(plan.steps[trajectory]):
+        about = {"step": step, "progress": progress, "update_norm": plan.update_norms[trajectory, i]}
         yield Trial("norm", Edit(trajectory, i, tuple(plan.names)), about)
 
 
@@ -120,10 +121,10 @@ def truncation(part: str) -> Callable[[Plan, str], Iterator[Trial]]:
 
 def rescale(plan: Plan, trajectory: str) -> Iterator[Trial]:
     final = len(plan.steps[trajectory]) - 1
-    for i, step in enumerate(plan.steps[trajectory]):
-        for rescaled in (False, True):
-            edit = Edit(trajectory, i, tuple(plan.names), norm_of=trajectory if rescaled and i != final else None)
-            yield Trial("rescale", edit, {"step": step, "rescaled": rescaled})
+    for i, (step, progress) in enumerate(plan.steps[trajectory]):
+        for norm in (OWN, FINAL):
+            edit = Edit(trajectory, i, tuple(plan.names), norm_of=trajectory if norm == FINAL and i != final else None)
+            yield Trial("rescale", edit, {"step": step, "progress": progress, "norm": norm})
 
 
 INTERVENTIONS = {

@@ -59,7 +59,7 @@ def world(request, tmp_path):
 
 def plan_for(model):
     norms = {(t, i): math.hypot(*model.norms(t, i).values()) for t in ("opd", "rl") for i in range(2)}
-    return Plan(list(model.live), {"opd": [1, 2], "rl": [1, 2]}, norms, window=2, stride=1)
+    return Plan(list(model.live), {"opd": [(1, 0.5), (2, 1.0)], "rl": [(1, 0.5), (2, 1.0)]}, norms, window=2, stride=1)
 
 
 def bits(net):

@@ -20,7 +20,7 @@ from train import world as tiny
 from effopd_kernels.analysis.cli import main
 from effopd_kernels.analysis.edits import Edit
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
-from effopd_kernels.analysis.plans import INTERVENTIONS, UNMATCHED, Plan, Trial
+from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.errors import UserError
 
@@ -36,7 +36,7 @@ def plan(layers=8, trajectories=("opd", "rl"), **kwargs):
     parts = ("mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm")
     names = [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in parts]
     names = ["model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight"]
-    steps = {t: [10, 20, 40] for t in trajectories}
+    steps = {t: [(10, 0.25), (20, 0.5), (40, 1.0)] for t in trajectories}
     return Plan(names, steps, {(t, i): 1.0 for t in steps for i in range(3)}, **kwargs)
 
 
@@ -172,7 +172,7 @@ def test_tables_figures_and_report(finished, trained):
             ("scale", {"alpha": 1.0}),
             ("norm", {"step": 4}),
             ("embeddings", {"of_the_base": "nothing"}),
-            ("rescale", {"step": 4, "rescaled": True}),
+            ("rescale", {"step": 4, "norm": FINAL}),
         ):
             (same,) = (r for r in tables[name] if (about | {"trajectory": row["trajectory"]}).items() <= r.items())
             assert same["teacher_kl"] == row["teacher_kl"] and same["recovered"] == 1
@@ -275,7 +275,7 @@ def broken(trained, tmp):
     return {
         "no base": (case()[:1] + case()[3:], "--base is required"),
         "no checkpoints": ([a for a in case() if not a.startswith("--trajectory")], "--checkpoints DIR"),
-        "bad trajectory": (case("--trajectory=opd"), "--trajectory 'opd' is not NAME=DIR"),
+        "bad trajectory": (case("--trajectory=opd"), "--trajectory 'opd' must be NAME=DIR"),
         "no such intervention": (case("--interventions", "prune"), "'prune' is not one of scale, norm"),
         "bad fraction": (case("--rank_fractions", 10), "--rank_fractions must lie in (0, 1]"),
         "deep window": (case("--window", 3), "--window 3 exceeds the model's 2 layers"),
