@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import figures
 from .evaluations import MEASURED
-from .plans import FINAL, OWN, UNMATCHED
+from .plans import FINAL, KEPT, OWN, UNMATCHED
 from .report import FIGURES, TABLES, Headline, Interval, Section, write_report
 from .tables import write_table
 
@@ -47,8 +47,15 @@ HOW_TO_READ = {
     "rescale": "Where the right panel is near the final model's line from the start, the direction was there early and "
     "only length was missing.",
 }
-ACROSS = {"norm": None, "rescale": "norm"}  # columns of a section's table, where they are not the trajectories
+ACROSS = {
+    "norm": None,
+    "rescale": "norm",
+    "top": "norm",
+    "bottom": "norm",
+}  # columns of a section's table, where they are not the trajectories
 LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
+BLOCK_NAMES = {"mlp": "MLP", "attention": "attention", "both": "MLP and attention"}
+HEADLINES = ("top", "rescale", "embeddings")
 Z = 1.96  # bars and bands hold 95 % of what drawing other prompts would give
 LABELS = {"accuracy": "accuracy", "teacher_kl": "KL to the teacher, nats per token"}
 Row = Mapping[str, Any]
@@ -62,19 +69,22 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
     """
     view = View(rows, metric)
     write_table(folder / TABLES, "models", [r for r in rows if r["intervention"] in ("base", "final")])
-    sections = []
+    sections, headlines = [], [view.scores()]
     for name, title in TITLES.items():
         own = [{k: v for k, v in row.items() if k != "intervention"} for row in rows if row["intervention"] == name]
         if not own:
             continue
         write_table(folder / TABLES, name, own)
         drawn = [figures.save(figure, folder / FIGURES, stem) for stem, figure in FIGURES_OF[name](view, own)]
-        note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
+        what, telling = found(view, name, own)
+        if telling and name in HEADLINES:
+            shares = {row["trajectory"]: view.interval(row, "recovered") for row in telling}
+            headlines.append(Headline(what[0].upper() + what[1:], shares, "Share of the final model's gain over the base.", 1.0))
         how = HOW_TO_READ[name] if name == "embeddings" else f"{HOW_TO_READ[name]} {LINES}"
-        sections.append(Section(title, LEADS[name], drawn, how, view.table(own, ACROSS.get(name, "trajectory")), note))
-    write_report(
-        folder, "What edited models score", sections, settings, lead=lead, headlines=headlines(view, rows), notes=notes
-    )
+        table = view.table(own, ACROSS.get(name, "trajectory"))
+        note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
+        sections.append(Section(title, f"{LEADS[name]} {said(what, telling)}", drawn, how, table, note))
+    write_report(folder, "What edited models score", sections, settings, lead=lead, headlines=headlines, notes=notes)
 
 
 class View:
@@ -89,6 +99,14 @@ class View:
         value, error = row[column or self.metric], row[f"{column or self.metric}_se"]
         spread = 0.0 if math.isnan(error) else Z * error
         return Interval(value, value - spread, value + spread)
+
+    def scores(self) -> Headline:
+        return Headline(
+            LABELS[self.metric],
+            {**{t: self.interval(row) for t, row in self.finals.items()}, "base": self.interval(self.base)},
+            "Final models and base on the same prompts. Whiskers: 95 % of what other prompts would give.",
+            1.0 if self.metric == "accuracy" else None,
+        )
 
     def table(self, own: Sequence[Row], across: str | None) -> list[dict[str, Any]]:
         """The metric, one row per setting and one column for each value of `across`, or one column."""
@@ -143,18 +161,18 @@ def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
     placed = [{**row, "middle": (row["first_layer"] + row["last_layer"]) / 2} for row in rows]
     for block in dict.fromkeys(row["block"] for row in rows):
         own = [row for row in placed if row["block"] == block]
-        title = "MLP and attention" if block == "both" else {"mlp": "MLP"}.get(block, block)
-        yield f"window_{block}", view.curves(own, "middle", "middle layer", title=title, ylim=view.limits(rows))
+        figure = view.curves(own, "middle", "middle layer", title=BLOCK_NAMES[block], ylim=view.limits(rows))
+        figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
+        yield f"window_{block}", figure
 
 
 def truncation(part: str):
     def draw(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
         for matched in dict.fromkeys(row["norm"] for row in rows):
             own = [row for row in rows if row["norm"] == matched]
-            label = "share of the rank kept, from the " + part
-            figure = view.curves(
-                own, "rank_kept", label, title=f"norm: {matched}", ylim=view.limits(rows), xscale="log"
-            )
+            label = f"share of the rank {'kept' if part == 'top' else 'dropped'}, from the top"
+            figure = view.curves(own, KEPT[part], label, title=f"norm: {matched}", ylim=view.limits(rows), xscale="log")
+            figure.axes[0].xaxis.set_major_formatter("{x:g}")
             yield f"{part}_{re.sub(r'[^A-Za-z0-9]+', '_', matched)}", figure
 
     return draw
@@ -182,30 +200,32 @@ FIGURES_OF = {
 }
 
 
-def headlines(view: View, rows: Sequence[Row]) -> list[Headline]:
-    """What the models score, and how much of each final model's gain a few edits recover."""
-    out = [
-        Headline(
-            LABELS[view.metric],
-            {**{t: view.interval(row) for t, row in view.finals.items()}, "base": view.interval(view.base)},
-            "Final models and base on the same prompts. Whiskers: 95 % of what other prompts would give.",
-            1.0 if view.metric == "accuracy" else None,
-        )
-    ]
+def found(view: View, name: str, rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    """What to look at first, and each trajectory's row of it; those whose final model gained nothing have none."""
+    rows = [row for row in rows if row["recovered"] is not None]
+    of = {t: own for t in view.finals if (own := [row for row in rows if row["trajectory"] == t])}
+    best = [max(own, key=lambda row: row[MEASURED]) for own in of.values()]
+    if name in KEPT and rows:
+        share = min((row[KEPT[name]] for row in rows), key=lambda f: abs(f - 0.1))
+        chosen = [row for row in rows if row[KEPT[name]] == share and row["norm"] == UNMATCHED]
+        return ("top {:.0%} of the rank" if name == "top" else "rank without its top {:.0%}").format(share), chosen
+    if name == "rescale":
+        last = [[row for row in own if row["norm"] == FINAL] for own in of.values()]
+        return "first checkpoint at the final norm", [min(own, key=lambda row: row["step"]) for own in last]
+    if name == "embeddings":
+        return "final model with the base's embeddings", [row for row in rows if row["of_the_base"] == "embeddings"]
+    return {"scale": ("best α", best), "window": ("best window", best)}.get(name, ("", []))
 
-    def recovered(label: str, chosen: list[Row]) -> None:
-        values = {r["trajectory"]: view.interval(r, "recovered") for r in chosen if r["recovered"] is not None}
-        if values:
-            out.append(Headline(label, values, "Share of the final model's gain over the base.", 1.0))
 
-    own = [r for r in rows if r["intervention"] == "top" and r["norm"] == UNMATCHED]
-    if own:
-        kept = min((r["rank_kept"] for r in own), key=lambda f: abs(f - 0.1))
-        recovered(f"top {kept:.2g} of the rank", [r for r in own if r["rank_kept"] == kept])
-    own = [r for r in rows if r["intervention"] == "rescale" and r["norm"] == FINAL]
-    recovered(
-        "first checkpoint at the final norm", [next(r for r in own if r["trajectory"] == t) for t in view.finals if own]
-    )
-    own = [r for r in rows if r["intervention"] == "embeddings"]
-    recovered("with the base's embeddings", [r for r in own if r["of_the_base"] == "embeddings"])
-    return out
+def said(what: str, rows: Sequence[Row]) -> str:
+    """A sentence of it."""
+
+    def where(row: Row) -> str:
+        if "alpha" in row:
+            return f" (α = {row['alpha']:g})"
+        if "block" in row:
+            return f" ({BLOCK_NAMES[row['block']]} of layers {row['first_layer']} to {row['last_layer']})"
+        return ""
+
+    shares = ", ".join(f"{row['trajectory']} {row['recovered']:.0%}{where(row)}" for row in rows)
+    return f"Of the final model's gain the {what} recovers: {shares}." if shares else ""

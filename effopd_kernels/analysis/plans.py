@@ -17,6 +17,7 @@ from .edits import Edit
 from .roles import role_of
 
 BLOCKS = {"mlp": ("mlp", "router"), "attention": ("attention",), "both": ("mlp", "router", "attention")}
+KEPT = {"top": "rank_kept", "bottom": "rank_dropped"}  # what tables call a fraction
 UNMATCHED = "as it falls"  # what tables say of a part's norm
 OWN, FINAL = "its own", "the final one's"  # and of a checkpoint's
 
@@ -110,11 +111,8 @@ def truncation(part: str) -> Callable[[Plan, str], Iterator[Trial]]:
         for norm_of in (None, *plan.steps):
             for fraction in sorted(plan.fractions):
                 edit = plan.final(trajectory, part=part, fraction=fraction, norm_of=norm_of)
-                about = {
-                    "rank_kept": fraction if part == "top" else 1 - fraction,
-                    "norm": UNMATCHED if norm_of is None else f"that of {norm_of}",
-                }
-                yield Trial(part, edit, about)
+                matched = UNMATCHED if norm_of is None else f"that of {norm_of}"
+                yield Trial(part, edit, {KEPT[part]: fraction, "norm": matched})
 
     return trials
 
