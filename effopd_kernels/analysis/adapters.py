@@ -61,12 +61,11 @@ class Adapter(Checkpoint):
 
     def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `Checkpoint.pair`; the product is fp32 on its own, without the base's rounding."""
-        if name in self._whole:
+        product = sum(_product(f) for f in self._factors.get(name, ()))
+        if name in self._whole:  # an embedding under LoRA is saved with its base layer
             file, stored = self._whole[name]
-            return file.read(stored), base
-        if name not in self._factors:
-            return base, base
-        return sum(_product(f) for f in self._factors[name]), None
+            return file.read(stored) + product, base
+        return (product, None) if name in self._factors else (base, base)
 
     def alias(self, name: str, source: str) -> None:
         """A tied head moves with the embedding."""

@@ -135,7 +135,7 @@ def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     heads = dict.fromkeys(name for c in every for name in c.shapes if role_of(name).type == "head")
     dropped = []
     for head in heads:
-        tied = [c for c in every if c.config.get("tie_word_embeddings") or _tie_missing(c, head)]
+        tied = [c for c in every if _alias_missing(c, head) or c.config.get("tie_word_embeddings")]
         if len(tied) == len(every):
             dropped.append(head)
             for checkpoint in every:
@@ -143,7 +143,7 @@ def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     return [f"Tied to the embedding, so counted once: {listed(dropped)}."] if dropped else []
 
 
-def _tie_missing(checkpoint: Checkpoint, head: str) -> bool:
+def _alias_missing(checkpoint: Checkpoint, head: str) -> bool:
     """Whether a head that is not stored could be, and now is, the embedding."""
     if (
         head in checkpoint.shapes

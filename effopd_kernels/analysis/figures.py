@@ -57,6 +57,8 @@ def save(figure: "Figure", folder: str | Path, name: str) -> str:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # as laid out now, for both files
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     return name
@@ -110,13 +112,13 @@ def paths(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label
             style = look(i)
             axes.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1, alpha=0.5)
             shades = [0.35 + 0.65 * j / max(1, len(x) - 1) for j in range(len(x))]
-            axes.scatter(x, y, color=style["color"], marker=style["marker"], alpha=shades, s=26, label=name)
+            axes.scatter(x, y, color=style["color"], marker=style["marker"], alpha=shades, s=26)
             axes.scatter(x[-1:], y[-1:], facecolors="none", edgecolors=style["color"], s=110, linewidths=1.4)
+            axes.plot([], [], label=name, **style)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(0.1)
         if len(curves) > 1:
-            for handle in axes.legend().legend_handles:
-                handle.set_alpha(1)
+            axes.legend()
 
     return draw(paint)
 

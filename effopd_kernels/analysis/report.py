@@ -79,7 +79,7 @@ def shown(value: Any) -> str:
         text = f"{value:.3g}"
     else:
         mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{mantissa}e{int(exponent)}"
+        text = f"{float(mantissa):g}e{int(exponent)}"
     return text.replace("-", "−")
 
 

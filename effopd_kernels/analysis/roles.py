@@ -24,8 +24,8 @@ _EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.")
 _WHOLE = [
     ("other", r"rotary\w*(\.\w+)?|relative_attention_bias|inv_freq"),
     ("norm", r"\w*(norm|layernorm|ln|rmsnorm)(_?\d+)?|ln_[a-z0-9]+|norm_\w+|\w+_norm(_\w+)?|ln"),
-    ("embedding", r"\w*embed\w*(\.\w+)?|wte|wpe|tok_\w+|shared"),
     ("head", r"lm_head|embed_out|output_head|output_layer"),
+    ("embedding", r"\w*embed\w*(\.\w+)?|wte|wpe|tok_\w+|shared"),
 ]
 _IN_ATTENTION = [
     ("qkv", r"\w*qkv\w*|query_key_value|c_attn|in_proj|\w*pack"),
@@ -79,5 +79,5 @@ def _first(rules: list[tuple[str, str]], path: str) -> str | None:
 
 
 def third(layer: int | None, layers: int) -> str:
-    """Which third of the depth: bottom, middle or top of ``layers`` layers, or "outside" for what is in none."""
-    return "outside" if layer is None else ("bottom", "middle", "top")[layer * 3 // layers]
+    """Which third of the depth the middle of a layer is in: bottom, middle or top; "outside" for what is in none."""
+    return "outside" if layer is None else ("bottom", "middle", "top")[(2 * layer + 1) * 3 // (2 * layers)]

@@ -1,0 +1,251 @@
+"""What can be opened, what is refused and in which words."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from analysis import planted
+from safetensors.torch import save_file
+
+from effopd_kernels.analysis import cli
+from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.errors import UserError
+
+Q, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return planted.write(tmp_path_factory.mktemp("base") / "base", planted.base_weights())
+
+
+def lora(folder, factors, **config):
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{name}": t.contiguous() for name, t in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def factors(module, m, n, rank=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, b @ a
+
+
+def update(comparison, name, trajectory="run", position=-1):
+    checkpoint = comparison.trajectories[trajectory][position]
+    weight = comparison.base.read(name)
+    a, b = checkpoint.pair(name, weight)
+    return a.double() - (0 if b is None else b.double())
+
+
+@pytest.mark.parametrize(
+    "config, scale", [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)]
+)
+def test_lora_is_its_merged_product(base, tmp_path, config, scale):
+    pair, product = factors(Q.removesuffix(".weight"), 64, 64)
+    comparison = compare(base, {"run": [lora(tmp_path / "adapter", pair, **config)]})
+    torch.testing.assert_close(update(comparison, Q), scale * product.double(), rtol=1e-6, atol=1e-6)
+    assert not update(comparison, "model.layers.1.self_attn.q_proj.weight").any()
+    weight = comparison.base.read(Q)
+    merged = comparison.trajectories["run"][0].merged(Q, weight)
+    torch.testing.assert_close(merged, weight + scale * product)
+
+
+def test_an_adapter_as_peft_saves_it(base, tmp_path):
+    """The product is what peft adds to the weight, module by module, rank by rank."""
+    peft = pytest.importorskip("peft")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj", "embed_tokens"],
+                        rank_pattern={"q_proj": 2}, modules_to_save=["norm"]),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    before = {k: v.clone() for k, v in Qwen3ForCausalLM.from_pretrained(tmp_path / "base").state_dict().items()}
+    after = adapted.merge_and_unload().state_dict()
+    comparison = compare(tmp_path / "base", {"run": [tmp_path / "adapter"]})
+    assert set(comparison.names) == set(before)
+    for name in comparison.names:
+        expected = (after[name] - before[name]).double()
+        torch.testing.assert_close(update(comparison, name), expected, rtol=1e-4, atol=1e-6)
+    assert update(comparison, "model.norm.weight").any() and update(comparison, EMBEDDING).any()
+
+
+def test_the_companion_of_extrapolation_adds(base, tmp_path):
+    module = Q.removesuffix(".weight")
+    (pair, product), (other, more) = factors(module, 64, 64), factors(module, 64, 64, rank=8, seed=1)
+    folder = lora(tmp_path / "adapter", pair)
+    lora(folder / "effopd", other, r=8, lora_alpha=8)
+    comparison = compare(base, {"run": [folder]})
+    torch.testing.assert_close(update(comparison, Q), (2 * product + more).double(), rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_mixed_and_wrapped_checkpoints(base, tmp_path):
+    weights = planted.moved(planted.base_weights(), lambda name, w: torch.full_like(w, 0.5, dtype=torch.float64))
+    weights = {n: (t.bfloat16() if "mlp" in n else t) for n, t in weights.items()}
+    folder = planted.write_sharded(tmp_path / "sharded", {f"module.{n}": t for n, t in weights.items()})
+    comparison = compare(base, {"run": [folder]})
+    assert set(comparison.names) == set(planted.SHAPES)
+    for name in comparison.names:
+        expected = 0.5 * torch.ones(planted.SHAPES[name], dtype=torch.float64)
+        torch.testing.assert_close(update(comparison, name), expected, atol=2e-2 if "mlp" in name else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("base_stores", [True, False])
+@pytest.mark.parametrize("other_stores", [True, False])
+def test_tied_heads_count_once(tmp_path, base_stores, other_stores):
+    weights = planted.base_weights()
+    weights["lm_head.weight"] = weights[EMBEDDING]
+
+    def stored(folder, tensors, head):
+        tensors = {n: t.clone() for n, t in tensors.items() if head or n != "lm_head.weight"}
+        return planted.write(folder, tensors, {"tie_word_embeddings": True})
+
+    comparison = compare(
+        stored(tmp_path / "base", weights, base_stores), {"run": [stored(tmp_path / "other", weights, other_stores)]}
+    )
+    assert "lm_head.weight" not in comparison.names and EMBEDDING in comparison.names
+    assert bool(comparison.notes) == (base_stores or other_stores)  # it says so where there was one to drop
+
+
+def test_a_head_untied_in_training_is_held_against_the_embedding(tmp_path):
+    tied = {n: t for n, t in planted.base_weights().items() if n != "lm_head.weight"}
+    start = planted.write(tmp_path / "base", tied, {"tie_word_embeddings": True})
+    own = planted.write(tmp_path / "own", {**tied, "lm_head.weight": tied[EMBEDDING] + 1})
+    comparison = compare(start, {"run": [own]})
+    assert "lm_head.weight" in comparison.names
+    torch.testing.assert_close(update(comparison, "lm_head.weight").float(), torch.ones(planted.SHAPES[EMBEDDING]))
+
+
+def test_steps_order_checkpoints(base, tmp_path):
+    weights = planted.base_weights()
+    numbered = [planted.write(tmp_path / f"checkpoint-{step}", weights) for step in (200, 1000, 40)]
+    comparison = compare(base, {"run": numbered, "unnumbered": [tmp_path / "checkpoint-200", base]})
+    assert [c.step for c in comparison.trajectories["run"]] == [40, 200, 1000]
+    assert comparison.progress["run"] == [0.04, 0.2, 1.0]
+    assert comparison.progress["unnumbered"] == [0.5, 1.0]
+
+
+def broken(base, tmp):
+    """Arguments that are wrong in one way each → what the one sentence must say."""
+    weights = planted.base_weights()
+
+    def stored(name, tensors, **config):
+        return planted.write(tmp / name, tensors, config)
+
+    without = {n: t for n, t in weights.items() if "layers.5" not in n}
+    wide = {n: torch.zeros(*t.shape[:-1], t.shape[-1] + 1) for n, t in weights.items()}
+    shard = planted.write_sharded(tmp / "shard", weights)
+    (shard / "model-00002-of-00003.safetensors").unlink()
+    cut = stored("cut", weights)
+    os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
+    (tmp / "pickled").mkdir()
+    torch.save(weights, tmp / "pickled" / "pytorch_model.bin")
+    (tmp / "empty").mkdir()
+    (tmp / "used").mkdir()
+    (tmp / "used" / "thesis.txt").write_text("x")
+    (tmp / "notes").mkdir()
+    shutil.copy(base / "model.safetensors", tmp / "notes" / "model.safetensors")
+    (tmp / "notes" / "config.json").write_text("{")
+    pair, _ = factors("model.layers.9.self_attn.q_proj", 64, 64)
+    adapter = lora(tmp / "adapter", pair)
+    dora = lora(tmp / "dora", factors(Q.removesuffix(".weight"), 64, 64)[0], use_dora=True)
+    thin = lora(tmp / "thin", factors(Q.removesuffix(".weight"), 32, 64)[0])
+    quantised = stored("quantised", {**weights, Q: weights[Q].to(torch.float8_e4m3fn)})
+
+    def case(*checkpoints, start=base, **flags):
+        arguments = ["--base", start, "--checkpoints", *checkpoints]
+        values = {"output_dir": tmp / "out", **flags}
+        return [*arguments, *(part for k, v in values.items() for part in (f"--{k}", v))]
+
+    return {
+        "no such base": (case(base, start=tmp / "nobody"), "nobody: no such file or folder"),
+        "no such checkpoint": (case(tmp / "nobody"), "nobody: no such file or folder"),
+        "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
+        "pickled": (case(tmp / "pickled"), "convert it first: python -c \"from transformers import"),
+        "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
+        "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),
+        "missing tensors": (case(stored("less", without)), "9 tensors of"),
+        "missing tensors named": (case(tmp / "less"), "model.layers.5.input_layernorm.weight"),
+        "more tensors": (case(base, start=tmp / "less"), "are not in"),
+        "other shapes": (case(stored("wide", wide)), "tensors of"),
+        "first ten": (case(tmp / "wide"), f"and {len(weights) - 10} more"),
+        "other architecture": (case(stored("llama", without, model_type="llama")), "is a llama, the base a qwen3"),
+        "quantised": (case(quantised), "is quantised (torch.float8_e4m3fn)"),
+        "bad config": (case(tmp / "notes"), "notes/config.json is not JSON"),
+        "base an adapter": (case(base, start=adapter), "is a LoRA adapter; give the model that it was trained from"),
+        "adapter of another model": (case(adapter), "model.layers.9.self_attn.q_proj.weight"),
+        "adapter of another shape": (case(thin), f"{Q} [32, 64], the base's [64, 64]"),
+        "DoRA": (case(dora), "is a DoRA adapter"),
+        "output in use": (case(base, output_dir=tmp / "used"), "exists and is not empty"),
+        "output a file": (case(base, output_dir=base / "config.json"), "is a file"),
+        "no checkpoints": (["--base", base, "--output_dir", tmp / "out"], "give either --checkpoints"),
+        "both": (["--trajectory", "a=b", *case(base)], "give either --checkpoints"),
+        "trajectory": (["--base", base, "--trajectory", "opd", "--output_dir", tmp / "out"], "must be NAME=DIR,DIR"),
+        "twice": (["--trajectory=a=x", "--trajectory=a=y", "--base", base, "--output_dir", tmp / "o"], "given twice"),
+        "no base": (["--checkpoints", base, "--output_dir", tmp / "out"], "required: --base"),
+        "unknown flag": (case(base, no_such_flag="1"), "unrecognized arguments: --no_such_flag"),
+        "rank": (case(base, rank="0"), "must be positive"),
+        "device": (case(base, device="cuda:99" if torch.cuda.is_available() else "cuda"), "is not available here"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_sentence_before_any_work(base, tmp_path, capsys):
+    for label, (arguments, sentence) in broken(base, tmp_path).items():
+        before = sorted(tmp_path.rglob("*"))
+        assert cli.main(["updates", *map(str, arguments)]) == 2, label
+        said = capsys.readouterr().err
+        assert sentence in said and said.startswith("effopd-analyze: error: ") and said.count("\n") == 1, (label, said)
+        assert "Traceback" not in said and sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_commands(capsys):
+    assert cli.main(["--help"]) == 0 and "interventions" in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["downdates"]) == 2 and "the commands are updates and interventions" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        cli.main(["updates", "--help"])
+    assert done.value.code == 0
+
+
+def test_unknown_names_are_listed(base, tmp_path):
+    weights = {**planted.base_weights(), "adaptor.gizmo": torch.ones(3), "steps": torch.tensor([1])}
+    folder = planted.write(tmp_path / "odd", weights)
+    comparison = compare(folder, {"run": [folder]})
+    assert any('grouped as "other": adaptor.gizmo' in note for note in comparison.notes)
+    assert any("Not floating, so left out: steps" in note for note in comparison.notes)
+    assert "steps" not in comparison.names and "adaptor.gizmo" in comparison.names
+
+
+def test_a_merged_weight_has_the_bases_dtype(tmp_path):
+    start = planted.write(tmp_path / "base", {n: t.bfloat16() for n, t in planted.base_weights().items()})
+    pair, product = factors(Q.removesuffix(".weight"), 64, 64)
+    comparison = compare(start, {"run": [lora(tmp_path / "adapter", pair)]})
+    weight = comparison.base.read(Q)
+    merged = comparison.trajectories["run"][0].merged(Q, weight)
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, (weight.float() + 2 * product).bfloat16())
+    assert math.isclose(float(update(comparison, Q).norm()), float((2 * product).norm()), rel_tol=1e-6)
+
+
+def test_a_base_that_is_not_there_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        compare(tmp_path / "no", {"run": [tmp_path]})

@@ -1,0 +1,83 @@
+"""Names of the Hugging Face families, by role."""
+
+import pytest
+
+from effopd_kernels.analysis.roles import TYPES, Role, role_of, third
+
+NAMES = {
+    "model.embed_tokens.weight": Role("embedding"),
+    "model.layers.7.self_attn.q_proj.weight": Role("q", 7),
+    "model.layers.7.self_attn.q_proj.bias": Role("q", 7),
+    "model.layers.7.self_attn.q_norm.weight": Role("norm", 7),
+    "model.layers.17.self_attn.o_proj.weight": Role("o", 17),
+    "model.layers.7.mlp.gate_proj.weight": Role("gate", 7),
+    "model.layers.7.mlp.down_proj.weight": Role("down", 7),
+    "model.layers.7.post_attention_layernorm.weight": Role("norm", 7),
+    "model.norm.weight": Role("norm"),
+    "lm_head.weight": Role("head"),
+    # GPT-2, GPT-NeoX, OPT, Falcon, MPT, DBRX, InternLM, Phi-3
+    "transformer.wte.weight": Role("embedding"),
+    "transformer.h.3.attn.c_attn.weight": Role("qkv", 3),
+    "transformer.h.3.attn.c_proj.weight": Role("o", 3),
+    "transformer.h.3.mlp.c_fc.weight": Role("up", 3),
+    "transformer.h.3.mlp.c_proj.weight": Role("down", 3),
+    "transformer.ln_f.weight": Role("norm"),
+    "gpt_neox.layers.2.attention.query_key_value.weight": Role("qkv", 2),
+    "gpt_neox.layers.2.attention.dense.weight": Role("o", 2),
+    "gpt_neox.layers.2.mlp.dense_4h_to_h.bias": Role("down", 2),
+    "embed_out.weight": Role("head"),
+    "model.decoder.layers.0.fc1.weight": Role("up", 0),
+    "model.decoder.layers.0.self_attn_layer_norm.weight": Role("norm", 0),
+    "transformer.h.0.self_attention.dense.weight": Role("o", 0),
+    "transformer.blocks.4.attn.Wqkv.weight": Role("qkv", 4),
+    "transformer.blocks.0.norm_attn_norm.norm_1.weight": Role("norm", 0),
+    "transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight": Role("qkv", 0),
+    "model.layers.5.attention.wo.weight": Role("o", 5),
+    "model.layers.1.mlp.gate_up_proj.weight": Role("gate_up", 1),
+    # mixtures of experts, one by one and stacked; shared ones; the router
+    "model.layers.3.block_sparse_moe.experts.5.w2.weight": Role("expert down", 3, 5),
+    "model.layers.3.mlp.experts.12.gate_proj.weight": Role("expert gate", 3, 12),
+    "model.layers.3.mlp.experts.gate_up_proj": Role("expert gate_up", 3),
+    "model.layers.3.mlp.shared_expert.up_proj.weight": Role("expert up", 3),
+    "model.layers.3.mlp.gate.weight": Role("router", 3),
+    "model.layers.3.block_sparse_moe.gate.weight": Role("router", 3),
+    # latent and linear attention
+    "model.layers.1.self_attn.kv_a_proj_with_mqa.weight": Role("kv", 1),
+    "model.layers.1.self_attn.q_b_proj.weight": Role("q", 1),
+    "model.layers.1.linear_attn.in_proj_qkvz.weight": Role("qkv", 1),
+    # T5, BERT
+    "encoder.block.2.layer.0.SelfAttention.q.weight": Role("q", 2),
+    "encoder.block.2.layer.1.DenseReluDense.wi_0.weight": Role("gate", 2),
+    "bert.encoder.layer.9.attention.self.query.weight": Role("q", 9),
+    "bert.encoder.layer.9.attention.output.dense.weight": Role("o", 9),
+    "bert.encoder.layer.9.intermediate.dense.weight": Role("up", 9),
+    "bert.encoder.layer.9.output.dense.weight": Role("down", 9),
+    # what no rule knows
+    "model.layers.1.linear_attn.A_log": Role("other", 1),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": Role("other", 0),
+    "visual.blocks.3.attn.qkv.weight": Role("other"),
+    "classifier.weight": Role("other"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_role_by_name(name):
+    assert role_of(name) == NAMES[name] and role_of(name).type in TYPES
+
+
+def test_parts():
+    parts = {
+        "q": "attention",
+        "qkv": "attention",
+        "o": "attention",
+        "gate": "mlp",
+        "expert down": "mlp",
+        "norm": "norm",
+    }
+    assert {kind: Role(kind).part for kind in parts} == parts
+
+
+def test_thirds_of_the_depth():
+    assert [third(i, 6) for i in range(6)] == ["bottom"] * 2 + ["middle"] * 2 + ["top"] * 2
+    assert [third(i, 4) for i in range(4)] == ["bottom", "middle", "middle", "top"]
+    assert [third(i, 2) for i in range(2)] == ["bottom", "top"] and third(None, 6) == "outside"

@@ -1,0 +1,326 @@
+"""`effopd-analyze updates` on checkpoints whose updates are known by construction."""
+
+import csv
+import html
+import math
+import re
+import shutil
+
+import numpy
+import pytest
+import torch
+from analysis import planted
+from matplotlib import image
+
+from effopd_kernels.analysis import cli, figures, updates
+from effopd_kernels.analysis.report import Interval, shown
+from effopd_kernels.analysis.roles import role_of
+from effopd_kernels.analysis.tables import read_table
+
+SIGMA = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+PROFILE = (1.0, 1.0, 4.0, 4.0, 2.0, 2.0)  # by layer
+ANGLES = {10: 60.0, 50: 30.0, 100: 0.0}  # degrees between a checkpoint's directions and the last one's
+TOKENS = {3: 0.5, 7: 0.25, 11: 1e-4}  # relative shifts, at right angles to the embedding
+
+
+def low_rank(step):
+    """Rank 4 in every attention and MLP matrix, by the layer's profile, its left directions turned by an angle."""
+
+    def update(name, weight):
+        role = role_of(name)
+        if name == "model.embed_tokens.weight":
+            delta = torch.zeros_like(weight, dtype=torch.float64)
+            for token, size in TOKENS.items():
+                e = weight[token].double()
+                side = torch.roll(e, 1)
+                side -= (side @ e) / (e @ e) * e
+                delta[token] = size * side * e.norm() / side.norm()
+            return delta
+        if role.part not in ("attention", "mlp") or weight.ndim < 2:
+            return None
+        u, v = planted.directions(*weight.shape, 8, seed=sum(map(ord, name)))
+        turned = math.cos(math.radians(ANGLES[step])) * u[:, :4] + math.sin(math.radians(ANGLES[step])) * u[:, 4:]
+        return PROFILE[role.layer] * step / 100 * (turned * SIGMA) @ v[:, :4].T
+
+    return update
+
+
+def noise(step):
+    def update(name, weight):
+        generator = torch.Generator().manual_seed(step)
+        return 0.01 * step * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+
+    return update
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted")
+    base = planted.base_weights()
+    planted.write(root / "base", base)
+    for step in ANGLES:
+        planted.write(root / "opd" / f"checkpoint-{step}", planted.moved(base, low_rank(step)))
+    for step in (1, 2):
+        planted.write(root / "rl" / f"saved{step}", planted.moved(base, noise(step)), step=50 * step)
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(folders):
+    steps = ",".join(str(folders / "opd" / f"checkpoint-{step}") for step in sorted(ANGLES, reverse=True))
+    arguments = [
+        "updates", "--base", folders / "base", "--trajectory", f"opd={steps}",
+        "--trajectory", f"rl={folders / 'rl' / 'saved1'},{folders / 'rl' / 'saved2'}",
+        "--output_dir", folders / "out", "--rank", "8", "--ks", "1", "4",
+    ]  # fmt: skip
+    assert cli.main(list(map(str, arguments))) == 0
+    return folders / "out"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs whose figures nobody looks at."""
+
+    def save(figure, folder, name):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+        return name
+
+    monkeypatch.setattr(figures, "save", save)
+
+
+def rows(out, table, **wanted):
+    found = [r for r in read_table(out / "tables", table) if all(r[k] == v for k, v in wanted.items())]
+    assert found, (table, wanted)
+    return found
+
+
+def test_norms_of_every_tensor(out):
+    for row in rows(out, "tensors", trajectory="opd", progress=1.0):
+        role = role_of(row["tensor"])
+        if row["tensor"] == "model.embed_tokens.weight":
+            continue
+        matrix = role.part in ("attention", "mlp") and not row["tensor"].endswith("bias")
+        expected = PROFILE[role.layer] * float(SIGMA.norm()) if matrix else 0.0
+        assert row["update_norm"] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+        assert row["relative_update"] == pytest.approx(row["update_norm"] / row["weight_norm"])
+        assert row["unchanged_fraction"] == (pytest.approx(0, abs=1e-3) if matrix else 1.0)
+
+
+def test_profile_over_the_depth(out):
+    planned = {"bottom": 2 * 1.0, "middle": 2 * 16.0, "top": 2 * 4.0}  # squares of PROFILE
+    found = {r["third"]: r["share_of_update"] for r in rows(out, "depth", trajectory="opd", progress=1.0)}
+    assert sum(found.values()) == pytest.approx(1)
+    for name, square in planned.items():
+        assert found[name] == pytest.approx(square / sum(planned.values()), rel=0.02)  # the embedding has a little
+    layer = rows(out, "allocation", trajectory="opd", progress=1.0, layer=2, type="gate")[0]
+    assert layer["update_norm"] == pytest.approx(4 * float(SIGMA.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("group", ["MLP and attention", "attention", "MLP", "q", "down"])
+def test_spectral_table(out, group):
+    (row,) = rows(out, "spectra", trajectory="opd", progress=1.0, group=group)
+    p = SIGMA / SIGMA.sum()
+    norm = float(SIGMA.norm())
+    assert row["spectral_to_frobenius"] == pytest.approx(8 / norm, rel=1e-5)
+    assert row["effective_rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-3)
+    assert row["top_fraction_norm_ratio"] == pytest.approx(8 / norm, rel=1e-5)
+    assert row["participation_ratio"] == pytest.approx(norm**4 / float((SIGMA**4).sum()), rel=1e-4)
+    assert row["rank_above_noise"] == 4 and row["matrices_moved"] == row["matrices"]
+    assert row["spectral_to_frobenius_low"] <= 8 / norm <= row["spectral_to_frobenius_high"]
+    assert row["spectral_to_frobenius_high"] - row["spectral_to_frobenius_low"] < 1e-4
+
+
+def test_noise_has_no_leading_direction(out):
+    (opd,), (rl,) = (rows(out, "spectra", trajectory=t, progress=1.0, group="MLP") for t in ("opd", "rl"))
+    assert rl["effective_rank"] > 10 * opd["effective_rank"] and rl["spectral_to_frobenius"] < 0.3
+
+
+def test_energy_reaches_one_at_the_planted_rank(out):
+    energy = rows(out, "energy", trajectory="opd", progress=1.0)
+    after = [r for r in energy if r["rank_fraction"] >= 4 / 16]  # of the narrowest matrices
+    assert min(r["top"] for r in after) == pytest.approx(1, abs=1e-6)
+    assert [r["top"] for r in energy] == sorted(r["top"] for r in energy)
+    assert max(r["bottom"] for r in energy if r["rank_fraction"] <= 1 - 4 / 16 - 0.01) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("step", ANGLES)
+def test_planted_rotation(out, step, k):
+    (row,) = rows(out, "alignment", trajectory="opd", step=step, k=k, group="MLP and attention")
+    expected = math.cos(math.radians(ANGLES[step]))
+    assert row["mean_cosine"] == pytest.approx(expected, abs=1e-4)
+    assert row["mean_principal_cosine"] == pytest.approx(expected, abs=1e-4)
+    assert row["largest_angle_degrees"] == pytest.approx(ANGLES[step], abs=0.1)
+
+
+def test_paths_of_the_leading_directions(undrawn, folders, out, tmp_path):
+    """Three sign-aligned u₁ span a plane, so distances on it are chords of the planted angles."""
+    assert len(rows(out, "directions", trajectory="rl")) == 2
+    assert all(math.isfinite(r["tsne_1"]) and math.isfinite(r["tsne_2"]) for r in rows(out, "directions"))
+    alone = ["updates", "--base", folders / "base", "--checkpoints", *sorted((folders / "opd").iterdir())]
+    assert cli.main([*map(str, alone), "--output_dir", str(tmp_path / "out"), "--rank", "4"]) == 0
+    points = {r["step"]: (r["pca_1"], r["pca_2"]) for r in rows(tmp_path / "out", "directions")}
+    for step, angle in ANGLES.items():
+        assert math.dist(points[step], points[100]) == pytest.approx(2 * math.sin(math.radians(angle / 2)), abs=1e-3)
+
+
+def test_tokens_that_moved(out):
+    found = {r["token"]: r for r in rows(out, "embedding_tokens", trajectory="opd")}
+    assert len(found) == planted.VOCABULARY
+    for token, row in found.items():
+        size = TOKENS.get(token, 0.0)
+        assert row["relative_shift"] == pytest.approx(size, rel=1e-3)
+        # 1 − cos of a right-angled step; a product of fp32 unit vectors would lose 5e-9
+        assert 1 - row["cosine"] == pytest.approx(1 - 1 / math.hypot(1, size), rel=1e-2, abs=6e-8)
+    assert [r["token"] for r in rows(out, "embedding_top", trajectory="opd")] == [3, 7, 11]
+
+
+def test_order_and_progress_come_from_the_steps(out):
+    totals = rows(out, "totals", trajectory="opd")
+    assert [(r["checkpoint"], r["progress"]) for r in totals] == [
+        ("checkpoint-10", 0.1), ("checkpoint-50", 0.5), ("checkpoint-100", 1.0),
+    ]  # fmt: skip
+    assert [r["step"] for r in rows(out, "totals", trajectory="rl")] == [50, 100]
+
+
+def test_csv_and_parquet_agree(out):
+    for path in (out / "tables").glob("*.csv"):
+        with open(path, newline="") as file:
+            text = list(csv.DictReader(file))
+        binary = read_table(path.parent, path.stem)
+        assert len(text) == len(binary) > 0
+        for a, b in zip(text, binary, strict=True):
+            assert list(a) == list(b)
+            assert all(float(a[k]) == v for k, v in b.items() if isinstance(v, float) and v == v)
+
+
+def test_figures_are_there_and_not_blank(out):
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert names == {path.stem for path in (out / "figures").glob("*.svg")} and len(names) >= 15
+    for name in names:
+        pixels = image.imread(out / "figures" / f"{name}.png")[..., :3]
+        ink = (pixels < 0.95).any(-1)
+        colours = numpy.unique((255 * pixels).astype(int) @ [65536, 256, 1])
+        assert 0.01 < ink.mean() < 0.9 and len(colours) > 20, name
+
+
+def test_every_figure_has_each_trajectory(out):
+    for path in (out / "figures").glob("*.svg"):
+        if "_relative_update_" in path.stem or "_update_norm_" in path.stem:
+            continue  # heat maps: one figure each
+        colours = set(re.findall(r"#[0-9a-f]{6}", path.read_text()))
+        assert {"#0072b2", "#d55e00"} <= colours, path.stem
+
+
+def test_the_report_shows_the_tables_numbers(out):
+    page = html.unescape(re.sub(r"<[^>]+>", "|", (out / "report.html").read_text()))
+    whole = rows(out, "spectra", trajectory="opd", progress=1.0, group="MLP and attention")[0]
+    for column in ("spectral_norm", "spectral_to_frobenius", "effective_rank", "participation_ratio"):
+        assert f"|{shown(whole[column])}|" in page, column
+    for row in rows(out, "depth", progress=1.0):
+        shares = shown(row["share_of_update"]), shown(row["share_of_parameters"])
+        line = f"|{row['trajectory']}||{row['third']}||{shares[0]}||{shares[1]}|"
+        assert line in page, line
+    for row in rows(out, "totals"):
+        assert f"|{row['checkpoint']}||{shown(row['update_norm'])}||{shown(row['relative_update'])}|" in page
+    for row in rows(out, "embedding_top"):
+        if row["place"] <= 20:
+            assert f"||{row['token']}||" in page
+
+
+def test_the_report_stands_alone(out):
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and page.count("data:image/svg+xml;base64,") >= 15
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.0, "0"), (1.0, "1"), (0.12345, "0.123"), (1234.5, "1,234"), (999.7, "1,000"), (3.21e-5, "3.21e−5"),
+        (-0.5, "−0.5"), (math.nan, "–"), (None, "–"), (math.inf, "∞"), (True, "yes"), (12345, "12,345"),
+        (Interval(0.5, 0.25, 0.75), "0.5 [0.25, 0.75]"), ("q", "q"), (2.5e9, "2.5e9"),
+    ],
+)  # fmt: skip
+def test_numbers_as_printed(value, text):
+    assert shown(value) == text
+
+
+def test_one_checkpoint_has_no_evolution_and_says_nothing_of_it(undrawn, folders, tmp_path):
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved2"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--rank", "4"]) == 0
+    tables = {path.stem for path in (tmp_path / "out" / "tables").glob("*.csv")}
+    assert tables.isdisjoint({"alignment", "directions"}) and "spectra" in tables
+
+
+def test_an_equal_checkpoint_gives_zeros_and_says_so(undrawn, folders, tmp_path, capsys):
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "base", folders / "rl" / "saved2"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    assert (
+        "equals the base" in capsys.readouterr().err and "equals the base" in (tmp_path / "out/report.html").read_text()
+    )
+    zeros = rows(tmp_path / "out", "tensors", checkpoint="base")
+    for row in zeros:
+        assert row["update_norm"] == 0 and row["unchanged_fraction"] == 1
+        assert not any(isinstance(v, float) and math.isnan(v) for v in row.values()), row
+
+
+def test_nan_weights_are_named_and_the_others_reported(undrawn, folders, tmp_path, capsys):
+    weights = planted.moved(planted.base_weights(), low_rank(100))
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    weights["model.norm.weight"][0] = math.inf
+    planted.write(tmp_path / "nan", weights)
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", tmp_path / "nan"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "model.layers.1.mlp.up_proj.weight, model.norm.weight" in said
+    assert [r["tensor"] for r in rows(tmp_path / "out", "tensors") if r["non_finite"]] == [
+        "model.layers.1.mlp.up_proj.weight", "model.norm.weight",
+    ]  # fmt: skip
+    (row,) = rows(tmp_path / "out", "spectra", group="up")
+    assert row["matrices"] == 5 and row["spectral_to_frobenius"] == pytest.approx(8 / float(SIGMA.norm()), rel=1e-5)
+
+
+def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(updates, "write_report", interrupted)
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exact_spectra_are_announced_and_agree(undrawn, folders, out, tmp_path, capsys):
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "opd" / "checkpoint-100"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--exact_spectrum"]) == 0
+    assert re.search(r"exact spectra: about \d+ s", capsys.readouterr().err)
+    (row,) = rows(tmp_path / "out", "spectra", group="MLP and attention")
+    assert row["quantities"] == "exact" and row["effective_rank_error"] == 0
+    assert row["spectral_to_frobenius"] == pytest.approx(8 / float(SIGMA.norm()), rel=1e-6)
+
+
+def test_an_output_folder_is_replaced_only_on_request(undrawn, folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
+    arguments = [*map(str, arguments), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(arguments) == 2 and (tmp_path / "out" / "thesis.txt").exists()
+    assert cli.main([*arguments, "--overwrite_output_dir"]) == 0
+    assert not (tmp_path / "out" / "thesis.txt").exists() and (tmp_path / "out" / "report.html").exists()
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_replaced_only_when_whole(undrawn, folders, tmp_path, monkeypatch):
+    """What was there before stays until the new report is complete."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("old")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(updates, "write_report", interrupted)
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 130
+    assert (tmp_path / "out" / "report.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
