@@ -5,35 +5,22 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
-// Vectors wider than the baseline has are passed only between functions that are inlined: no ABI is at stake.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#include "cpu.h"
 
 namespace nb = nanobind;
 
 namespace {
 
-#define INLINE static inline __attribute__((always_inline))
-
-enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of _KERNEL_DTYPES in effopd_kernels/divergence/ops.py
 enum Kind { kReverse, kForward, kMixture };
 
-constexpr int kLanes = 16, kStep = 2 * kLanes;  // of a vector; of the inner loops
+constexpr int kStep = 2 * kLanes;  // of the inner loops
 constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kFloor = -1e4 * kLog2e;               // FLOOR of effopd_kernels/divergence/reference.py, in bits
-constexpr int64_t kLarge = int64_t(8) << 20;           // bytes from which an output outgrows the caches
 constexpr int64_t kWorkPerThread = int64_t(1) << 16;   // logits worth starting a thread for
 
 // One side's logits. With a soft cap (pre != 0) the kernel reads tanh(pre·x) in their place; c takes either to base 2.
@@ -57,70 +44,10 @@ struct Job {
     bool stream;   // store past the caches
 };
 
-// Streaming stores spare reading the output's lines before overwriting them.
-inline void copy_out(char* out, const void* from, int64_t bytes, bool stream) {
-#ifdef __SSE2__
-    if (stream && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
-        const int64_t whole = bytes / 16 * 16;
-        for (int64_t i = 0; i < whole; i += 16)
-            _mm_stream_si128((__m128i*)(out + i), _mm_load_si128((const __m128i*)((const char*)from + i)));
-        memcpy(out + whole, (const char*)from + whole, bytes - whole);
-        return;
-    }
-#endif
-    memcpy(out, from, bytes);
-}
+#define KERNEL "divergence_rows.h"
+#include "clones.h"
 
-inline void end_stream() {
-#ifdef __SSE2__
-    _mm_sfence();
-#endif
-}
-
-// X86_LEVEL is the x86-64 level a clone is compiled for: g++ reads the whole file before it acts on the target pragmas,
-// so that __FMA__ and __AVX512F__ would tell of the baseline only.
-#define X86_LEVEL 1
-namespace baseline {
-#include "divergence_rows.h"
-}
-#undef X86_LEVEL
-
-using RunRows = void (*)(const Job&, std::atomic<int64_t>&, float*);
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-#define X86_LEVEL 3
-namespace v3 {
-#include "divergence_rows.h"
-}
-#undef X86_LEVEL
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-#define X86_LEVEL 4
-namespace v4 {
-#include "divergence_rows.h"
-}
-#undef X86_LEVEL
-#pragma GCC pop_options
-
-std::vector<RunRows> supported() {  // the best last
-    __builtin_cpu_init();
-    std::vector<RunRows> runs{baseline::run_rows};
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi2")) return runs;
-    runs.push_back(v3::run_rows);
-    for (bool has : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
-                     __builtin_cpu_supports("avx512vl") != 0, __builtin_cpu_supports("avx512dq") != 0})
-        if (!has) return runs;
-    runs.push_back(v4::run_rows);
-    return runs;
-}
-#else
-std::vector<RunRows> supported() { return {baseline::run_rows}; }
-#endif
-
-const std::vector<RunRows> kRuns = supported();
+const auto kRuns = supported(CLONES(run_rows));
 
 Side make_side(uintptr_t data, int64_t row_stride, int dtype, double temperature, double scale, double softcap) {
     const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
@@ -156,7 +83,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtyp
     job.chain = student_scale / student_temperature;
     job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
 
-    const RunRows run = kRuns.at(instruction_set < 0 ? kRuns.size() - 1 : size_t(instruction_set));
+    const auto run = kRuns.at(instruction_set < 0 ? kRuns.size() - 1 : size_t(instruction_set));
     std::atomic<int64_t> next{0};
     const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
     const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;

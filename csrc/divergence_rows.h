@@ -1,5 +1,4 @@
-// The row kernel of the divergences. csrc/divergence.cpp includes this file once per instruction set, each time inside
-// its own namespace and target, so everything here is written once and compiled for each.
+// The row kernel of the divergences, included once per instruction set (csrc/clones.h) after csrc/vectors.h.
 //
 // Rows are taken in blocks. Where both sides are fp32 or both bf16, the two hot loops read them as they lie; whatever else
 // (fp16, soft caps, sides of different dtypes, a row's ragged end) is first widened to fp32 in the L1 cache (`stage`).
@@ -19,25 +18,6 @@
 // the comparisons that −inf needs. `hole` = Σ 2^u over entries with v = −inf, whose log-probability counts as kFloor.
 
 // No include here: this file stands inside a namespace.
-
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
-typedef uint32_t vu __attribute__((vector_size(64)));
-
-INLINE vf splat(float x) { return x - vf{}; }
-INLINE vi bits(vf x) { return (vi)x; }
-INLINE vf from_bits(vi x) { return (vf)x; }
-INLINE vf max_(vf a, vf b) { return a > b ? a : b; }
-
-INLINE double sum(vf x) {
-    double s = 0;
-    for (int i = 0; i < kLanes; ++i) s += x[i];
-    return s;
-}
 
 // 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
 // K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
@@ -96,31 +76,6 @@ INLINE vf tanh_(vf x) {
     p = p * square + -0.33333328433f;
     const vf large = from_bits(bits((1.0f - e) / (1.0f + e)) | (bits(x) & (vi)splat(-0.0f)));
     return size < 0.63f ? x + x * square * p : large;
-}
-
-// ---- dtypes: fp32, and bf16 and fp16 by integer arithmetic, which every instruction set has in vectors
-
-INLINE vf load(const char* p, int dtype) {
-    if (dtype == kFloat32) return *(const vf_any*)p;
-    const vi h = __builtin_convertvector(*(const vh_any*)p, vi);
-    if (dtype == kBFloat16) return from_bits(h << 16);
-    const vi size = (h & 0x7fff) << 13;  // fp16: rebase the exponent by a product, which also normalises subnormals
-    const vi finite = bits(from_bits(size) * 0x1p112f), infinite = size | 0x7f800000;
-    return from_bits((size >= (0x7c00 << 13) ? infinite : finite) | ((h & 0x8000) << 16));
-}
-
-INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
-    const vi b = bits(x), size = b & 0x7fffffff;
-    if (dtype == kBFloat16) {
-        const vi rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-        return __builtin_convertvector(x == x ? rounded : 0x7fc0 + vi{}, vh);
-    }
-    const vi normal = (size + 0xfff + ((size >> 13) & 1) - (112 << 23)) >> 13;
-    const vi small = bits(from_bits(size) + 0.5f) - 0x3f000000;  // subnormals have the spacing of 0.5 in fp32
-    vi h = size < (113 << 23) ? small : normal;
-    h = size >= 0x477ff000 ? 0x7c00 + vi{} : h;  // 65520 and more
-    h = x == x ? h : 0x7e00 + vi{};
-    return __builtin_convertvector(h | ((b >> 16) & 0x8000), vh);
 }
 
 // Two vectors at once. Of bf16 the first holds the even entries and the second the odd ones: no shuffle, and as every

@@ -29,6 +29,12 @@ def make_spec(divergence: Divergence, temperature: float, teacher_temperature: f
     for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    for side in ("student", "teacher"):
+        scale, softcap = model.get(f"{side}_scale", 1.0), model.get(f"{side}_softcap", 0.0)
+        if not scale > 0:
+            raise ValueError(f"{side}_logit_scale must be positive, got {scale}")
+        if not softcap >= 0:
+            raise ValueError(f"{side}_softcap must be positive or None, got {softcap}")
     pair = float(temperature), float(teacher_temperature)
     return Spec(float(divergence.a), float(divergence.b), float(divergence.pi), *pair, **model)
 

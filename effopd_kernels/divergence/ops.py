@@ -5,13 +5,12 @@ the student's logits. CUDA and ROCm: Triton. CPU: C++. Any other device or dtype
 reference. The ops themselves are not differentiable; the public functions are.
 """
 
-import functools
 import importlib.util
-import warnings
 
 import torch
 from torch import Tensor
 
+from ..native import DTYPES, native
 from . import reference
 
 ARGS = (
@@ -27,25 +26,8 @@ torch.library.define(
     f"(Tensor(a!) student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
 )
 
-_KERNEL_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 _KEPT_FROM = 8 << 20  # bytes from which the pages of a gradient are worth keeping for the next (csrc/buffers.cpp)
-
-
-@functools.cache
-def native():
-    """The C++ extension, or None (said once) where it was not built."""
-    try:
-        from .. import _C
-    except ImportError:
-        warnings.warn(
-            "effopd_kernels was installed without its C++ extension, so CPU kernels run as plain PyTorch, many times "
-            "slower; reinstall with a C++17 compiler present to build it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _C
 
 
 def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -66,7 +48,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
-    module = native() if {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys() else None
+    module = native() if {student.dtype, teacher.dtype} <= DTYPES.keys() else None
     if module is None:
         return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
     N, V = student.shape[0], min(student.shape[1], teacher.shape[1])
@@ -75,8 +57,8 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruc
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
     module.divergence_rows(
-        *(student.data_ptr(), student.stride(0), _KERNEL_DTYPES[student.dtype]),
-        *(teacher.data_ptr(), teacher.stride(0), _KERNEL_DTYPES[teacher.dtype]),
+        *(student.data_ptr(), student.stride(0), DTYPES[student.dtype]),
+        *(teacher.data_ptr(), teacher.stride(0), DTYPES[teacher.dtype]),
         *(N, V, _address(mask), _address(row_scale), *args),
         *(_address(grad_out), 0 if grad_out is None else grad_out.stride(0), student.shape[1]),
         *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads(), instruction_set),
@@ -85,7 +67,7 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruc
 
 
 def _triton(student, teacher, *args, grad_out, with_stats):
-    if not {student.dtype, teacher.dtype} <= _KERNEL_DTYPES.keys():
+    if not {student.dtype, teacher.dtype} <= DTYPES.keys():
         return _reference(student, teacher, *args, grad_out=grad_out, with_stats=with_stats)
     from .triton_kernels import launch_divergence_rows
 

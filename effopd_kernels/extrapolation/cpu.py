@@ -1,4 +1,5 @@
-"""In-place extrapolation on the CPU: one torch.lerp per tensor, statistics block by block while the block is in cache.
+"""In-place extrapolation on the CPU: one call of the C++ kernel for all contiguous tensors of the usual dtypes, and
+torch.lerp for the others, with statistics block by block while the block is in cache.
 
 torch.lerp(A, C, α, out=W) is a single pass that computes bf16 and fp16 in fp32 and rounds once (checked bit for bit
 against fp32 arithmetic and, for rounding, against fp64). It loses the sign of −0 at α = 0 and 1: the ends are copies.
@@ -7,21 +8,46 @@ against fp32 arithmetic and, for rounding, against fp64). It loses the sign of �
 import torch
 from torch import Tensor
 
+from ..native import DTYPES, native
 from .reference import wide
 
 BLOCK = 1 << 18  # elements: three fp32 blocks fit the second-level caches of two cores
 
 
-def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats: bool) -> Tensor:
-    """The CPU backend of `reference.extrapolate_`."""
+def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats: bool, instruction_set=-1) -> Tensor:
+    """The CPU backend of `reference.extrapolate_`. instruction_set: the kernel's, −1 the best; None for torch.lerp."""
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
+    lists = [params, anchors, currents, *([masters] if masters else [])]
+    fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
+    if instruction_set is None or native() is None:
+        fits = [False] * len(params)
+    if any(fits):
+        chosen = ([t for t, fit in zip(column, fits, strict=True) if fit] for column in lists)
+        where = torch.tensor(fits)
+        some = stats.new_empty((sum(fits) if with_stats else 0, 3))
+        _cpp(*chosen, alphas=alphas[where], stats=some, instruction_set=instruction_set)
+        if with_stats:
+            stats[where] = some
     for i, (alpha, anchor, current, param) in enumerate(zip(alphas.tolist(), anchors, currents, params, strict=True)):
+        if fits[i]:
+            continue
         master = masters[i] if masters else None
         if with_stats:
             stats[i] = torch.tensor(_in_blocks(param, anchor, current, alpha, master))
         else:
             _write(param, anchor, current, alpha, master)
     return stats
+
+
+def _cpp(params, anchors, currents, masters=(), *, alphas: Tensor, stats: Tensor, instruction_set: int) -> None:
+    columns = (params, anchors, currents, *([masters] if masters else []))
+    dtypes = [sum(DTYPES[t.dtype] << 2 * k for k, t in enumerate(row)) for row in zip(*columns, strict=True)]
+    addresses = [[t.data_ptr() for t in column] for column in (params, anchors, currents, masters)]
+    alphas = alphas.to(torch.float64).contiguous()
+    native().extrapolate(
+        *addresses, [t.numel() for t in params], dtypes, alphas.data_ptr(), stats.data_ptr() if len(stats) else 0,
+        torch.get_num_threads(), instruction_set,
+    )  # fmt: skip
 
 
 def _write(param, anchor, current, alpha, master) -> None:

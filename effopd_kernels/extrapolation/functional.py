@@ -110,7 +110,10 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:
     masters = [] if masters[0] is None else masters
     alphas = alphas.to(params[0].device, non_blocking=True)
-    return torch.ops.effopd.extrapolate_(params, anchors, currents, alphas, masters, stats)
+    result = torch.ops.effopd.extrapolate_(params, anchors, currents, alphas, masters, stats)
+    # Kernels write through addresses: autograd must hear that tensors it may have saved have changed.
+    torch.autograd.graph.increment_version([t for t in (*params, *masters) if not t.is_inference()])
+    return result
 
 
 def _check(params, anchors, currents, masters) -> None:

@@ -372,6 +372,8 @@ H = heads()
         (lambda: divergence_loss(S, T, reduction="sum", num_tokens=3), ["num_tokens"]),
         (lambda: divergence_loss(S, T, temperature=0.0), ["temperature", "0.0"]),
         (lambda: divergence_loss(S, T, teacher_temperature=-1.0), ["teacher_temperature", "-1.0"]),
+        (lambda: linear_divergence_loss(*H, student_logit_scale=0.0), ["student_logit_scale", "0.0"]),
+        (lambda: linear_divergence_loss(*H, teacher_softcap=-30.0), ["teacher_softcap", "-30.0"]),
         (lambda: divergence_loss(S, T, "reverse_kl"), ["REVERSE_KL", "reverse_kl"]),
         (lambda: linear_divergence_loss(H[0], H[3], H[2], H[3]), ["student_weight", "(6, 8)", "(52, 9)"]),
         (lambda: linear_divergence_loss(H[0], H[1], H[0], H[3]), ["teacher_weight", "(6, 8)", "(52, 9)"]),

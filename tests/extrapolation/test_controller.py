@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from effopd_kernels.extrapolation import EffOPDController, EffOPDEvent, Scores
+from effopd_kernels.extrapolation import EffOPDController, EffOPDEvent, Scores, extrapolate_
 
 
 def model(dtype=torch.float32, seed=0):
@@ -31,7 +31,10 @@ def same(net, weights):
 
 
 def expected(anchor, current, alpha):
-    return {n: w if n.startswith("norm") else torch.lerp(anchor[n], w, alpha) for n, w in current.items()}
+    moved = {n: w.clone() for n, w in current.items()}
+    names = [n for n in current if not n.startswith("norm")]
+    extrapolate_(*([x[n] for n in names] for x in (moved, anchor, current)), alpha)
+    return moved
 
 
 class Script:

@@ -1,6 +1,7 @@
 """extrapolate_ and extrapolate against fp64, bit for bit at the ends of the line, for every backend of this machine."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effopd_kernels.extrapolation import cpu, extrapolate, extrapolate_, reference
+from effopd_kernels.native import native
 
-BACKENDS = pytest.mark.parametrize("backend", [reference.extrapolate_, cpu.extrapolate_], ids=["reference", "cpu"])
+IMPLEMENTATIONS = {
+    "reference": reference.extrapolate_,
+    "lerp": partial(cpu.extrapolate_, instruction_set=None),
+    **{f"c++ {i}": partial(cpu.extrapolate_, instruction_set=i) for i in range(native().num_instruction_sets())},
+}
+BACKENDS = pytest.mark.parametrize("backend", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SHAPES = [(), (0,), (1,), (7, 3), (2, 0, 5), (cpu.BLOCK + 13,)]
 
@@ -107,6 +114,23 @@ def test_current_may_be_the_parameter_itself(backend):
     assert torch.equal(apart, together) and torch.equal(one, two)
 
 
+def test_spans_of_several_threads_give_the_same_bits():
+    """Larger than a span (2¹⁷), streamed, ragged; statistics summed in one order whoever did the spans."""
+    param, anchor, current = triple((9 * 2**17 + 13,), (torch.float32,) * 3)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        param = torch.empty_like(anchor)
+        results.append((run(cpu.extrapolate_, [param], [anchor], [current], 3.0), param))
+    torch.set_num_threads(threads)
+    exact = anchor.double() + 3 * (current.double() - anchor.double())
+    torch.testing.assert_close(results[0][1].double(), exact, rtol=1e-6, atol=1e-6)
+    truth = [(current.double() - anchor.double()).square().sum(), exact.square().sum(), torch.zeros(())]
+    torch.testing.assert_close(results[0][0][0].double(), torch.tensor(truth, dtype=torch.float64), rtol=1e-5, atol=0)
+    for stats, param in results[1:]:
+        assert torch.equal(stats, results[0][0]) and torch.equal(param, results[0][1])
+
+
 @BACKENDS
 def test_strided_parameters(backend):
     param, anchor, current = triple((6, 4), (torch.float32,) * 3)
@@ -126,16 +150,18 @@ def test_strided_parameters(backend):
 def test_backends_agree(alphas, dtypes, with_masters):
     triples = [triple((5, i), dtypes, seed=i) for i in range(len(alphas))]
     results = []
-    for backend in (reference.extrapolate_, cpu.extrapolate_):
+    for backend in IMPLEMENTATIONS.values():
         params, anchors, currents = ([t.clone() for t in ts] for ts in zip(*triples, strict=True))
         masters = [torch.full(p.shape, torch.nan) for p in params] if with_masters else []
         stats = backend(params, anchors, currents, torch.tensor(alphas, dtype=torch.float64), masters, True)
         results.append((params, masters, stats))
-    (p0, m0, s0), (p1, m1, s1) = results
-    for x, y in zip(p0, p1, strict=True):
-        torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps, atol=2e-5 if x.dtype.itemsize == 4 else 2e-3)
-    torch.testing.assert_close(m0, m1, rtol=1e-6, atol=2e-5)
-    torch.testing.assert_close(s0, s1, rtol=2e-2, atol=1e-4)
+    (p0, m0, s0), *others = results
+    for p1, m1, s1 in others:
+        for x, y in zip(p0, p1, strict=True):
+            atol = 2e-5 if x.dtype.itemsize == 4 else 2e-3
+            torch.testing.assert_close(x, y, rtol=torch.finfo(x.dtype).eps, atol=atol)
+        torch.testing.assert_close(m0, m1, rtol=1e-6, atol=2e-5)
+        torch.testing.assert_close(s0, s1, rtol=2e-2, atol=1e-4)
 
 
 class TestPublicFunction:

@@ -1,0 +1,43 @@
+// What the CPU kernels share that does not depend on the instruction set: dtypes, constants, streaming stores.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+// Vectors wider than the baseline has are passed only between functions that are inlined: no ABI is at stake.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of DTYPES in effopd_kernels/native.py
+
+constexpr int kLanes = 16;  // of a vector of floats
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kLarge = int64_t(8) << 20;  // bytes from which an output outgrows the caches
+
+inline int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// Streaming stores spare reading the output's lines before overwriting them; end_stream() makes them visible to others.
+inline void copy_out(char* out, const void* from, int64_t bytes, bool stream) {
+#ifdef __SSE2__
+    if (stream && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+        const int64_t whole = bytes / 16 * 16;
+        for (int64_t i = 0; i < whole; i += 16)
+            _mm_stream_si128((__m128i*)(out + i), _mm_loadu_si128((const __m128i*)((const char*)from + i)));
+        memcpy(out + whole, (const char*)from + whole, bytes - whole);
+        return;
+    }
+#endif
+    memmove(out, from, bytes);
+}
+
+inline void end_stream() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
