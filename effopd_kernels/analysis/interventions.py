@@ -22,8 +22,9 @@ from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
 from . import intervention_report
 from .checkpoints import Comparison, compare, listed
-from .edits import EditableModel
+from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
+from .loaded import readable
 from .output import check_free
 from .plans import INTERVENTIONS, Plan, Trial
 from .scoring import Validate, estimate
@@ -85,6 +86,7 @@ def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OP
 EVALUATION = [
     "teacher_model_name_or_path", "dataset_name", "dataset_test_split", "eval_metric", "eval_temperature",
     "max_completion_length", "per_device_eval_batch_size", "overlong_prompts", "dtype", "use_vllm", "seed",
+    "effopd_anchor_device",
     "output_dir", "overwrite_output_dir",
 ]  # fmt: skip
 
@@ -118,13 +120,17 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     trainer = build_trainer(ours, data, args, model_args)
     first = trainer.is_world_process_zero()
     evaluations.done = broadcast_object_list([evaluations.done])[0]  # every process must leave out the same
+    options = {"trust_remote_code": args.trust_remote_code}
     model = EditableModel(
         trainer.model,
-        comparison.trajectories,
+        readable(comparison.trajectories, comparison.base, live_tensors(trainer.model), **options),
         max_fraction=max(ours.rank_fractions),
+        place=args.effopd_anchor_device,
+        directory=folder,
         on_change=trainer._weights_changed,
     )
-    trials = plan_of(ours, comparison, model).trials(ours.interventions)
+    plan = plan_of(ours, comparison, model)
+    trials = plan.trials(ours.interventions)
     left = pending(trials, evaluations)
     validate = Validate(trainer, args, ours.max_prompts)
     cost = estimate(model, trials, left, validate)
@@ -136,7 +142,7 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     evaluate_trials(model, left, evaluations, validate, write=first, save=save)
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
-        write_report(folder, rows, args.eval_metric, settings, comparison)
+        write_report(folder, rows, args.eval_metric, settings, comparison, notes_on(comparison, plan))
         print(f"tables, figures and report.html are in {folder}")
 
 
@@ -210,14 +216,8 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
     """What to try. Reads every checkpoint once, for the norms.
 
     Raises:
-        UserError: a model whose parameters are not its files' tensors, weights that are not finite, a window deeper
-            than the model.
+        UserError: weights that are not finite, or a window deeper than the model.
     """
-    if strangers := [name for name in model.live if name not in comparison.base.shapes]:
-        raise UserError(
-            f"transformers renames or fuses tensors of {comparison.base.path} when it loads them, so they cannot be "
-            f"edited by name: {listed(strangers)}"
-        )
     steps, norms = {}, {}
     for name, i, checkpoint in comparison.checkpoints():
         step = i + 1 if checkpoint.step is None else checkpoint.step
@@ -234,6 +234,15 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
     return plan
 
 
+def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
+    """What a reader must know."""
+    notes = list(comparison.notes)
+    if tied := [name for name in comparison.names if name not in plan.names]:
+        notes.append(f"In files only, or tied in the model, so not edited by this name: {listed(tied)}.")
+    places = [(c.path, plan.update_norms[name, i]) for name, i, c in comparison.checkpoints()]
+    return notes + [f"{path} equals the base." for path, norm in places if norm == 0]
+
+
 def save_model(trainer: OPDTrainer, folder: Path, trial: Trial) -> None:
     name = "-".join(
         str(v).replace(" ", "_") for v in (trial.intervention, trial.edit.trajectory, *trial.about.values())
@@ -241,20 +250,15 @@ def save_model(trainer: OPDTrainer, folder: Path, trial: Trial) -> None:
     trainer.save_model(str(folder / name))
 
 
-def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison) -> None:
+def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:
     """Everything into a folder of its own first; then each part takes its place."""
     staging = folder / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     compared = ", ".join(f"{t} ({len(c)} checkpoints)" for t, c in comparison.trajectories.items())
     lead = f"{compared}, from {comparison.base.label}: each edited in place, scored on the same prompts, and restored."
-    equal = [
-        f"{comparison.trajectories[r['trajectory']][-1].path} equals the base."
-        for r in rows
-        if r["intervention"] == "final" and r["update_norm"] == 0
-    ]
     try:
-        intervention_report.write(staging, rows, metric, settings, lead, [*comparison.notes, *equal])
+        intervention_report.write(staging, rows, metric, settings, lead, notes)
         for part in staging.iterdir():
             if (folder / part.name).is_dir():
                 shutil.rmtree(folder / part.name)

@@ -1,5 +1,6 @@
 """Edited weights against an fp64 definition, and the base back bit for bit whatever happens."""
 
+import json
 import math
 import os
 import signal
@@ -7,10 +8,12 @@ import signal
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from effopd_kernels.analysis import edits
 from effopd_kernels.analysis.checkpoints import compare
-from effopd_kernels.analysis.edits import Edit, EditableModel
+from effopd_kernels.analysis.edits import Edit, EditableModel, live_tensors
+from effopd_kernels.analysis.loaded import readable
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
 SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
@@ -199,3 +202,54 @@ def test_edits_that_write_the_same_weights_share_a_key():
     others = [Edit("rl", 1, ("a", "b")), Edit("opd", 0, ("a", "b")), Edit("opd", 1, ("a",))]
     others += [Edit("opd", 1, ("a", "b"), **c) for c in ({"alpha": 2.0}, {"part": "top"}, {"norm_of": "rl"})]
     assert len({edit.key() for edit in [one, *others]}) == 7
+
+
+def test_a_lora_adapter_is_its_product(tmp_path):
+    torch.manual_seed(0)
+    net = Net(torch.float32)
+    base = {n: p.detach().clone() for n, p in net.named_parameters()}
+    save_file(base, tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = torch.randn(3, 16), torch.randn(24, 3)
+    (tmp_path / "adapter").mkdir()
+    save_file(
+        {f"base_model.model.{name}.lora_{k}.weight": v for k, v in (("A", a), ("B", b))},
+        tmp_path / "adapter/adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    model = EditableModel(net, compare(tmp_path / "model.safetensors", {"lora": [tmp_path / "adapter"]}).trajectories)
+    product = 2 * b @ a
+    assert model.norms("lora") == pytest.approx({n: product.norm().item() if name in n else 0 for n in base})
+    for alpha in (1.0, 0.5):
+        with model.edited(Edit("lora", 0, tuple(base), alpha=alpha)):
+            for n, p in net.named_parameters():
+                torch.testing.assert_close(p.detach(), base[n] + alpha * product if name in n else base[n])
+    with model.edited(Edit("lora", 0, tuple(base), part="bottom", fraction=3 / 16)):
+        torch.testing.assert_close(net.get_parameter(f"{name}.weight").detach(), base[f"{name}.weight"])
+
+
+def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, moe_intermediate_size=4, num_hidden_layers=1, num_experts=4,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=4, num_experts_per_tok=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    weights = {}
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config)
+        model.save_pretrained(tmp_path / name)
+        weights[name] = {n: p.detach() for n, p in model.named_parameters()}
+    net = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    comparison = compare(tmp_path / "base", {"run": [tmp_path / "one", tmp_path / "two"]})
+    assert not set(live_tensors(net)) <= set(comparison.base.shapes)
+    model = EditableModel(net, readable(comparison.trajectories, comparison.base, live_tensors(net)))
+    before = bits(net)
+    for i, name in enumerate(("one", "two")):
+        with model.edited(Edit("run", i, tuple(model.live))):
+            assert all(torch.equal(p, weights[name][n]) for n, p in net.named_parameters())
+        assert same(bits(net), before)
+    experts = "model.layers.0.mlp.experts.down_proj"
+    with model.edited(Edit("run", 1, (experts,), part="top", fraction=0.5)):  # of every expert's matrix
+        update = net.get_parameter(experts).detach() - weights["base"][experts]
+    assert update.shape == (4, 8, 4) and torch.linalg.matrix_rank(update, atol=1e-5).tolist() == [2] * 4
