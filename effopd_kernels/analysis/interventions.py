@@ -27,6 +27,7 @@ from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
 from .output import check_free
 from .plans import INTERVENTIONS, Plan, Trial
+from .roles import role_of
 from .scoring import Validate, estimate
 from .updates import trajectories_of
 
@@ -41,7 +42,7 @@ class InterventionArguments:
     )
     trajectory: list[str] | None = field(
         default=None,
-        metadata={"help": "NAME=DIR,DIR,...; may be repeated to set several side by side.", "action": "extend"},
+        metadata={"help": "NAME=DIR,DIR,...; repeat it to set several side by side.", "action": "extend"},
     )
     interventions: list[str] = field(
         default_factory=lambda: list(INTERVENTIONS), metadata={"help": f"Which of {', '.join(INTERVENTIONS)}."}
@@ -83,12 +84,22 @@ def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OP
     return parser.parse_args_and_config(argv)
 
 
-EVALUATION = [
-    "teacher_model_name_or_path", "dataset_name", "dataset_test_split", "eval_metric", "eval_temperature",
-    "max_completion_length", "per_device_eval_batch_size", "overlong_prompts", "dtype", "use_vllm", "seed",
-    "effopd_anchor_device",
-    "output_dir", "overwrite_output_dir",
-]  # fmt: skip
+EVALUATION = {  # options of effopd-train that matter here, and what they mean here where that differs
+    "teacher_model_name_or_path": "The teacher; without one, accuracy alone is measured.",
+    "dataset_name": "Prompts to score on, with answers for accuracy: hub id or file.",
+    "dataset_test_split": "Split of a hub dataset.",
+    "eval_metric": "What is drawn and called the gain, accuracy or teacher_kl; both are measured where possible.",
+    "eval_temperature": None,
+    "max_completion_length": None,
+    "per_device_eval_batch_size": "Prompts that are completed together.",
+    "overlong_prompts": None,
+    "dtype": "Of the models while they are scored; `auto` is the files' own.",
+    "use_vllm": "Complete with vLLM.",
+    "seed": "Of sampling.",
+    "effopd_anchor_device": "Where the copy of the base is kept: device, host (pinned) or disk (mapped).",
+    "output_dir": "A new folder, or that of the interrupted command.",
+    "overwrite_output_dir": "Evaluate anew what is noted in output_dir.",
+}
 
 
 def print_help(parser: TrlParser) -> None:
@@ -96,6 +107,8 @@ def print_help(parser: TrlParser) -> None:
     print("usage: effopd-analyze interventions --base DIR --checkpoints DIR [DIR ...] --dataset_name eval.jsonl \\")
     print("           --eval_metric accuracy|teacher_kl [--teacher_model_name_or_path DIR] --output_dir OUT")
     print("       torchrun --nproc_per_node 8 -m effopd_kernels.analysis.cli interventions ...\n")
+    for name, text in EVALUATION.items():
+        actions[name].help = text or actions[name].help
     formatter = parser._get_formatter()
     for title, names in (("what to try", list(InterventionArguments.__dataclass_fields__)), ("evaluation", EVALUATION)):
         formatter.start_section(title)
@@ -111,6 +124,9 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     """Check, estimate, evaluate, report."""
     check(ours, data, args)
     comparison = compare(ours.base, trajectories_of(ours.checkpoints, ours.trajectory or []))
+    depth = 1 + max((layer for name in comparison.names if (layer := role_of(name).layer) is not None), default=-1)
+    if ours.window is not None and ours.window > depth:
+        raise UserError(f"--window {ours.window} exceeds the model's {depth} layers")
     folder = Path(args.output_dir)
     if not args.overwrite_output_dir and not (folder / FILE).is_file():
         check_free(folder)
@@ -216,7 +232,7 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
     """What to try. Reads every checkpoint once, for the norms.
 
     Raises:
-        UserError: weights that are not finite, or a window deeper than the model.
+        UserError: weights that are not finite.
     """
     steps, norms = {}, {}
     for name, i, checkpoint in comparison.checkpoints():
@@ -226,12 +242,9 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
         if broken := [tensor for tensor, norm in each.items() if not math.isfinite(norm)]:
             raise UserError(f"{checkpoint.path} has weights that are not finite, in {listed(broken)}; leave it out")
         norms[name, i] = math.hypot(*each.values())
-    plan = Plan(
+    return Plan(
         list(model.live), steps, norms, ours.alphas, ours.rank_fractions, window=ours.window, stride=ours.stride
     )
-    if (ours.window or 1) > plan.layers:
-        raise UserError(f"--window {ours.window} exceeds the model's {plan.layers} layers")
-    return plan
 
 
 def notes_on(comparison: Comparison, plan: Plan) -> list[str]:

@@ -97,9 +97,10 @@ def embeddings(plan: Plan, trajectory: str) -> Iterator[Trial]:
 def window(plan: Plan, trajectory: str) -> Iterator[Trial]:
     width = plan.window or max(1, plan.layers // 4)
     stride = plan.stride or max(1, width // 2)
+    last = plan.layers - width
+    starts = sorted({*range(0, last, stride), last}) if last >= 0 else []
     for block, parts in BLOCKS.items():
-        last = plan.layers - width
-        for first in sorted({*range(0, last, stride), last}):
+        for first in starts:
             layers = range(first, first + width)
             names = tuple(n for n, role in plan.roles.items() if role.layer in layers and role.part in parts)
             about = {"block": block, "first_layer": first, "last_layer": layers[-1]}

@@ -3,11 +3,12 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..train import OPDTrainer
 from ..train.config import OPDConfig
 from ..train.validation import Validator
-from .edits import Edit, EditableModel
+from .edits import EditableModel
 from .evaluations import Evaluation
 from .plans import Trial
 
@@ -51,7 +52,8 @@ def estimate(model: EditableModel, trials: Sequence[Trial], left: Mapping[str, T
         text += f", {scored - len(left)} of them done already"
     if not left:
         return text
-    whole = next((t.edit for t in left.values() if t.edit.names), Edit())
+    largest = max((t.edit for t in left.values()), key=lambda edit: len(edit.names))
+    whole = replace(largest, part="whole", norm_of=None)
     start = time.perf_counter()
     with model.edited(whole):
         edit_seconds = time.perf_counter() - start

@@ -120,6 +120,14 @@ def test_norms(world):
             assert norm == pytest.approx((moved[name].double() - weights[None][name].double()).norm().item(), rel=1e-6)
 
 
+def test_factoring_is_estimated_until_it_is_done(world):
+    _, model, _ = world
+    assert model.factor_seconds("opd", 1) > 0
+    with model.edited(Edit("opd", 1, tuple(model.live), part="top", fraction=0.5)):
+        pass
+    assert model.factor_seconds("opd", 1) == 0 < model.factor_seconds("opd", 0)
+
+
 def test_what_raises_inside_leaves_the_base(world):
     net, model, _ = world
     before = bits(net)
