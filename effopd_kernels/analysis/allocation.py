@@ -107,7 +107,8 @@ def _where(found: Findings, folder: Path, places: list[dict[str, Any]]) -> Secti
         layered = [r for (layer, _), r in cells[t].items() if layer is not None]
         if layered and (top := max(layered, key=lambda r: r["relative_update"]))["relative_update"]:
             peaks.append(
-                f"{t} moved {top['type']} of layer {top['layer']} most for its size, by {top['relative_update']:.2%}"
+                f"{t} moved {top['type']} of layer {top['layer']} most for its size, "
+                f"by {top['relative_update']:.2g} of its norm"
             )
     return Section(
         "Where the update went",

@@ -38,7 +38,9 @@ WIDTH, HEIGHT = 4.8, 3.3  # inches
 
 
 def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = HEIGHT) -> "Figure":
-    """A figure of one panel: ``paint(axes)`` draws into it, under this module's style."""
+    """A figure of one panel: ``paint(axes)`` draws into it, under this module's style; with a legend where it labels
+    two things or more.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,7 +48,11 @@ def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        paint(figure.subplots())
+        axes = figure.subplots()
+        paint(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:  # above the axes, where no curve can run through it
+            figure.legend(handles, labels, loc="outside upper left", ncols=3, borderaxespad=0, columnspacing=1.4)
     return figure
 
 
@@ -98,8 +104,6 @@ def lines(
         if level is not None:
             axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2)
         axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
-        if len(curves) > 1:
-            axes.legend()
 
     return draw(paint)
 
@@ -117,8 +121,6 @@ def paths(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label
             axes.plot([], [], label=name, **style)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.margins(0.1)
-        if len(curves) > 1:
-            axes.legend()
 
     return draw(paint)
 
@@ -152,8 +154,6 @@ def bars(
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
         axes.grid(axis="x", visible=False)
-        if len(values) > 1 or marks:
-            axes.legend()
 
     return draw(paint)
 

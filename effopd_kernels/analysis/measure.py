@@ -26,7 +26,7 @@ from .checkpoints import Checkpoint, Comparison
 from .roles import Role, role_of
 
 OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it costs is inside the error bars
-PROBES, STEPS, STEPS_SQUARE = 16, 4, 12  # a square matrix has σ down to 0, which takes more steps to resolve
+PROBES, STEPS, MORE_STEPS = 16, 4, 12  # more for the wide spectra of square matrices, or behind few known triplets
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
 ROWS = 1 << 10  # tokens at a time, a few MB that stay in cache
@@ -143,7 +143,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     width = Settings(min(options.rank, m), OVERSAMPLE, 2, None, 0, None).width(m)
     exact = options.exact or choose(n, m, options.rank, width, a.device) == "exact"
     top = math.ceil(options.top_fraction * m)
-    steps = STEPS if n >= 2 * m else STEPS_SQUARE
+    steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     method = "exact" if exact else "slq"
     spectrum, metrics = measured(a, b, top, method, PROBES, steps, options.seed, svd)
     row = {name: value.item() for name, value in metrics.items()}

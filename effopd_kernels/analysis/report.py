@@ -143,25 +143,32 @@ def _headlines(headlines: Sequence[Headline]) -> str:
     for headline in headlines:
         intervals = {n: v if isinstance(v, Interval) else Interval(v, v, v) for n, v in headline.values.items()}
         full = headline.full or max((h for i in intervals.values() for h in i if math.isfinite(h)), default=0) or 1.0
-        rows = "".join(_bar(name, headline.values[name], i, full, k) for k, (name, i) in enumerate(intervals.items()))
+        bar = len(intervals) > 1 or headline.full is not None  # a number alone has nothing to be held against
+        rows = "".join(_bar(name, i, full if bar else None, k) for k, (name, i) in enumerate(intervals.items()))
         cards.append(f'<div class="card"><h3>{_text(headline.label)}</h3>{rows}{_paragraph(headline.explained)}</div>')
     return f'<section class="cards">{"".join(cards)}</section>' if cards else ""
 
 
-def _bar(name: str, given: float | Interval, interval: Interval, full: float, index: int) -> str:
+def _bar(name: str, interval: Interval, full: float | None, index: int) -> str:
     def percent(value: float) -> str:
         return f"{100 * min(max(value / full, 0), 1) if math.isfinite(value) else 0:.2f}%"
 
-    low, high = percent(interval.low), percent(interval.high)
-    whisker = f'<i style="left:{low};right:calc(100% - {high})"></i>' if isinstance(given, Interval) else ""
-    # `shown` also puts the bounds in words: a bar alone tells nothing to a screen reader.
-    bounds = f"<small>{shown(given.low)} – {shown(given.high)}</small>" if isinstance(given, Interval) else ""
-    return (
-        f'<div class="bar"><span>{_text(name)}</span><b>{shown(interval.value)}</b>{bounds}'
-        f'<div><u style="width:{percent(interval.value)};background:{COLOURS[index % len(COLOURS)]}"></u>'
-        f"{whisker}</div>"
-        "</div>"
-    )
+    # The bounds in words too: a bar alone tells nothing to a screen reader.
+    parts = [f"<span>{_text(name)}</span><b>{shown(interval.value)}</b>{_bounds(interval)}"]
+    if full is not None:
+        colour = COLOURS[index % len(COLOURS)]
+        parts.append(f'<div><u style="width:{percent(interval.value)};background:{colour}"></u>')
+        if _bounds(interval):
+            ends = f"left:{percent(interval.low)};right:calc(100% - {percent(interval.high)})"
+            parts.append(f'<i style="{ends}"></i>')
+        parts.append("</div>")
+    return f'<div class="bar">{"".join(parts)}</div>'
+
+
+def _bounds(interval: Interval) -> str:
+    """The error bars, where they are wider than what is printed of the number."""
+    ends = [shown(interval.low), shown(interval.high)]
+    return "" if set(ends) == {shown(interval.value)} else f"<small>{' – '.join(ends)}</small>"
 
 
 def _section(section: Section, folder: Path) -> str:
@@ -187,10 +194,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     words = {key for key in header if any(isinstance(row.get(key), str) for row in rows)}
 
     def cell(key: str, value: Any) -> str:
-        if isinstance(value, Interval):
-            inner = f"{shown(value.value)}<small>{shown(value.low)} – {shown(value.high)}</small>"
-        else:
-            inner = _text(shown(value))
+        inner = shown(value.value) + _bounds(value) if isinstance(value, Interval) else _text(shown(value))
         return f'<td class="word">{inner}</td>' if key in words else f"<td>{inner}</td>"
 
     head = "".join(f"<th{' class=word' * (key in words)}>{_text(key)}</th>" for key in header)

@@ -27,7 +27,7 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
     table = _averages(rows, found.types())
     write_table(folder / TABLES, "spectra", table)
     ends = {t: found.last(t, table) for t in found.trajectories}
-    top = f"top-{100 * found.options.top_fraction:g} %"
+    top = f"top-{100 * found.options.top_fraction:g}%"
     sections = [_table(found, folder, ends, top), *_progress(found, folder, table), *_energy(found, folder)]
     whole = {t: own[0] for t, own in ends.items() if own}
     how = "exact" if all(row["quantities"] == "exact" for row in whole.values()) else "sampled, ± 2 standard errors"
@@ -158,7 +158,9 @@ def _progress(found: Findings, folder: Path, table: list[Row]) -> list[Section]:
 
 def _energy(found: Findings, folder: Path) -> list[Section]:
     table, curves = [], {}
-    for (trajectory, position), parts in sorted(found.energy.items(), key=lambda item: item[0][1]):
+    for trajectory, position, _ in found.comparison.checkpoints():
+        if not (parts := found.energy.get((trajectory, position))):
+            continue
         checkpoint = found.comparison.trajectories[trajectory][position]
         progress = found.comparison.progress[trajectory][position]
         top = torch.tensor([curve for _, curve in parts], dtype=torch.float64).mean(0)
@@ -191,7 +193,7 @@ def _energy(found: Findings, folder: Path) -> list[Section]:
         drawn.append(figures.save(figure, folder / FIGURES, f"energy_{stem}"))
     at = {f: min(range(len(GRID)), key=lambda i: abs(GRID[i] - f)) for f in (0.01, 0.1)}
     lead = "; ".join(
-        f"{t}'s top 1 % of the rank holds {both[0][at[0.01]]:.0%} of ‖ΔW‖, its top 10 % {both[0][at[0.1]]:.0%}"
+        f"{t}'s top 1% of the rank holds {both[0][at[0.01]]:.0%} of ‖ΔW‖, its top 10% {both[0][at[0.1]]:.0%}"
         for t, both in curves.items()
     )
     return [

@@ -7,9 +7,10 @@ and while one thread reads the others compute. Under torchrun ranks share the te
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
         sections += own
         headlines += numbers
     sections += embeddings(found, folder)
+    if len(found.trajectories) == 1:  # a column of one word
+        sections = [replace(s, table=[_without(row, "trajectory") for row in s.table or ()]) for s in sections]
     comparison, options = found.comparison, found.options
     notes = [*comparison.notes, *_warnings(found)]
     for note in notes:
@@ -250,6 +253,10 @@ def _one_core_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
+def _without(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != key}
+
+
 def _lead(comparison: Comparison) -> str:
     shapes = [comparison.base.shapes[name] for name in comparison.names]
     parameters = sum(torch.Size(shape).numel() for shape, _ in shapes)
@@ -260,8 +267,8 @@ def _lead(comparison: Comparison) -> str:
     )
     kind = comparison.base.config.get("model_type")
     return (
-        f"ΔW = W − W₀ against the base {comparison.base.label}{f' ({kind})' if kind else ''}: {parameters:,} "
-        f"parameters in {len(shapes)} tensors, {dtypes}. {runs}."
+        f"ΔW = W − W₀ with W₀ = {comparison.base.label}{f' ({kind})' if kind else ''}: {parameters:,} parameters "
+        f"in {len(shapes)} tensors, {dtypes}. {runs}."
     )
 
 

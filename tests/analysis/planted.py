@@ -1,6 +1,7 @@
 """Checkpoints whose updates are known by construction."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from effopd_kernels.analysis.roles import role_of
+
+HERE = Path(__file__).parent
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 64, 160, 6, 50
 SHAPES = {
     "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
@@ -70,3 +74,49 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3) 
         save_file({n: tensors[n].contiguous() for n in names if files[n] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return folder
+
+
+SIGMA = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+PROFILE = (1.0, 1.0, 4.0, 4.0, 2.0, 2.0)  # by layer
+ANGLES = {10: 60.0, 50: 30.0, 100: 0.0}  # degrees between a checkpoint's directions and the last one's
+TOKENS = {3: 0.5, 7: 0.25, 11: 1e-4}  # relative shifts, at right angles to the embedding
+
+
+def low_rank(step):
+    """Rank 4 in every attention and MLP matrix, by the layer's profile, its left directions turned by an angle."""
+
+    def update(name, weight):
+        role = role_of(name)
+        if name == "model.embed_tokens.weight":
+            delta = torch.zeros_like(weight, dtype=torch.float64)
+            for token, size in TOKENS.items():
+                e = weight[token].double()
+                side = torch.roll(e, 1)
+                side -= (side @ e) / (e @ e) * e
+                delta[token] = size * side * e.norm() / side.norm()
+            return delta
+        if role.part not in ("attention", "mlp") or weight.ndim < 2:
+            return None
+        u, v = directions(*weight.shape, 8, seed=sum(map(ord, name)))
+        turned = math.cos(math.radians(ANGLES[step])) * u[:, :4] + math.sin(math.radians(ANGLES[step])) * u[:, 4:]
+        return PROFILE[role.layer] * step / 100 * (turned * SIGMA) @ v[:, :4].T
+
+    return update
+
+
+def noise(step):
+    """Every entry of every tensor, by a normal number."""
+
+    def update(name, weight):
+        generator = torch.Generator().manual_seed(step)
+        return 0.01 * step * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+
+    return update
+
+
+def two_trajectories(folders: Path, out: Path) -> list[str]:
+    """Arguments that compare both, their checkpoints out of order."""
+    opd = ",".join(str(folders / "opd" / f"checkpoint-{step}") for step in sorted(ANGLES, reverse=True))
+    rl = ",".join(str(folders / "rl" / f"saved{step}") for step in (1, 2))
+    runs = ["--trajectory", f"opd={opd}", "--trajectory", f"rl={rl}"]
+    return ["updates", f"--base={folders / 'base'}", *runs, f"--output_dir={out}", "--rank=8", "--ks", "1", "4"]

@@ -8,73 +8,14 @@ import shutil
 
 import numpy
 import pytest
-import torch
 from analysis import planted
+from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
 
 from effopd_kernels.analysis import cli, figures, updates
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
 from effopd_kernels.analysis.tables import read_table
-
-SIGMA = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
-PROFILE = (1.0, 1.0, 4.0, 4.0, 2.0, 2.0)  # by layer
-ANGLES = {10: 60.0, 50: 30.0, 100: 0.0}  # degrees between a checkpoint's directions and the last one's
-TOKENS = {3: 0.5, 7: 0.25, 11: 1e-4}  # relative shifts, at right angles to the embedding
-
-
-def low_rank(step):
-    """Rank 4 in every attention and MLP matrix, by the layer's profile, its left directions turned by an angle."""
-
-    def update(name, weight):
-        role = role_of(name)
-        if name == "model.embed_tokens.weight":
-            delta = torch.zeros_like(weight, dtype=torch.float64)
-            for token, size in TOKENS.items():
-                e = weight[token].double()
-                side = torch.roll(e, 1)
-                side -= (side @ e) / (e @ e) * e
-                delta[token] = size * side * e.norm() / side.norm()
-            return delta
-        if role.part not in ("attention", "mlp") or weight.ndim < 2:
-            return None
-        u, v = planted.directions(*weight.shape, 8, seed=sum(map(ord, name)))
-        turned = math.cos(math.radians(ANGLES[step])) * u[:, :4] + math.sin(math.radians(ANGLES[step])) * u[:, 4:]
-        return PROFILE[role.layer] * step / 100 * (turned * SIGMA) @ v[:, :4].T
-
-    return update
-
-
-def noise(step):
-    def update(name, weight):
-        generator = torch.Generator().manual_seed(step)
-        return 0.01 * step * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-
-    return update
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("planted")
-    base = planted.base_weights()
-    planted.write(root / "base", base)
-    for step in ANGLES:
-        planted.write(root / "opd" / f"checkpoint-{step}", planted.moved(base, low_rank(step)))
-    for step in (1, 2):
-        planted.write(root / "rl" / f"saved{step}", planted.moved(base, noise(step)), step=50 * step)
-    return root
-
-
-@pytest.fixture(scope="module")
-def out(folders):
-    steps = ",".join(str(folders / "opd" / f"checkpoint-{step}") for step in sorted(ANGLES, reverse=True))
-    arguments = [
-        "updates", "--base", folders / "base", "--trajectory", f"opd={steps}",
-        "--trajectory", f"rl={folders / 'rl' / 'saved1'},{folders / 'rl' / 'saved2'}",
-        "--output_dir", folders / "out", "--rank", "8", "--ks", "1", "4",
-    ]  # fmt: skip
-    assert cli.main(list(map(str, arguments))) == 0
-    return folders / "out"
 
 
 @pytest.fixture

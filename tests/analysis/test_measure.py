@@ -1,0 +1,105 @@
+"""Sampled spectra against LAPACK's: bounds hold, estimates lie within their errors."""
+
+import math
+
+import pytest
+import torch
+
+from effopd_kernels.analysis.measure import GRID, PROBES, Options, _energy, _spectrum, _tokens
+
+M, N, RANK = 640, 1408, 64  # short side beyond what is done exactly
+
+
+def matrix(kind):
+    """(a, b) whose difference has a spectrum of the given kind."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "rounded":  # a rank-16 update kept in bf16
+        b = (0.02 * torch.randn(M, N, generator=generator)).bfloat16()
+        u, v = torch.randn(M, 16, generator=generator), torch.randn(16, N, generator=generator)
+        return (b.float() + 5e-5 * (u @ v)).bfloat16(), b
+    index = torch.arange(M, dtype=torch.float64)
+    s = {
+        "polynomial": 1 / (1 + index),
+        "flat": torch.ones(M, dtype=torch.float64),
+        "step": torch.where(index < 5, 1.0, 0.01),
+    }
+    u, v = (torch.linalg.qr(torch.randn(n, M, dtype=torch.float64, generator=generator))[0] for n in (M, N))
+    b = torch.randn(M, N, generator=generator)
+    return (b.double() + (u * s[kind]) @ v.T).float(), b
+
+
+@pytest.fixture(scope="module", params=["rounded", "polynomial", "flat", "step"])
+def case(request):
+    a, b = matrix(request.param)
+    exact = torch.linalg.svdvals(a.double() - b.double())
+    return request.param, a, b, exact, *_spectrum(a, b, Options(RANK))[1:]
+
+
+def test_bounds_hold_and_are_narrow(case):
+    kind, _, _, exact, _, row = case
+    assert row["spectrum"] == "sampled"
+    slack = 1 + 1e-6
+    assert row["spectral_norm_low"] <= exact[0] * slack and exact[0] <= row["spectral_norm_high"] * slack
+    norm, top = float(exact.norm()), math.ceil(0.01 * M)
+    ratio = float(exact[:top].norm()) / norm
+    assert row["top_fraction_norm_ratio"] <= ratio * slack and ratio <= row["top_fraction_norm_ratio_high"] * slack
+    assert row["update_norm"] == pytest.approx(norm, rel=1e-6)
+    if kind != "flat":  # where every direction is as good as any other a sketch resolves none
+        assert row["spectral_norm_high"] < 1.1 * exact[0]
+
+
+def test_the_whole_spectrum_is_estimated(case):
+    kind, _, _, exact, _, row = case
+    p = exact / exact.sum()
+    rank = float((-(p * p.log()).sum()).exp())
+    # Beside the scatter of the probes, few Lanczos steps leave a bias of a percent on spectra that reach down to 0.
+    assert abs(row["effective_rank"] - rank) <= 4 * row["effective_rank_error"] + 0.015 * rank
+    participation = float(exact.square().sum() ** 2 / (exact**4).sum())
+    assert row["participation_ratio"] == pytest.approx(participation, rel=0.02)
+    if kind == "rounded":
+        assert row["rank_above_noise"] == 16 and row["quantisation_limited"]
+
+
+def test_energy_curves_follow_the_exact_ones(case):
+    _, _, _, exact, spectrum, row = case
+    curve = torch.tensor(_energy(spectrum, M, row), dtype=torch.float64)
+    reached = torch.cat([torch.zeros(1, dtype=torch.float64), exact.square().cumsum(0)]) / exact.square().sum()
+    position = torch.tensor(GRID, dtype=torch.float64) * M
+    below = position.floor().long().clamp_max(M - 1)
+    expected = torch.lerp(reached[below], reached[below + 1], position - below).sqrt()
+    assert curve[0] == 0 and curve[-1] == pytest.approx(1)
+    torch.testing.assert_close(curve, expected, atol=0.02, rtol=0)
+
+
+def test_the_rest_is_bounded_over_seeds():
+    """A bound that holds at one seed only would not be one: the same flat matrix, other probes."""
+    a, b = matrix("flat")
+    for seed in range(8):
+        svd, spectrum, row = _spectrum(a, b, Options(16, seed=seed))
+        rest = torch.linalg.matrix_norm(
+            (a.double() - b.double()) @ (torch.eye(N).double() - svd.Vh.double().T @ svd.Vh.double()), 2
+        )
+        assert float(rest) <= spectrum.rest_norm() <= 3 * float(rest)
+        assert row["spectral_norm_high"] >= 1 - 1e-6
+    assert spectrum.nodes.shape[0] == PROBES
+
+
+def test_equal_and_broken_matrices():
+    a = torch.randn(20, 30)
+    row = _spectrum(a, a.clone(), Options(8))[2]
+    assert row["update_norm"] == 0 and row["effective_rank"] == 0 and row["non_finite"] == 0
+    assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
+    broken = a.clone()
+    broken[3, 4] = math.nan
+    assert _spectrum(broken, a, Options(8))[2]["non_finite"] == 1
+
+
+def test_small_turns_of_a_token_are_resolved():
+    """cos = 1 − 5e-13 is 1 in fp32 and would be 1 ± 1e-7 from normalised vectors."""
+    base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    current = torch.tensor([[1.0, 1e-3], [0.0, 1.0], [1.0, 0.0]])
+    tokens = _tokens(current, base, base)
+    assert tokens["shift"].tolist() == pytest.approx([1e-3, 1.0, 1.0])
+    assert tokens["relative_shift"].tolist() == pytest.approx([1e-3, 0.5, 0.0])
+    assert 1 - float(tokens["cosine"][0]) == pytest.approx(5e-7, rel=0.1)
+    assert tokens["cosine"][1:].tolist() == [1.0, 1.0]
