@@ -79,7 +79,8 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
         what, telling = found(view, name, own)
         if telling and name in HEADLINES:
             shares = {row["trajectory"]: view.interval(row, "recovered") for row in telling}
-            headlines.append(Headline(what[0].upper() + what[1:], shares, "Share of the final model's gain over the base.", 1.0))
+            label = what[0].upper() + what[1:]
+            headlines.append(Headline(label, shares, "Share of the final model's gain over the base.", 1.0))
         how = HOW_TO_READ[name] if name == "embeddings" else f"{HOW_TO_READ[name]} {LINES}"
         table = view.table(own, ACROSS.get(name, "trajectory"))
         note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(" ".join(str(error).split())) from error
     with Interrupts(immediate=True).installed():
         run(ours, data, args, model_args)
+    cli._leave_process_group()
 
 
 def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig]:
@@ -210,8 +212,9 @@ def _identity(path: Path) -> str:
     if not path.exists():
         return str(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    stamp = max(file.stat().st_mtime_ns for file in files) if files else 0
-    return f"{path} ({sum(file.stat().st_size for file in files):,} bytes, {stamp % 10**12:012d})"
+    written = datetime.fromtimestamp(max((file.stat().st_mtime for file in files), default=0), timezone.utc)
+    size = sum(file.stat().st_size for file in files)
+    return f"{path} ({size:,} bytes, written {written.isoformat(' ', 'milliseconds')})"
 
 
 def build_trainer(ours, data, args: OPDConfig, model_args: ModelConfig) -> OPDTrainer:
@@ -257,10 +260,9 @@ def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
 
 
 def save_model(trainer: OPDTrainer, folder: Path, trial: Trial) -> None:
-    name = "-".join(
-        str(v).replace(" ", "_") for v in (trial.intervention, trial.edit.trajectory, *trial.about.values())
-    )
-    trainer.save_model(str(folder / name))
+    about = (f"{value:g}" if isinstance(value, float) else str(value) for value in trial.about.values())
+    name = "-".join((trial.intervention, str(trial.edit.trajectory), *about))
+    trainer.save_model(str(folder / name.replace(" ", "_")))
 
 
 def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:
