@@ -36,7 +36,7 @@ class EffOPDCallback(TrainerCallback):
 
     def __init__(
         self,
-        score_fn: Callable[[], Any],
+        score_fn: Callable[[], Any] | None,
         *,
         log: Callable[[dict[str, float]], None] | None = None,
         **controller_args: Any,

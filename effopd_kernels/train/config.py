@@ -119,6 +119,14 @@ class OPDConfig(trl.DistillationConfig):
             "the slope of the teacher KL on fixed completions, then score that one."
         },
     )
+    effopd_score: str = field(
+        default="eval_metric",
+        metadata={
+            "help": "What an accepted α must improve: 'eval_metric', or, with effopd_search 'gradient', 'loss': the "
+            "very loss the search descends, so that nothing is generated beside its one batch. Recommended, with "
+            "effopd_alphas 3 64, for small learning rates."
+        },
+    )
     effopd_include: list[str] | None = field(
         default=None, metadata={"help": "Patterns of parameter names to move. Unset: attention and MLP weights."}
     )
@@ -158,12 +166,15 @@ class OPDConfig(trl.DistillationConfig):
             "effopd_anchor_device": ("device", "host", "disk"),
             "effopd_optimizer": ("keep", "reset"),
             "effopd_search": ("candidates", "gradient"),
+            "effopd_score": ("eval_metric", "loss"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("loss_temperature", "effopd_val_size", "effopd_max_candidates"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be positive, not {getattr(self, name)}")
+        if self.effopd_score == "loss" and self.effopd_search != "gradient":
+            raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
         parse_schedule(self.effopd_schedule)
         self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
 

@@ -105,7 +105,7 @@ class OPDTrainer(trl.DistillationTrainer):
         if args.effopd_enabled and val_dataset is not None:
             self._validators["val"] = self._validator(val_dataset, (args.eval_metric,))
             self.effopd = EffOPDCallback(
-                self._score,
+                self._score if args.effopd_score == "eval_metric" else None,
                 # Not self.log: TRL's adds and clears the averages of the steps since the last log.
                 log=partial(Trainer.log, self),
                 on_weights_changed=self._weights_changed,

@@ -179,9 +179,14 @@ class TeacherLoss:
         return Losses(self._losses(), tokens)
 
     def _losses(self):
-        with _evaluating(self.validator.trainer.model):
-            for prompt_ids, completion_ids in self.completions:
-                yield self.validator._reverse_kl(prompt_ids, completion_ids, lambda *_: None)
+        """A batch's mean counts by its prompts, and one that stands in for a missing batch counts nothing (see
+        `Validator.indices`), so that the mean over all of all ranks is that of the batches."""
+        validator, world = self.validator, self.validator.trainer.accelerator.num_processes
+        with _evaluating(validator.trainer.model):
+            for index, completions in zip(validator.indices(), self.completions, strict=True):
+                prompts = len(validator.batches[index]) if index < len(validator.batches) else 0
+                share = prompts / len(validator.prompts) * len(self.completions) * world
+                yield share * validator._reverse_kl(*completions, lambda *_: None)
 
 
 @contextmanager

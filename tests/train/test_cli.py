@@ -81,6 +81,7 @@ def broken_worlds(world, tmp):
         ),
         "NaN teacher": (case(teacher_model_name_or_path=tmp / "nan"), "the teacher's logits are not finite at step 1"),
         "bad schedule": (case(effopd_schedule="sometimes"), "--effopd_schedule 'sometimes' is not"),
+        "score of no search": (case(effopd_score="loss"), "--effopd_score loss needs --effopd_search gradient"),
         "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
         "unknown flag": ([*case(), "--learning_speed=1"], "learning_speed"),
         "bad config file": (["--config", str(tmp / "none.yaml")], "none.yaml"),

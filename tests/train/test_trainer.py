@@ -1,6 +1,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from effopd_kernels.train import NonFiniteLossError, UserError
 from effopd_kernels.train.trainer import LEDGER_NAME
+from effopd_kernels.train.validation import TeacherLoss
 from train import world as tiny
 from train.world import make_trainer
 
@@ -112,6 +114,34 @@ def test_gradient_search(world, tmp_path):
     assert all(e.val_tokens <= 3 * 10 * 6 for e in events)
     assert any(e.alpha > 1 for e in events) and all(e.score_best >= e.score_initial for e in events)
     assert len([r for r in trainer.state.log_history if "teacher_kl" in r]) == 4  # the model was left in training mode
+
+
+def test_the_loss_as_score_generates_once_an_event(world, tmp_path):
+    config = {"max_steps": 4, "effopd_search": "gradient", "effopd_score": "loss", "effopd_schedule": "2,4"}
+    trainer = make_trainer(world, tmp_path, config={**config, "learning_rate": 3e-4, "effopd_alphas": [3, 64]})
+    trainer.train()
+    events = trainer.effopd.controller.events
+    assert [e.step for e in events] == [2, 4] and any(e.alpha > 1 for e in events)
+    for event in events:
+        assert event.val_tokens <= 10 * 6 and event.score_best >= event.score_initial
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_teacher_loss_is_one_mean_whatever_the_ranks(world, tmp_path, monkeypatch, world_size):
+    """Ten prompts in batches of four: batches count by their prompts, stand-ins for missing ones nothing."""
+    trainer = make_trainer(world, tmp_path, config={"effopd_search": "gradient", "per_device_eval_batch_size": 4})
+    validator = trainer._validators["val"]
+    assert [len(batch) for batch in validator.batches] == [4, 4, 2]
+    monkeypatch.setattr(validator, "_reverse_kl", lambda index, _, observer: torch.tensor([1.0, 10.0, 100.0])[index])
+    means = []
+    for rank in range(world_size):
+        accelerator = SimpleNamespace(num_processes=world_size, process_index=rank)
+        monkeypatch.setattr(trainer, "accelerator", accelerator)
+        loss = TeacherLoss(validator)
+        loss.completions = [(min(index, 2), None) for index in validator.indices()]
+        values = list(loss._losses())
+        means.append(sum(values) / len(values))
+    assert sum(means) / world_size == pytest.approx(0.4 * 1 + 0.4 * 10 + 0.2 * 100)
 
 
 @pytest.mark.parametrize("stop", [3, 4])
