@@ -23,7 +23,7 @@ from ..extrapolation.interrupts import Deferred
 from ..lowrank import RSVD, batched_rsvd, low_rank_update
 from .checkpoints import Checkpoint
 
-PARTS = ("whole", "top", "bottom")
+ROUNDING = 1e-6  # of an update's norm: a part that is smaller is fp32 rounding, and is not blown up to another norm
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class EditableModel:
     @contextmanager
     def edited(self, edit: Edit) -> Iterator[None]:
         """The weights are the edit's inside and, bit for bit, the base's afterwards: after an exception, Ctrl-C or
-        SIGTERM too, at whatever point of writing they come."""
+        SIGTERM too, whenever they come: only putting the base back makes them wait."""
         with Deferred() as signals:
             try:
-                if edit.key() != "base":
-                    self._write(edit)
                 with signals.open():
+                    if edit.key() != "base":
+                        self._write(edit)
                     self.on_change()
                     yield
             finally:
@@ -94,7 +94,7 @@ class EditableModel:
         """‖W_t − W0‖_F per tensor."""
         place = trajectory, checkpoint % len(self.trajectories[trajectory])
         if place not in self._norms:
-            self._norms[place] = {name: _norm(_difference(*self._pair(place, name))) for name in self.live}
+            self._norms[place] = {n: _norm(_difference(*self._pair(place, n, self.base_of(n)))) for n in self.live}
         return self._norms[place]
 
     def factor_seconds(self, trajectory: str, checkpoint: int) -> float:
@@ -106,7 +106,7 @@ class EditableModel:
         if not cost:
             return 0.0
         median = sorted(cost, key=cost.get)[len(cost) // 2]
-        update = _difference(*self._pair(place, median))
+        update = _difference(*self._pair(place, median, self.base_of(median)))
         start = time.perf_counter()
         self._factor((*place, median), update)
         return (time.perf_counter() - start) * sum(cost.values()) / cost[median]
@@ -119,26 +119,28 @@ class EditableModel:
     def _write(self, edit: Edit) -> None:
         place = edit.trajectory, edit.checkpoint % len(self.trajectories[edit.trajectory])
         for name in edit.names:
-            param, base, (a, b) = self.live[name], self.base_of(name), self._pair(place, name)
+            param, base = self.live[name], self.base_of(name)
+            a, b = self._pair(place, name, base)
             whole = edit.part == "whole" or param.ndim < 2
             if whole and edit.norm_of is None and b is not None:
                 extrapolate_([param], [b], [a], edit.alpha, stats=False)  # α = 1 is W_t bit for bit
                 continue
             part = _difference(a, b)
+            length = _norm(part)
             if not whole:
                 part = self._project(edit, (*place, name), part)
             alpha = edit.alpha
             if edit.norm_of is not None:
                 norm = _norm(part)
-                alpha *= self.norms(edit.norm_of)[name] / norm if norm > 0 else 0.0
+                alpha *= self.norms(edit.norm_of)[name] / norm if norm > ROUNDING * length else 0.0
             param.copy_(extrapolate(base, part, alpha))
 
     def _project(self, edit: Edit, place: tuple[str, int, str], update: Tensor) -> Tensor:
-        """The head of a matrix's update, or what is left without it. (..., m, n)"""
+        """The head of a matrix's update, or what is left without it, (..., m, n), in the update's place."""
         svd, rank = self._factor(place, update), self._rank(update, edit.fraction)
         if edit.part == "top":
-            return low_rank_update(torch.zeros_like(update), svd, rank=rank)
-        return low_rank_update(update, svd, rank=rank, alpha=-1.0)
+            return low_rank_update(update.zero_(), svd, rank=rank, out=update)
+        return low_rank_update(update, svd, rank=rank, alpha=-1.0, out=update)
 
     def _factor(self, place: tuple[str, int, str], update: Tensor) -> RSVD:
         if place not in self._factors:
@@ -149,10 +151,9 @@ class EditableModel:
     def _rank(matrix: Tensor, fraction: float) -> int:
         return math.ceil(fraction * min(matrix.shape[-2:]))
 
-    def _pair(self, place: tuple[str, int], name: str) -> tuple[Tensor, Tensor | None]:
-        """(a, b) with ΔW = a − b, b None for zero, on the device of the live tensor."""
+    def _pair(self, place: tuple[str, int], name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(a, b) with ΔW = a − b, b None for zero, on the device of the base's tensor."""
         trajectory, checkpoint = place
-        base = self.base_of(name)
         a, b = self.trajectories[trajectory][checkpoint].pair(name, base)
         return a.to(base.device), b
 
