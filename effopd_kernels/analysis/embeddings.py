@@ -43,8 +43,9 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
     if top:
         write_table(folder / TABLES, "embedding_top", top)
     table = [
-        {"trajectory": r["trajectory"], "token": r["token"], "text": r["text"], "‖Δe‖": r["shift"],
-         "‖Δe‖ / ‖e‖": r["relative_shift"], "cosine": r["cosine"]} for r in top if r["place"] <= SHOWN
+        {"trajectory": r["trajectory"], "token": r["token"]} | ({"text": r["text"]} if r["text"] else {})
+        | {"‖Δe‖": r["shift"], "‖Δe‖ / ‖e‖": r["relative_shift"], "1 − cosine": 1 - r["cosine"]}
+        for r in top if r["place"] <= SHOWN
     ]  # fmt: skip
     return [
         Section(

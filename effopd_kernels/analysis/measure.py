@@ -244,7 +244,7 @@ def _directions(comparison: Comparison, first: dict[str, dict[int, dict[int, Ten
 
 
 def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
-    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp32.
+    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp64.
 
     1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
     """
@@ -257,6 +257,6 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
         both = 2 * length * after
         cosine = 1 - torch.where(both > 0, (shift.square() - (after - length).square()) / both, 0.0)
         relative = torch.where(length > 0, shift / length, 0.0)
-        parts.append(torch.stack([shift, relative, cosine.clamp(-1, 1)]).float().cpu())
+        parts.append(torch.stack([shift, relative, cosine.clamp(-1, 1)]).cpu())
     shift, relative, cosine = torch.cat(parts, 1)
     return {"shift": shift, "relative_shift": relative, "cosine": cosine}

@@ -27,7 +27,7 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
     table = _averages(rows, found.types())
     write_table(folder / TABLES, "spectra", table)
     ends = {t: found.last(t, table) for t in found.trajectories}
-    top = f"top-{100 * found.options.top_fraction:g}%"
+    top = f"top\u2011{100 * found.options.top_fraction:g}%"  # a hyphen that does not break
     sections = [_table(found, folder, ends, top), *_progress(found, folder, table), *_energy(found, folder)]
     whole = {t: own[0] for t, own in ends.items() if own}
     how = "exact" if all(row["quantities"] == "exact" for row in whole.values()) else "sampled, ± 2 standard errors"
@@ -117,7 +117,7 @@ def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) 
                 "participation ratio": r["participation_ratio"],
                 "rank above noise": r["rank_above_noise"],
                 "unchanged entries": r["unchanged_fraction"],
-                "quantisation-limited": f"{r['quantisation_limited']} of {r['matrices']}",
+                "rounding\u2011limited": f"{r['quantisation_limited']} of {r['matrices']}",
             }
             for t, own in ends.items()
             for r in own

@@ -95,11 +95,11 @@ def test_equal_and_broken_matrices():
 
 
 def test_small_turns_of_a_token_are_resolved():
-    """cos = 1 − 5e-13 is 1 in fp32 and would be 1 ± 1e-7 from normalised vectors."""
+    """cos = 1 − 5e-9 would be 1 ± 1e-7 from unit vectors in fp32."""
     base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    current = torch.tensor([[1.0, 1e-3], [0.0, 1.0], [1.0, 0.0]])
+    current = torch.tensor([[1.0, 1e-4], [0.0, 1.0], [1.0, 0.0]])
     tokens = _tokens(current, base, base)
-    assert tokens["shift"].tolist() == pytest.approx([1e-3, 1.0, 1.0])
-    assert tokens["relative_shift"].tolist() == pytest.approx([1e-3, 0.5, 0.0])
-    assert 1 - float(tokens["cosine"][0]) == pytest.approx(5e-7, rel=0.1)
+    assert tokens["shift"].tolist() == pytest.approx([1e-4, 1.0, 1.0])
+    assert tokens["relative_shift"].tolist() == pytest.approx([1e-4, 0.5, 0.0])
+    assert 1 - float(tokens["cosine"][0]) == pytest.approx(5e-9, rel=0.01)
     assert tokens["cosine"][1:].tolist() == [1.0, 1.0]
