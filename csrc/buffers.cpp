@@ -1,7 +1,7 @@
-// Memory for large fresh outputs. A page touched for the first time costs more than the arithmetic that fills it: the
-// system clears it, and on a virtual machine the host may as well. So the pages behind the output freed last are kept
-// for the next one, as a GPU's caching allocator does: a training loop frees a gradient just before it needs the next.
-// Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. One buffer is kept at most.
+// Memory for large gradients and scratch. A page touched for the first time costs more than the arithmetic that fills
+// it: the system clears it, and on a virtual machine the host may as well. So pages that were freed are kept for the next
+// buffer of about their size, as a GPU's caching allocator does: each step of a training loop asks for the same ones.
+// Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. A few are kept at most.
 #include <nanobind/nanobind.h>
 
 #ifdef __linux__
@@ -9,7 +9,7 @@
 
 #include <cstdint>
 #include <mutex>
-#include <utility>
+#include <vector>
 
 namespace nb = nanobind;
 
@@ -37,16 +37,43 @@ struct Pages {
     size_t bytes = 0;
 };
 
+constexpr size_t kKept = 4;  // buffers: a loss from hidden states has dW and the logits of both sides
+
 std::mutex idle_lock;
-Pages idle;
+std::vector<Pages> idle;  // the one freed last at the end
 
 void unmap(Pages pages) {
     if (pages.data) munmap(pages.data, pages.bytes);
 }
 
-Pages exchange_idle(Pages pages) {
+Pages take_idle(size_t bytes) {
     std::lock_guard<std::mutex> guard(idle_lock);
-    return std::exchange(idle, pages);
+    for (size_t i = idle.size(); i-- > 0;) {
+        const Pages pages = idle[i];
+        if (pages.bytes < bytes || pages.bytes > bytes + bytes / 4 + (size_t(4) << 20)) continue;
+        idle.erase(idle.begin() + i);
+        return pages;
+    }
+    return {};
+}
+
+void put_idle(Pages pages) {
+    Pages oldest;
+    {
+        std::lock_guard<std::mutex> guard(idle_lock);
+        if (idle.size() == kKept) {
+            oldest = idle.front();
+            idle.erase(idle.begin());
+        }
+        idle.push_back(pages);
+    }
+    unmap(oldest);
+}
+
+void release_idle() {
+    std::lock_guard<std::mutex> guard(idle_lock);
+    for (const Pages& pages : idle) unmap(pages);
+    idle.clear();
 }
 
 Pages map(size_t bytes) {
@@ -72,7 +99,7 @@ struct Rows {
 void give_back(DLManagedTensor* managed) {
     Rows* const rows = reinterpret_cast<Rows*>(managed);
     madvise(rows->pages.data, rows->pages.bytes, MADV_FREE);
-    unmap(exchange_idle(rows->pages));
+    put_idle(rows->pages);
     delete rows;
 }
 
@@ -84,11 +111,8 @@ void drop_capsule(PyObject* capsule) {  // of a tensor that nobody took over
 // An uninitialised (N, V) tensor as a DLPack capsule. code and bits: of the DLPack dtype.
 nb::object fresh_rows(int64_t N, int64_t V, int code, int bits) {
     const size_t bytes = size_t(N) * V * bits / 8;
-    Pages pages = exchange_idle({});
-    if (pages.bytes < bytes || pages.bytes > bytes + bytes / 4 + (size_t(4) << 20)) {
-        unmap(pages);
-        pages = map(bytes);
-    }
+    Pages pages = take_idle(bytes);
+    if (!pages.data) pages = map(bytes);
     Rows* const rows = new Rows{{}, {N, V}, pages};
     rows->managed.tensor = {pages.data, kCPU, 0, 2, uint8_t(code), uint8_t(bits), 1, rows->shape, nullptr, 0};
     rows->managed.deleter = give_back;
@@ -99,7 +123,7 @@ nb::object fresh_rows(int64_t N, int64_t V, int code, int bits) {
 
 void bind_buffers(nb::module_& m) {
     m.def("fresh_rows", &fresh_rows);
-    m.def("release_rows", [] { unmap(exchange_idle({})); });
+    m.def("release_rows", &release_idle);
 }
 
 #else

@@ -118,8 +118,8 @@ def _linear_rows(
         n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)
     )
     stats = loss.new_zeros(3, n) if with_stats else loss.new_empty(0)
-    s_buf = torch.empty(chunk_rows, V, device=device, dtype=s_dtype)
-    t_buf = torch.empty(min(tile_rows, chunk_rows), V, device=device, dtype=t_dtype)
+    s_buf = ops.empty_rows(chunk_rows, V, h_s, s_dtype)
+    t_buf = ops.empty_rows(min(tile_rows, chunk_rows), V, h_s, t_dtype)
     acc_dtype = torch.promote_types(dtypes[0], torch.float32)
     grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
     grad_w = _weight_gradient(student[1], V, len(chunks), dtypes[0], acc_dtype) if needs[1] else None
@@ -165,7 +165,9 @@ def _linear_rows(
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
     """Where dW is gathered: fp32 unless one product, rounded once, is all there is. What no product reaches is zero."""
-    grad = ops.empty_gradient(weight, weight.dtype if num_chunks == 1 and weight.dtype == dtype else acc_dtype)
+    grad = ops.empty_rows(
+        *weight.shape, weight, weight.dtype if num_chunks == 1 and weight.dtype == dtype else acc_dtype
+    )
     grad[V if num_chunks else 0 :] = 0
     return grad
 

@@ -27,7 +27,7 @@ torch.library.define(
 )
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
-_KEPT_FROM = 8 << 20  # bytes from which the pages of a gradient are worth keeping for the next (csrc/buffers.cpp)
+_KEPT_FROM = 8 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
 def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -74,20 +74,20 @@ def _triton(student, teacher, *args, grad_out, with_stats):
     return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
 
 
-def empty_gradient(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, contiguous, of the shape and device of `like` (rows, columns): on the CPU, on kept pages."""
+def empty_rows(N: int, V: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (N, V) on the device of `like`, in its dtype unless told; large ones on the CPU on kept pages."""
     dtype = dtype or like.dtype
-    large = like.device.type == "cpu" and like.numel() * dtype.itemsize >= _KEPT_FROM
+    large = like.device.type == "cpu" and N * V * dtype.itemsize >= _KEPT_FROM
     if large and dtype in _DLPACK_DTYPES and hasattr(native(), "fresh_rows"):
-        return torch.from_dlpack(native().fresh_rows(*like.shape, *_DLPACK_DTYPES[dtype]))
-    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        return torch.from_dlpack(native().fresh_rows(N, V, *_DLPACK_DTYPES[dtype]))
+    return like.new_empty(N, V, dtype=dtype)
 
 
 def _register(device: str, launch):
     @torch.library.impl("effopd::divergence_rows", device)
     def rows(student, teacher, *args):
         *args, with_grad, with_stats = args
-        grad = empty_gradient(student) if with_grad else None
+        grad = empty_rows(*student.shape, student) if with_grad else None
         loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 

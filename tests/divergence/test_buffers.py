@@ -22,7 +22,7 @@ def nothing_kept():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_buffer_is_an_ordinary_tensor(dtype):
     like = torch.empty(128, 60_000, dtype=dtype)
-    rows = ops.empty_gradient(like)
+    rows = ops.empty_rows(*like.shape, like)
     assert (rows.shape, rows.dtype, rows.stride()) == (like.shape, dtype, like.stride())
     assert rows.data_ptr() % (2 << 20) == 0
     rows.fill_(3)
@@ -31,23 +31,23 @@ def test_a_buffer_is_an_ordinary_tensor(dtype):
 
 def test_pages_serve_the_next_and_only_when_free():
     like = torch.empty(N, V)
-    first = ops.empty_gradient(like)
+    first = ops.empty_rows(*like.shape, like)
     address = first.data_ptr()
-    second = ops.empty_gradient(like)
+    second = ops.empty_rows(*like.shape, like)
     assert second.data_ptr() != address
     view = first[3:]
     del first
-    assert ops.empty_gradient(like).data_ptr() != address  # a view is a use
+    assert ops.empty_rows(*like.shape, like).data_ptr() != address  # a view is a use
     del view
-    assert ops.empty_gradient(like).data_ptr() == address
+    assert ops.empty_rows(*like.shape, like).data_ptr() == address
 
 
 def test_pages_far_larger_than_needed_are_not_used():
-    large = ops.empty_gradient(torch.empty(4 * N, V))
+    large = ops.empty_rows(4 * N, V, torch.empty(0))
     address = large.data_ptr()
     del large
-    assert ops.empty_gradient(torch.empty(N, V)).untyped_storage().nbytes() == 4 * N * V
-    again = ops.empty_gradient(torch.empty(4 * N, V))
+    assert ops.empty_rows(N, V, torch.empty(0)).untyped_storage().nbytes() == 4 * N * V
+    again = ops.empty_rows(4 * N, V, torch.empty(0))
     again.zero_()  # the former pages are gone: these must be there
     assert again.data_ptr() != address or again.sum() == 0
 
@@ -63,7 +63,7 @@ def test_threads_never_share_pages():
 
     def work(value):
         for _ in range(50):
-            rows = ops.empty_gradient(like)
+            rows = ops.empty_rows(*like.shape, like)
             rows.fill_(value)
             if not torch.equal(rows[:, ::997], torch.full_like(rows[:, ::997], value)):
                 wrong.append(value)
