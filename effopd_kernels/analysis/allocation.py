@@ -31,7 +31,7 @@ def allocation(found: Findings, folder: Path) -> tuple[list[Section], list[Headl
         [
             _where(found, folder, places),
             _shares(found, folder, by_third, by_type),
-            *([_growth(found, folder, totals)] if len(totals) > len(found.trajectories) else []),
+            *([_growth(found, folder, totals, depth)] if len(totals) > len(found.trajectories) else []),
         ],
         [
             Headline(
@@ -155,18 +155,29 @@ def _shares(found: Findings, folder: Path, by_third: dict, by_type: dict) -> Sec
     )
 
 
-def _growth(found: Findings, folder: Path, totals: list[dict[str, Any]]) -> Section:
-    curves = {
-        t: ([0.0, *(r["progress"] for r in own)], [0.0, *(r["relative_update"] for r in own)])
-        for t in found.trajectories
-        if (own := [r for r in totals if r["trajectory"] == t])
-    }
-    figure = figures.lines(curves, "training progress", "‖ΔW‖ / ‖W‖", ylim=(0, None))
+def _growth(found: Findings, folder: Path, totals: list[Row], depth: list[Row]) -> Section:
+    def over_training(rows: list[Row], column: str, start: list[float]) -> dict[str, tuple[list[float], list[float]]]:
+        own = {t: [r for r in rows if r["trajectory"] == t] for t in found.trajectories}
+        return {
+            t: ([0.0] * len(start) + [r["progress"] for r in rs], start + [r[column] for r in rs])
+            for t, rs in own.items()
+        }
+
+    middle = [r for r in depth if r["third"] == "middle"]
+    drawn = []
+    for stem, curves, label in (
+        ("allocation_growth", over_training(totals, "relative_update", [0.0]), "‖ΔW‖ / ‖W‖"),
+        ("allocation_middle", over_training(middle, "share_of_update", []), "middle third's share of ‖ΔW‖²"),
+    ):
+        if any(y for _, y in curves.values()):
+            figure = figures.lines(curves, "training progress", label, ylim=(0, None), xlim=(0, 1.03))
+            drawn.append(figures.save(figure, folder / FIGURES, stem))
     return Section(
         "How the update grew",
         "",
-        [figures.save(figure, folder / FIGURES, "allocation_growth")],
-        "The distance from the base over training: a curve that flattens has settled, a straight one keeps going.",
+        drawn,
+        "The distance from the base over training, and how much of it lies in the middle third of the depth: a curve "
+        "that flattens has settled.",
         [{"trajectory": r["trajectory"], "checkpoint": r["checkpoint"], "‖ΔW‖": r["update_norm"],
           "‖ΔW‖ / ‖W‖": r["relative_update"], "unchanged entries": r["unchanged_fraction"]} for r in totals],
     )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str]) -> Path:
         UserError: before any work; see `compare`, `check_free` and `trajectories_of`.
     """
     args = _parsed(arguments)
+    if missing := [name for name in ("matplotlib", "pyarrow", "sklearn") if find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis]")
     trajectories = trajectories_of(args.checkpoints, args.trajectory)
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, not {args.rank} and {args.ks}")

@@ -158,6 +158,8 @@ def broken(base, tmp):
     (shard / "model-00002-of-00003.safetensors").unlink()
     cut = stored("cut", weights)
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
+    garbage = stored("garbage", weights)
+    (garbage / "model.safetensors").write_bytes(b"not safetensors at all")
     (tmp / "pickled").mkdir()
     torch.save(weights, tmp / "pickled" / "pytorch_model.bin")
     (tmp / "empty").mkdir()
@@ -181,6 +183,7 @@ def broken(base, tmp):
         "no such base": (case(base, start=tmp / "nobody"), "nobody: no such file or folder"),
         "no such checkpoint": (case(tmp / "nobody"), "nobody: no such file or folder"),
         "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
+        "garbage": (case(garbage), "garbage/model.safetensors: damaged or truncated"),
         "pickled": (case(tmp / "pickled"), "convert it first: python -c \"from transformers import"),
         "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
         "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),

@@ -8,6 +8,7 @@ import shutil
 
 import numpy
 import pytest
+import torch
 from analysis import planted
 from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
@@ -240,6 +241,35 @@ def test_exact_spectra_are_announced_and_agree(undrawn, folders, out, tmp_path, 
     (row,) = rows(tmp_path / "out", "spectra", group="MLP and attention")
     assert row["quantities"] == "exact" and row["effective_rank_error"] == 0
     assert row["spectral_to_frobenius"] == pytest.approx(8 / float(SIGMA.norm()), rel=1e-6)
+
+
+def test_stacked_and_single_experts_are_matrices(undrawn, tmp_path):
+    """A stack of experts gives one row per expert, each with its own planted rank."""
+    shapes = {
+        "model.layers.0.mlp.experts.gate_up_proj": (3, 32, 24),
+        "model.layers.0.mlp.experts.1.down_proj.weight": (24, 32),
+        "model.layers.0.mlp.gate.weight": (3, 24),
+        "model.layers.0.self_attn.q_proj.weight": (24, 24),
+    }
+    base = planted.base_weights(shapes=shapes)
+
+    def update(name, weight):
+        if weight.ndim < 3:
+            return None
+        parts = [planted.directions(32, 24, e + 1, seed=e) for e in range(3)]
+        return torch.stack([(e + 1) * u @ v.T for e, (u, v) in enumerate(parts)])
+
+    planted.write(tmp_path / "base", base)
+    planted.write(tmp_path / "moved", planted.moved(base, update))
+    arguments = ["updates", "--base", tmp_path / "base", "--checkpoints", tmp_path / "moved"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    stacked = rows(tmp_path / "out", "tensors", type="expert gate_up")
+    assert [(r["expert"], r["rank_above_noise"]) for r in stacked] == [(0, 1), (1, 2), (2, 3)]
+    for e, row in enumerate(stacked):
+        assert row["update_norm"] == pytest.approx((e + 1) * math.sqrt(e + 1), rel=1e-5)
+        assert row["weight_norm"] == pytest.approx(float(base[row["tensor"].split("[")[0]][e].norm()), rel=1e-5)
+    assert rows(tmp_path / "out", "tensors", type="expert down")[0]["expert"] == 1
+    assert rows(tmp_path / "out", "tensors", type="router")[0]["update_norm"] == 0
 
 
 def test_an_output_folder_is_replaced_only_on_request(undrawn, folders, tmp_path):
