@@ -49,11 +49,11 @@ class InterventionArguments:
         default_factory=lambda: list(INTERVENTIONS), metadata={"help": f"Which of {', '.join(INTERVENTIONS)}."}
     )
     alphas: list[float] = field(
-        default_factory=lambda: [0.25, 0.5, 0.75, 1.25, 1.5, 2.0],
+        default_factory=lambda: list(Plan.alphas),
         metadata={"help": "α of `scale`, beside 0 and 1."},
     )
     rank_fractions: list[float] = field(
-        default_factory=lambda: [0.01, 0.05, 0.1, 0.25, 0.5],
+        default_factory=lambda: list(Plan.fractions),
         metadata={"help": "Shares of the rank that `top` keeps and `bottom` drops; factors of the largest are held."},
     )
     window: int | None = field(default=None, metadata={"help": "Layers in a window. Unset: a quarter of the depth."})
