@@ -18,9 +18,13 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
     """The CPU backend of `reference.extrapolate_`. instruction_set: the kernel's, −1 the best; None for torch.lerp."""
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
     lists = [params, anchors, currents, *([masters] if masters else [])]
-    fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
     if instruction_set is None or native() is None:
         fits = [False] * len(params)
+    elif all({t.dtype for t in column} <= DTYPES.keys() and all(t.is_contiguous() for t in column) for column in lists):
+        _cpp(*lists, alphas=alphas, stats=stats, instruction_set=instruction_set)
+        return stats
+    else:
+        fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
     if any(fits):
         chosen = ([t for t, fit in zip(column, fits, strict=True) if fit] for column in lists)
         where = torch.tensor(fits)
@@ -41,7 +45,8 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
 
 def _cpp(params, anchors, currents, masters=(), *, alphas: Tensor, stats: Tensor, instruction_set: int) -> None:
     columns = (params, anchors, currents, *([masters] if masters else []))
-    dtypes = [sum(DTYPES[t.dtype] << 2 * k for k, t in enumerate(row)) for row in zip(*columns, strict=True)]
+    codes = [[DTYPES[t.dtype] << 2 * k for t in column] for k, column in enumerate(columns)]
+    dtypes = list(map(sum, zip(*codes, strict=True)))
     addresses = [[t.data_ptr() for t in column] for column in (params, anchors, currents, masters)]
     alphas = alphas.to(torch.float64).contiguous()
     native().extrapolate(

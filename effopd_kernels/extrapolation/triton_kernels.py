@@ -152,6 +152,18 @@ def _table(entries: tuple[tuple[int, ...], ...], rows: tuple[int, ...], device: 
     return table.to(device, non_blocking=True), torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
 
 
+def _mix_of_all(params, anchors, currents, masters) -> tuple | None:
+    """The one group that the whole list is, where it is one: for thousands of tensors asking each by each takes longer
+    than the launch."""
+    columns = (params, anchors, currents, *([masters] if masters else []))
+    dtypes = [{t.dtype for t in column} for column in columns]
+    served = all(len(d) == 1 for d in dtypes) and all(d <= _TL_DTYPE.keys() for d in dtypes)
+    served = served and (not masters or dtypes[3] == {torch.float32})
+    for column in columns:
+        served = served and all(t.is_contiguous() for t in column) and not any(t.data_ptr() % 16 for t in column)
+    return (*(d.pop() for d in dtypes[:3]), True) if served and all(t.numel() for t in params) else None
+
+
 def launch_extrapolate(
     params: list[Tensor],
     anchors: list[Tensor],
@@ -167,7 +179,10 @@ def launch_extrapolate(
     fp64 and non-contiguous tensors are left to the reference. Nothing here waits for the device.
     """
     groups: dict[tuple, list[int]] = {}
-    for i, columns in enumerate(zip(params, anchors, currents, masters or params, strict=True)):
+    alike = _mix_of_all(params, anchors, currents, masters)
+    if alike:
+        groups[alike] = list(range(len(params)))
+    for i, columns in enumerate(() if alike else zip(params, anchors, currents, masters or params, strict=True)):
         *dtypes, master_dtype = (t.dtype for t in columns)
         served = all(d in _TL_DTYPE for d in dtypes) and all(t.is_contiguous() for t in columns)
         served &= not masters or master_dtype == torch.float32
