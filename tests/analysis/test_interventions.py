@@ -6,9 +6,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,11 +15,12 @@ from torchrun import torchrun
 from train import world as tiny
 
 from effopd_kernels.analysis.cli import main
-from effopd_kernels.analysis.edits import Edit
+from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TITLES
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
+from effopd_kernels.analysis.scoring import Validate
 from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.errors import UserError
 
@@ -217,26 +215,34 @@ def test_the_same_command_again_evaluates_nothing(finished, trained, capfd):
     assert f"{total} models to score on 10 prompts each, {total} of them done already" in said
 
 
-def test_interrupted_and_gone_on_with(finished, trained, tmp_path):
-    command = [sys.executable, HERE / "interventions_run.py", *arguments(trained, tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
-    )
-    noted = tmp_path / "out/evaluations.jsonl"
-    deadline = time.monotonic() + 120
-    while not (noted.is_file() and noted.read_bytes().count(b"\n") > 5) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr.decode()[-2000:]
-    assert b"effopd-analyze: error" not in stderr and b"Traceback" not in stderr
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"evaluations.jsonl"}
-    half = noted.read_bytes()
-    assert main(arguments(trained, tmp_path / "out")) == 0
-    assert noted.read_bytes().startswith(half) and len(noted.read_bytes()) > len(half)
-    assert measured(tmp_path / "out") == measured(finished)
+def test_interrupted_and_gone_on_with(finished, trained, tmp_path, monkeypatch, capfd):
+    """Ctrl-C in the middle of the seventh evaluation."""
+    out, models, scored = tmp_path / "out", [], []
+    keep, score = EditableModel.__init__, Validate.__call__
+
+    def keeping(self, *args, **kwargs):
+        models.append(self)
+        keep(self, *args, **kwargs)
+
+    def interrupted(self):
+        scored.append(score(self))
+        if len(scored) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return scored[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EditableModel, "__init__", keeping)
+        patch.setattr(Validate, "__call__", interrupted)
+        assert main(arguments(trained, out)) == 130
+    assert "error" not in capfd.readouterr().err and len(scored) == 7
+    student = load_file(trained / "student/model.safetensors")
+    assert all(torch.equal(tensor, student[name]) for name, tensor in models[0].live.items())
+    assert {p.name for p in out.iterdir()} == {"evaluations.jsonl"}
+    half = (out / "evaluations.jsonl").read_bytes()
+    assert half.count(b"\n") == 1 + 6
+    assert main(arguments(trained, out)) == 0
+    assert (out / "evaluations.jsonl").read_bytes().startswith(half)
+    assert measured(out) == measured(finished)
 
 
 def test_two_processes_equal_one(finished, trained, tmp_path):
