@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 in
 
 import os
 import sys
+from importlib.util import find_spec
 
 from ..errors import UserError
 
@@ -33,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         if command == "updates":
             from .updates import main as run
         elif command == "interventions":
+            if missing := [name for name in ("matplotlib", "pyarrow", "trl") if find_spec(name) is None]:
+                raise UserError(
+                    f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis,train]"
+                )
             from .interventions import main as run
         else:
             raise UserError(f"unknown command '{command}'; the commands are updates and interventions")

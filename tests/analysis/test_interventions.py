@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torchrun import torchrun
 from train import world as tiny
 
+from effopd_kernels.analysis import cli as analysis_cli
 from effopd_kernels.analysis.cli import main
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
@@ -304,6 +306,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capfd):
         assert len(error) == 1 and says in error[0], (name, error)
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.txt"]
     assert not (tmp_path / "fresh").exists() or not any((tmp_path / "fresh").iterdir())
+
+
+def test_without_trl_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(analysis_cli, "find_spec", lambda name: None if name == "trl" else find_spec(name))
+    assert main(["interventions"]) == 2
+    assert "trl must be installed: pip install effopd-kernels[analysis,train]" in capsys.readouterr().err
 
 
 def test_other_settings_do_not_mix(finished, trained, capfd):
