@@ -10,6 +10,7 @@ Shape legend: T checkpoints of all trajectories; G grid points of an energy curv
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,7 +64,6 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
     """
     found, role = Measured(name), role_of(name)
     base = comparison.base.read(name).to(options.device)
-    weight_norm = float(torch.linalg.vector_norm(base, dtype=torch.float32))
     spectral = role.part in ("attention", "mlp") and base.ndim >= 2 and min(base.shape[-2:]) > 1
     first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
     for trajectory, checkpoints in comparison.trajectories.items():
@@ -79,14 +79,12 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
             if embedding and position == last:
                 found.tokens[trajectory] = _tokens(a, b, base)
             if not spectral:
-                found.rows.append({**where, **_named(name, role, base), **_norms(a, b), "weight_norm": weight_norm})
+                found.rows.append({**where, **_named(name, role, base), **_norms(a, b), "weight_norm": _norm(base)})
                 continue
-            for i, (x, y) in enumerate(_matrices(a, b)):
-                w = _matrices(base, None)[i][0] if base.ndim > 2 else None
-                norm = weight_norm if w is None else float(torch.linalg.vector_norm(w, dtype=torch.float32))
-                named = _named(name, role, x) if w is None else _named(f"{name}[{i}]", role._replace(expert=i), x)
+            for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
+                named = _named(label, place, x)
                 svd, spectrum, row = _spectrum(x, y, options)
-                found.rows.append({**where, **named, **row, "weight_norm": norm})
+                found.rows.append({**where, **named, **row, "weight_norm": _norm(w)})
                 if position == last:
                     finals.append(svd)
                 if row["non_finite"] or row["update_norm"] == 0:
@@ -106,11 +104,18 @@ def _pair(checkpoint: Checkpoint, name: str, base: Tensor, device: str | None) -
     return a.to(device), None if b is None else b.to(device)
 
 
-def _matrices(a: Tensor, b: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Stacked experts one by one."""
-    count, size = a.shape[:-2].numel(), a.shape[-2:]
-    bases = [None] * count if b is None else b.reshape(count, *size).unbind()
-    return list(zip(a.reshape(count, *size).unbind(), bases, strict=True))
+def _matrices(name: str, role: Role, w: Tensor, a: Tensor, b: Tensor | None) -> Iterator[tuple]:
+    """(name, role, w, a, b) of every matrix: a stack of experts one by one."""
+    if w.ndim == 2:
+        yield name, role, w, a, b
+        return
+    stacks = [[None] * w.shape[:-2].numel() if t is None else t.reshape(-1, *w.shape[-2:]).unbind() for t in (w, a, b)]
+    for i, matrices in enumerate(zip(*stacks, strict=True)):
+        yield f"{name}[{i}]", role._replace(expert=i), *matrices
+
+
+def _norm(w: Tensor) -> float:
+    return float(torch.linalg.vector_norm(w, dtype=torch.float32))
 
 
 def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:

@@ -1,37 +1,40 @@
-"""`effopd-analyze updates`: everything that the weights alone tell, read once.
-
-Tensors are measured by as many threads as PyTorch uses, one core each: small matrices leave most of a shared team idle,
-and while one thread reads the others compute. Under torchrun ranks share the tensors out by size and rank 0 writes.
-"""
+"""`effopd-analyze updates`: everything that the weights alone tell, read once. Under torchrun rank 0 writes."""
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
 from ..extrapolation.distributed import Ranks
+from .analyse import analyse, estimate
 from .checkpoints import FLOATS, Comparison, compare, listed
 from .findings import Findings
-from .measure import Measured, Options, measure
+from .measure import Options
 from .output import check_free, whole_folder
 from .report import REPORT_NAME, write_report
-from .roles import role_of
 
 ALONE = "training"  # the name of the only trajectory
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("effopd-analyze updates", description="What training did to the weights.")
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def parser() -> Parser:
+    p = Parser("effopd-analyze updates", description="What training did to the weights.")
     p.add_argument("--base", required=True, metavar="DIR", help="the model that training started from")
     p.add_argument("--checkpoints", nargs="+", metavar="DIR", help="checkpoints of one run, or LoRA adapters")
     p.add_argument(
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str]) -> Path:
     Raises:
         UserError: before any work; see `compare`, `check_free` and `trajectories_of`.
     """
-    args = _parsed(arguments)
+    args = parser().parse_args(list(arguments))
     if missing := [name for name in ("matplotlib", "pyarrow", "sklearn") if find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis]")
     trajectories = trajectories_of(args.checkpoints, args.trajectory)
@@ -98,38 +101,6 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
     return out
 
 
-def analyse(comparison: Comparison, options: Options, ranks: Ranks | None = None) -> Findings | None:
-    """Measure every tensor, this rank its share; the findings on rank 0, None elsewhere."""
-    from tqdm import tqdm
-
-    ranks = ranks or Ranks()
-    token_embedding = _token_embedding(comparison)
-    mine = _share(comparison, ranks.rank, ranks.size)
-    measured: list[Measured] = []
-    error: BaseException | None = None
-    try:
-        with (
-            _one_core_each() as workers,
-            tqdm(total=len(mine), unit="tensor", disable=None if ranks.rank == 0 else True) as bar,
-            ThreadPoolExecutor(workers) as pool,
-        ):
-            try:
-                for result in pool.map(lambda n: measure(comparison, n, options, n == token_embedding), mine):
-                    measured.append(result)
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except BaseException as failure:
-        error = failure
-        if ranks.size == 1:
-            raise
-    every = ranks.gather(measured, error)
-    if error is not None:
-        raise error
-    return Findings(comparison, options, [m for part in every for m in part]) if ranks.rank == 0 else None
-
-
 def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
     """Tables, figures and the report of one analysis into ``folder``."""
     from .allocation import allocation
@@ -157,6 +128,7 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
         "rank of the factors": options.rank,
         "subspaces followed": ", ".join(map(str, options.ks)),
         "spectra": "exact" if options.exact else "leading factors, the rest sampled; exact where that is no slower",
+        "error bounds of norms": "hold with probability 1 − 1e−9 for each matrix",
         "seed": options.seed,
         "device": options.device or "cpu",
     }
@@ -166,43 +138,9 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def estimate(comparison: Comparison, ranks: int = 1) -> float:
-    """Seconds that exact spectra will take, from one eigenproblem timed here: both the Gram (n·m² products) and its
-    eigenvalues (m³) scale as the third power.
-    """
-    m = 384
-    x = torch.randn(m, m, dtype=torch.float64)
-    gram, eigen = (_timed(lambda f=f: f()) for f in (lambda: x @ x.mT, lambda: torch.linalg.eigvalsh(x @ x.mT)))
-    total = 0.0
-    for name in comparison.names:
-        shape = comparison.base.shapes[name][0]
-        if role_of(name).part in ("attention", "mlp") and len(shape) >= 2:
-            short, long = sorted(shape[-2:])
-            count = torch.Size(shape[:-2]).numel()
-            total += count * (gram * long * short**2 + (eigen - gram) * short**3) / m**3
-    return total * len(comparison.checkpoints()) / ranks
-
-
-def _timed(function: Callable[[], Any]) -> float:
-    function()
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    p = parser()
-    p.error = lambda message: (_ for _ in ()).throw(
-        UserError(f"{message} (effopd-analyze updates --help lists the options)")
-    )
-    return p.parse_args(list(arguments))
-
-
 @contextmanager
 def _ranks() -> Iterator[Ranks]:
     """This process among those torchrun started, if it did."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield Ranks()
         return
@@ -224,36 +162,6 @@ def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {args.device} is not available here: {str(error).splitlines()[0]}") from error
     return compare(args.base, trajectories)
-
-
-def _token_embedding(comparison: Comparison) -> str | None:
-    """The embedding with the most rows: positions have fewer."""
-    shapes = {n: comparison.base.shapes[n][0] for n in comparison.names if role_of(n).type == "embedding"}
-    matrices = [n for n, shape in shapes.items() if len(shape) == 2]
-    return max(matrices, key=lambda n: shapes[n][0], default=None)
-
-
-def _share(comparison: Comparison, rank: int, size: int) -> list[str]:
-    """This rank's tensors, in the order they lie in the base: the largest go first to whoever has least to do."""
-    load, mine = [0] * size, set()
-    bytes_of = {n: torch.Size(shape).numel() * dtype.itemsize for n, (shape, dtype) in comparison.base.shapes.items()}
-    for name in sorted(comparison.names, key=lambda n: (-bytes_of[n], n)):
-        least = load.index(min(load))
-        load[least] += bytes_of[name]
-        if least == rank:
-            mine.add(name)
-    return [name for name in comparison.names if name in mine]
-
-
-@contextmanager
-def _one_core_each() -> Iterator[int]:
-    """How many threads to measure with, while each operation keeps to one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield max(2, threads)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _without(row: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Measuring every tensor of a comparison, with all cores and all ranks.
+
+Tensors are measured by as many threads as PyTorch uses, one core each: small matrices leave most of a shared team idle,
+and while one thread reads the others compute. Under torchrun ranks share the tensors out by size, and no number depends
+on how.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..extrapolation.distributed import Ranks
+from .checkpoints import Comparison
+from .findings import Findings
+from .measure import Measured, Options, measure
+from .roles import role_of
+
+
+def analyse(comparison: Comparison, options: Options, ranks: Ranks | None = None) -> Findings | None:
+    """Measure every tensor, this rank its share; the findings on rank 0, None elsewhere."""
+    ranks = ranks or Ranks()
+    try:
+        measured = _measured(comparison, options, ranks)
+    except BaseException as error:
+        if ranks.size > 1:
+            ranks.report(error)
+        raise
+    every = ranks.gather(measured)
+    return Findings(comparison, options, [m for part in every for m in part]) if ranks.rank == 0 else None
+
+
+def _measured(comparison: Comparison, options: Options, ranks: Ranks) -> list[Measured]:
+    from tqdm import tqdm
+
+    embedding, mine = _token_embedding(comparison), _share(comparison, ranks.rank, ranks.size)
+    with _one_core_each() as workers, ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda name: measure(comparison, name, options, name == embedding), mine)
+        try:
+            hidden = None if ranks.rank == 0 else True  # None: shown on a terminal only
+            return list(tqdm(results, total=len(mine), unit="tensor", disable=hidden))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def estimate(comparison: Comparison, ranks: int = 1) -> float:
+    """Seconds that exact spectra will take, from one eigenproblem timed here: both the Gram (n·m² products) and its
+    eigenvalues (m³) scale as the third power.
+    """
+    m = 384
+    x = torch.randn(m, m, dtype=torch.float64)
+    gram, eigen = (_timed(lambda f=f: f()) for f in (lambda: x @ x.mT, lambda: torch.linalg.eigvalsh(x @ x.mT)))
+    total = 0.0
+    for name in comparison.names:
+        shape = comparison.base.shapes[name][0]
+        if role_of(name).part in ("attention", "mlp") and len(shape) >= 2:
+            short, long = sorted(shape[-2:])
+            count = torch.Size(shape[:-2]).numel()
+            total += count * (gram * long * short**2 + (eigen - gram) * short**3) / m**3
+    return total * len(comparison.checkpoints()) / ranks
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    function()
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def _token_embedding(comparison: Comparison) -> str | None:
+    """The embedding with the most rows: positions have fewer."""
+    shapes = {n: comparison.base.shapes[n][0] for n in comparison.names if role_of(n).type == "embedding"}
+    matrices = [n for n, shape in shapes.items() if len(shape) == 2]
+    return max(matrices, key=lambda n: shapes[n][0], default=None)
+
+
+def _share(comparison: Comparison, rank: int, size: int) -> list[str]:
+    """This rank's tensors, in the order they lie in the base: the largest go first to whoever has least to do."""
+    load, mine = [0] * size, set()
+    bytes_of = {n: torch.Size(shape).numel() * dtype.itemsize for n, (shape, dtype) in comparison.base.shapes.items()}
+    for name in sorted(comparison.names, key=lambda n: (-bytes_of[n], n)):
+        least = load.index(min(load))
+        load[least] += bytes_of[name]
+        if least == rank:
+            mine.add(name)
+    return [name for name in comparison.names if name in mine]
+
+
+@contextmanager
+def _one_core_each() -> Iterator[int]:
+    """How many threads to measure with, while each operation keeps to one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(2, threads)
+    finally:
+        torch.set_num_threads(threads)
