@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from analysis import chromium
 from safetensors.torch import load_file, save_file
 from torchrun import torchrun
 from train import world as tiny
@@ -195,6 +196,19 @@ def test_tables_figures_and_report(finished, trained):
     assert {p.name for p in finished.iterdir()} == {"evaluations.jsonl", "figures", "report.html", "tables"}
 
 
+@pytest.mark.skipif(chromium.BINARY is None, reason="no chromium or chrome on this machine")
+def test_in_a_browser(finished):
+    url = (finished / "report.html").as_uri()
+    with chromium.page() as page:
+        page.open(url, width=360, mobile=True)
+        methods = [event["method"] for event in page.events]
+        assert not {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"} & set(methods)
+        requests = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+        assert [u for u in requests if not u.startswith("data:")] == [url]
+        assert page.evaluate("[...document.images].filter(i => i.complete && i.naturalWidth > 100).length") == 14
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
 def test_scores_are_the_trainers_own(finished, trained, tmp_path):
     """Of the final model, evaluated as effopd-train would evaluate it."""
     row = measured(finished)["models"][1]
@@ -267,6 +281,14 @@ def test_edited_models_are_written_when_asked(trained, tmp_path):
     for name, weight in saved.items():
         assert torch.equal(weight, (base if "embed" in name else final)[name]), name
     assert sum(not torch.equal(base[n], final[n]) for n in base) > 10
+
+
+def test_without_a_teacher_accuracy_alone_is_measured(trained, tmp_path):
+    argv = arguments(trained, tmp_path, "--interventions", "scale", "--eval_metric", "accuracy")
+    del argv[(i := argv.index("--teacher_model_name_or_path")) : i + 2]
+    assert main(argv) == 0
+    rows = read_table(tmp_path / "tables", "scale")
+    assert len(rows) == 6 and all(0 <= row["accuracy"] <= 1 and "teacher_kl" not in row for row in rows)
 
 
 def broken(trained, tmp):
