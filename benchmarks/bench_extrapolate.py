@@ -1,6 +1,6 @@
 """In-place extrapolation of a model's parameter list against what PyTorch offers.
 
-    pytest benchmarks/bench_extrapolate.py --benchmark-only [--quick]
+    pytest benchmarks/bench_extrapolate.py --benchmark-only [--quick] [--save-results]
 
 The lists are what EffOPD moves: attention and MLP weights and biases of Qwen2.5-0.5B (CPU) and Qwen3-8B (GPU); one
 layer of the latter, whose tensors are so large that an allocator gives temporaries of them back each time; and small
@@ -88,7 +88,7 @@ def extra_memory(function, arguments):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", NAMES)
-def test_extrapolate(benchmark, request, capsys, name, dtype):
+def test_extrapolate(benchmark, request, report, name, dtype):
     quick = request.config.getoption("--quick", False)
     shapes = LISTS[name][: len(LISTS[name]) // 4] if quick else LISTS[name]
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -121,10 +121,5 @@ def test_extrapolate(benchmark, request, capsys, name, dtype):
                 "extra memory / list": round(extra_memory(f, (w, a, c)) / size, 3),
             }
         )
-    benchmark.extra_info.update(list=name, tensors=len(w), megabytes=round(size / 1e6), rows=rows)
-    benchmark.extra_info["copy GB/s"] = round(bandwidth / 1e9, 1)
-    with capsys.disabled():
-        print(f"\n{name}, {len(w)} tensors of {dtype}, {size / 1e6:.0f} MB; copy {bandwidth / 1e9:.1f} GB/s")
-        print("".join(f"{column:>22}" for column in rows[0]))
-        for row in rows:
-            print("".join(f"{value:>22}" for value in row.values()))
+    title = f"{name}, {len(w)} tensors of {str(dtype).split('.')[1]}, {size / 1e6:.0f} MB"
+    report(title, rows, **{"copy GB/s": round(bandwidth / 1e9, 1)})
