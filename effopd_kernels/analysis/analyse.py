@@ -48,20 +48,20 @@ def _measured(comparison: Comparison, options: Options, ranks: Ranks) -> list[Me
 
 
 def estimate(comparison: Comparison, ranks: int = 1) -> float:
-    """Seconds that exact spectra will take, from one eigenproblem timed here: both the Gram (n·m² products) and its
-    eigenvalues (m³) scale as the third power.
+    """Seconds that exact spectra will take, from one eigenproblem timed on one core: the Gram matrix (half of n·m²
+    products) and its eigenvalues (m³) both scale as the third power.
     """
-    m = 384
+    m = 512
     x = torch.randn(m, m, dtype=torch.float64)
-    gram, eigen = (_timed(lambda f=f: f()) for f in (lambda: x @ x.mT, lambda: torch.linalg.eigvalsh(x @ x.mT)))
+    with _one_core_each() as workers:
+        gram, eigen = _timed(lambda: x @ x.mT) / 2, _timed(lambda: torch.linalg.eigvalsh(x @ x.mT))
     total = 0.0
     for name in comparison.names:
         shape = comparison.base.shapes[name][0]
         if role_of(name).part in ("attention", "mlp") and len(shape) >= 2:
             short, long = sorted(shape[-2:])
-            count = torch.Size(shape[:-2]).numel()
-            total += count * (gram * long * short**2 + (eigen - gram) * short**3) / m**3
-    return total * len(comparison.checkpoints()) / ranks
+            total += torch.Size(shape[:-2]).numel() * (gram * long * short**2 + (eigen - 2 * gram) * short**3) / m**3
+    return total * len(comparison.checkpoints()) / (ranks * workers)
 
 
 def _timed(function: Callable[[], Any]) -> float:

@@ -30,7 +30,7 @@ OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # more for the wide spectra of square matrices, or behind few known triplets
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
-ROWS = 1 << 10  # tokens at a time, a few MB that stay in cache
+ROWS, PIECE = 1 << 10, 1 << 16  # tokens and entries at a time, which stay in cache
 
 
 class Options(NamedTuple):
@@ -115,7 +115,9 @@ def _matrices(name: str, role: Role, w: Tensor, a: Tensor, b: Tensor | None) -> 
 
 
 def _norm(w: Tensor) -> float:
-    return float(torch.linalg.vector_norm(w, dtype=torch.float32))
+    """‖w‖, piece by piece: at once, PyTorch would make an fp32 copy of an embedding and lose digits of its sum."""
+    norms = [torch.linalg.vector_norm(piece.float()) for piece in w.reshape(-1).split(PIECE)]
+    return float(torch.stack(norms).double().norm())
 
 
 def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> Path:
     with _ranks() as ranks:
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:
-            print(f"exact spectra: about {estimate(comparison, ranks.size):.0f} s", file=sys.stderr)
+            print(f"exact spectra: about {estimate(comparison, ranks.size):.0f} s more", file=sys.stderr)
         began = time.perf_counter()
         found = analyse(comparison, options, ranks)
         if found is None:
