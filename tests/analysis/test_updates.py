@@ -5,6 +5,8 @@ import html
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -295,3 +297,11 @@ def test_replaced_only_when_whole(undrawn, folders, tmp_path, monkeypatch):
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 130
     assert (tmp_path / "out" / "report.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_command_reads_before_it_imports_what_it_draws_with():
+    """transformers alone takes longer to import than a small model takes to read."""
+    heavy = {"transformers", "trl", "sklearn", "matplotlib"}
+    code = f"import sys, effopd_kernels.analysis.updates; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "set()"
