@@ -86,6 +86,9 @@ def _divergence(arch: str) -> Iterator[Variant]:
         aligned = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride")
         options, elements = launch.options(stats), launch.loads * vector
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, elements)
+    for dtype in ("bf16", "fp32"):
+        arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}
+        yield Variant(f"divergence scale {dtype}", tk._scale_kernel, arguments, ("numel",), {"num_warps": 4}, 32)
 
 
 def _extrapolation(arch: str) -> Iterator[Variant]:

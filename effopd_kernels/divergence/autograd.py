@@ -35,16 +35,14 @@ class Spec(NamedTuple):
     teacher_softcap: float = 0.0
 
 
-def _is_one(factor: Tensor) -> bool:
-    return factor.device.type == "cpu" and factor.item() == 1  # elsewhere reading it would be a synchronisation
-
-
 def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
     """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or keep_graph():
         return tuple(grad * factor for grad in grads)
-    return grads if _is_one(factor) else tuple(grad.mul_(factor) for grad in grads)
+    for grad in grads:
+        torch.ops.effopd.scale_(grad, factor)
+    return grads
 
 
 class _DifferentiableOnce(torch.autograd.Function):

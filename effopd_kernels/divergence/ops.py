@@ -26,6 +26,8 @@ torch.library.define(
     f"(Tensor(a!) student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
 )
 
+torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
+
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 _KEPT_FROM = 8 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
@@ -101,6 +103,30 @@ _register("CompositeExplicitAutograd", _reference)
 _register("CPU", _cpp)
 if importlib.util.find_spec("triton") is not None:
     _register("CUDA", _triton)
+
+
+@torch.library.impl("effopd::scale_", "CompositeExplicitAutograd")
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x ·= factor, a scalar tensor. Where the factor is 1, as in a plain backward, nothing is read or written."""
+    x.mul_(factor)
+
+
+@torch.library.impl("effopd::scale_", "CPU")
+def _scale_cpu(x, factor):
+    if factor.item() != 1:
+        x.mul_(factor)
+
+
+def _scale_triton(x, factor):
+    if x.dtype not in DTYPES or not x.is_contiguous():
+        return scale_(x, factor)
+    from .triton_kernels import launch_scale
+
+    return launch_scale(x, factor)
+
+
+if importlib.util.find_spec("triton") is not None:
+    torch.library.impl("effopd::scale_", "CUDA")(_scale_triton)
 
 
 @torch.library.register_fake("effopd::divergence_rows_")

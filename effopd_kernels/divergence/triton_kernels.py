@@ -491,3 +491,30 @@ def launch_divergence_rows(
             SLICE=launch.slice, S_POW2=triton.next_power_of_2(S), **launch.options(with_stats),
         )  # fmt: skip
     return loss, stats
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < numel:
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < numel, other=0.0)
+            tl.store(x_ptr + at, (x.to(tl.float32) * factor).to(x.dtype), mask=at < numel)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 4096  # elements per turn; programs, enough to fill any device several times over
+
+
+def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """x ·= factor in place; x contiguous, bf16, fp16 or fp32, factor a scalar on its device.
+
+    The factor is looked at on the device: where it is 1, as in a plain loss.backward(), x is neither read nor written,
+    which spares two of the five tensors that value and gradient would move.
+    """
+    grid = min(SCALE_PROGRAMS, triton.cdiv(x.numel(), SCALE_BLOCK))
+    if grid:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            _scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)

@@ -24,13 +24,7 @@ from effopd_kernels.analysis.tables import read_table
 @pytest.fixture
 def undrawn(monkeypatch):
     """Runs whose figures nobody looks at."""
-
-    def save(figure, folder, name):
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-        return name
-
-    monkeypatch.setattr(figures, "save", save)
+    monkeypatch.setattr(figures, "save", planted.save_blank)
 
 
 def rows(out, table, **wanted):

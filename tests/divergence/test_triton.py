@@ -266,6 +266,18 @@ def test_results_repeat_bitwise(member):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", [1.0, 0.25, 1 / 3, 0.0])
+def test_scaling_in_place(monkeypatch, dtype, factor):
+    monkeypatch.setattr(triton_kernels, "SCALE_PROGRAMS", 2)  # several turns each, the last ragged
+    x = logits(5, 4099, dtype=dtype)
+    want = (x.float() * torch.tensor(factor, device=DEVICE)).to(dtype)
+    triton_kernels.launch_scale(x, torch.tensor(factor, device=DEVICE))
+    # the interpreter truncates to bf16 where a GPU rounds: one unit in the last place
+    torch.testing.assert_close(x, want, rtol=0 if ON_GPU else torch.finfo(dtype).eps, atol=0)
+
+
 @needs_gpu
 @every_route
 def test_launch_is_captured_in_a_cuda_graph(member):
