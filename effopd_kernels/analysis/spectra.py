@@ -117,7 +117,7 @@ def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) 
                 "participation ratio": r["participation_ratio"],
                 "rank above noise": r["rank_above_noise"],
                 "unchanged entries": r["unchanged_fraction"],
-                "rounding\u2011limited": f"{r['quantisation_limited']} of {r['matrices']}",
+                "rounding-limited": f"{r['quantisation_limited']} of {r['matrices']}",
             }
             for t, own in ends.items()
             for r in own

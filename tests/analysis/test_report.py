@@ -25,6 +25,9 @@ def test_in_a_browser(out):
             assert page.evaluate("document.images.length") >= 15
             assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 100 && i.alt)")
             assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        page.call("Emulation.setEmulatedMedia", media="print")
+        page.open((out / report.REPORT_NAME).as_uri(), width=680)  # A4 within its margins
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert page.pdf().startswith(b"%PDF")
         # What the console test would not see if it could not see: an image from the network is a request and an error.
         (out / "bad.html").write_text("<img src='http://localhost:9/x.png'><script>throw Error('seen')</script>")
