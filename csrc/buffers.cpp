@@ -39,8 +39,9 @@ struct Pages {
 
 constexpr size_t kKept = 4;  // buffers: a loss from hidden states has dW and the logits of both sides
 
-std::mutex idle_lock;
-std::vector<Pages> idle;  // the one freed last at the end
+// The one freed last at the end. Never destroyed: a tensor may be freed as late as the process's own end.
+std::mutex& idle_lock = *new std::mutex;
+std::vector<Pages>& idle = *new std::vector<Pages>;
 
 void unmap(Pages pages) {
     if (pages.data) munmap(pages.data, pages.bytes);
