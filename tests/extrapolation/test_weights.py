@@ -143,13 +143,18 @@ def test_masters_jump_with_the_parameters_and_the_jump_survives_the_next_step(ki
 def test_under_accelerates_mixed_precision_the_parameters_are_the_masters():
     accelerate = pytest.importorskip("accelerate")
     plain, prepared = model(), model()
+
+    def reset():  # accelerate keeps its settings for the whole process: those of tests before, and of this one
+        accelerate.state.GradientState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+    reset()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     try:
         wrapped, optimizer = accelerator.prepare(prepared, torch.optim.SGD(prepared.parameters(), 0.1))
         events = run(wrapped, optimizer, optimizer=optimizer).events
-    finally:  # accelerate keeps its settings for the whole process
-        accelerate.state.GradientState._reset_state()
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    finally:
+        reset()
     run(plain, torch.optim.SGD(plain.parameters(), 0.1))
     assert [e.alpha for e in events] == [5.0] * 4
     for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):

@@ -108,7 +108,7 @@ def refused(world, tmp_path_factory):
 CASES = [
     "no student", "no such student", "tokenizers differ", "vocabulary in use", "missing column", "empty dataset",
     "missing file", "long prompt", "output in use", "nothing to resume", "nothing to extrapolate", "no answers",
-    "NaN teacher", "bad schedule", "bad divergence", "unknown flag", "bad config file",
+    "NaN teacher", "bad schedule", "score of no search", "bad divergence", "unknown flag", "bad config file",
 ]  # fmt: skip
 
 
