@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 
 def run(code: str) -> str:
@@ -51,3 +52,12 @@ def test_works_without_triton():
 def test_works_without_the_extension_and_says_so_once():
     said = run(LOSS.format(missing="effopd_kernels._C"))
     assert said.count("installed without its C++ extension") == 1
+
+
+def test_every_benchmark_is_collected_from_its_folder():
+    """`pytest benchmarks/ --benchmark-only` finds files by pattern, not by name."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    for file in (root / "benchmarks").glob("bench_*.py"):
+        assert f"benchmarks/{file.name}::test_" in listed
