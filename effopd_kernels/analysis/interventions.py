@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
 from ..errors import UserError
+from ..extrapolation.distributed import leave_process_group
 from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(" ".join(str(error).split())) from error
     with Interrupts(immediate=True).installed():
         run(ours, data, args, model_args)
-    cli._leave_process_group()
+    leave_process_group()
 
 
 def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig]:

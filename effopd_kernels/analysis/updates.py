@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..extrapolation.distributed import Ranks
+from ..extrapolation.distributed import Ranks, leave_process_group
 from .analyse import analyse, estimate
 from .checkpoints import FLOATS, Comparison, compare, listed
 from .findings import Findings
@@ -147,9 +147,10 @@ def _ranks() -> Iterator[Ranks]:
     dist.init_process_group("gloo")
     try:
         yield Ranks()
-        dist.barrier()
-    finally:
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    leave_process_group()
 
 
 def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks: Ranks) -> Comparison:

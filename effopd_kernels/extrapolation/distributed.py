@@ -6,6 +6,7 @@ can say so while the others are still on their way to the exchange. Shapes: R ra
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -90,3 +91,12 @@ def share(items: Sequence[T], rank: int | None = None, size: int | None = None) 
         ranks = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
     return items[rank * len(items) // size : (rank + 1) * len(items) // size]
+
+
+def leave_process_group() -> None:
+    """Ends a command that succeeded on several ranks. A gloo worker drops its last tensors a moment after the last
+    collective, which needs the interpreter alive: else the run ends in SIGABRT (pytorch/pytorch#179291)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        time.sleep(0.2)

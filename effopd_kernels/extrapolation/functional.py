@@ -40,7 +40,7 @@ def extrapolate_(
             be params themselves.
         alpha: a number, or one per tensor (sequence or (L,) tensor). 0 gives anchor and 1 current, bit for bit.
         masters: per tensor an fp32 copy that the optimizer owns, or None: written first, in the same pass.
-        stats: also measure what was written; on the CPU this is a second and third read of each block from cache.
+        stats: also measure what was written, in the same pass.
 
     Returns:
         `ExtrapolationStats`, or None if not stats. Values are computed in fp32 (fp64 for fp64 inputs) and rounded once.

@@ -5,16 +5,15 @@ Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 in
 
 import logging
 import sys
-import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
 import trl
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
+from ..extrapolation.distributed import leave_process_group
 from .checkpoint import damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -237,15 +236,6 @@ def _first_sentence(error: BaseException) -> str:
     return text if len(text) <= 400 else text[:397] + "..."
 
 
-def _leave_process_group() -> None:
-    """A gloo worker drops its last tensors a moment after the last collective, which needs the interpreter alive: else
-    a run that succeeded ends in SIGABRT (pytorch/pytorch#179291)."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        time.sleep(0.2)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -270,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         if PartialState().is_main_process:
             print("effopd-train: interrupted; go on with --resume_from_checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
