@@ -72,8 +72,13 @@ def _divergence(arch: str) -> Iterator[Variant]:
         ("forward fp16, capped", tk.FORWARD, "fp16", "bf16", True, False, True),
         ("mixture", tk.MIXTURE, "bf16", "bf16", True, False, False),
         ("mixture fp32/bf16, statistics, capped", tk.MIXTURE, "fp32", "bf16", True, True, True),
+        ("reverse unaligned", tk.REVERSE, "bf16", "bf16", True, False, False),
+        ("forward fp32 unaligned, statistics", tk.FORWARD, "fp32", "fp32", True, True, False),
+        ("mixture unaligned, capped", tk.MIXTURE, "bf16", "bf16", True, False, True),
     ):
-        vector = 16 // max(size[student], size[teacher])
+        aligned = "unaligned" not in name
+        vector = 16 // max(size[student], size[teacher]) if aligned else 1
+        loads = launch.loads if aligned else launch.loads * tk.UNALIGNED_LOADS
         arguments = {
             "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
             "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
@@ -81,11 +86,11 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("N", "V", "Vs", "S", "student_stride", "teacher_stride", "grad_stride", "skew"), "i32"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
-            "LANES": launch.lanes, "VECTOR": vector, "LOADS": launch.loads, "SLICE": launch.slice, "S_POW2": 32,
+            "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "SLICE": launch.slice, "S_POW2": 32,
         }  # fmt: skip
-        aligned = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride")
-        options, elements = launch.options(stats), launch.loads * vector
-        yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, aligned, options, elements)
+        sizes = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride") if aligned else ()
+        options, elements = launch.options(stats), loads * vector
+        yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):
         arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}
         yield Variant(f"divergence scale {dtype}", tk._scale_kernel, arguments, ("numel",), {"num_warps": 4}, 32)
@@ -157,12 +162,12 @@ def _lowrank(arch: str) -> Iterator[Variant]:
     arguments = pair | half | {"FULL": True, "SPAN": tk.SPAN, "ROWS": tk.STATS_ROWS, "BLOCK": 256}
     elements = tk.STATS_ROWS * 256 // (4 * TARGETS[arch].warp_size)
     yield Variant("lowrank statistics bf16", tk._stats_kernel, arguments, sizes, {"num_warps": 4}, elements)
-    jacobi = {
-        "w_ptr": "*fp64", "value_ptr": "*fp64", "L": "i32", "SWEEPS": "i32", "tolerance": "fp32",
-        "HALF": 128, "BLOCK": 32,
-    }  # fmt: skip
-    elements = 128 * 32 // (8 * TARGETS[arch].warp_size)
-    yield Variant("lowrank eigh fp64", tk._jacobi_kernel, jacobi, (), {"num_warps": 8}, elements)
+    jacobi = {"w_ptr": "*fp64", "value_ptr": "*fp64", "L": "i32", "SWEEPS": "i32", "tolerance": "fp32"}
+    elements = tk.JACOBI_TILE // (8 * TARGETS[arch].warp_size)
+    for half in (tk.JACOBI_LIMIT // 4, tk.JACOBI_LIMIT // 2):
+        tile = {"HALF": half, "BLOCK": tk.JACOBI_TILE // half}
+        name = f"lowrank eigh fp64, up to {2 * half}"
+        yield Variant(name, tk._jacobi_kernel, jacobi | tile, (), {"num_warps": 8}, elements)
 
 
 def _is_type(argument) -> bool:

@@ -64,6 +64,7 @@ class Launch(NamedTuple):
 
 
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
+UNALIGNED_LOADS = 4  # single elements in flight for each 16 bytes where rows are not aligned: as many as spill nothing
 LAUNCH = {
     "sm_80": Launch(4, 128, loads=2, slice=8192, resident=5, registers=96, registers_stats=128),
     "sm_90": Launch(4, 128, loads=2, slice=8192, resident=6, registers=80, registers_stats=112),
@@ -311,7 +312,7 @@ def _gradient(
                 tl.store(g_row + cols, g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "skew"])  # N changes at every step, and a compilation takes seconds
 def _divergence_kernel(
     student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
     partial_ptr, record_ptr, count_ptr,
@@ -479,6 +480,11 @@ def launch_divergence_rows(
             return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
         return LOG2E.value * scale / temperature, 0.0
 
+    rows = [student, teacher, grad_out] if grad else [student, teacher]
+    if all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in rows):
+        loads, vector = launch.loads, 16 // max(t.element_size() for t in rows)
+    else:  # neighbouring threads take neighbouring elements: vectors would be loaded one element at a time, strided
+        loads, vector = UNALIGNED_LOADS * launch.loads, 1
     ks, pre_s = constants(student_scale, student_temperature, student_softcap)
     kt, pre_t = constants(teacher_scale, teacher_temperature, teacher_softcap)
     with torch.cuda.device(student.device) if student.is_cuda else nullcontext():
@@ -487,8 +493,8 @@ def launch_divergence_rows(
             N, V, Vs, S, student.stride(0), teacher.stride(0), grad_out.stride(0) if grad else 0, skew,
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
-            LANES=launch.lanes, VECTOR=16 // max(student.element_size(), teacher.element_size()), LOADS=launch.loads,
-            SLICE=launch.slice, S_POW2=triton.next_power_of_2(S), **launch.options(with_stats),
+            LANES=launch.lanes, VECTOR=vector, LOADS=loads, SLICE=launch.slice, S_POW2=triton.next_power_of_2(S),
+            **launch.options(with_stats),
         )  # fmt: skip
     return loss, stats
 

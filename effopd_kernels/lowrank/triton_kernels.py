@@ -28,7 +28,9 @@ SPAN = 2048  # columns that one program multiplies
 COLUMNS = 128  # of an output tile
 GRAM_TILE = 128
 STATS_ROWS = 8
+MAX_GRID = 65535  # programs along a grid's second and third dimension
 JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
+JACOBI_TILE = 4096  # entries of half the rows at a time; twice as many spill
 HALF_DTYPE = torch.bfloat16  # of rounded operands
 # Statistics keep fp64 sums per row and need the smaller tile; three TF32 products hold each operand twice.
 _TILES = {
@@ -309,9 +311,10 @@ class _Pair:
 
 
 def _served(x: list[Tensor], base: list[Tensor], *others: Tensor) -> bool:
-    """Whether the kernels take these: not fp64, and every matrix of one dtype and layout."""
+    """Whether the kernels take these: not fp64, every matrix of one dtype and layout, and no more than a grid holds."""
     alike = all(t.dtype == group[0].dtype and t.stride() == group[0].stride() for group in (x, base) for t in group)
-    return alike and all(t.dtype in _TL_DTYPE for t in (*x[:1], *base[:1], *others)) and x[0].numel() > 0
+    fits = len(x) * max([1, *(triton.cdiv(q.shape[2], COLUMNS) for q in others)]) <= MAX_GRID
+    return fits and alike and all(t.dtype in _TL_DTYPE for t in (*x[:1], *base[:1], *others)) and x[0].numel() > 0
 
 
 def _sum_partials(partial: Tensor) -> Tensor:
@@ -408,7 +411,8 @@ def launch_eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     half = triton.next_power_of_2(even // 2)
     with _guard(g.device):
         _jacobi_kernel[(B,)](
-            w, values, even, 20, L * torch.finfo(g.dtype).eps, HALF=half, BLOCK=32, num_warps=8
+            w, values, even, 20, L * torch.finfo(g.dtype).eps,
+            HALF=half, BLOCK=min(32, JACOBI_TILE // half), num_warps=8,
         )  # fmt: skip
     values, order = values[:, :L].sort(dim=-1, descending=True)
     vectors = w[:, :L, even : even + L].gather(1, order[..., None].expand(B, L, L))

@@ -112,6 +112,17 @@ def test_vocabulary_of_many_slices(member):
 
 @needs_kernels
 @every_route
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_aligned_and_unaligned_rows(member, dtype):
+    """Rows that all begin at multiples of 16 elements are read in vectors, others element by element."""
+    student, teacher = logits(2, 2112, dtype=dtype), logits(2, 2112, dtype=dtype, seed=1)
+    check(student, teacher, member)
+    check(student[:, 1:2105], teacher[:, 1:2105], member)
+    check(student[:, :2001], teacher[:, 16:2017], member)
+
+
+@needs_kernels
+@every_route
 def test_value_alone_is_the_same(member):
     student, teacher = logits(2, 2100), logits(2, 2100, seed=1)
     with_gradient, _, _ = run(student, teacher, member)

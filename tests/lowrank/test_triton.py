@@ -134,6 +134,20 @@ def test_statistics(dtype, transposed, full):
 
 
 @needs_kernels
+def test_batches_beyond_the_grid_are_left_to_the_reference(monkeypatch):
+    x, base, exact = batch(B=3)
+    q = normal(3, M, 2 * kernels.COLUMNS).to(DEVICE)
+    monkeypatch.setattr(kernels, "MAX_GRID", 5)
+    monkeypatch.setattr(kernels, "_skinny_kernel", None)
+    assert_product(kernels.launch_skinny(x, base, q, None, False), exact, q.double(), 8 * EPS)
+    monkeypatch.setattr(kernels, "MAX_GRID", 2)
+    monkeypatch.setattr(kernels, "_stats_kernel", None)
+    torch.testing.assert_close(
+        kernels.launch_stats(x, base, True), statistics(x, base, exact, True), rtol=2 * EPS, atol=0
+    )
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [1e-25, 1e30])
 def test_sums_of_squares_beyond_fp32(size):
     a = torch.full((40, 50), size, device=DEVICE)
