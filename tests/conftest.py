@@ -1,0 +1,18 @@
+"""Tests of what needs an extra are left out, and named at the top, where the extra is not installed."""
+
+from importlib.util import find_spec
+
+NEEDS = {
+    "analysis": ("matplotlib", "pyarrow", "sklearn"),
+    "analysis/test_edits.py": ("trl",),
+    "analysis/test_interventions.py": ("trl",),
+    "analysis/test_report.py": ("trl",),
+    "test_examples.py": ("trl",),
+    "train": ("trl", "peft"),
+}
+MISSING = {path: [name for name in names if find_spec(name) is None] for path, names in NEEDS.items()}
+collect_ignore = [path for path, names in MISSING.items() if names]
+
+
+def pytest_report_header():
+    return [f"left out: tests/{path}, for want of {', '.join(names)}" for path, names in MISSING.items() if names]
