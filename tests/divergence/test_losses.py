@@ -274,7 +274,8 @@ def test_any_shape(shape, student_V, teacher_V, member, temperature, masked, see
     loss = divergence_loss(leaf, teacher, MEMBERS[member], mask=mask, temperature=temperature)
     loss.backward()
     assert loss.shape == ()
-    assert_all_close((loss, leaf.grad), expected, rtol=1e-4, atol=2e-5)
+    # the gradient carries the rounding of logits/temperature, once more divided by the temperature
+    assert_all_close((loss, leaf.grad), expected, rtol=1e-4, atol=2e-5 * max(1, temperature**-2))
 
 
 @pytest.mark.parametrize(
