@@ -4,10 +4,11 @@ trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..extrapolation import EffOPDController
@@ -42,7 +43,10 @@ class EffOPDCallback(TrainerCallback):
         **controller_args: Any,
     ):
         self.score_fn = score_fn
-        self.log = log
+        trainer = getattr(log, "__self__", None)
+        # TRL's trainers override `log` to add, and clear, the averages of the steps since the last one: an event's
+        # record would take them away from the next step's.
+        self.log = partial(Trainer.log, trainer) if isinstance(trainer, Trainer) else log
         self.controller_args = controller_args
         self.controller: EffOPDController | None = None
         self.saved_step: int | None = None
