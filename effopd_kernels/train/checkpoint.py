@@ -21,7 +21,7 @@ STAGING = ".saving-"
 logger = logging.getLogger(__name__)
 
 
-def checkpoint_name(step: int) -> str:
+def checkpoint_name(step: int | str) -> str:
     return f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 

@@ -4,17 +4,20 @@ Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 in
 """
 
 import logging
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trl
+import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from ..extrapolation.distributed import leave_process_group
-from .checkpoint import damage, newest_intact
+from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
 from .errors import NonFiniteLossError, UserError
@@ -114,8 +117,15 @@ def resolve_checkpoint(args: OPDConfig) -> None:
 
 
 def check_output_dir(args: OPDConfig) -> None:
-    """A folder in use is resumed or overwritten on request, never by accident."""
+    """A folder in use is resumed or overwritten on request, never by accident; one that cannot be written is said now,
+    not when there is something to write."""
     folder = Path(args.output_dir)
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"--output_dir '{folder}' cannot be written: '{there}' is "
+            + ("read-only" if there.is_dir() else "not a folder")
+        )
     asked = args.resume_from_checkpoint or args.overwrite_output_dir
     if not asked and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
@@ -210,6 +220,8 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             quantization_config=quantization,
             peft_config=trl.get_peft_config(model_args),
         )
+    except SafetensorError as e:  # of the student: the teacher's names it
+        raise UserError(f"the weights of '{student}' cannot be read: {e}") from e
     except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
         raise UserError(_first_sentence(e)) from e
 
@@ -241,10 +253,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+    args = None
     try:
         try:
             data, args, model_args = parse(argv)
-        except (ValueError, OSError) as e:  # HfArgumentParser, TrainingArguments and the YAML reader
+        except (ValueError, OSError, ImportError, yaml.YAMLError) as e:  # HfArgumentParser, TrainingArguments, YAML
             raise UserError(_first_sentence(e)) from e
         if data.demo:
             from .demo import run_demo
@@ -258,7 +271,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if PartialState().is_main_process:
-            print("effopd-train: interrupted; go on with --resume_from_checkpoint", file=sys.stderr)
+            there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))
+            print("effopd-train: interrupted" + "; go on with --resume_from_checkpoint" * there, file=sys.stderr)
         return EXIT_INTERRUPTED
     leave_process_group()
     return 0

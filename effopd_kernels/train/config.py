@@ -18,7 +18,7 @@ _MEMBERS = {"reverse_kl": REVERSE_KL, "forward_kl": FORWARD_KL}
 
 def parse_divergence(text: str) -> Divergence:
     """`reverse_kl`, `forward_kl`, `jsd:0.5`, `skew_reverse_kl:0.1`, `skew_forward_kl:0.1` as a member of the family."""
-    name, _, parameter = text.partition(":")
+    name, _, parameter = str(text).partition(":")
     if name in _MEMBERS and not parameter:
         return _MEMBERS[name]
     try:
@@ -30,8 +30,9 @@ def parse_divergence(text: str) -> Divergence:
         ) from e
 
 
-def parse_schedule(text: str) -> str | int | list[int]:
-    """`pow2`, `N` (every N steps) or `N,N,…` (exactly these steps) as the controller's `schedule`."""
+def parse_schedule(text: str | int | list[int]) -> str | int | list[int]:
+    """`pow2`, `N` (every N steps) or `N,N,…` (exactly these steps; a list in YAML) as the controller's `schedule`."""
+    text = ",".join(map(str, text)) if isinstance(text, list) else str(text)
     if text == "pow2":
         return text
     try:
@@ -170,9 +171,17 @@ class OPDConfig(trl.DistillationConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("loss_temperature", "effopd_val_size", "effopd_max_candidates"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be positive, not {getattr(self, name)}")
+        for name in (
+            "temperature", "loss_temperature", "max_completion_length", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None or not value > 0:
+                raise UserError(f"--{name} must be positive, not {value}")
+        if self.eval_temperature is not None and not self.eval_temperature >= 0:
+            raise UserError(f"--eval_temperature must be positive, or 0 for greedy, not {self.eval_temperature}")
+        if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
+            self.effopd_alphas = [self.effopd_alphas]
         if self.effopd_score == "loss" and self.effopd_search != "gradient":
             raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
         parse_schedule(self.effopd_schedule)

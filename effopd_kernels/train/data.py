@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
@@ -27,7 +28,8 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
     (`prompt` as messages, `reward_model.ground_truth`) is read as it is.
 
     Raises:
-        UserError: nothing to load there, no prompt column, an empty dataset, or an empty prompt (row named).
+        UserError: nothing to load there, no prompt column, an empty dataset, or a prompt that is empty or neither text
+            nor chat messages (row named).
     """
     path = Path(name)
     if path.suffix in _BUILDERS:
@@ -76,7 +78,16 @@ def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
     for row, value in enumerate(dataset["prompt"]):
         if not value:
             raise UserError(f"dataset '{where}' has an empty prompt in row {row}")
+        if not (isinstance(value, str) or _is_chat(value)):
+            raise UserError(
+                f"dataset '{where}' has a prompt in row {row} that is neither text nor a list of chat messages, each "
+                "with 'role' and 'content'"
+            )
     return dataset.select_columns([c for c in ("prompt", "answer", "image", "images") if c in dataset.column_names])
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
 
 
 def require_answers(dataset: datasets.Dataset, where: str) -> None:
@@ -112,13 +123,20 @@ def fit_context(
     """Keep the prompts of at most `limit` tokens; returns the dataset and how many were dropped.
 
     Raises:
-        UserError: prompts are too long and `overlong` is "error", or none is left.
+        UserError: prompts are too long and `overlong` is "error", none is left, or the chat template refuses one.
     """
     if limit is None:
         return dataset, 0
     if limit < 1:
         raise UserError("--max_completion_length leaves no room for a prompt in the models' context")
-    keep = [i for i, p in enumerate(dataset["prompt"]) if prompt_length(p, tokenizer, **chat_kwargs) <= limit]
+    keep = []
+    for row, prompt in enumerate(dataset["prompt"]):
+        try:
+            length = prompt_length(prompt, tokenizer, **chat_kwargs)
+        except (ValueError, TemplateError) as e:
+            raise UserError(f"the chat template cannot be applied to row {row} of '{where}': {_innermost(e)}") from e
+        if length <= limit:
+            keep.append(row)
     dropped = len(dataset) - len(keep)
     if dropped and overlong == "error":
         raise UserError(
@@ -134,7 +152,7 @@ def fit_context(
 
 def split_off(dataset: datasets.Dataset, size: int, seed: int, what: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Take `size` seeded-random rows away from `dataset`; returns (the rest, the rows taken)."""
-    if size >= len(dataset):
+    if not 0 < size < len(dataset):
         raise UserError(f"cannot hold out {size} prompts for {what} from a training set of {len(dataset)}")
     parts = dataset.train_test_split(test_size=size, seed=seed)
     return parts["train"], parts["test"]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import trl
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -27,7 +28,7 @@ from ..extrapolation.lora import COMPANION
 from .callback import EffOPDCallback
 from .checkpoint import STAGING, checkpoint_name, newest_intact, publish
 from .config import OPDConfig
-from .errors import NonFiniteLossError
+from .errors import NonFiniteLossError, UserError
 from .interrupt import Interrupts, StepGuard
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
@@ -138,6 +139,11 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def _get_train_sampler(self, dataset=None):
         sampler = super()._get_train_sampler(dataset)
+        if sampler.num_samples < sampler.batch_size:  # transformers would train no step, and call it done
+            raise UserError(
+                f"a step takes {sampler.batch_size} prompts (per_device_train_batch_size × gradient_accumulation_steps "
+                f"× processes), the training set has {sampler.num_samples}"
+            )
         return EpochSampler(
             sampler.data_source,
             sampler.mini_repeat_count,
@@ -292,4 +298,7 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(name, **kwargs)
+    try:
+        return create_model_from_path(name, **kwargs)
+    except SafetensorError as e:
+        raise UserError(f"the weights of '{name}' cannot be read: {e}") from e

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from effopd_kernels.train import cli
 from train import world as tiny
 
 HERE = Path(__file__).parent
@@ -51,6 +52,12 @@ def broken_worlds(world, tmp):
     tiny.write_jsonl(tmp / "texts.jsonl", [{"text": "a", "label": 1}])
     (tmp / "empty.jsonl").write_text("")
     tiny.write_jsonl(tmp / "unlabelled.jsonl", [{"prompt": r["prompt"]} for r in rows])
+    tiny.write_jsonl(tmp / "chat.jsonl", [{"prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows])
+    tokenizer.chat_template = None
+    tiny.save(tmp / "mute", AutoModelForCausalLM.from_pretrained(world / "student"), tokenizer)
+    shutil.copytree(world / "teacher", tmp / "cut")
+    os.truncate(tmp / "cut" / "model.safetensors", 10_000)
+    (tmp / "broken.yaml").write_text("max_steps: [\n")
     tiny.write_jsonl(tmp / "long.jsonl", [*rows, {"prompt": "and " * 200, "answer": "1"}])
     (tmp / "used").mkdir()
     (tmp / "used" / "thesis.txt").write_text("x")
@@ -73,6 +80,7 @@ def broken_worlds(world, tmp):
         "missing file": (case(dataset_name="missing.jsonl"), "'missing.jsonl' does not exist"),
         "long prompt": (case(dataset_name=tmp / "long.jsonl"), "1 of 41 prompts"),
         "output in use": (case(output_dir=tmp / "used"), "exists and is not empty"),
+        "output is a file": (case(output_dir=tmp / "used" / "thesis.txt"), "thesis.txt' is not a folder"),
         "nothing to resume": (case(resume_from_checkpoint="true"), "holds no checkpoint"),
         "nothing to extrapolate": (case(effopd_include="no_such_parameter"), "no_such_parameter"),
         "no answers": (
@@ -85,6 +93,18 @@ def broken_worlds(world, tmp):
         "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
         "unknown flag": ([*case(), "--learning_speed=1"], "learning_speed"),
         "bad config file": (["--config", str(tmp / "none.yaml")], "none.yaml"),
+        "broken config file": (["--config", str(tmp / "broken.yaml")], "broken.yaml"),
+        "truncated weights": (case(teacher_model_name_or_path=tmp / "cut"), f"the weights of '{tmp / 'cut'}'"),
+        "no chat template": (
+            case(model_name_or_path=tmp / "mute", dataset_name=tmp / "chat.jsonl"),
+            "the chat template cannot be applied to row 0",
+        ),
+        "fewer prompts than a step": (case(per_device_train_batch_size=64), "a step takes 64 prompts"),
+        "nothing held out": (case(eval_dataset_name=None, eval_size=0), "cannot hold out 0 prompts for evaluation"),
+        "greedy rollouts": (case(temperature=0), "--temperature must be positive, not 0.0"),
+        "colder than greedy": (case(eval_temperature=-1), "--eval_temperature must be positive, or 0"),
+        "endless completions": (case(max_completion_length="None"), "--max_completion_length must be positive"),
+        "no deepspeed": (case(deepspeed="none.json"), "deepspeed"),
     }
 
 
@@ -109,6 +129,8 @@ CASES = [
     "no student", "no such student", "tokenizers differ", "vocabulary in use", "missing column", "empty dataset",
     "missing file", "long prompt", "output in use", "nothing to resume", "nothing to extrapolate", "no answers",
     "NaN teacher", "bad schedule", "score of no search", "bad divergence", "unknown flag", "bad config file",
+    "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
+    "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed",
 ]  # fmt: skip
 
 
@@ -151,6 +173,15 @@ def test_a_run_a_yaml_file_and_its_output(world, tmp_path):
     assert student.config.hidden_size == 32
     for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
         assert (out / name).is_file(), name
+
+
+def test_interrupted_before_training_nothing_is_said_of_resuming(world, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_trainer", interrupted)
+    assert cli.main(flags(world, tmp_path / "out")) == 130
+    assert capsys.readouterr().err == "effopd-train: interrupted\n"
 
 
 def test_help_is_readable(world):

@@ -38,6 +38,8 @@ def test_verl_parquet_with_messages(tmp_path):
         ),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "empty prompt in row 1"),
         ("not json\n", "cannot be read"),
+        ('{"prompt": 12}\n', "row 0 that is neither text nor a list of chat messages"),
+        ('{"prompt": [{"role": "user"}]}\n', "row 0 that is neither text nor a list of chat messages"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, says):

@@ -8,8 +8,8 @@ import trl
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
 
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
-from effopd_kernels.train import FusedLoss, UserError, restore_trl_loss, use_fused_loss
-from effopd_kernels.train.config import parse_divergence
+from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
+from effopd_kernels.train.config import parse_divergence, parse_schedule
 from train import world as tiny
 
 COMMON = {
@@ -138,3 +138,10 @@ def test_divergence_names():
     for bad in ("kl", "jsd", "jsd:x", "reverse_kl:1"):
         with pytest.raises(UserError, match="is not one of reverse_kl"):
             parse_divergence(bad)
+
+
+def test_options_as_yaml_types_them():
+    assert parse_schedule(4) == 4 and parse_schedule([1, 2, 4]) == [1, 2, 4]
+    assert OPDConfig(effopd_alphas=3).controller_args()["alphas"] == (3,)
+    with pytest.raises(UserError, match="--divergence 3 is not one of"):
+        OPDConfig(divergence=3)
