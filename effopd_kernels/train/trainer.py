@@ -9,7 +9,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,7 +58,8 @@ class OPDTrainer(trl.DistillationTrainer):
         args: `OPDConfig`.
         train_dataset: column `prompt` (str or messages).
         eval_dataset: held-out prompts, evaluated at `eval_steps`; logged as `eval_accuracy` and `eval_teacher_kl`.
-        val_dataset: prompts that score EffOPD's candidates; must differ from `eval_dataset` for its curve to be honest.
+        val_dataset: prompts that score EffOPD's candidates, needed unless `effopd_enabled` is False; must differ from
+            `eval_dataset` for its curve to be honest.
         others: as `trl.DistillationTrainer`.
 
     Raises:
@@ -79,10 +79,17 @@ class OPDTrainer(trl.DistillationTrainer):
         val_dataset: Dataset | None = None,
         **kwargs,
     ):
+        if args.effopd_enabled and val_dataset is None:
+            raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
         if isinstance(teacher_model, str):
             teacher_model = _load_teacher(teacher_model, args)
         # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
         super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
+        # read them: they are never sampled.
+        if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
+            suppressed = [*(self.generation_kwargs.get("suppress_tokens") or ()), *beyond]
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
         else:
@@ -101,14 +108,12 @@ class OPDTrainer(trl.DistillationTrainer):
         self.effopd: EffOPDCallback | None = None
         self._validators = {}
         if eval_dataset is not None:
-            both = ("accuracy", "teacher_kl") if "answer" in eval_dataset.column_names else ("teacher_kl",)
-            self._validators["eval"] = self._validator(eval_dataset, both)
-        if args.effopd_enabled and val_dataset is not None:
+            self._validators["eval"] = self._evaluator(eval_dataset)
+        if args.effopd_enabled:
             self._validators["val"] = self._validator(val_dataset, (args.eval_metric,))
             self.effopd = EffOPDCallback(
                 self._score if args.effopd_score == "eval_metric" else None,
-                # Not self.log: TRL's adds and clears the averages of the steps since the last log.
-                log=partial(Trainer.log, self),
+                log=self.log,
                 on_weights_changed=self._weights_changed,
                 loss_fn=TeacherLoss(self._validators["val"]) if args.effopd_search == "gradient" else None,
                 **args.controller_args(),
@@ -168,6 +173,9 @@ class OPDTrainer(trl.DistillationTrainer):
     def _validator(self, dataset: Dataset, metrics: tuple[str, ...]) -> Validator:
         return Validator(self, dataset, metrics, self.args.per_device_eval_batch_size, self.args.validation_temperature)
 
+    def _evaluator(self, dataset: Dataset) -> Validator:
+        return self._validator(dataset, ("accuracy",) * ("answer" in dataset.column_names) + ("teacher_kl",))
+
     def _score(self) -> Scores:
         """The current weights' score on this rank's share of the prompts; the controller merges the ranks'."""
         start = time.perf_counter()
@@ -189,10 +197,14 @@ class OPDTrainer(trl.DistillationTrainer):
         Returns:
             `{prefix}_accuracy` (when there are answers), `{prefix}_teacher_kl` (nats per token), `train_tokens`,
             `val_tokens`, `seconds`, `timing_s/evaluation`.
+
+        Raises:
+            UserError: no prompts, here or at construction.
         """
-        validator = self._validators["eval"]
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            validator = self._validator(eval_dataset, validator.metrics)
+            validator = self._evaluator(eval_dataset)
+        elif (validator := self._validators.get("eval")) is None:
+            raise UserError("nothing to evaluate on: pass eval_dataset to evaluate() or to OPDTrainer")
         with self.ledger.off_the_clock():
             result = validator()
         metrics = {f"{metric_key_prefix}_{name}": result.mean(name) for name in validator.metrics}
@@ -302,3 +314,7 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
         return create_model_from_path(name, **kwargs)
     except SafetensorError as e:
         raise UserError(f"the weights of '{name}' cannot be read: {e}") from e
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size

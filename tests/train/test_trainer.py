@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from effopd_kernels.train import NonFiniteLossError, UserError
+from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError
 from effopd_kernels.train.trainer import LEDGER_NAME
 from effopd_kernels.train.validation import TeacherLoss
 from train import world as tiny
@@ -336,3 +336,26 @@ def test_messages_go_through_the_chat_template(world, tmp_path):
     trainer.train()
     ids = trainer._tokenize_prompts([rows[0]["prompt"]])[0][0]
     assert trainer._tokenizer.decode(ids).startswith("<user>Tom has") and ids[-1] == 3
+
+
+def test_a_student_of_more_padded_ids_than_the_teachers(world, tmp_path):
+    """The teacher has no embedding for the student's last eight ids, so none of them may be sampled."""
+    trainer = make_trainer(
+        world, tmp_path, student=str(world / "teacher"), teacher=str(world / "student"), config={"max_steps": 3}
+    )
+    trainer.train()
+    assert trainer.generation_kwargs["suppress_tokens"] == list(range(324, 332))
+    assert trainer.state.global_step == 3 and trainer.evaluate()["eval_teacher_kl"] > 0
+
+
+def test_prompts_that_were_not_given_are_asked_for(world, tmp_path):
+    prompts = tiny.load(world / "eval.jsonl")
+    parts = str(world / "student"), str(world / "teacher")
+    with pytest.raises(UserError, match="effopd_enabled needs val_dataset"):
+        OPDTrainer(*parts, OPDConfig(str(tmp_path), **tiny.FLAGS), train_dataset=prompts)
+    config = OPDConfig(str(tmp_path), effopd_enabled=False, **tiny.FLAGS)
+    trainer = OPDTrainer(*parts, config, train_dataset=prompts)
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        trainer.evaluate()
+    assert {"eval_accuracy", "eval_teacher_kl"} <= trainer.evaluate(prompts).keys()
+    assert "eval_accuracy" not in trainer.evaluate(prompts.remove_columns("answer"))
