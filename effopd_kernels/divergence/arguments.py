@@ -68,7 +68,12 @@ def row_factor(
         return mask, weight
     if weight is None:
         weight = torch.ones(shape.numel(), device=device, dtype=dtype) if mask is None else mask.to(dtype)
-    total = weight.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=device)
+    if num_tokens is None:
+        total = weight.sum()
+    elif isinstance(num_tokens, Tensor):
+        total = num_tokens.to(device)
+    else:  # filled there: a copy would wait for the device
+        total = torch.full((), num_tokens, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
 
 
