@@ -7,10 +7,12 @@ namespace nb = nanobind;
 void bind_buffers(nb::module_ &m);
 void bind_divergence(nb::module_ &m);
 void bind_extrapolation(nb::module_ &m);
+void bind_lowrank(nb::module_ &m);
 
 NB_MODULE(_C, m) {
     m.doc() = "CPU kernels of effopd_kernels";
     bind_buffers(m);
     bind_divergence(m);
     bind_extrapolation(m);
+    bind_lowrank(m);
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops, orth, routes
 from .difference import Difference
 from .types import ROUNDING, RSVD, Flag
+from .workers import side_by_side
 
 MAX_ROUNDS = 8  # of power iterations, while `tol` is not met
 _SCALE_BEYOND = 40  # |log₂ max |Δ|| up to which fp32 squares and their sums are safe as they are
@@ -46,13 +47,14 @@ class Rest(NamedTuple):
 
 
 def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD, Rest]:
-    """Factor a (B, m, n) − base. On CPU one by one, so that no result depends on its batch; elsewhere as one group."""
-    x, y = list(a.unbind()), [] if base is None else list(base.unbind())
-    size = 1 if a.device.type == "cpu" else max(1, len(x))
-    parts = [decompose_group(x[i : i + size], y[i : i + size], settings) for i in range(0, len(x), size)]
-    if not parts:
+    """Factor a (B, m, n) − base. On CPU side by side, so that none depends on its batch; elsewhere as one group."""
+    if not len(a):
         return _blank(a, settings)
-    svds, rests = zip(*parts, strict=True)
+    x, y = a.detach(), None if base is None else base.detach()
+    size = 1 if a.device.type == "cpu" else len(a)
+    groups = [(list(x[i : i + size]), [] if y is None else list(y[i : i + size])) for i in range(0, len(x), size)]
+    factor = side_by_side if a.device.type == "cpu" else map
+    svds, rests = zip(*factor(lambda group: decompose_group(*group, settings), groups), strict=True)
     return RSVD(*map(torch.cat, zip(*svds, strict=True))), Rest(*map(torch.cat, zip(*rests, strict=True)))
 
 

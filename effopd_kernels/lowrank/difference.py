@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reference import panels
+from .panels import over_panels
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,27 @@ class Difference:
     def dense(self, index: int) -> Tensor:
         """One difference in full, for matrices small enough for LAPACK."""
         out = torch.empty(self.x[index].shape, dtype=self.dtype, device=self.x[index].device)
-        for rows, panel in self._panels(index):
+
+        def copy(rows: slice, panel: Tensor) -> None:
             out[rows] = panel
+
+        self._over_panels(index, copy)
         return out
 
     def distance(self, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
         """‖X − U diag(s) Vᵀ‖_F entry by entry, (B,) fp64. Where ‖X‖² − Σs² would cancel, this does not."""
-        squares = torch.zeros(len(self.x), dtype=torch.float64, device=u.device)
-        for i in range(len(self.x)):
-            us = u[i] * s[i]
-            for rows, panel in self._panels(i):
-                left = torch.addmm(panel, us[rows], v[i].mT, alpha=-1)
-                squares[i] += torch.linalg.vector_norm(left, dtype=torch.float64).square()
-        return squares.sqrt()
 
-    def _panels(self, i: int):
+        def left_over(i: int) -> Tensor:
+            us = u[i] * s[i]
+
+            def squares(rows: slice, panel: Tensor) -> Tensor:
+                left = torch.addmm(panel, us[rows], v[i].mT, alpha=-1)
+                return torch.linalg.vector_norm(left, dtype=torch.float64).square()
+
+            return self._over_panels(i, squares)
+
+        return torch.stack([left_over(i) for i in range(len(self.x))]).sqrt()
+
+    def _over_panels(self, i: int, function):
         scale = None if self.scale is None else self.scale[i]
-        return panels(self.x[i], self.base[i] if self.base else None, scale, self.dtype)
+        return over_panels(function, self.x[i], self.base[i] if self.base else None, scale, self.dtype)

@@ -12,7 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .reference import PANEL
+from .panels import PANEL
 from .types import RSVD
 
 

@@ -1,9 +1,10 @@
 """The truncated SVD of every update between two checkpoints, streamed.
 
-A reader thread fetches the next pair of matrices while the last one is factored, so at most two pairs and the factors
-are in memory. On a GPU equal shapes wait for one another, up to a limit, and are factored as a group.
+A reader thread fetches the next pair of matrices while others are factored: on the CPU side by side, on a GPU equal
+shapes as a group. Of both, as many pairs as fit a limit are held at a time.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
 from .rsvd import check_options, check_pair, fix_signs
 from .types import RSVD, Flag
+from .workers import side_by_side
 
-GROUP_BYTES = 2 << 30  # of waiting pairs on a GPU
+HELD_BYTES = 2 << 30  # of pairs: waiting for their like on a GPU, in work on the CPU
 
 
 def update_svd(
@@ -71,9 +73,14 @@ def update_svd(
     with tqdm(
         total=len(names), desc="update_svd", unit="matrix", disable=None if progress is None else not progress
     ) as bar:
-        for group in _groups(_pairs(*sides, names, device)):
+
+        def factor(group: list[tuple[str, Tensor, Tensor]]) -> tuple[list, list[RSVD]]:
             x, y = [v for _, a, _ in group for v in _matrices(a)], [v for _, _, b in group for v in _matrices(b)]
-            parts = iter(_factor(x, y, Settings(min(rank, *x[0].shape), oversample, power_iters, tol, seed, route)))
+            return group, _factor(x, y, Settings(min(rank, *x[0].shape), oversample, power_iters, tol, seed, route))
+
+        groups = _groups(_pairs(*sides, names, device))
+        for group, svds in side_by_side(factor, groups, at_once=_at_once(*sides, names)):
+            parts = iter(svds)
             for name, a, _ in group:
                 batch = [next(parts) for _ in range(a.shape[:-2].numel())]
                 svd = RSVD(*(torch.stack(f).reshape((*a.shape[:-2], *f[0].shape)) for f in zip(*batch, strict=True)))
@@ -139,6 +146,15 @@ def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Ten
             yield ahead.result()
 
 
+def _at_once(current, anchor, names: list[str]) -> int:
+    """Pairs that fit the limit, however large."""
+    sizes = (
+        sum(math.prod(side.shapes[name][0]) * side.shapes[name][1].itemsize for side in (current, anchor))
+        for name in names
+    )
+    return max(1, min(torch.get_num_threads(), HELD_BYTES // max(sizes, default=1)))
+
+
 def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
     """Equal shapes, dtypes and strides together; on CPU, where a group is no faster, one by one."""
     waiting: dict[tuple, list] = {}
@@ -150,7 +166,7 @@ def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[
             continue
         waiting.setdefault((a.shape[-2:], a.dtype, b.dtype, a.stride()[-2:], b.stride()[-2:]), []).append(pair)
         size += a.nbytes + b.nbytes
-        if size > GROUP_BYTES:
+        if size > HELD_BYTES:
             yield from waiting.values()
             waiting, size = {}, 0
     yield from waiting.values()

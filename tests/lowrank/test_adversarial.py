@@ -1,12 +1,14 @@
 """Inputs that break low-rank codes: degenerate, huge, tiny, poisoned, oddly shaped."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank.matrices import assert_certified, bf16_pair, orthogonality, spectrum, with_spectrum
 
-from effopd_kernels.lowrank import Flag, batched_rsvd, subspace_overlap
+from effopd_kernels.lowrank import Flag, batched_rsvd, panels, subspace_overlap, workers
 
 ROUTES = ("subspace", "gram", "exact")
 
@@ -126,6 +128,48 @@ def test_batch_equals_single_where_panels_are_views(columns):
         alone = batched_rsvd(a[i].clone(), 5, route="subspace")
         assert all(torch.equal(x[i], y) for x, y in zip(together, alone, strict=True))
     assert torch.equal(a, before)
+
+
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("route", ROUTES)
+def test_independent_of_the_number_of_threads(route, pair, monkeypatch):
+    """Bitwise, whether matrices or panels of them are shared out."""
+    monkeypatch.setattr(panels, "PANEL", 1 << 10)  # four to a matrix
+    pairs = [bf16_pair(50, 75, 3, 1e-2, seed) for seed in range(5)]
+    a, base = (torch.stack(side) for side in zip(*pairs, strict=True))
+    a, base = (a, base) if pair else (a.float(), None)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # put back by the fixture
+        assert torch.get_num_threads() == threads
+        together = batched_rsvd(a, 7, base=base, route=route)
+        alone = batched_rsvd(a[3], 7, base=None if base is None else base[3], route=route)
+        assert torch.get_num_threads() == threads
+        found.append((*together, *(x[None] for x in alone)))
+        assert all(torch.equal(x[3], y) for x, y in zip(together, alone, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def test_workers_leave_errors_and_other_threads_alone():
+    """An error in one matrix reaches the caller, and threads started later have as many threads as the caller."""
+    torch.set_num_threads(3)
+
+    def fail(i):
+        if i == 2:
+            raise ValueError("two")
+        return i
+
+    results = workers.side_by_side(fail, range(8))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        next(results)
+    assert list(workers.side_by_side(lambda i: torch.get_num_threads(), range(4))) == [1] * 4
+    counts = []
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert counts == [3]
 
 
 def test_the_seed_matters_only_to_the_sketch():

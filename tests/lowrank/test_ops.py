@@ -4,7 +4,8 @@ import pytest
 import torch
 from lowrank.matrices import orthogonality, with_spectrum
 
-from effopd_kernels.lowrank import ops, orth, reference
+from effopd_kernels.lowrank import ops, orth, panels, reference
+from effopd_kernels.native import native
 
 
 def difference(dtype=torch.bfloat16, transposed=False, pair=True):
@@ -27,7 +28,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_products(dtype, transposed, pair, monkeypatch):
-    monkeypatch.setattr(reference, "PANEL", 500)  # several panels, the last one short
+    monkeypatch.setattr(panels, "PANEL", 500)  # several panels, the last one short
     monkeypatch.setattr(reference, "GRAM_BLOCK", 8)
     x, base, exact = difference(dtype, transposed, pair)
     arithmetic = torch.promote_types(dtype, torch.float32)
@@ -64,6 +65,44 @@ def test_sums_of_squares_out_of_range_of_fp32():
     for scale in (1e-25, 1e30):
         a = scale * torch.ones(4, 5)
         assert abs(ops.stats([a], [], False)[0, ops.SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_panels_in_cpp_are_those_of_torch(dtype, pair, transposed, fast):
+    """Bit for bit, and their statistics to rounding: ragged and unaligned lines, unchanged entries, zeros, denormals,
+    squares beyond fp32, NaN.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 2100, generator=generator)
+    x[1:3] *= torch.tensor([[1e-25], [1e25]])
+    x[4, 5:9] = torch.tensor([0.0, -0.0, 1e-40, 1e-7])
+    base = (x + (torch.rand(x.shape, generator=generator) > 0.3) * 0.01 * x).to(dtype)
+    x, scale = x.to(dtype), torch.tensor(0.25)
+    if dtype == torch.float16:
+        x[2], base[2] = 6e4, -6e4
+    for poison in (0.0, torch.nan, torch.inf):
+        x[20, 30] = x[20, 30] + poison
+        for columns in (slice(None), slice(3, -10)):
+            a, b = (x[:, columns].T, base[:, columns].T) if transposed else (x[:, columns], base[:, columns])
+            found = []
+            for instruction_set in (None, *range(native().num_instruction_sets())):
+                rows, statistics = slice(3, len(a)), torch.zeros(5, dtype=torch.float64)
+                panel = panels.panel(
+                    a, b if pair else None, scale, rows, torch.bfloat16 if fast else torch.float32,
+                    statistics, True, instruction_set,
+                )  # fmt: skip
+                found.append((panel.clone(), statistics))
+            exact = a[3:].double() - (b[3:].double() if pair else 0)
+            sums = torch.stack([exact.square().sum(), panels.ulp(a[3:]).double().square().sum()])
+            for panel, statistics in found[1:]:
+                torch.testing.assert_close(panel, found[0][0], rtol=0, atol=0, equal_nan=True)
+                told = [1, 2, 4] if poison == 0 else [2, 4]  # a matrix with NaN may have any norms
+                torch.testing.assert_close(statistics[told], found[0][1][told], rtol=0, atol=0)
+                if poison == 0:
+                    torch.testing.assert_close(statistics[[0, 3]], sums, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("transposed", [True, False])

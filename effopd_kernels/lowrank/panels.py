@@ -1,0 +1,193 @@
+"""Panels of a difference X = scale · (x − base), each made in one pass and used while it is in cache.
+
+A panel is some rows of X, subtracted into a buffer of the thread that will use it. So a difference is never held at
+full size, every matrix runs through equally aligned memory (a result does not depend on where its input lay), and
+threads can share the panels of a matrix out.
+
+On the CPU the C++ extension makes them: subtraction, rounding to bf16 and statistics from one reading of the pair, at
+4 to 8 bytes an entry. Where it was not built, and for fp64, PyTorch does, in as many passes as operations.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..native import DTYPES, native
+from .workers import shared_out
+
+PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32: of 1 to 16 MiB the fastest in every pass
+
+# The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
+_EXPONENT = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+_mine = threading.local()  # buffers of this thread, by dtype
+
+
+def over_panels(
+    function: Callable[[slice, Tensor], Tensor | None],
+    x: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    statistics: Tensor | None = None,
+    full: bool = False,
+) -> Tensor | None:
+    """The sum, in order, of function(rows, X[rows]) over all panels, or None where the function returns nothing. The
+    panel, of ``dtype``, is the function's until it returns.
+
+    ``statistics`` (5,) fp64: where those of the unscaled difference are added, as `ops.stats` has them.
+    """
+
+    def run(rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        found = None if statistics is None else torch.zeros(5, dtype=torch.float64, device=x.device)
+        return function(rows, panel(x, base, scale, rows, dtype, found, full)), found
+
+    total = None
+    for part, found in (shared_out if x.device.type == "cpu" else map)(run, split(x)):
+        total = part if total is None else total.add_(part)
+        if found is not None:
+            largest = torch.maximum(statistics[1], found[1])
+            statistics.add_(found)[1] = largest
+    return total
+
+
+def split(x: Tensor) -> list[slice]:
+    """The rows of x (N, M) in panels, equal but for the last."""
+    rows, columns = x.shape
+    count = max(1, -(-rows * columns // PANEL))
+    step = max(16, -(-rows // count // 16) * 16)
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+
+
+def panel(
+    x: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    rows: slice,
+    dtype: torch.dtype,
+    statistics: Tensor | None = None,
+    full: bool = False,
+    instruction_set: int | None = -1,
+) -> Tensor:
+    """X[rows] in ``dtype``: a view of x where it is that already, else in a buffer that the thread's next one takes.
+    ``statistics`` (5,) fp64, zeros, are filled in. instruction_set: the kernel's, −1 the best; None for PyTorch.
+    """
+    if scale is not None and scale.device.type == "cpu" and scale.item() == 1:
+        scale = None
+    a, b = x[rows], None if base is None else base[rows]
+    as_it_lies = base is None and scale is None and x.dtype == dtype and _aligned(x)
+    if instruction_set is None or not _in_cpp(a, b, dtype):
+        return _in_torch(a, b, scale, dtype, statistics, full, as_it_lies)
+    out = a if as_it_lies else _buffer(a, dtype)
+    if statistics is not None or not as_it_lies:
+        across = int(_by_column(a))  # lines of memory are columns
+        sources = [(0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(across)) for t in (a, b)]
+        native().difference_panel(
+            *sources[0], *sources[1],
+            0 if as_it_lies else out.data_ptr(), DTYPES[dtype], out.stride(across),
+            a.shape[across], a.shape[1 - across], 1.0 if scale is None else scale.item(),
+            0 if statistics is None else statistics.data_ptr(), full, instruction_set,
+        )  # fmt: skip
+    return out
+
+
+def _by_column(x: Tensor) -> bool:
+    return x.stride(0) == 1 and x.stride(1) != 1
+
+
+def _in_cpp(a: Tensor, b: Tensor | None, dtype: torch.dtype) -> bool:
+    pair = [t for t in (a, b) if t is not None]
+    return (
+        a.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype in DTYPES and t.stride(1 - _by_column(a)) == 1 for t in pair)
+        and native() is not None
+    )
+
+
+def _in_torch(a, b, scale, dtype, statistics, full, as_it_lies) -> Tensor:
+    if as_it_lies:
+        out = a
+    else:
+        out = _buffer(a, arithmetic(a, dtype)).copy_(a)
+        if b is not None:
+            out.sub_(b)
+    if statistics is not None:
+        _count(statistics, out, a, full)
+    if scale is not None:
+        out.mul_(scale)
+    return out if out.dtype == dtype else _buffer(a, dtype).copy_(out)
+
+
+def arithmetic(x: Tensor, dtype: torch.dtype = torch.float32) -> torch.dtype:
+    """Of the subtraction: fp64 where x or the result is, else fp32."""
+    return torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether x lies as a buffer would: products of other alignments may round differently."""
+    pitch = max(x.stride()) * x.element_size()
+    return 1 in x.stride() and pitch % 64 == 0 and x.data_ptr() % 64 == 0
+
+
+def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the shape and order of ``like``, uninitialised."""
+    shape = like.mT.shape if _by_column(like) else like.shape
+    if like.device.type != "cpu":
+        out = torch.empty(shape, dtype=dtype, device=like.device)
+    else:
+        held = _mine.__dict__
+        if dtype not in held or held[dtype].numel() < like.numel():
+            held[dtype] = torch.empty(max(like.numel(), PANEL), dtype=dtype)
+        out = held[dtype][: like.numel()].view(shape)
+    return out.mT if _by_column(like) else out
+
+
+# ---- statistics in PyTorch
+
+
+def ulp(x: Tensor) -> Tensor:
+    """Distance from |x| to the next larger number of x's dtype; 0 for zeros and denormals, which no weight of interest
+    is.
+    """
+    integer, mask = _EXPONENT[x.dtype]
+    return (
+        (x.view(integer) & mask)
+        .view(x.dtype)
+        .to(torch.promote_types(x.dtype, torch.float32))
+        .mul_(torch.finfo(x.dtype).eps)
+    )
+
+
+def _count(row: Tensor, delta: Tensor, values: Tensor, full: bool) -> None:
+    """Statistics of one panel into ``row``; ``values`` are the entries of x it was made from."""
+    if delta.numel() == 0:
+        return
+    if _by_column(delta):  # the order of memory
+        delta, values = delta.mT, values.mT
+    largest = torch.maximum(-delta.amin(), delta.amax())  # aminmax would copy a panel whose rows lie apart
+    row[0] = _sum_squares(delta, largest)
+    row[1] = largest
+    if delta.device.type != "cpu" or not largest.isfinite():
+        row[4] = (~delta.isfinite()).sum()
+    if full:
+        # Of the bits, without the sign of −0: counting floats that are not zero takes ten times as long.
+        row[2] = delta.numel() - torch.count_nonzero(delta.abs().view(_EXPONENT[delta.dtype][0]))
+        steps = ulp(values)
+        row[3] = _sum_squares(steps, steps.amax())
+
+
+def _sum_squares(x: Tensor, largest: Tensor) -> Tensor:
+    """Σ x² in fp64. Row norms in fp32 are exact enough (their errors average out) and eight times faster, while squares
+    stay in range.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and not 1e-12 < float(largest) < 1e12:
+        x = x.double()
+    return torch.linalg.vector_norm(x, dim=1).double().square_().sum()

@@ -1,0 +1,99 @@
+"""Threads that compute alone.
+
+How many threads take part in a product decides its bits, and where they meet costs more than the products of a few
+hundred columns gain. So on the CPU every operation here is one thread's: matrices are factored side by side, and where
+fewer of them are left than there are threads, the panels of each are shared out. No result depends on which, nor on the
+number of threads.
+"""
+
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+_mine = threading.local()  # team: the one this thread belongs to; shares: it takes panels of other threads' matrices
+
+
+class _Team:
+    """As many threads for matrices and as many for panels, each with operations of one thread."""
+
+    def __init__(self, threads: int):
+        self.threads, self.matrices = threads, 0  # those being worked on
+        self.lock = threading.Lock()
+        ready = threading.Barrier(2 * threads + 1)
+        self.drivers, self.sharers = (
+            ThreadPoolExecutor(threads, "effopd-lowrank", self._start, (ready, shares)) for shares in (False, True)
+        )
+        for pool in (self.drivers, self.sharers):
+            for _ in range(threads):
+                pool.submit(ready.wait)
+        ready.wait()
+        torch.set_num_threads(threads)  # the count is each thread's own, but what the last one set, new threads get
+
+    def _start(self, ready: threading.Barrier, shares: bool) -> None:
+        torch.get_num_threads()  # a thread takes over the default count when it first asks: before the next line, then
+        torch.set_num_threads(1)
+        _mine.team, _mine.shares = self, shares
+
+    def drive(self, function: Callable[[Item], Result], item: Item) -> Result:
+        with self.lock:
+            self.matrices += 1
+        try:
+            with torch.no_grad():
+                return function(item)
+        finally:
+            with self.lock:
+                self.matrices -= 1
+
+
+_team = functools.cache(_Team)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.cache_clear)  # threads stay behind
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], at_once: int | None = None
+) -> Iterator[Result]:
+    """function(item) of every matrix, in order, without gradients. Items are drawn as threads become free; ``at_once``
+    limits how many are held besides the one drawn last, by default to one for each thread.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:  # of a team, or all there are
+        return map(torch.no_grad()(function), items)
+    team = _team(threads)
+    return _in_order(team.drivers, functools.partial(team.drive, function), items, at_once or threads)
+
+
+def shared_out(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """function(item) of every panel of a matrix, in order."""
+    team = getattr(_mine, "team", None)
+    if team is None:
+        threads = torch.get_num_threads()
+        if threads == 1:
+            return map(function, items)
+        team = _team(threads)
+    elif _mine.shares or team.matrices >= team.threads:
+        return map(function, items)
+    return _in_order(team.sharers, function, items, team.threads)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    waiting = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
