@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 
 from effopd_kernels.lowrank.checkpoints import FileCheckpoint
 
+for name in ("matplotlib", "pyarrow", "sklearn"):  # the command's
+    pytest.importorskip(name)
+
 HIDDEN, INTERMEDIATE, KEYS, LAYERS, VOCABULARY = 896, 4864, 128, 24, 151936
 
 

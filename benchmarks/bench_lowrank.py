@@ -167,7 +167,7 @@ for folder in sys.argv[1:3]:
         file.read(name)
 reading, before = time.perf_counter() - start, peak()
 start = time.perf_counter()
-svds = update_svd(sys.argv[1], sys.argv[2], 64, progress=False)
+svds = update_svd(sys.argv[1], sys.argv[2], 64, progress=False, device=sys.argv[4])
 save(svds, sys.argv[3])
 print(json.dumps({"seconds": time.perf_counter() - start, "reading alone": reading, "before": before, "peak": peak()}))
 """
@@ -193,7 +193,7 @@ def test_streaming_a_model(benchmark, request, report, tmp_path):
         base[name] = w.float().add_(update, alpha=1e-2 * 0.02 / 4).bfloat16()
     save_file(base, folders[0] / "model.safetensors")
     del base
-    command = [sys.executable, "-c", STREAM, *map(str, folders), str(tmp_path / "factors.safetensors")]
+    command = [sys.executable, "-c", STREAM, *map(str, folders), str(tmp_path / "factors.safetensors"), DEVICE]
     try:
         outputs = []
         benchmark.pedantic(
@@ -212,5 +212,5 @@ def test_streaming_a_model(benchmark, request, report, tmp_path):
         "of which before": round(result["before"] / 1e9, 2),
         "factors, GB": round((tmp_path / "factors.safetensors").stat().st_size / 1e9, 2),
     }
-    assert result["peak"] < 2e9
+    assert DEVICE == "cuda" or result["peak"] < 2e9  # a GPU's libraries alone take more
     report(f"update_svd, rank 64, {7 * layers} matrices in two folders", [row])

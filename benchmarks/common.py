@@ -48,8 +48,9 @@ def race(contenders: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def copy_bandwidth(nbytes: int = 1 << 28) -> float:
-    """Bytes per second, reads and writes counted, of copying a buffer larger than the caches."""
+def copy_bandwidth(nbytes: int = 1 << (32 if DEVICE == "cuda" else 28)) -> float:
+    """Bytes per second, reads and writes counted, of copying a buffer larger than the caches, for longer than it takes
+    to launch and to wait."""
     source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     return 2 * nbytes / race({"copy": lambda: target.copy_(source)}, 5)["copy"]
 
