@@ -1,10 +1,7 @@
-"""Where A and W_t are kept: beside the parameters, in pinned host memory, or in memory-mapped safetensors files."""
+"""Where A and W_t are kept: beside the parameters, in pinned host memory, or in memory-mapped files."""
 
-import json
-import math
 import os
 import tempfile
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -13,15 +10,14 @@ from torch import Tensor
 __all__ = ["PLACES", "allocate"]
 
 PLACES = ("device", "host", "disk")
-SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLike | None = None) -> list[Tensor]:
     """Uninitialised tensors of the shapes and dtypes of `like`.
 
-    place: "device" (the one each tensor is on), "host" (pinned where there is CUDA) or "disk": one file in `directory`
-    in safetensors layout, mapped so that writing a tensor writes the file and the page cache decides what stays in
-    memory; the file is removed with the last of its tensors.
+    place: "device" (the one each tensor is on), "host" (pinned where there is CUDA) or "disk": one file in `directory`,
+    mapped so that writing a tensor writes the file and the page cache decides what stays in memory. The file has no
+    name, so that it goes with the last of its tensors, however the process ends.
     """
     if place == "device":
         return [torch.empty_like(t, requires_grad=False) for t in like.values()]
@@ -32,35 +28,21 @@ def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLik
 
 
 def _mapped(like: Mapping[str, Tensor], directory) -> list[Tensor]:
-    # Wide dtypes first: safetensors allows no gaps, and this keeps every tensor aligned to its element size.
+    # Wide dtypes first: this keeps every tensor aligned to its element size.
     order = sorted(like, key=lambda name: -like[name].element_size())
-    entries, end = {}, 0
+    starts, size = {}, 0
     for name in order:
-        start, end = end, end + like[name].numel() * like[name].element_size()
-        entries[name] = {
-            "dtype": SAFETENSORS[like[name].dtype],
-            "shape": list(like[name].shape),
-            "data_offsets": [start, end],
-        }
-    header = json.dumps(entries).encode()
-    header += b" " * (-(len(header) + 8) % 64)
-    base = 8 + len(header)
+        starts[name], size = size // like[name].element_size(), size + like[name].nbytes
     os.makedirs(directory, exist_ok=True)
-    descriptor, path = tempfile.mkstemp(prefix="effopd-", suffix=".safetensors", dir=directory)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(base + end)
-    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=base + end)
-    weakref.finalize(storage, _remove, path)
-    out = {}
-    for name in order:
-        dtype, shape = like[name].dtype, like[name].shape
-        start = (base + entries[name]["data_offsets"][0]) // dtype.itemsize
-        flat = torch.empty(0, dtype=dtype).set_(storage, start, (math.prod(shape),))
-        out[name] = flat.view(shape)
-    return [out[name] for name in like]
-
-
-def _remove(path: str) -> None:
-    if os.path.exists(path):
+    descriptor, path = tempfile.mkstemp(prefix="effopd-", dir=directory)
+    try:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error while writing
+            os.posix_fallocate(descriptor, 0, max(size, 1))
+        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=max(size, 1))
+    finally:
+        os.close(descriptor)
         os.unlink(path)
+    return [
+        torch.empty(0, dtype=t.dtype).set_(storage, starts[name], (t.numel(),)).view(t.shape)
+        for name, t in like.items()
+    ]
