@@ -32,19 +32,26 @@ class CheckpointError(RuntimeError):
 
 
 def save(directory: str | os.PathLike, anchor: Mapping[str, Tensor], scalars: dict, ranks: Ranks, sharded: bool):
-    """Write one state; every rank calls it. Only rank 0 writes an anchor that is not sharded."""
+    """Write one state; every rank calls it, and none waits for one that could not. Only rank 0 writes an anchor that is
+    not sharded."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     token = ranks.gather(secrets.token_hex(4))[0]
     count = ranks.size if sharded else 1
-    entry = None
-    if ranks.rank < count:
+
+    def write_shard() -> dict | None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if ranks.rank >= count:
+            return None
         path = directory / f"anchor-{token}-{ranks.rank:05d}-of-{count:05d}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in anchor.items()}, path)
         _flush(path)
-        entry = {"file": path.name, "bytes": path.stat().st_size, "crc32": _crc32(path)}
-    shards = [e for e in ranks.gather(entry) if e is not None]
-    if ranks.rank == 0:
+        return {"file": path.name, "bytes": path.stat().st_size, "crc32": _crc32(path)}
+
+    shards = [e for e in ranks.attempt(write_shard) if e is not None]
+
+    def write_index() -> None:
+        if ranks.rank != 0:
+            return
         body = {"scalars": scalars, "shards": shards}
         temporary = directory / f"{INDEX}.tmp"
         temporary.write_text(json.dumps({**body, "crc32": _crc32_of_json(body)}))
@@ -55,7 +62,8 @@ def save(directory: str | os.PathLike, anchor: Mapping[str, Tensor], scalars: di
         for old in directory.glob("anchor-*.safetensors"):
             if old.name not in keep:
                 old.unlink()
-    ranks.gather(None)  # nobody returns before the state counts
+
+    ranks.attempt(write_index)  # nobody returns before the state counts
 
 
 def load(directory: str | os.PathLike, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,7 +76,7 @@ def load(directory: str | os.PathLike, ranks: Ranks) -> tuple[dict[str, Tensor],
             raise CheckpointError(f"{directory} was saved sharded by {len(shards)} ranks, this run has {ranks.size}")
         path = _intact(Path(directory), shards[ranks.rank if len(shards) > 1 else 0])
         anchor, scalars = load_file(path), index["scalars"]
-    except CheckpointError as failure:
+    except (CheckpointError, OSError) as failure:
         error = str(failure)
     errors = [e for e in ranks.gather(error) if e is not None]
     if errors:

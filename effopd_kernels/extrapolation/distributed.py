@@ -7,7 +7,7 @@ can say so while the others are still on their way to the exchange. Shapes: R ra
 import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -54,6 +54,18 @@ class Ranks:
         if failed and error is None:
             raise RankFailed("; ".join(failed))
         return [value for value, _ in answers]
+
+    def attempt(self, action: Callable[[], T]) -> list[T]:
+        """What action() returned on every rank; a rank on which it raises raises that, all others `RankFailed`."""
+        value = error = None
+        try:
+            value = action()
+        except Exception as failure:
+            error = failure
+        values = self.gather(value, error)
+        if error is not None:
+            raise error
+        return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, the same bits on every rank."""

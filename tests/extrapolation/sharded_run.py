@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effopd_kernels.extrapolation import EffOPDController, Scores, extrapolate_, share
+from effopd_kernels.extrapolation import EffOPDController, Scores, checkpoint, extrapolate_, share
 
 STEPS, PROMPTS, WIDTH = 8, 16, 6
 
@@ -162,11 +162,29 @@ def lists_of_dtensors():
         return right and "partial sums" in str(error), stats.weight_sq.item(), expected[rows].square().sum().item()
 
 
+def save_on_a_full_disk(folder):
+    """What each rank raises when rank 1 cannot write its part of a checkpoint."""
+
+    def full(*args):
+        raise OSError("no space left")
+
+    controller = EffOPDController(build(sharded=True, mixed=False)[0], lambda: 0.0)
+    write = checkpoint.save_file
+    checkpoint.save_file = full if dist.get_rank() == 1 else write
+    try:
+        controller.save(folder / "full")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        checkpoint.save_file = write
+
+
 def main(folder, case):
     dist.init_process_group("gloo")
     results = {}
     if case == "equal":
         results["dtensors"] = lists_of_dtensors()
+        results["full disk"] = save_on_a_full_disk(folder)
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")
         results["mixed"] = run(folder, sharded=True, mixed=True)

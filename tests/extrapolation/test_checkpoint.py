@@ -32,6 +32,12 @@ def test_round_trip(controller, tmp_path):
         assert torch.equal(anchor_of(other)[name], anchor)
 
 
+def test_a_file_where_a_folder_belongs_is_named(controller, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="Not a directory"):
+        controller.load(tmp_path / "file")
+
+
 def test_a_second_save_leaves_only_its_own_files(controller, tmp_path):
     controller.save(tmp_path)
     controller.save(tmp_path)

@@ -73,6 +73,11 @@ def test_a_sharded_run_resumes_bit_for_bit(ranks):
         assert decisions(rank["resumed"]["events"]) == decisions(rank["plain"]["events"])
 
 
+def test_a_rank_that_cannot_save_does_not_leave_the_others_waiting(ranks):
+    assert ranks[1]["full disk"] == "OSError: no space left"
+    assert ranks[0]["full disk"] == "RankFailed: rank 1: OSError: no space left"
+
+
 def test_mixed_precision_moves_the_fp32_shards(ranks):
     assert all(w.dtype == torch.float32 for w in ranks[0]["mixed"]["weights"])
     assert any(e["alpha"] != 1 for e in ranks[0]["mixed"]["events"])
