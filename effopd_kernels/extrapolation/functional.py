@@ -1,7 +1,8 @@
 """The two functions users import: `extrapolate_` for a list of weights in place, `extrapolate` with gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,12 @@ class ExtrapolationStats(NamedTuple):
 
 @torch.no_grad()
 def extrapolate_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    currents: Sequence[Tensor],
+    params: Iterable[Tensor],
+    anchors: Iterable[Tensor],
+    currents: Iterable[Tensor],
     alpha: float | Sequence[float] | Tensor,
     *,
-    masters: Sequence[Tensor | None] | None = None,
+    masters: Iterable[Tensor | None] | None = None,
     stats: bool = True,
 ) -> ExtrapolationStats | None:
     """Write ``anchor + alpha * (current - anchor)`` into every parameter of a list, in place.
@@ -48,6 +49,7 @@ def extrapolate_(
     Raises:
         ValueError: lengths, shapes, devices or placements disagree; TypeError: a tensor is not floating.
     """
+    params, anchors, currents = list(params), list(anchors), list(currents)
     masters = [None] * len(params) if masters is None else list(masters)
     alphas = _one_alpha_per_tensor(alpha, len(params))
     columns = [[None if t is None else local(t) for t in ts] for ts in (params, anchors, currents, masters)]
@@ -87,9 +89,9 @@ def extrapolate(w0, delta, alpha):
         return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()).to(w0.device))
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
-    if isinstance(alpha, Tensor) and alpha.ndim == 1 and len(alpha) != len(w0):
+    one_each = not isinstance(alpha, Real) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
+    if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
-    one_each = not isinstance(alpha, (int, float)) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
 
 
@@ -99,7 +101,7 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
         return alpha.detach().to(torch.float64).expand(count)
-    values = [float(alpha)] * count if isinstance(alpha, (int, float)) else [float(x) for x in alpha]
+    values = [float(alpha)] * count if isinstance(alpha, Real) else [float(x) for x in alpha]
     if len(values) != count:
         raise ValueError(f"{len(values)} alphas for {count} tensors")
     if not all(map(math.isfinite, values)):

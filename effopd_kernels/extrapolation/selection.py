@@ -36,7 +36,8 @@ def named_tensors(params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
     else:
         items = params.items() if isinstance(params, Mapping) else params
     out, seen = {}, set()
-    for name, tensor in items:
+    for item in items:
+        name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (None, item)
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"params must be a module or named tensors, got ({name!r}, {type(tensor).__name__})")
         if id(tensor) in seen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):

@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -187,6 +188,13 @@ class TestPublicFunction:
         expected = torch.stack([p.double().square().sum() for p in params])
         torch.testing.assert_close(stats.weight_sq.double(), expected)
 
+    def test_what_parameters_returns_and_numbers_of_numpy(self):
+        net, anchor, current = (torch.nn.Linear(3, 2) for _ in range(3))
+        expected = [torch.lerp(a, c, 3.0) for a, c in zip(anchor.parameters(), current.parameters(), strict=True)]
+        extrapolate_(net.parameters(), anchor.parameters(), current.parameters(), np.float32(3))
+        torch.testing.assert_close(list(net.parameters()), expected)
+        assert extrapolate([torch.ones(2)], [torch.ones(2)], np.float32(3))[0].tolist() == [4.0, 4.0]
+
     def test_parameters_that_require_grad(self):
         param = torch.nn.Parameter(torch.zeros(3))
         version = param._version
@@ -242,6 +250,9 @@ class TestDifferentiable:
             extrapolate(torch.zeros(3), torch.zeros(4), 2.0)
         with pytest.raises(ValueError, match="2 alphas for 1 tensors"):
             extrapolate([torch.zeros(3)], [torch.zeros(3)], torch.ones(2))
+        for alphas in ([2.0], [2.0, 3.0, 4.0]):
+            with pytest.raises(ValueError, match=f"{len(alphas)} alphas for 2 tensors"):
+                extrapolate([torch.zeros(3)] * 2, [torch.zeros(3)] * 2, alphas)
         with pytest.raises(ValueError, match="1 tensors in w0"):
             extrapolate([torch.zeros(3)], [], 2.0)
 

@@ -89,3 +89,5 @@ def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
     assert list(named_tensors({"plain": torch.zeros(1)})) == ["plain"]
     with pytest.raises(TypeError, match="named tensors"):
         named_tensors([torch.zeros(2)])
+    with pytest.raises(TypeError, match="named tensors"):
+        named_tensors(torch.nn.Linear(2, 3).parameters())
