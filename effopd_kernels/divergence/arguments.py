@@ -13,9 +13,11 @@ def local(tensor: Tensor | None) -> Tensor | None:
 
 
 def check_float(**tensors: Tensor) -> None:
-    """Raise TypeError unless every tensor is floating point, and ValueError unless all are on one device."""
+    """Raise TypeError unless all are floating tensors, and ValueError unless they are on one device."""
     (first_name, first), *_ = tensors.items()
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
         if tensor.device != first.device:
@@ -52,6 +54,8 @@ def row_factor(
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f'num_tokens is the normaliser of reduction="mean", got it with reduction={reduction!r}')
+    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not num_tokens >= 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
     for name, tensor in (("mask", mask), ("weight", weight)):

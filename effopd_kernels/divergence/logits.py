@@ -19,6 +19,8 @@ def _rows(tensors, row_scale, spec, needs, with_stats):
 
 def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
     student_NV, teacher_NV, mask_N = tensors
+    if student_NV.stride(0) < student_NV.shape[1] and student_NV.shape[0] > 1:  # expanded: rows that share memory
+        student_NV = student_NV.clone(memory_format=torch.contiguous_format)
     loss, stats = torch.ops.effopd.divergence_rows_(
         student_NV, teacher_NV, mask_N, row_scale, *spec, needs[0], with_stats
     )
@@ -27,7 +29,7 @@ def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
 
 def _as_rows(logits: Tensor) -> Tensor:
     """(..., V) as (N, V) with neighbouring columns adjacent; a view wherever strides allow."""
-    return logits.reshape(-1, logits.shape[-1]) if logits.stride(-1) == 1 else logits.contiguous().flatten(0, -2)
+    return (logits if logits.stride(-1) == 1 else logits.contiguous()).reshape(-1, logits.shape[-1])
 
 
 def divergence_loss(

@@ -244,6 +244,14 @@ def test_inplace_overwrites_the_logits_with_their_gradient():
     torch.testing.assert_close(first, expected)
 
 
+def test_inplace_on_rows_that_share_memory_writes_rows_of_its_own():
+    row, teacher = random(1, V).requires_grad_(), random(N, V, seed=1)
+    expected = torch.autograd.grad(divergence_loss(row.expand(N, V), teacher), row)[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(divergence_loss((row * 1).expand(N, V), teacher, inplace=True), row)[0], expected
+    )
+
+
 class Spy(TorchDispatchMode):
     """Records every operator that runs."""
 
@@ -368,6 +376,9 @@ H = heads()
         (lambda: divergence_loss(S, T, weight=torch.ones(6, 1)), ["weight", "(6,)", "(6, 1)"]),
         (lambda: divergence_loss(S, T, reduction="batchmean"), ["batchmean"]),
         (lambda: divergence_loss(S, T, reduction="sum", num_tokens=3), ["num_tokens"]),
+        (lambda: divergence_loss(S, T, num_tokens=-5), ["num_tokens", "-5"]),
+        (lambda: divergence_loss(S, None), ["teacher_logits", "NoneType"]),
+        (lambda: linear_divergence_loss(H[0], torch.nn.Linear(8, 50), *H[2:]), ["student_weight", "Linear"]),
         (lambda: divergence_loss(S, T, temperature=0.0), ["temperature", "0.0"]),
         (lambda: divergence_loss(S, T, teacher_temperature=-1.0), ["teacher_temperature", "-1.0"]),
         (lambda: linear_divergence_loss(*H, student_logit_scale=0.0), ["student_logit_scale", "0.0"]),

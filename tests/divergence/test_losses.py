@@ -287,8 +287,9 @@ def test_any_shape(shape, student_V, teacher_V, member, temperature, masked, see
         lambda x: x.transpose(1, 2),
         lambda x: x[..., ::2],
         lambda x: x[:1].expand(3, -1, -1),
+        lambda x: x[0, 0, ::2],
     ],
-    ids=["dropped last", "slice", "transposed tokens", "transposed vocabulary", "strided", "expanded"],
+    ids=["dropped last", "slice", "transposed tokens", "transposed vocabulary", "strided", "expanded", "one token"],
 )
 def test_views(view):
     base, teacher = random(4, 6, 64), view(random(4, 6, 64, seed=1))
