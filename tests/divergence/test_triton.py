@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from divergence.criterion import PLAIN, assert_accurate, definition
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
 
 from effopd_kernels.divergence import triton_kernels
@@ -20,11 +21,9 @@ FAMILY = {  # a, b, π
     "skew_forward(0.1)": (1.0, 0.0, 0.1),
     "skew_reverse(0.1)": (0.0, 1.0, 0.9),
 }
-PLAIN = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # temperatures, scales, soft caps
 ROUTES = ("reverse", "forward", "jsd(0.3)")  # the kernel's three compile-time cases
 every_member = pytest.mark.parametrize("member", FAMILY)
 every_route = pytest.mark.parametrize("member", ROUTES)
-EPS = torch.finfo(torch.float32).eps
 
 
 def test_in_interpreter():
@@ -39,16 +38,6 @@ def small_slices(monkeypatch):
         monkeypatch.setattr(triton_kernels, "launch_for", lambda device: (launch, 2))
 
 
-def definition(member, student, teacher, knobs=PLAIN, dtype=torch.float64):
-    """((N,) value, gradient) by autograd from the oracle; in a narrow dtype, what a user writes in eager PyTorch."""
-    t_s, t_t, c_s, c_t, cap_s, cap_t = knobs
-    V = min(student.shape[1], teacher.shape[1])
-    log_p = oracle.log_probs(teacher[:, :V].to(dtype), t_t, c_t, cap_t)
-    return oracle.value_and_grad(
-        lambda x: oracle.FAMILY[member](oracle.log_probs(x[:, :V], t_s, c_s, cap_s), log_p), student, dtype=dtype
-    )
-
-
 def run(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, grad=True, stats=True, out=None):
     """(loss, grad, stats); the gradient's memory is poisoned beforehand."""
     if grad and out is None:
@@ -58,38 +47,7 @@ def run(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, grad=T
 
 
 def check(student, teacher, member, knobs=PLAIN):
-    """Element by element, an error no larger than eager PyTorch's in the same dtype plus what fp32 itself commits.
-
-    A log-probability R below 0 carries R·2⁻²³ per rounding, and there are four. A gradient element q·(…) carries that
-    of the bracket times q, and that of 2^u times itself; it is then stored, which the interpreter does by truncation.
-    """
-    t_s, t_t, c_s, c_t, cap_s, cap_t = knobs
-    loss, grad, stats = run(student, teacher, member, knobs)
-    true_loss, true_grad = definition(member, student, teacher, knobs)
-    eager_dtype = torch.promote_types(student.dtype, teacher.dtype)
-    eager_loss, eager_grad = definition(member, student, teacher, knobs, eager_dtype)
-    log_q = oracle.log_probs(student.double(), t_s, c_s, cap_s)
-    log_p = oracle.log_probs(teacher.double(), t_t, c_t, cap_t)
-    weight, depth = log_q.exp() + log_p.exp(), -torch.minimum(log_q, log_p)
-    mean_depth = (weight * depth).sum(-1) + 1
-
-    within(loss, true_loss, eager_loss, 4 * EPS * mean_depth)
-    slope = c_s / t_s
-    term = 4 * EPS * slope * weight * (depth + mean_depth[:, None]) + 2 * EPS * depth * true_grad.abs()
-    term += slope * 2.0**-124 * mean_depth[:, None]  # 2^u is flushed to 0 below 2⁻¹²⁵
-    term += torch.finfo(student.dtype).eps * true_grad.abs() + torch.finfo(student.dtype).smallest_normal
-    within(grad, true_grad, eager_grad, term)
-    for found, log, eager in (
-        (stats[0], log_q, oracle.log_probs(student, t_s, c_s, cap_s)),
-        (stats[1], log_p, oracle.log_probs(teacher, t_t, c_t, cap_t)),
-    ):
-        within(found, oracle.entropy(log), oracle.entropy(eager), 4 * EPS * mean_depth)
-    assert torch.equal(stats[2] == 1, log_q.argmax(-1) == log_p.argmax(-1))
-
-
-def within(found, true, eager, term):
-    error, allowed = (found.double() - true).abs(), (eager.double() - true).abs() + term
-    assert (error <= allowed).all(), (error / allowed).max()
+    assert_accurate(run(student, teacher, member, knobs), member, student, teacher, knobs)
 
 
 def logits(*shape, spread=3.0, dtype=torch.float32, seed=0):
