@@ -74,6 +74,19 @@ LAUNCH = {
 
 
 @triton.jit
+def _tanh(x):
+    """tanh(x·ln2/2). Near 0 the formula subtracts 1 from 1 and a cap would multiply what is left of it; there,
+    S. Moshier's polynomial (Cephes, tanhf)."""
+    y = x * (LN2 / 2)
+    z = y * y
+    p = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.fma(p, z, -5.37397155531e-2)
+    p = tl.fma(p, z, 1.33314422036e-1)
+    p = tl.fma(p, z, -3.33332819422e-1)
+    return tl.where(tl.abs(y) < 0.625, tl.fma(p * z, y, y), 1 - 2 / (1 + tl.exp2(x)))
+
+
+@triton.jit
 def _load(row_ptr, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
     """A tile of logits in fp32, PAD past V; with a soft cap, tanh(scale·x/cap), where pre = 2·log2e·scale/cap."""
     if MASKED:
@@ -81,7 +94,7 @@ def _load(row_ptr, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, POL
     else:
         x = tl.load(row_ptr + cols, eviction_policy=POLICY).to(tl.float32)
     if CAPPED:
-        x = 1 - 2 / (1 + tl.exp2(x * pre))
+        x = _tanh(x * pre)
     if MASKED:
         x = tl.where(cols < V, x, PAD)
     return x

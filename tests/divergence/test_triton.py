@@ -201,8 +201,13 @@ def test_logits_as_large_as_1e4(member):
 @every_route
 @pytest.mark.parametrize(
     "knobs",
-    [(2.0, 0.5, 1.0, 1.0, 0.0, 0.0), (1.0, 1.0, 0.25, 3.0, 0.0, 0.0), (1.3, 0.7, 0.5, 2.0, 30.0, 20.0)],
-    ids=["temperatures", "scales", "soft caps"],
+    [
+        (2.0, 0.5, 1.0, 1.0, 0.0, 0.0),
+        (1.0, 1.0, 0.25, 3.0, 0.0, 0.0),
+        (1.3, 0.7, 0.5, 2.0, 30.0, 20.0),
+        (1.0, 1.0, 1.0, 1.0, 1000.0, 500.0),
+    ],
+    ids=["temperatures", "scales", "soft caps", "soft caps far away"],
 )
 def test_temperature_scale_and_soft_cap(member, knobs):
     check(logits(2, 1100), logits(2, 1100, seed=1), member, knobs)
