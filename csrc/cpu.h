@@ -20,7 +20,7 @@ constexpr int kLanes = 16;  // of a vector of floats
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kLarge = int64_t(8) << 20;  // bytes from which an output outgrows the caches
 
-inline int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 // Streaming stores spare reading the output's lines before overwriting them; end_stream() makes them visible to others.
 inline void copy_out(char* out, const void* from, int64_t bytes, bool stream) {

@@ -52,7 +52,7 @@ const auto kRuns = supported(CLONES(run_rows));
 Side make_side(uintptr_t data, int64_t row_stride, int dtype, double temperature, double scale, double softcap) {
     const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
     const double c = (softcap != 0 ? softcap : scale) / temperature * kLog2e;
-    return {reinterpret_cast<const char*>(data), row_stride * (dtype == kFloat32 ? 4 : 2), dtype, pre, float(c)};
+    return {reinterpret_cast<const char*>(data), row_stride * size_of(dtype), dtype, pre, float(c)};
 }
 
 // Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
@@ -62,7 +62,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int student_dtyp
                      double pi, double student_temperature, double teacher_temperature, double student_scale,
                      double teacher_scale, double student_softcap, double teacher_softcap, uintptr_t grad,
                      int64_t grad_stride, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads, int instruction_set) {
-    const int64_t size = student_dtype == kFloat32 ? 4 : 2;
+    const int64_t size = size_of(student_dtype);
     Job job{};
     job.student = make_side(student, student_stride, student_dtype, student_temperature, student_scale, student_softcap);
     job.teacher = make_side(teacher, teacher_stride, teacher_dtype, teacher_temperature, teacher_scale, teacher_softcap);

@@ -110,7 +110,7 @@ struct Block {
 
 // `count` logits, or tanh(x·pre) of them under a soft cap, in fp32, padded by −inf to a multiple of kStep.
 INLINE void stage_as(const Side& side, const char* p, int count, float* out, const int dtype, const bool capped) {
-    const int size = dtype == kFloat32 ? 4 : 2, whole = count / kLanes * kLanes;
+    const int size = size_of(dtype), whole = count / kLanes * kLanes;
     for (int i = 0; i < whole; i += kLanes) {
         const vf x = load(p + int64_t(i) * size, dtype);
         *(vf*)(out + i) = capped ? tanh_(x * side.pre) : x;
@@ -125,7 +125,7 @@ INLINE void stage_as(const Side& side, const char* p, int count, float* out, con
 }
 
 static const float* stage(const Side& side, const char* row, int64_t start, int count, float* out) {
-    const char* p = row + start * (side.dtype == kFloat32 ? 4 : 2);
+    const char* p = row + start * size_of(side.dtype);
     const bool capped = side.pre != 0;
     if (side.dtype == kFloat32 && !capped && count % kStep == 0) return (const float*)p;
     if (side.dtype == kFloat32) capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
@@ -139,7 +139,7 @@ static bool as_they_lie(const Side& x, const Side& y) {
 }
 
 static Block block_of(const Side& side, const char* row, int64_t start, int count, float* out, bool as_it_lies) {
-    if (as_it_lies && count % kStep == 0) return {row + start * (side.dtype == kFloat32 ? 4 : 2), side.dtype};
+    if (as_it_lies && count % kStep == 0) return {row + start * size_of(side.dtype), side.dtype};
     return {(const char*)stage(side, row, start, count, out), kFloat32};
 }
 
@@ -152,7 +152,7 @@ INLINE float largest(vf x) {
 INLINE float top_as(const char* z, int count, const int dtype) {
     vf top = splat(-kInf);
     for (int i = 0; i < count; i += kStep) {
-        const Two two = load_two(z + i * (dtype == kFloat32 ? 4 : 2), dtype);
+        const Two two = load_two(z + i * size_of(dtype), dtype);
         top = max_(two.x[1], max_(two.x[0], top));
     }
     return largest(top);
@@ -164,7 +164,7 @@ static float top_of(const Block& b, int count) {
 
 static int64_t first_of(const Block& b, float top) {
     for (int64_t i = 0;; i += kLanes) {
-        const vf x = load(b.z + i * (b.dtype == kFloat32 ? 4 : 2), b.dtype);
+        const vf x = load(b.z + i * size_of(b.dtype), b.dtype);
         for (int j = 0; j < kLanes; ++j)
             if (x[j] == top) return i + j;
     }
@@ -207,7 +207,7 @@ struct Part {  // what one block adds
 
 template <int dtype, bool holes, bool stats>
 static Part part_of(const Sums& s, const char* x, const char* y, int count) {
-    constexpr int size = dtype == kFloat32 ? 4 : 2;
+    constexpr int size = size_of(dtype);
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
     for (int i = 0; i < count; i += kStep) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
@@ -314,7 +314,7 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
 // x = student, y = teacher. q·(u − v − mean) with q = 2^u / X. Writes the blocks' dtype.
 template <int dtype, bool holes>
 static void reverse_as(const char* x, const char* y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
-    constexpr int size = dtype == kFloat32 ? 4 : 2;
+    constexpr int size = size_of(dtype);
     for (int i = 0; i < count; i += kStep) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
         vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, e[2];
@@ -389,7 +389,7 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     const Side &student = job.student, &teacher = job.teacher;
     const char *row_s = student.data + n * student.row_bytes, *row_t = teacher.data + n * teacher.row_bytes;
     char* row_g = job.grad ? job.grad + n * job.grad_row_bytes : nullptr;
-    const int64_t V = job.V, size = student.dtype == kFloat32 ? 4 : 2;
+    const int64_t V = job.V, size = size_of(student.dtype);
     if (job.mask && !job.mask[n]) {
         job.loss[n] = 0;
         if (job.stats) job.stats[n] = job.stats[n + job.N] = job.stats[n + 2 * job.N] = 0;
