@@ -28,6 +28,7 @@ LAUNCH = HIP if torch.version.hip else CUDA
 PER_THREAD = 16  # elements per thread and turn: two 16-byte loads of bf16 from each tensor
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_captured: list[tuple[Tensor, Tensor]] = []  # tables that a CUDA graph reads, whenever it is replayed
 
 
 @triton.jit
@@ -205,6 +206,8 @@ def launch_extrapolate(
         columns = [[t[i].data_ptr() for i in group] for t in (params, anchors, currents, masters or params)]
         sizes = [params[i].numel() for i in group]
         table, rows = _table(tuple(zip(sizes, *columns, strict=True)), tuple(group), alphas.device)
+        if alphas.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.append((table, rows))
         chunks = sum(triton.cdiv(size, CHUNK) for size in sizes)
         partial = alphas.new_empty(3 * chunks if stats_out is not None else 0)
         vector = 16 // max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))

@@ -285,6 +285,9 @@ def _jacobi_kernel(w_ptr, value_ptr, L, SWEEPS, tolerance, HALF: tl.constexpr, B
         tl.store(value_ptr + tl.program_id(0) * L + r, value, mask=r < L)
 
 
+_captured: list[Tensor] = []  # addresses that a CUDA graph reads, whenever it is replayed
+
+
 @lru_cache(maxsize=256)
 def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Cached, so that products with the same matrices again copy nothing and wait for nothing."""
@@ -302,6 +305,8 @@ class _Pair:
         tensors = [*x, *base]
         self.device = x[0].device
         self.addresses = _on_device(tuple(t.data_ptr() for t in tensors), self.device)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.append(self.addresses)
         self.strides = (*x[0].stride(), *(base[0].stride() if base else (0, 0)))
         self.constants = {
             "X": _TL_DTYPE[x[0].dtype],
