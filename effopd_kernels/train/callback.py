@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..extrapolation import EffOPDController
+from ..extrapolation import CheckpointError, EffOPDController
 from .errors import UserError
 
 STATE_DIR = "effopd_state"  # inside each checkpoint folder
@@ -32,7 +32,7 @@ class EffOPDCallback(TrainerCallback):
 
     Raises:
         UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
-            checkpoint holds no EffOPD state.
+            checkpoint holds no EffOPD state, or that of other weights.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class EffOPDCallback(TrainerCallback):
                     f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
                     "resume with EffOPD disabled, or start afresh"
                 )
-            self.controller.load(folder)
+            try:
+                self.controller.load(folder)
+            except (ValueError, CheckpointError) as e:  # of other weights, or not intact
+                raise UserError(f"the EffOPD state in '{folder}' cannot be resumed from: {e}") from e
             self._step(state, control)  # a no-op unless the run was interrupted inside this step's event
 
     def on_step_end(self, args, state, control, **kwargs):

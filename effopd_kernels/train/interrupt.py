@@ -50,12 +50,13 @@ class StepGuard(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.step = 0
+        self.step = self.first = 0
         self.random_state = None
         self._update: Deferred | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._completed(state)
+        self.first = self.step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # An optimizer step is many small writes; interrupted between two of them, the weights would belong to no step.

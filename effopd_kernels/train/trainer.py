@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ class OPDTrainer(trl.DistillationTrainer):
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`.
+        UserError: see `OPDConfig` and `EffOPDCallback`; a checkpoint to resume from that is another model's.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -257,14 +258,33 @@ class OPDTrainer(trl.DistillationTrainer):
                 raise KeyboardInterrupt
             return output
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _fitting(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_last_step(self) -> None:
         """A checkpoint as it would have been at the end of the last completed step, random state included."""
         if self.optimizer is None or self.guard.random_state is None:
             return  # interrupted before training began: nothing has been learnt
+        if self.args.resume_from_checkpoint and self.guard.step == self.guard.first:
+            return  # nor since it was resumed, and transformers may not have read the checkpoint's random state yet
         self.guard.restore_random_state()
         self.state.global_step = self.guard.step
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """As transformers loads it, and the trained adapter too: beside EffOPD's, which lies in a folder of its own,
+        transformers 5.17 passes it over, and training would go on from a fresh one."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+        if trained.is_file() and COMPANION in getattr(model, "peft_config", {}):
+            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -301,6 +321,16 @@ class OPDTrainer(trl.DistillationTrainer):
                     best_model_checkpoint=self.state.best_model_checkpoint,
                     use_mtime=False,
                 )
+
+
+@contextmanager
+def _fitting(checkpoint: str | None):
+    """What torch and transformers raise for a checkpoint of another model, as a UserError that names it."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:
+        what = " ".join(str(e).split())[:300]
+        raise UserError(f"checkpoint '{checkpoint}' was made with another model or other settings: {what}") from e
 
 
 def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -223,11 +224,35 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, 
     assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
 
 
-def test_a_checkpoint_without_effopd_state_is_refused(world, tmp_path):
+def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was(world, tmp_path):
+    """Its random state is read after training has begun: what a second checkpoint of the step would hold is another."""
+    config = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "effopd_enabled": False}
+    whole = make_trainer(world, tmp_path, config=config)
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    stopped = make_trainer(world, tmp_path, config=config)
+    stopped.add_callback(SignalAt(stopped, "rollout", step=3))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(resume_from_checkpoint=True)
+    resumed = make_trainer(world, tmp_path, config=config)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(world, tmp_path):
     config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    make_trainer(world, tmp_path, config={**config, "effopd_enabled": False}).train()
-    with pytest.raises(UserError, match="holds no EffOPD state"):
-        make_trainer(world, tmp_path, config={**config, "max_steps": 3}).train(resume_from_checkpoint=True)
+    make_trainer(world, tmp_path / "opd", config={**config, "effopd_enabled": False}).train()
+    make_trainer(world, tmp_path / "effopd", config=config).train()
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")}
+    for run, options, changed, says in (
+        ("opd", {}, {}, "holds no EffOPD state"),
+        ("effopd", {}, {"effopd_include": ["mlp"]}, "cannot be resumed from: anchor of other weights"),
+        ("opd", {"student": str(world / "teacher")}, {"effopd_enabled": False}, "another model .* size mismatch"),
+        ("opd", lora, {"effopd_enabled": False}, "another model or other settings"),
+    ):
+        trainer = make_trainer(world, tmp_path / run, config={**config, "max_steps": 3, **changed}, **options)
+        with pytest.raises(UserError, match=says):
+            trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("broken", "says"), [("teacher", "the teacher's logits are not finite at step 1"),
