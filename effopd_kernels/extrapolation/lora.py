@@ -111,6 +111,8 @@ class LoraWeights:
             b0 = self.settled[-1].factors[name][1]
             used = sum(t.factors[name][0].shape[0] for t in self.settled) + b.shape[1]
             gradient = self.layers[name].lora_B[COMPANION].weight.grad
+            if gradient is None:  # the loss did not pass through this layer
+                continue
             direction = torch.cat([-b0, b], 1)  # ∂B/∂α of the last two of the concatenated ranks
             total += float((gradient[:, used - direction.shape[1] : used].double() * direction).sum())
         return total / world_size

@@ -185,6 +185,23 @@ def test_saved_by_peft_and_loaded_again_is_the_same_model(tmp_path):
         torch.testing.assert_close(weight, merged(model)[name], rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_search_past_a_layer_that_the_loss_does_not_use():
+    """An expert no token was sent to has no gradient."""
+    torch.manual_seed(0)
+    net = Net()
+    net.experts = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(5, 7)})
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    x, y = torch.randn(16, 6), torch.randn(16, 9)
+
+    def loss():
+        return (model(x) - y).square().mean()
+
+    controller = EffOPDController(model, None, search="gradient", loss_fn=loss)
+    loss().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05).step()
+    assert controller.step(1).alpha > 1
+
+
 def test_gradient_search_moves_the_product():
     model = lora()
     x, y = torch.randn(16, 6), torch.randn(16, 9)
