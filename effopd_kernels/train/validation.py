@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from trl.trainer.utils import pad
 
 from ..extrapolation.records import Losses
+from .errors import UserError
 from .grading import is_correct
 
 
@@ -42,11 +43,19 @@ class Validator:
         metrics: which of "accuracy" and "teacher_kl" to measure.
         batch_size: prompts per generate call.
         temperature: of sampling; 0 is greedy.
+
+    Raises:
+        UserError: the trainer has tools or the prompts have images: validation looks at one turn of text.
     """
 
     def __init__(
         self, trainer, dataset: datasets.Dataset, metrics: tuple[str, ...], batch_size: int, temperature: float
     ):
+        if trainer.tools or {"image", "images"} & set(dataset.column_names):
+            raise UserError(
+                "validation neither calls tools nor shows images, so its scores would be of another task: train "
+                "without eval_dataset and with effopd_enabled=False"
+            )
         self.trainer = trainer
         self.metrics = metrics
         self.prompts = list(dataset["prompt"])

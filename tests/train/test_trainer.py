@@ -384,3 +384,5 @@ def test_prompts_that_were_not_given_are_asked_for(world, tmp_path):
         trainer.evaluate()
     assert {"eval_accuracy", "eval_teacher_kl"} <= trainer.evaluate(prompts).keys()
     assert "eval_accuracy" not in trainer.evaluate(prompts.remove_columns("answer"))
+    with pytest.raises(UserError, match="neither calls tools nor shows images"):
+        trainer.evaluate(prompts.add_column("image", [None] * len(prompts)))
