@@ -259,8 +259,14 @@ class OPDTrainer(trl.DistillationTrainer):
             return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """The trained adapter is loaded here too: beside EffOPD's, which lies in a folder of its own, transformers 5.17
+        passes it over, and training would go on from a fresh one."""
         with _fitting(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            model = self.model if model is None else model
+            trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
+            if trained.is_file() and COMPANION in getattr(model, "peft_config", {}):
+                model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _fitting(checkpoint):
@@ -276,15 +282,6 @@ class OPDTrainer(trl.DistillationTrainer):
         self.state.global_step = self.guard.step
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """As transformers loads it, and the trained adapter too: beside EffOPD's, which lies in a folder of its own,
-        transformers 5.17 passes it over, and training would go on from a fresh one."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-        if trained.is_file() and COMPANION in getattr(model, "peft_config", {}):
-            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
