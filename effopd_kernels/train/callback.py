@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..extrapolation import CheckpointError, EffOPDController
@@ -57,14 +58,14 @@ class EffOPDCallback(TrainerCallback):
         except ValueError as e:
             raise UserError(str(e)) from e
         if state.global_step > 0:
-            resumed = Path(args.resume_from_checkpoint or "")
-            folder = (
-                resumed if resumed.name.startswith(PREFIX_CHECKPOINT_DIR) else _checkpoint(args, state)
-            ) / STATE_DIR
+            given = Path(args.resume_from_checkpoint or "")
+            known = args.resume_from_checkpoint and (given / TRAINER_STATE_NAME).is_file()
+            folder = (given if known else _checkpoint(args, state)) / STATE_DIR
             if not folder.is_dir():
                 raise UserError(
                     f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
                     "resume with EffOPD disabled, or start afresh"
+                    + ("" if known else "; if another folder is resumed from, set args.resume_from_checkpoint to it")
                 )
             try:
                 self.controller.load(folder)

@@ -95,6 +95,19 @@ def test_resumes_exactly(build, world, tmp_path):
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
 
 
+def test_a_checkpoint_by_another_name_elsewhere(world, tmp_path):
+    whole, effopd = with_effopd(plain_trainer, world, tmp_path / "whole")
+    whole.train()
+    kept = (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "kept")
+    resumed, again = with_effopd(plain_trainer, world, tmp_path / "resumed")
+    with pytest.raises(UserError, match=r"if another folder is resumed from, set args.resume_from_checkpoint to it"):
+        resumed.train(resume_from_checkpoint=str(kept))
+    resumed, again = with_effopd(plain_trainer, world, tmp_path / "resumed")
+    resumed.args.resume_from_checkpoint = str(kept)
+    resumed.train(resume_from_checkpoint=str(kept))
+    assert [e.alpha for e in again.controller.events] == [e.alpha for e in effopd.controller.events]
+
+
 def test_nothing_to_move_is_said_before_training(world, tmp_path):
     trainer = plain_trainer(world, tmp_path)
     trainer.add_callback(EffOPDCallback(lambda: [0.0], include="no_such_parameter"))
