@@ -97,6 +97,7 @@ class OPDTrainer(trl.DistillationTrainer):
             self.teacher_model = self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
 
         self._observed: list[torch.Tensor] = []
+        self._step_sums = [0.0, 0]  # the divergence and the tokens of the micro-batches of this step
         self.fused_loss = use_fused_loss(
             self, FusedLoss(args.loss_divergence, args.loss_temperature, observer=self._observe)
         )
@@ -136,9 +137,13 @@ class OPDTrainer(trl.DistillationTrainer):
             raise NonFiniteLossError(f"the teacher's logits are not finite at step {step}; nothing was updated in it")
         if not math.isfinite(divergence):
             raise NonFiniteLossError(f"the loss is not finite at step {step}; nothing was updated in it")
-        if tokens:
-            is_kl = self.args.loss_divergence == REVERSE_KL and self.args.loss_temperature == 1
-            self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
+        self._step_sums = [self._step_sums[0] + divergence, self._step_sums[1] + tokens]
+        if self.accelerator.sync_gradients:  # a step's mean is over its tokens, like its loss, not over micro-batches
+            divergence, tokens = self._step_sums
+            self._step_sums = [0.0, 0]
+            if tokens:
+                is_kl = self.args.loss_divergence == REVERSE_KL and self.args.loss_temperature == 1
+                self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
         return output
 
     # ---- rollouts and data --------------------------------------------------------------------------------------
@@ -244,6 +249,7 @@ class OPDTrainer(trl.DistillationTrainer):
         if self.is_world_process_zero():
             for abandoned in Path(self.args.output_dir).glob(f"{STAGING}*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
+        self._step_sums = [0.0, 0]
         self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))

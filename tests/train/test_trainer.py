@@ -271,6 +271,17 @@ def test_non_finite_stops_before_the_update(world, tmp_path, broken, says):
         assert torch.equal(value, before[name]) or value.isnan().any(), name
 
 
+def test_accumulated_micro_batches_of_unequal_length_count_by_their_tokens(world, tmp_path):
+    config = {"max_steps": 2, "effopd_enabled": False, "per_device_train_batch_size": 2}
+    trainer = make_trainer(world, tmp_path, config={**config, "gradient_accumulation_steps": 4})
+    trainer._generate_single_turn = lambda prompts, *_: [[5, 6, 7, 8, 9, 10][: 1 + sum(p) % 6] for p in prompts]
+    trainer.train()
+    steps = [r for r in trainer.state.log_history if "loss" in r]
+    assert len(steps) == 2
+    for step in steps:
+        assert step["teacher_kl"] == pytest.approx(step["loss"], rel=1e-5)
+
+
 def test_pad_that_is_eos_does_not_hide_the_real_eos(world, tmp_path):
     """The loss covers the completion up to and including its first EOS, also when padding looks the same."""
     tokenizer = tiny.tokenizer_of(world)
