@@ -11,6 +11,7 @@ namespace nb = nanobind;
 
 namespace {
 
+constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
 constexpr int kBlock = 256;  // elements summed in fp32, 16 to a lane, before the sums go on in fp64
 
 struct Panel {

@@ -68,8 +68,8 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
 
     like = difference.x[0].new_empty(0, dtype=difference.dtype)
     start = None
-    if k and route == "subspace":
-        omega = routes.signs(settings.seed, m, width, like).expand(len(x), m, width)
+    if k and route == "subspace" and settings.power_iters:
+        omega = _omega(difference, width, settings)
         start, statistics = ops.sketch(difference.x, difference.base, omega, False, True)
     else:
         statistics = ops.stats(difference.x, difference.base, False)
@@ -89,7 +89,7 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
             *([group[i] for i in index.tolist() if group] for group in (difference.x, difference.base)), scale
         )
         if start is not None:
-            start = start[index] * scale.to(start.dtype)[:, None, None]
+            start = None if (scale != 1).any() else start if plain.all() else start[index]
         q = _first_basis(chosen, start, width, route, settings)
         found, found_rest = _triplets(
             chosen, q, svd.frobenius_norm[index] * scale, settings, may_iterate=route != "exact"
@@ -123,11 +123,17 @@ def power_of_two(largest: Tensor) -> Tensor:
 def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, settings: Settings) -> Tensor:
     if route == "exact":
         return routes.exact(x, width)
-    if start is not None and settings.power_iters:  # the first half of the first iteration was the sketch
-        return routes.iterate(x, orth.basis(x.mT.apply(start, fast=True)), settings.power_iters - 1, fast=True)
+    if start is not None:
+        return routes.iterate(x, orth.basis(start), settings.power_iters - 1, fast=True)
+    omega = _omega(x, width, settings)
+    iterations = settings.power_iters
+    return routes.iterate(x, omega, iterations, fast=True) if route == "subspace" else routes.gram(x, omega, iterations)
+
+
+def _omega(x: Difference, width: int, settings: Settings) -> Tensor:
     m = x.x[0].shape[1]
-    omega = routes.signs(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype)).expand(len(x.x), m, width)
-    return omega if route == "subspace" else routes.gram(x, omega, settings.power_iters)
+    signs = routes.signs(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype))
+    return signs.expand(len(x.x), m, width)
 
 
 def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, may_iterate: bool) -> tuple[RSVD, Rest]:

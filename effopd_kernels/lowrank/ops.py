@@ -32,7 +32,9 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 @torch.library.custom_op("effopd::lowrank_sketch", mutates_args=())
 def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
-    """The first pass: (:func:`skinny` of the unscaled differences, :func:`stats`) from one reading of the pair."""
+    """The first pass: (:func:`gram_apply` of the unscaled differences, :func:`stats`), the second from the same
+    reading.
+    """
     return reference.sketch(x, base, q, full, fast)
 
 
@@ -79,7 +81,7 @@ def _(x, base, full):
 
 @sketch.register_fake
 def _(x, base, q, full, fast):
-    return q.new_empty((len(x), x[0].shape[0], q.shape[2])), x[0].new_empty((len(x), 5), dtype=torch.float64)
+    return q.new_empty(q.shape), x[0].new_empty((len(x), 5), dtype=torch.float64)
 
 
 @skinny.register_fake

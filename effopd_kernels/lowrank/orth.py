@@ -8,6 +8,8 @@ one round mostly gives fp32 columns orthonormal to rounding, a second one (Yamam
 the rare others go to Householder one by one.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,22 +17,24 @@ from . import ops
 
 _ONE_ROUND, _TWO_ROUNDS = 3e3, 1e7  # ‖R⁻¹‖ of unit columns up to which so many rounds give fp32 orthonormality
 _CONDITION = 1e4  # σ_1/σ_k up to which the eigenvalues of an fp64 Gram give σ and U to fp32's rounding
+_ROWS = 512  # taken to fp64 at a time on the CPU: they stay in cache
 
 
 def basis(y: Tensor) -> Tensor:
     """A basis of span(y) (B, N, L), orthonormal as far as one round goes: for use inside iterations."""
-    inverse, size = _cholesky_inverse(y.double())
+    inverse, size = _cholesky_inverse(_gram(y))
     return _householder_where(~(size < torch.inf), y, y @ inverse.to(y.dtype))
 
 
 def orthonormal(y: Tensor) -> Tensor:
     """Columns orthonormal to rounding with the span of y (B, N, L); completed to L columns where y is deficient."""
+    inverse, size = _cholesky_inverse(_gram(y))
+    if y.dtype != torch.float64 and (size < _ONE_ROUND).all():
+        return _times(y, inverse)
     wide = y.double()
-    inverse, size = _cholesky_inverse(wide)
     q = wide @ inverse
-    if y.dtype == torch.float64 or not (size < _ONE_ROUND).all():
-        inverse, again = _cholesky_inverse(q)
-        q = _householder_where(~(size < _TWO_ROUNDS) | ~(again < _ONE_ROUND), wide, q @ inverse)
+    inverse, again = _cholesky_inverse(_gram(q))
+    q = _householder_where(~(size < _TWO_ROUNDS) | ~(again < _ONE_ROUND), wide, q @ inverse)
     return q.to(y.dtype)
 
 
@@ -42,10 +46,9 @@ def svd_of_tall(y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if y.dtype == torch.float64:
         return _svd_by_householder(y, k)
-    wide = y.double()
-    squares, w = ops.eigh(wide.mT @ wide)
+    squares, w = ops.eigh(_gram(y))
     s = squares.clamp_min(0).sqrt()
-    u = (wide @ (w[..., :k] / s[..., None, :k])).to(y.dtype)
+    u = _times(y, w[..., :k] / s[..., None, :k])
     w = w.to(y.dtype)
     bad = ~(s[:, 0] < _CONDITION * s[:, k - 1])
     if bad.any():
@@ -53,13 +56,31 @@ def svd_of_tall(y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, w
 
 
-def _cholesky_inverse(y: Tensor) -> tuple[Tensor, Tensor]:
-    """(R⁻¹, its size (B,) for unit columns) of y = QR in fp64; the size is infinite where Cholesky failed."""
-    g = y.mT @ y
+def _blocks(y: Tensor) -> list[slice]:
+    step = _ROWS if y.device.type == "cpu" else y.shape[-2]
+    return [slice(start, start + step) for start in range(0, y.shape[-2], step)]
+
+
+def _gram(y: Tensor) -> Tensor:
+    """YᵀY (B, L, L), in fp64."""
+    parts = (wide.mT @ wide for wide in (y[:, rows].double() for rows in _blocks(y)))
+    return functools.reduce(Tensor.add_, parts)
+
+
+def _times(y: Tensor, right: Tensor) -> Tensor:
+    """Y R in fp64, rounded once to y's dtype."""
+    out = y.new_empty(*y.shape[:-1], right.shape[-1])
+    for rows in _blocks(y):
+        out[:, rows] = y[:, rows].double() @ right
+    return out
+
+
+def _cholesky_inverse(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(R⁻¹, its size (B,) for unit columns) of G = RᵀR (B, L, L) fp64; the size is infinite where Cholesky failed."""
     # Equilibrate: columns of very different length are no obstacle, only near-parallel ones are.
     d = g.diagonal(dim1=-2, dim2=-1).rsqrt()
     r, info = torch.linalg.cholesky_ex(g * d.unsqueeze(-1) * d.unsqueeze(-2), upper=True)
-    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     inverse = torch.linalg.solve_triangular(r, eye.expand_as(r), upper=True)
     size = torch.linalg.matrix_norm(inverse)
     return d.unsqueeze(-1) * inverse, torch.where((info == 0) & size.isfinite(), size, torch.inf)

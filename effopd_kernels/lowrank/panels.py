@@ -76,25 +76,21 @@ def panel(
     full: bool = False,
     instruction_set: int | None = -1,
 ) -> Tensor:
-    """X[rows] in ``dtype``: a view of x where it is that already, else in a buffer that the thread's next one takes.
-    ``statistics`` (5,) fp64, zeros, are filled in. instruction_set: the kernel's, −1 the best; None for PyTorch.
+    """X[rows] in ``dtype``, in a buffer that the thread's next one takes. ``statistics`` (5,) fp64, zeros, are filled
+    in. instruction_set: the kernel's, −1 the best; None for PyTorch.
     """
     if scale is not None and scale.device.type == "cpu" and scale.item() == 1:
         scale = None
     a, b = x[rows], None if base is None else base[rows]
-    as_it_lies = base is None and scale is None and x.dtype == dtype and _aligned(x)
     if instruction_set is None or not _in_cpp(a, b, dtype):
-        return _in_torch(a, b, scale, dtype, statistics, full, as_it_lies)
-    out = a if as_it_lies else _buffer(a, dtype)
-    if statistics is not None or not as_it_lies:
-        across = int(_by_column(a))  # lines of memory are columns
-        sources = [(0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(across)) for t in (a, b)]
-        native().difference_panel(
-            *sources[0], *sources[1],
-            0 if as_it_lies else out.data_ptr(), DTYPES[dtype], out.stride(across),
-            a.shape[across], a.shape[1 - across], 1.0 if scale is None else scale.item(),
-            0 if statistics is None else statistics.data_ptr(), full, instruction_set,
-        )  # fmt: skip
+        return _in_torch(a, b, scale, dtype, statistics, full)
+    out, across = _buffer(a, dtype), int(_by_column(a))  # lines of memory are columns
+    sources = [(0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(across)) for t in (a, b)]
+    native().difference_panel(
+        *sources[0], *sources[1], out.data_ptr(), DTYPES[dtype], out.stride(across),
+        a.shape[across], a.shape[1 - across], 1.0 if scale is None else scale.item(),
+        0 if statistics is None else statistics.data_ptr(), full, instruction_set,
+    )  # fmt: skip
     return out
 
 
@@ -112,13 +108,10 @@ def _in_cpp(a: Tensor, b: Tensor | None, dtype: torch.dtype) -> bool:
     )
 
 
-def _in_torch(a, b, scale, dtype, statistics, full, as_it_lies) -> Tensor:
-    if as_it_lies:
-        out = a
-    else:
-        out = _buffer(a, arithmetic(a, dtype)).copy_(a)
-        if b is not None:
-            out.sub_(b)
+def _in_torch(a, b, scale, dtype, statistics, full) -> Tensor:
+    out = _buffer(a, arithmetic(a, dtype)).copy_(a)
+    if b is not None:
+        out.sub_(b)
     if statistics is not None:
         _count(statistics, out, a, full)
     if scale is not None:
@@ -131,22 +124,19 @@ def arithmetic(x: Tensor, dtype: torch.dtype = torch.float32) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether x lies as a buffer would: products of other alignments may round differently."""
-    pitch = max(x.stride()) * x.element_size()
-    return 1 in x.stride() and pitch % 64 == 0 and x.data_ptr() % 64 == 0
-
-
 def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the shape and order of ``like``, uninitialised."""
-    shape = like.mT.shape if _by_column(like) else like.shape
+    """Of the shape and order of ``like``, uninitialised, every line of memory an odd number of cache lines from the
+    last: 4096 bytes apart they would all fall into one set of the cache, and products take a fifth longer.
+    """
+    lines, length = like.mT.shape if _by_column(like) else like.shape
+    pitch = (-(-length * dtype.itemsize // 64) | 1) * 64 // dtype.itemsize
     if like.device.type != "cpu":
-        out = torch.empty(shape, dtype=dtype, device=like.device)
+        flat = torch.empty(lines * pitch, dtype=dtype, device=like.device)
     else:
-        held = _mine.__dict__
-        if dtype not in held or held[dtype].numel() < like.numel():
-            held[dtype] = torch.empty(max(like.numel(), PANEL), dtype=dtype)
-        out = held[dtype][: like.numel()].view(shape)
+        flat = _mine.__dict__.get(dtype)
+        if flat is None or flat.numel() < lines * pitch:
+            flat = _mine.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype)
+    out = flat[: lines * pitch].view(lines, pitch)[:, :length]
     return out.mT if _by_column(like) else out
 
 

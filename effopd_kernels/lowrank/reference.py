@@ -36,34 +36,37 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=q.device)
-    return _skinny(x, base, q, None, fast, result, full), result
+    return _gram_apply(x, base, q, None, fast, result, full), result
+
+
+def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+    return _gram_apply(x, base, q, scale, fast)
+
+
+def _gram_apply(x, base, q, scale, fast, statistics=None, full=False) -> Tensor:
+    z = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for i, matrix in enumerate(_each(x, base, scale)):
+        q_i = _operand(q[i], fast)
+        z[i] = over_panels(
+            lambda rows, p, q_i=q_i: (p.mT @ (p @ q_i)).to(z.dtype),
+            *matrix, q_i.dtype, None if statistics is None else statistics[i], full,
+        )  # fmt: skip
+    return z
 
 
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    return _skinny(x, base, q, scale, fast)
-
-
-def _skinny(x, base, q, scale, fast, statistics=None, full=False) -> Tensor:
     y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
     for i, matrix in enumerate(_each(x, base, scale)):
-        q_i, y_i = _operand(q[i], fast), y[i]
+        q_i = _operand(q[i], fast)
 
-        def product(rows, p, q_i=q_i, y_i=y_i):
+        def product(rows: slice, p: Tensor, q_i=q_i, y_i=y[i]) -> None:
             if p.dtype == y_i.dtype:
                 torch.mm(p, q_i, out=y_i[rows])
             else:
                 y_i[rows] = p @ q_i
 
-        over_panels(product, *matrix, q_i.dtype, None if statistics is None else statistics[i], full)
+        over_panels(product, *matrix, q_i.dtype)
     return y
-
-
-def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    z = torch.empty_like(q, memory_format=torch.contiguous_format)
-    for i, matrix in enumerate(_each(x, base, scale)):
-        q_i = _operand(q[i], fast)
-        z[i] = over_panels(lambda rows, p, q_i=q_i: (p.mT @ (p @ q_i)).to(z.dtype), *matrix, q_i.dtype)
-    return z
 
 
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:

@@ -10,6 +10,8 @@ damps what rounding brought into Q from outside the subspace, and an error δ of
 the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,15 @@ def signs(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
 
     Signs do as well as Gaussians here and come 64 to a draw, which makes them free.
     """
+    return _signs(seed, rows, columns).to(like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=8)  # a model has few shapes
+def _signs(seed: int, rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(-(2**63), 2**63 - 1, (rows, -(-columns // 64)), generator=generator)
     bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    return bits.reshape(rows, -1)[:, :columns].to(like.device, like.dtype).mul_(2).sub_(1)
+    return bits.reshape(rows, -1)[:, :columns].to(torch.int8).mul_(2).sub_(1)
 
 
 def iterate(x: Difference, q: Tensor, iterations: int, fast: bool) -> Tensor:

@@ -360,10 +360,11 @@ def launch_gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Ten
 
 
 def launch_sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
-    """(X_b q_b of the unscaled differences, their statistics as in :func:`launch_stats`) from one reading."""
+    """(X_bᵀ (X_b q_b) of the unscaled differences, their statistics as in :func:`launch_stats`) from two readings."""
     if not _served(x, base, q) or q.numel() == 0:
         return reference.sketch(x, base, q, full, fast)
-    return _multiply(x, base, q, None, fast, True, full)
+    y, statistics = _multiply(x, base, q, None, fast, True, full)
+    return launch_skinny([t.mT for t in x], [t.mT for t in base], y, None, fast), statistics
 
 
 def launch_stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
