@@ -387,8 +387,10 @@ INLINE void through_cap(const float* tanh, float* g, int count) {
 
 static void one_row(const Job& job, int64_t n, float* scratch) {
     const Side &student = job.student, &teacher = job.teacher;
-    const char *row_s = student.data + n * student.row_bytes, *row_t = teacher.data + n * teacher.row_bytes;
-    char* row_g = job.grad ? job.grad + n * job.grad_row_bytes : nullptr;
+    const int64_t sequence = n / job.T, place = n % job.T;
+    const char* row_s = student.data + sequence * student.sequence_bytes + place * student.row_bytes;
+    const char* row_t = teacher.data + sequence * teacher.sequence_bytes + place * teacher.row_bytes;
+    char* row_g = job.grad ? job.grad + sequence * job.grad_sequence_bytes + place * job.grad_row_bytes : nullptr;
     const int64_t V = job.V, size = size_of(student.dtype);
     if (job.mask && !job.mask[n]) {
         job.loss[n] = 0;

@@ -83,12 +83,15 @@ def _divergence(arch: str) -> Iterator[Variant]:
             "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
             "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
             **dict.fromkeys(("loss_ptr", "stats_ptr", "partial_ptr", "record_ptr"), "*fp32"),
-            **dict.fromkeys(("N", "V", "Vs", "S", "student_stride", "teacher_stride", "grad_stride", "skew"), "i32"),
+            **dict.fromkeys(("N", "T", "V", "Vs", "S", "skew"), "i32"),
+            **dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), "i32"),
+            **dict.fromkeys(("student_sequence", "teacher_sequence", "grad_sequence"), "i64"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
             "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "SLICE": launch.slice, "S_POW2": 32,
         }  # fmt: skip
-        sizes = ("V", "Vs", "student_stride", "teacher_stride", "grad_stride") if aligned else ()
+        sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]
+        sizes = tuple(sizes) if aligned else ()
         options, elements = launch.options(stats), loads * vector
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):

@@ -10,26 +10,41 @@ from .family import REVERSE_KL, Divergence
 
 
 def _rows(tensors, row_scale, spec, needs, with_stats):
-    student_NV, teacher_NV, mask_N = tensors
+    student, teacher, mask_N = tensors
     loss, grad, stats = torch.ops.effopd.divergence_rows(
-        student_NV, teacher_NV, mask_N, row_scale, *spec, needs[0], with_stats
+        student, teacher, mask_N, row_scale, *spec, needs[0], with_stats
     )
     return loss, (grad,) if needs[0] else (None,), stats
 
 
 def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
-    student_NV, teacher_NV, mask_N = tensors
-    if student_NV.stride(0) < student_NV.shape[1] and student_NV.shape[0] > 1:  # expanded: rows that share memory
-        student_NV = student_NV.clone(memory_format=torch.contiguous_format)
-    loss, stats = torch.ops.effopd.divergence_rows_(
-        student_NV, teacher_NV, mask_N, row_scale, *spec, needs[0], with_stats
-    )
-    return loss, (student_NV,) if needs[0] else (None,), stats
+    student, teacher, mask_N = tensors
+    if any(size > 1 and stride < student.shape[-1] for size, stride in _axes(student)):  # expanded: rows share memory
+        student = student.clone(memory_format=torch.contiguous_format)
+    loss, stats = torch.ops.effopd.divergence_rows_(student, teacher, mask_N, row_scale, *spec, needs[0], with_stats)
+    return loss, (student,) if needs[0] else (None,), stats
 
 
-def _as_rows(logits: Tensor) -> Tensor:
-    """(..., V) as (N, V) with neighbouring columns adjacent; a view wherever strides allow."""
-    return (logits if logits.stride(-1) == 1 else logits.contiguous()).reshape(-1, logits.shape[-1])
+def _axes(logits: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the leading dimensions of (..., V), those merged that one stride walks through."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        elif size != 1:
+            axes.append((size, stride))
+    return axes
+
+
+def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (..., V·) as (N, V·) with neighbouring columns adjacent, or as (B, T, V·) where that spares a copy, as it
+    does for logits[:, :-1].
+    """
+    pair = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
+    apart = {axes[-1][0] for axes in map(_axes, pair) if len(axes) == 2}
+    if student.numel() and len(apart) == 1 and all(len(_axes(x)) <= 2 for x in pair):
+        return tuple(x.reshape(-1, *apart, x.shape[-1]) for x in pair)
+    return tuple(x.reshape(-1, x.shape[-1]) for x in pair)
 
 
 def divergence_loss(
@@ -76,7 +91,7 @@ def divergence_loss(
     mask_N, scale_N = row_factor(student_logits, mask, weight, reduction, num_tokens)
     loss, rows, stats = reduced_loss(
         _rows_inplace if inplace else _rows,
-        (_as_rows(student_logits), _as_rows(teacher_logits.detach()), mask_N),
+        (*_as_rows(student_logits, teacher_logits.detach()), mask_N),
         1,
         spec,
         scale_N,

@@ -1,8 +1,10 @@
 """The row ops of the divergences, and which implementation serves which device: all dispatch of this idea.
 
-N tokens, V vocabulary. `effopd::divergence_rows` returns a fresh gradient, `effopd::divergence_rows_` writes it over
-the student's logits. CUDA and ROCm: Triton. CPU: C++. Any other device or dtype, or a backend that is not there: the
-reference. The ops themselves are not differentiable; the public functions are.
+N tokens, V vocabulary. Logits are (N, V), or (B, T, V) with N = B·T, whose sequences may lie apart, as those of
+logits[:, :-1] do; mask, row_scale, loss and stats are by token all the same. `effopd::divergence_rows` returns a fresh
+gradient, `effopd::divergence_rows_` writes it over the student's logits. CUDA and ROCm: Triton. CPU: C++. Any other
+device or dtype, or a backend that is not there: the reference. The ops themselves are not differentiable; the public
+functions are.
 """
 
 import importlib.util
@@ -37,11 +39,10 @@ def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 def _reference(student, teacher, *args, grad_out, with_stats):
-    loss, grad, stats = reference.divergence_rows(
-        student, teacher, *args, with_grad=grad_out is not None, with_stats=with_stats
-    )
+    rows = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
+    loss, grad, stats = reference.divergence_rows(*rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
     if grad_out is not None:
-        grad_out.copy_(grad)
+        grad_out.copy_(grad.view(student.shape))
     return loss, stats if with_stats else loss.new_empty(0)
 
 
@@ -49,20 +50,24 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _place(rows: Tensor | None) -> tuple[int, int, int]:
+    """Address, and strides from one row to the next and from one sequence to the next."""
+    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride(-2), rows.stride(0) if rows.ndim == 3 else 0)
+
+
 def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
     module = native() if {student.dtype, teacher.dtype} <= DTYPES.keys() else None
     if module is None:
         return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
-    N, V = student.shape[0], min(student.shape[1], teacher.shape[1])
+    N, V = student.shape[:-1].numel(), min(student.shape[-1], teacher.shape[-1])
     loss = student.new_empty(N, dtype=torch.float32)
     stats = loss.new_empty((3, N) if with_stats else 0)
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
     module.divergence_rows(
-        *(student.data_ptr(), student.stride(0), DTYPES[student.dtype]),
-        *(teacher.data_ptr(), teacher.stride(0), DTYPES[teacher.dtype]),
-        *(N, V, _address(mask), _address(row_scale), *args),
-        *(_address(grad_out), 0 if grad_out is None else grad_out.stride(0), student.shape[1]),
+        *(*_place(student), DTYPES[student.dtype], *_place(teacher), DTYPES[teacher.dtype]),
+        *(N, max(student.shape[-2], 1), V, _address(mask), _address(row_scale), *args),
+        *(*_place(grad_out), student.shape[-1]),
         *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads(), instruction_set),
     )
     return loss, stats
@@ -89,7 +94,11 @@ def _register(device: str, launch):
     @torch.library.impl("effopd::divergence_rows", device)
     def rows(student, teacher, *args):
         *args, with_grad, with_stats = args
-        grad = empty_rows(*student.shape, student) if with_grad else None
+        grad = (
+            empty_rows(student.shape[:-1].numel(), student.shape[-1], student).view(student.shape)
+            if with_grad
+            else None
+        )
         loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
@@ -132,13 +141,13 @@ if importlib.util.find_spec("triton") is not None:
 @torch.library.register_fake("effopd::divergence_rows_")
 def _(student, teacher, *args):
     *_, with_stats = args
-    loss = student.new_empty(student.shape[0], dtype=_loss_dtype(student, teacher))
-    return loss, loss.new_empty((3, student.shape[0]) if with_stats else 0)
+    loss = student.new_empty(student.shape[:-1].numel(), dtype=_loss_dtype(student, teacher))
+    return loss, loss.new_empty((3, len(loss)) if with_stats else 0)
 
 
 @torch.library.register_fake("effopd::divergence_rows")
 def _(student, teacher, *args):
     *_, with_grad, with_stats = args
-    loss = student.new_empty(student.shape[0], dtype=_loss_dtype(student, teacher))
+    loss = student.new_empty(student.shape[:-1].numel(), dtype=_loss_dtype(student, teacher))
     grad = student.new_empty(student.shape if with_grad else 0)
-    return loss, grad, loss.new_empty((3, student.shape[0]) if with_stats else 0)
+    return loss, grad, loss.new_empty((3, len(loss)) if with_stats else 0)

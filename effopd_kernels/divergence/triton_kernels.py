@@ -325,11 +325,12 @@ def _gradient(
                 tl.store(g_row + cols, g)
 
 
-@triton.jit(do_not_specialize=["N", "S", "skew"])  # N changes at every step, and a compilation takes seconds
+@triton.jit(do_not_specialize=["N", "T", "S", "skew"])  # N changes at every step, and a compilation takes seconds
 def _divergence_kernel(
     student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
     partial_ptr, record_ptr, count_ptr,
-    N, V, Vs, S, student_stride, teacher_stride, grad_stride, skew,
+    N, T, V, Vs, S, student_stride, teacher_stride, grad_stride,
+    student_sequence, teacher_sequence, grad_sequence, skew,
     ks, kt, pre_s, pre_t, a, b, pi, chain,
     KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, SLICE: tl.constexpr, S_POW2: tl.constexpr,
@@ -351,8 +352,9 @@ def _divergence_kernel(
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
     row64 = row.to(tl.int64)  # a row starts beyond 2^31 elements long before N does
-    s_row = student_ptr + row64 * student_stride
-    t_row = teacher_ptr + row64 * teacher_stride
+    sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    s_row = student_ptr + sequence * student_sequence + place * student_stride
+    t_row = teacher_ptr + sequence * teacher_sequence + place * teacher_stride
     record = record_ptr + row64 * RECORD
     begin = piece * SLICE
     stop = tl.minimum(begin + SLICE, V)
@@ -407,7 +409,7 @@ def _divergence_kernel(
                 tl.store(record + 4, tl.sum(tl.load(slots + S + k, mask=k < S, other=0.0), 0))
                 _arrive(count_ptr + 1 + N + row)
     elif GRAD:
-        g_row = grad_ptr + row64 * grad_stride
+        g_row = grad_ptr + sequence * grad_sequence + place * grad_stride
         end = tl.minimum(begin + SLICE, Vs)
         if live:
             _await(count_ptr + 1 + (N + row if MIXED else row), S + 1)
@@ -462,8 +464,9 @@ def launch_divergence_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-row a·KL(p‖m) + b·KL(q‖m), m = π·p + (1−π)·q, and its gradient in the student's logits.
 
-    student (N, Vs), teacher (N, Vt): bf16, fp16 or fp32, last dimension contiguous. mask (N,) bool or None;
-    row_scale (N,) or None. grad_out (N, Vs) or None receives row_scale · dD/dstudent, and may be `student` itself.
+    student (N, Vs), teacher (N, Vt), or both (B, T, V·) with N = B·T: bf16, fp16 or fp32, last dimension contiguous.
+    mask (N,) bool or None; row_scale (N,) or None. grad_out, of the student's shape, or None receives
+    row_scale · dD/dstudent, and may be `student` itself.
     Returns loss (N,) fp32 and stats (3, N) fp32 (student entropy, teacher entropy, top-1 agreement; empty unless
     with_stats). Nothing here waits for the device, so the launch can be captured in a CUDA graph.
     """
@@ -471,8 +474,8 @@ def launch_divergence_rows(
         raise ValueError(f"logit scales must be positive, got {student_scale} and {teacher_scale}")
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.contiguous()
-    N, Vs = student.shape
-    V = min(Vs, teacher.shape[1])
+    *_, T, Vs = student.shape
+    N, V = student.shape[:-1].numel(), min(Vs, teacher.shape[-1])
     loss = torch.empty(N, dtype=torch.float32, device=student.device)
     stats = torch.empty((3, N) if with_stats else (0,), dtype=torch.float32, device=student.device)
     if N == 0:
@@ -494,7 +497,8 @@ def launch_divergence_rows(
         return LOG2E.value * scale / temperature, 0.0
 
     rows = [student, teacher, grad_out] if grad else [student, teacher]
-    if all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in rows):
+    strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
+    if all(stride % 16 == 0 for pair in strides for stride in pair) and all(t.data_ptr() % 16 == 0 for t in rows):
         loads, vector = launch.loads, 16 // max(t.element_size() for t in rows)
     else:  # neighbouring threads take neighbouring elements: vectors would be loaded one element at a time, strided
         loads, vector = UNALIGNED_LOADS * launch.loads, 1
@@ -503,7 +507,7 @@ def launch_divergence_rows(
     with torch.cuda.device(student.device) if student.is_cuda else nullcontext():
         _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
-            N, V, Vs, S, student.stride(0), teacher.stride(0), grad_out.stride(0) if grad else 0, skew,
+            N, T, V, Vs, S, *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
             LANES=launch.lanes, VECTOR=vector, LOADS=loads, SLICE=launch.slice, S_POW2=triton.next_power_of_2(S),

@@ -278,27 +278,57 @@ def test_any_shape(shape, student_V, teacher_V, member, temperature, masked, see
     assert_all_close((loss, leaf.grad), expected, rtol=1e-4, atol=2e-5 * max(1, temperature**-2))
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x[:, :-1],
-        lambda x: x[:, 1:, 3:60],
-        lambda x: x.transpose(0, 1),
-        lambda x: x.transpose(1, 2),
-        lambda x: x[..., ::2],
-        lambda x: x[:1].expand(3, -1, -1),
-        lambda x: x[0, 0, ::2],
-    ],
-    ids=["dropped last", "slice", "transposed tokens", "transposed vocabulary", "strided", "expanded", "one token"],
-)
-def test_views(view):
+VIEWS = {
+    "dropped last": lambda x: x[:, :-1],
+    "slice": lambda x: x[:, 1:, 3:60],
+    "batch of batches": lambda x: x.view(2, 2, 6, 64)[:, :, :-1],
+    "sliced twice": lambda x: x.view(2, 2, 6, 64)[:, :1, :-1],
+    "apart in two dimensions": lambda x: x.view(4, 3, 2, 64)[:, :-1, :-1],
+    "nothing": lambda x: x[:, :0],
+    "transposed tokens": lambda x: x.transpose(0, 1),
+    "transposed vocabulary": lambda x: x.transpose(1, 2),
+    "strided": lambda x: x[..., ::2],
+    "expanded": lambda x: x[:1].expand(3, -1, -1),
+    "expanded tokens": lambda x: x[:, :1].expand(-1, 3, -1),
+    "one token": lambda x: x[0, 0, ::2],
+}
+
+
+@pytest.mark.parametrize("teacher_as", ["the student", "a copy", "another view"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view, reduction, teacher_as):
+    view, base, teacher = VIEWS[view], random(4, 6, 64), VIEWS[view](random(4, 6, 64, seed=1))
+    if teacher_as == "a copy":
+        teacher = teacher.contiguous()
+    elif teacher_as == "another view":
+        padded = random(*(n + 1 for n in teacher.shape), seed=1)
+        teacher = padded[tuple(slice(n) for n in teacher.shape)]
+    mask = torch.rand(teacher.shape[:-1], generator=torch.Generator().manual_seed(2)) > 0.3
+    results = []
+    for copy in (False, True):
+        leaf = base.clone().requires_grad_()
+        student = view(leaf).contiguous() if copy else view(leaf)
+        loss, stats = divergence_loss(
+            student, teacher.contiguous() if copy else teacher, mask=mask, reduction=reduction, return_stats=True
+        )
+        loss.sum().backward()
+        assert torch.equal(leaf.detach(), base)
+        results.append((loss, leaf.grad, *stats))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("view", ["dropped last", "slice", "batch of batches", "sliced twice", "strided batch"])
+def test_in_place_writes_into_views(view):
+    view = (VIEWS | {"strided batch": lambda x: x[::2]})[view]
     base, teacher = random(4, 6, 64), view(random(4, 6, 64, seed=1))
-    leaf = base.clone().requires_grad_()
-    divergence_loss(view(leaf), teacher).backward()
-    expected = base.clone().requires_grad_()
-    divergence_loss(view(expected).contiguous(), teacher.contiguous()).backward()
-    torch.testing.assert_close(leaf.grad, expected.grad)
-    assert torch.equal(leaf.detach(), base)
+    logits = view(base.clone().requires_grad_() * 1)
+    expected = torch.autograd.grad(divergence_loss(logits, teacher), logits)[0]
+    memory = logits.data_ptr()
+    (found,) = torch.autograd.grad(divergence_loss(logits, teacher, inplace=True), logits)
+    assert found.data_ptr() == memory
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

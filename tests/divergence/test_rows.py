@@ -205,6 +205,26 @@ def test_rows_of_any_stride(implementation):
 
 @every_implementation
 @every_member
+def test_sequences_that_lie_apart(implementation, member):
+    """(B, T, V) as logits[:, :-1] is: every number as from a copy, in place too, and nothing written between."""
+    whole = logits(3 * 5, 400, torch.bfloat16).view(3, 5, 400)
+    student, teacher = whole[:, :-1, 10:310], logits(3 * 4, 320, seed=1).view(3, 4, 320)
+    mask, row_scale = torch.arange(12) % 4 != 1, torch.rand(12)
+    flat = student.reshape(12, 300), teacher.view(12, 320)
+    expected = run(implementation, *flat, member, mask=mask, row_scale=row_scale)
+    found = run(implementation, student, teacher, member, mask=mask, row_scale=row_scale)
+    assert found[1].shape == student.shape
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x.reshape(y.shape), y)
+    before = whole.clone()
+    torch.ops.effopd.divergence_rows_(student, teacher, None, None, 0.0, 1.0, 1.0, *PLAIN, True, False)
+    assert not torch.equal(whole[:, :-1, 10:310], before[:, :-1, 10:310])
+    whole[:, :-1, 10:310] = before[:, :-1, 10:310]
+    assert torch.equal(whole, before)
+
+
+@every_implementation
+@every_member
 def test_overwriting_the_student(implementation, member):
     student, teacher = logits(3, 2500, torch.bfloat16), logits(3, 2500, seed=1)
     loss, grad, _ = run(implementation, student, teacher, member)

@@ -148,6 +148,24 @@ def test_no_rows():
 
 @needs_kernels
 @every_route
+@pytest.mark.parametrize("columns", [slice(0, 1312), slice(7, 1307)], ids=["aligned", "unaligned"])
+def test_sequences_that_lie_apart(member, columns):
+    whole = logits(2 * 3, 1312).view(2, 3, 1312)
+    student, teacher = whole[:, :-1, columns], logits(4, 1328, seed=1).view(2, 2, 1328)
+    flat = student.reshape(4, -1), teacher.view(4, -1)
+    assert_accurate(run(*flat, member), member, *flat)
+    want = run(student.contiguous(), teacher, member)
+    before = whole.clone()
+    for out in (None, student):
+        found = run(student, teacher, member, out=out)
+        for ours, theirs in zip(found, want, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    whole[:, :-1, columns] = before[:, :-1, columns]
+    assert torch.equal(whole, before)
+
+
+@needs_kernels
+@every_route
 def test_strided_rows_and_in_place(member):
     student, teacher = logits(2, 3, 1300)[:, 1], logits(4, 1400, seed=1)[::2, 50:][:, :1300]
     want = run(student.contiguous(), teacher.contiguous(), member)
