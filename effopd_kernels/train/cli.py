@@ -16,7 +16,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from ..extrapolation.distributed import leave_process_group
+from ..extrapolation.distributed import first_to_say, leave_process_group, something_was_said
 from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -266,14 +266,18 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(data, args, model_args)
     except (UserError, NonFiniteLossError) as e:
-        if PartialState().is_main_process:
-            print(f"effopd-train: error: {e}", file=sys.stderr)
+        if first_to_say(str(e)):
+            print(f"effopd-train: error: {e}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))
             print("effopd-train: interrupted" + "; go on with --resume_from_checkpoint" * there, file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception:
+        if not something_was_said():
+            raise
+        return EXIT_USER_ERROR  # the rank that found the error is gone, which is all that this one could tell
     leave_process_group()
     return 0
 

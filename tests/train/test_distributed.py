@@ -1,10 +1,13 @@
-"""Two processes on gloo under DDP against one, to reduction order."""
+"""Two processes on gloo under DDP against one, to reduction order; and errors that not every rank meets."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torchrun import torchrun
+
+from train.test_cli import flags
 
 HERE = Path(__file__).parent
 
@@ -26,3 +29,14 @@ def test_two_processes_equal_one(world, tmp_path):
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=2e-5, msg=name)
     assert (tmp_path / "two" / "checkpoint-2" / "effopd_state").is_dir()
+
+
+@pytest.mark.parametrize("who", ["one rank", "all ranks"])
+def test_what_is_wrong_is_said_once_whoever_finds_it(world, tmp_path, who):
+    """Nor does the rank that waited for the other in vain add a traceback of the network's."""
+    wrong = [f"--dataset_name={tmp_path / 'missing.jsonl'}"]
+    given = flags(world, tmp_path / "out") + (wrong if who == "all ranks" else [])
+    result = torchrun(HERE / "cli_on_ranks.py", json.dumps(given), json.dumps(wrong))
+    assert result.returncode != 0
+    assert result.stderr.count(f"effopd-train: error: dataset file '{tmp_path / 'missing.jsonl'}' does not exist") == 1
+    assert "rank0]: Traceback" not in result.stderr and "rank1]: Traceback" not in result.stderr, result.stderr
