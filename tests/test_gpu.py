@@ -78,6 +78,13 @@ def test_from_logits(member, dtype, inplace):
     assert_near(found, expected, 2 * torch.finfo(dtype).eps + 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_sliced_logits(dtype):
+    s, t = (random(3, N // 3 + 1, V + 5, seed=i, spread=3, dtype=dtype) for i in range(2))
+    copies = loss_and_grads(divergence_loss, s[:, :-1].contiguous(), t[:, :-1].contiguous())
+    assert_near(loss_and_grads(divergence_loss, s[:, :-1], t[:, :-1]), copies, 2 * torch.finfo(FP32).eps)
+
+
 def test_upstream_gradients_statistics_and_rows():
     s, t = random(N, V, spread=3), random(N, V, seed=1, spread=3)
     loss, grad = loss_and_grads(lambda x: divergence_loss(x, t), s)
