@@ -1,8 +1,8 @@
 """Checkpoints that appear whole or not at all, and can be told from damaged ones.
 
 A checkpoint is written under another name, gets a manifest of its files' sizes and CRC-32, and is then renamed. A
-process killed at any moment leaves the folder it was writing unpublished; a file truncated or altered later no longer
-agrees with the manifest.
+process killed at any moment leaves the folder it was writing unpublished, and one that it was replacing readable under
+`checkpoint-N.replaced`; a file truncated or altered later no longer agrees with the manifest.
 """
 
 import json
@@ -18,6 +18,7 @@ from .errors import UserError
 
 MANIFEST = "manifest.json"
 STAGING = ".saving-"
+REPLACED = ".replaced"
 logger = logging.getLogger(__name__)
 
 
@@ -30,11 +31,13 @@ def publish(staged: Path, final: Path) -> None:
     files = [p for p in sorted(staged.rglob("*")) if p.is_file() and p.name != MANIFEST]
     manifest = {str(p.relative_to(staged)): [p.stat().st_size, _crc32(p)] for p in files}
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    aside = staged.parent / "replaced"
     if final.exists():
-        final.rename(aside)
+        aside = final.with_name(final.name + REPLACED)
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)  # two directories cannot be swapped in one go everywhere; `newest_intact` knows this name
     staged.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    for replaced in final.parent.glob(f"{checkpoint_name('*')}{REPLACED}"):
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -60,9 +63,8 @@ def newest_intact(output_dir: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    steps = {
-        p: int(m[1]) for p in output_dir.glob("*") if (m := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", p.name))
-    }
+    name = rf"{PREFIX_CHECKPOINT_DIR}-(\d+)({re.escape(REPLACED)})?"
+    steps = {p: (int(m[1]), not m[2]) for p in output_dir.glob("*") if (m := re.fullmatch(name, p.name))}
     for checkpoint in sorted(steps, key=steps.get, reverse=True):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint

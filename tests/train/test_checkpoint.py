@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from effopd_kernels.train import UserError
-from effopd_kernels.train.checkpoint import damage, newest_intact
+from effopd_kernels.train.checkpoint import damage, newest_intact, publish
 from train import world as tiny
 from train.world import make_trainer
 
@@ -104,3 +104,31 @@ def test_none_intact(checkpoints):
         newest_intact(checkpoints)
     with pytest.raises(UserError, match="holds no checkpoint"):
         newest_intact(tiny.HERE)
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_replacing_a_checkpoint_there_is_a_whole_one_at_any_moment(checkpoints, monkeypatch, killed_after):
+    """Killed before, between and after the two renames; then replaced again, which leaves nothing over."""
+    shutil.rmtree(checkpoints / "checkpoint-1")
+    rename, renames = Path.rename, []
+
+    def killed(path, target):
+        if len(renames) == killed_after:
+            raise SystemExit
+        renames.append(target)
+        return rename(path, target)
+
+    for again in (False, True):
+        staged = checkpoints / ".saving-2" / "checkpoint-2"
+        shutil.rmtree(staged.parent, ignore_errors=True)
+        shutil.copytree(newest_intact(checkpoints), staged)
+        with monkeypatch.context() as patch:
+            if not again:
+                patch.setattr(Path, "rename", killed)
+            if not again and killed_after < 2:
+                with pytest.raises(SystemExit):
+                    publish(staged, checkpoints / "checkpoint-2")
+            else:
+                publish(staged, checkpoints / "checkpoint-2")
+        assert damage(newest_intact(checkpoints)) is None
+    assert [p.name for p in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
