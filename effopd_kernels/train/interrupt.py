@@ -46,12 +46,13 @@ class Interrupts:
 
 
 class StepGuard(TrainerCallback):
-    """Brackets the optimizer step against interrupts, and remembers the random state each completed step ended with."""
+    """Brackets the optimizer step against interrupts, and remembers the random state and the count of training tokens
+    that each completed step ended with."""
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.step = self.first = 0
-        self.random_state = None
+        self.random_state, self.train_tokens = None, 0
         self._update: Deferred | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -79,11 +80,26 @@ class StepGuard(TrainerCallback):
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self.step = state.global_step
         self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+        self.train_tokens = self.trainer.ledger.train_tokens
 
-    def restore_random_state(self) -> None:
+    def restore(self) -> None:
+        """As it was then: resuming draws, and counts, the abandoned rollout again."""
+        self.trainer.ledger.train_tokens = self.train_tokens
         python, numpy, cpu, cuda = self.random_state
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
+
+
+class EvaluationDue(TrainerCallback):
+    """Makes up for the evaluation that an interrupt cut short, when training goes on: the curve gets no gap."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        if state.global_step > 0 and saved.get("should_evaluate"):
+            self.trainer.evaluate()

@@ -29,7 +29,7 @@ from .callback import EffOPDCallback
 from .checkpoint import STAGING, checkpoint_name, newest_intact, publish
 from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError
-from .interrupt import Interrupts, StepGuard
+from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
 from .validation import TeacherLoss, Validator
@@ -121,6 +121,7 @@ class OPDTrainer(trl.DistillationTrainer):
                 **args.controller_args(),
             )
             self.add_callback(self.effopd)
+        self.add_callback(EvaluationDue(self))  # after the event of its step
 
     # ---- the loss -----------------------------------------------------------------------------------------------
 
@@ -284,7 +285,7 @@ class OPDTrainer(trl.DistillationTrainer):
             return  # interrupted before training began: nothing has been learnt
         if self.args.resume_from_checkpoint and self.guard.step == self.guard.first:
             return  # nor since it was resumed, and transformers may not have read the checkpoint's random state yet
-        self.guard.restore_random_state()
+        self.guard.restore()
         self.state.global_step = self.guard.step
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)

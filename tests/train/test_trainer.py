@@ -171,11 +171,13 @@ class SignalAt(TrainerCallback):
 
     def __init__(self, trainer, point: str, step: int):
         self.step = step
-        self.fired = False
+        self.fired = self.now = False
         if point == "rollout":
             self._after(trainer, "_generate_single_turn")
         elif point == "validation":
             self._after(trainer._validators["val"], "_grade_batch")
+        elif point == "evaluation":
+            self._after(trainer._validators["eval"], "_grade_batch")
         self.point = point
 
     def _after(self, owner, name):
@@ -187,7 +189,6 @@ class SignalAt(TrainerCallback):
                 self._fire()
             return result
 
-        self.now = False
         setattr(owner, name, wrapped)
 
     def _fire(self):
@@ -202,9 +203,11 @@ class SignalAt(TrainerCallback):
             self._fire()
 
 
-@pytest.mark.parametrize(("point", "last_completed"), [("rollout", 3), ("update", 4), ("validation", 4)])
+@pytest.mark.parametrize(
+    ("point", "last_completed"), [("rollout", 3), ("update", 4), ("validation", 4), ("evaluation", 4)]
+)
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, point, last_completed):
-    config = {"max_steps": 6, "eval_steps": 6}
+    config = {"max_steps": 6, "eval_steps": 2}
     whole = make_trainer(world, tmp_path / "whole", config=config)
     whole.train()
     stopped = make_trainer(world, tmp_path / "stopped", config=config)
@@ -222,6 +225,8 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, 
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(whole))
     assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
+    curves = [[r for r in history(t) if "eval_teacher_kl" in r] for t in (resumed, whole)]
+    assert curves[0] == curves[1] and [r["step"] for r in curves[0]] == [2, 4, 6]  # what it cost included
 
 
 def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was(world, tmp_path):
