@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 in
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def resolve_checkpoint(args: OPDConfig) -> None:
         raise UserError(f"--resume_from_checkpoint: {wrong}")
 
 
-def check_output_dir(args: OPDConfig) -> None:
+def check_output_dir(args: OPDConfig, student: str | None) -> None:
     """A folder in use is resumed or overwritten on request, never by accident; one that cannot be written is said now,
     not when there is something to write."""
     folder = Path(args.output_dir)
@@ -132,6 +133,15 @@ def check_output_dir(args: OPDConfig) -> None:
             f"--output_dir '{folder}' exists and is not empty; pass --resume_from_checkpoint to go on with it, "
             "--overwrite_output_dir to write over it, or another folder"
         )
+    for model in (student, args.teacher_model_name_or_path) if args.overwrite_output_dir else ():
+        if model and any(c.resolve() in (p := Path(model).resolve(), *p.parents) for c in _abandoned(args)):
+            raise UserError(f"--overwrite_output_dir would remove '{model}': choose another --output_dir")
+
+
+def _abandoned(args: OPDConfig) -> list[Path]:
+    """Checkpoints of an earlier run that is written over. Its steps may lie beyond this run's: resuming and
+    `save_total_limit` would take them for the newer ones."""
+    return [] if args.resume_from_checkpoint else list(Path(args.output_dir).glob(checkpoint_name("*")))
 
 
 def _load_tokenizer(name: str, **kwargs):
@@ -230,8 +240,11 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     """Train, then write the student, summary.json and curves.png into `output_dir`."""
     resolve_checkpoint(args)
     if PartialState().is_main_process:
-        check_output_dir(args)
+        check_output_dir(args, model_args.model_name_or_path)
     trainer = build_trainer(data, args, model_args)
+    if PartialState().is_main_process and args.overwrite_output_dir:
+        for checkpoint in _abandoned(args):
+            shutil.rmtree(checkpoint)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.eval_dataset is not None and trainer.last_evaluated != trainer.state.global_step:
         trainer.evaluate()

@@ -71,7 +71,10 @@ class OPDConfig(trl.DistillationConfig):
         },
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into a non-empty output_dir. Files of an earlier run may remain."}
+        default=False,
+        metadata={
+            "help": "Write into a non-empty output_dir. An earlier run's checkpoints go, its other files may remain."
+        },
     )
     eval_metric: str = field(
         default="accuracy",

@@ -175,6 +175,21 @@ def test_a_run_a_yaml_file_and_its_output(world, tmp_path):
         assert (out / name).is_file(), name
 
 
+def test_overwriting_drops_the_earlier_runs_checkpoints(world, tmp_path, capsys):
+    """Else a bare --resume_from_checkpoint of the second run would go on from the first's last step."""
+    out = tmp_path / "out"
+    cli.main(flags(world, out, max_steps=3, save_strategy="steps", save_steps=3, effopd_enabled=False))
+    assert (out / "checkpoint-3").is_dir()
+    again = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "effopd_enabled": False}
+    again |= {"overwrite_output_dir": True}
+    assert cli.main(flags(world, out, **again, model_name_or_path=out / "checkpoint-3")) == 2
+    assert f"--overwrite_output_dir would remove '{out / 'checkpoint-3'}'" in capsys.readouterr().err
+    assert cli.main(flags(world, out, **again, dataset_name="missing.jsonl")) == 2
+    assert (out / "checkpoint-3").is_dir()
+    assert cli.main(flags(world, out, **again)) == 0
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_interrupted_before_training_nothing_is_said_of_resuming(world, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
