@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from .coupling import complement
 from .decompose import Rest, Settings, decompose, oriented
 from .types import RSVD
+from .workers import without_autocast
 
 
 class TruncatedSVD(torch.autograd.Function):
@@ -41,6 +42,7 @@ class TruncatedSVD(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad_u, grad_s, grad_vh, *_):
         if grad_u is None and grad_s is None and grad_vh is None:
             return None, None, None
@@ -69,6 +71,7 @@ class LowRankPart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         tall, x, base, u, s, v, rest = _saved(ctx)
         grad = grad if tall else grad.mT

@@ -23,6 +23,7 @@ from .difference import Difference
 from .rsvd import as_batch, check_pair
 from .slq import Spectrum, sampled_spectrum
 from .types import RSVD
+from .workers import without_autocast
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
 LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
@@ -91,6 +92,7 @@ def spectral_metrics(
     return _stacked(rows, a, method == "slq")
 
 
+@without_autocast
 def measured(
     x: Tensor, y: Tensor | None, top: int, method: str, probes: int, steps: int, seed: int, svd: RSVD | None = None
 ) -> tuple[Spectrum, dict[str, Tensor]]:

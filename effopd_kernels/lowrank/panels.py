@@ -135,7 +135,8 @@ def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         flat = _mine.__dict__.get(dtype)
         if flat is None or flat.numel() < lines * pitch:
-            flat = _mine.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype)
+            with torch.inference_mode(False):  # it outlives the mode, if one is on
+                flat = _mine.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype, device="cpu")
     out = flat[: lines * pitch].view(lines, pitch)[:, :length]
     return out.mT if _by_column(like) else out
 

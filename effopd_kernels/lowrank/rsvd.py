@@ -15,8 +15,10 @@ from . import routes
 from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
 from .types import RSVD, Flag
+from .workers import without_autocast
 
 
+@without_autocast
 def batched_rsvd(
     a: Tensor,
     rank: int,
@@ -65,6 +67,7 @@ def batched_rsvd(
     return fix_signs(result, align_to)
 
 
+@without_autocast
 def low_rank_part(
     a: Tensor,
     rank: int,

@@ -17,7 +17,7 @@ from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
 from .rsvd import check_options, check_pair, fix_signs
 from .types import RSVD, Flag
-from .workers import side_by_side
+from .workers import side_by_side, without_autocast
 
 HELD_BYTES = 2 << 30  # of pairs: waiting for their like on a GPU, in work on the CPU
 
@@ -176,6 +176,7 @@ def _matrices(a: Tensor) -> list[Tensor]:
     return list(a.reshape(a.shape[:-2].numel(), *a.shape[-2:]).unbind())
 
 
+@without_autocast
 def _factor(x: list[Tensor], y: list[Tensor], settings: Settings) -> list[RSVD]:
     """One RSVD per matrix; alone on CPU, as a group elsewhere."""
     size = 1 if x[0].device.type == "cpu" else len(x)

@@ -16,7 +16,20 @@ from typing import TypeVar
 
 import torch
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item, Result, Function = TypeVar("Item"), TypeVar("Result"), TypeVar("Function", bound=Callable)
+
+
+def without_autocast(function: Function) -> Function:
+    """Products keep the dtypes that they were written for, whatever the caller's own are rounded to."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
 _mine = threading.local()  # team: the one this thread belongs to; shares: it takes panels of other threads' matrices
 
 
@@ -86,10 +99,15 @@ def shared_out(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    waiting = deque()
+    waiting, inference = deque(), torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.inference_mode(inference):  # tensors made in it can be written in it alone
+            return function(item)
+
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(run, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

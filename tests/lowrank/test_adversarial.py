@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowrank.matrices import assert_certified, bf16_pair, orthogonality, spectrum, with_spectrum
 
-from effopd_kernels.lowrank import Flag, batched_rsvd, panels, subspace_overlap, workers
+from effopd_kernels.lowrank import (
+    Flag,
+    batched_rsvd,
+    low_rank_part,
+    panels,
+    spectral_metrics,
+    subspace_overlap,
+    update_svd,
+    workers,
+)
 
 ROUTES = ("subspace", "gram", "exact")
 
@@ -170,6 +179,33 @@ def test_workers_leave_errors_and_other_threads_alone():
     thread.start()
     thread.join()
     assert counts == [3]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_inference_mode_and_autocast_change_nothing(threads):
+    """Neither inside them nor afterwards, though buffers made inside are used again; in backward too."""
+    torch.set_num_threads(threads)
+    panels._mine.__dict__.clear()
+    a = spectrum("polynomial", 60, 80).float()
+
+    def found():
+        pair = {"one": a}, {"one": torch.zeros_like(a)}
+        parts = [*batched_rsvd(a, 5, route="subspace"), *batched_rsvd(a, 5, route="gram"), low_rank_part(a, 5)]
+        return [*parts, *update_svd(*pair, 5)["one"], spectral_metrics(a).spectral_norm, *batched_rsvd(a.double(), 5)]
+
+    def gradients():
+        x = a.clone().requires_grad_()
+        (batched_rsvd(x, 5).U[:3].square().sum() + low_rank_part(x, 5).sum()).backward()
+        return [x.grad]
+
+    with torch.inference_mode():
+        inside = found()
+    plain, slopes = found(), gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounding, slopes_rounding = found(), gradients()
+    for other in (inside, rounding):
+        assert all(torch.equal(x, y) for x, y in zip(plain, other, strict=True))
+    assert torch.equal(*slopes, *slopes_rounding)
 
 
 def test_the_seed_matters_only_to_the_sketch():
