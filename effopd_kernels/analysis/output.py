@@ -10,7 +10,9 @@ from ..errors import UserError
 
 
 def check_free(output_dir: str | Path, overwrite: bool = False) -> None:
-    """Raises UserError when ``output_dir`` holds something and may not be overwritten, or cannot be a folder."""
+    """Raises UserError when ``output_dir`` holds something and may not be overwritten, or cannot be a folder or be
+    written to.
+    """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir '{folder}' is a file; give a folder")
@@ -19,18 +21,28 @@ def check_free(output_dir: str | Path, overwrite: bool = False) -> None:
             f"--output_dir '{folder}' exists and is not empty; give another folder, or --overwrite_output_dir to "
             "replace it"
         )
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir '{folder}' cannot be written: no permission in {there}, or a read-only disk")
 
 
 @contextlib.contextmanager
 def whole_folder(output_dir: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``output_dir``: it takes its place when the block ends well and is removed when not."""
+    """A temporary folder: it becomes ``output_dir`` when the block ends well and is removed when not. A folder that is
+    there stays and changes its content, for it may be a link, a mounted disk or where the user is.
+    """
     folder = Path(output_dir).absolute()
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    filled, name = folder.is_dir(), f".{folder.name}.{os.getpid()}.partial"
+    partial = folder / name if filled else folder.with_name(name)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
+        if not filled:
+            os.replace(partial, folder)
+            return
+        for old in (path for path in folder.iterdir() if path != partial):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for part in partial.iterdir():
+            part.replace(folder / part.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

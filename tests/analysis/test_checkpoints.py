@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from effopd_kernels.analysis import cli
 from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
 
 Q, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
@@ -219,6 +220,14 @@ def test_bad_input_is_one_sentence_before_any_work(base, tmp_path, capsys):
         said = capsys.readouterr().err
         assert sentence in said and said.startswith("effopd-analyze: error: ") and said.count("\n") == 1, (label, said)
         assert "Traceback" not in said and sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))  # root may write anywhere
+    with pytest.raises(UserError, match="cannot be written"):
+        check_free(tmp_path / "new" / "out")
+    assert asked == [tmp_path]
 
 
 def test_commands(capsys):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
 
 from effopd_kernels.analysis import cli, figures, updates
+from effopd_kernels.analysis.output import whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
 from effopd_kernels.analysis.tables import read_table
@@ -291,6 +293,21 @@ def test_replaced_only_when_whole(undrawn, folders, tmp_path, monkeypatch):
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 130
     assert (tmp_path / "out" / "report.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_there_stays_the_one_it_is(tmp_path, monkeypatch):
+    """A link, a mounted disk, the working directory: what is in it changes, not the folder."""
+    (tmp_path / "disk" / "figures").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk")
+    before = (tmp_path / "disk").stat().st_ino
+    monkeypatch.chdir(tmp_path / "disk")
+    for place, text in ((tmp_path / "link", "one"), (Path("."), "two")):
+        with whole_folder(place) as folder:
+            (folder / "report.html").write_text(text)
+        assert [p.name for p in (tmp_path / "disk").iterdir()] == ["report.html"]
+        assert (tmp_path / "disk" / "report.html").read_text() == text
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk").stat().st_ino == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_command_reads_before_it_imports_what_it_draws_with():
