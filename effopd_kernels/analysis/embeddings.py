@@ -22,12 +22,13 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
     columns: dict[str, list] = {key: [] for key in ("trajectory", "token", "shift", "relative_shift", "cosine")}
     top, leads = [], []
     for trajectory, measured in found.tokens.items():
-        shift = measured["relative_shift"]
+        finite = measured["relative_shift"].isfinite()
+        shift = torch.where(finite, measured["relative_shift"], -1.0)  # last in the order
         columns["trajectory"] += [trajectory] * len(shift)
         columns["token"] += range(len(shift))
         for key, values in measured.items():
             columns[key] += values.tolist()
-        moved = int((measured["shift"] > 0).sum())
+        moved = int((finite & (measured["shift"] > 0)).sum())
         order = torch.argsort(shift, descending=True, stable=True)[: min(MOST, moved)].tolist()
         top += [
             {"trajectory": trajectory, "place": place, "token": token, "text": spoken(token)}
@@ -63,7 +64,7 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
 
 def _histogram(found: Findings, folder: Path, column: str, label: str, of: Callable) -> str | None:
     values = {t: of(measured[column].double()) for t, measured in found.tokens.items()}
-    positive = {t: v[v > 0] for t, v in values.items()}
+    positive = {t: v[(v > 0) & v.isfinite()] for t, v in values.items()}
     if not any(len(v) for v in positive.values()):
         return None
     low = min(float(v.min()) for v in positive.values() if len(v))

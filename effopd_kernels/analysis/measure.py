@@ -90,7 +90,7 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
                 if row["non_finite"] or row["update_norm"] == 0:
                     continue
                 found.energy.append((trajectory, position, role.type, _energy(spectrum, min(x.shape), row)))
-                found.alignment += [{**where, **named, **r} for r in _alignment(svd.U, finals[i], options.ks)]
+                found.alignment += [{**where, **named, **r} for r in _alignment(svd, finals[i], options.ks)]
                 first.setdefault(trajectory, {}).setdefault(position, {})[i] = svd.U[:, 0].float().cpu()
     if spectral:
         found.directions = _directions(comparison, first)
@@ -210,13 +210,16 @@ def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:
     return torch.lerp(reached[below], reached[below + 1], position - below).sqrt().tolist()
 
 
-def _alignment(u: Tensor, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Per k: the paper's mean |cos(u_i, u_i,final)|, principal angles, and what chance would give."""
+def _alignment(svd: RSVD, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Per k: the paper's mean |cos(u_i, u_i,final)|, principal angles, and what chance would give. Only up to the rank
+    of both: a LoRA update of rank 16 has no 64 directions.
+    """
     if final.flags & (Flag.NON_FINITE | Flag.ZERO):
         return []
-    rows = []
+    u, rows = svd.U, []
+    ranks = [int((ROUNDING * torch.finfo(s.S.dtype).eps * s.frobenius_norm < s.S).sum()) for s in (svd, final)]
     for k in ks:
-        if k > min(u.shape[1], u.shape[0] // 2):  # of half a space or more any two subspaces align
+        if k > min(*ranks, u.shape[0] // 2):  # of half a space or more any two subspaces align
             continue
         cosines = principal_cosines(u, final.U, k)
         rows.append(
@@ -262,8 +265,8 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
         delta = a[rows].float() if b is None else a[rows].float() - b[rows].float()
         shift, length, after = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before, before + delta))
         both = 2 * length * after
-        cosine = 1 - torch.where(both > 0, (shift.square() - (after - length).square()) / both, 0.0)
-        relative = torch.where(length > 0, shift / length, 0.0)
+        cosine = 1 - torch.where(both == 0, 0.0, (shift.square() - (after - length).square()) / both)
+        relative = torch.where(length == 0, 0.0, shift / length)
         parts.append(torch.stack([shift, relative, cosine.clamp(-1, 1)]).cpu())
     shift, relative, cosine = torch.cat(parts, 1)
     return {"shift": shift, "relative_shift": relative, "cosine": cosine}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from effopd_kernels.analysis.measure import GRID, PROBES, Options, _energy, _spectrum, _tokens
+from effopd_kernels.analysis.measure import GRID, PROBES, Options, _alignment, _energy, _spectrum, _tokens
 
 M, N, RANK = 640, 1408, 64  # short side beyond what is done exactly
 
@@ -92,6 +92,15 @@ def test_equal_and_broken_matrices():
     broken = a.clone()
     broken[3, 4] = math.nan
     assert _spectrum(broken, a, Options(8))[2]["non_finite"] == 1
+
+
+def test_subspaces_are_compared_up_to_the_rank():
+    """Beyond it vectors are arbitrary: an adapter of rank 4 would seem to turn to the end."""
+    b, a = torch.randn(80, 4), torch.randn(4, 90)
+    early, last = (_spectrum(scale * b @ a, None, Options(16))[0] for scale in (0.5, 1.0))
+    rows = _alignment(early, last, (1, 4, 8, 16))
+    assert [row["k"] for row in rows] == [1, 4]
+    assert all(row["mean_cosine"] == pytest.approx(1, abs=1e-5) for row in rows)
 
 
 def test_small_turns_of_a_token_are_resolved():

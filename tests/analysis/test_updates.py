@@ -222,6 +222,18 @@ def test_nan_weights_are_named_and_the_others_reported(undrawn, folders, tmp_pat
     assert row["matrices"] == 5 and row["spectral_to_frobenius"] == pytest.approx(8 / float(SIGMA.norm()), rel=1e-5)
 
 
+def test_tokens_that_are_not_finite_have_not_moved_most(undrawn, folders, tmp_path):
+    weights = planted.moved(planted.base_weights(), low_rank(100))
+    weights["model.embed_tokens.weight"][0, 0], weights["model.embed_tokens.weight"][1, 0] = math.nan, math.inf
+    planted.write(tmp_path / "nan", weights)
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", tmp_path / "nan"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    assert [r["token"] for r in rows(tmp_path / "out", "embedding_top")] == list(TOKENS)
+    first, second = rows(tmp_path / "out", "embedding_tokens")[:2]
+    assert all(math.isnan(first[column]) for column in ("shift", "relative_shift", "cosine"))
+    assert math.isinf(second["shift"]) and math.isnan(second["cosine"])
+
+
 def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
