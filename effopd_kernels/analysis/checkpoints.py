@@ -105,8 +105,8 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     notes = _tie(start, every)
     for checkpoint in every:
         _check(start, checkpoint)
-    names = [name for name, (_, dtype) in start.shapes.items() if dtype in FLOATS]
-    if left := [name for name in start.shapes if name not in names]:
+    names = [name for name, (shape, dtype) in start.shapes.items() if dtype in FLOATS and 0 not in shape]
+    if left := [name for name, (_, dtype) in start.shapes.items() if dtype not in FLOATS]:
         notes.append(f"Not floating, so left out: {listed(left)}.")
     if other := [name for name in names if role_of(name).type == "other"]:
         notes.append(f'No known module name, so grouped as "other": {listed(other)}.')

@@ -95,6 +95,8 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
         paths = [path for path in folders.split(",") if path]
         if not name or not paths:
             raise UserError(f"--trajectory '{text}' must be NAME=DIR,DIR")
+        if name.startswith("_") or "$" in name:  # which figures would leave out, or take for formulas
+            raise UserError(f"--trajectory {name}: a name has no $ and begins with another sign than _")
         if name in out:
             raise UserError(f"--trajectory {name} is given twice; list its folders in one, separated by commas")
         out[name] = paths

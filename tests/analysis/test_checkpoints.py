@@ -205,6 +205,8 @@ def broken(base, tmp):
         "no checkpoints": (["--base", base, "--output_dir", tmp / "out"], "give either --checkpoints"),
         "both": (["--trajectory", "a=b", *case(base)], "give either --checkpoints"),
         "trajectory": (["--base", base, "--trajectory", "opd", "--output_dir", tmp / "out"], "must be NAME=DIR,DIR"),
+        "formula": (["--base", base, "--trajectory", "$a=x", "--output_dir", tmp / "out"], "has no $"),
+        "hidden": (["--base", base, "--trajectory", "_a=x", "--output_dir", tmp / "out"], "has no $"),
         "twice": (["--trajectory=a=x", "--trajectory=a=y", "--base", base, "--output_dir", tmp / "o"], "given twice"),
         "no base": (["--checkpoints", base, "--output_dir", tmp / "out"], "required: --base"),
         "unknown flag": (case(base, no_such_flag="1"), "unrecognized arguments: --no_such_flag"),
@@ -246,6 +248,12 @@ def test_unknown_names_are_listed(base, tmp_path):
     assert any('grouped as "other": adaptor.gizmo' in note for note in comparison.notes)
     assert any("Not floating, so left out: steps" in note for note in comparison.notes)
     assert "steps" not in comparison.names and "adaptor.gizmo" in comparison.names
+
+
+def test_a_tensor_without_entries_is_left_out(tmp_path):
+    weights = {Q: torch.ones(2, 2), "model.extra": torch.zeros(0), "model.more": torch.zeros(3, 0)}
+    folder = planted.write(tmp_path / "base", weights)
+    assert compare(folder, {"run": [folder]}).names == [Q]
 
 
 def test_a_merged_weight_has_the_bases_dtype(tmp_path):
