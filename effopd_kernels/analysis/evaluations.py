@@ -40,7 +40,7 @@ class Evaluations:
         fresh: whether to begin anew over what an earlier run left.
 
     Raises:
-        UserError: the folder holds evaluations made with other settings.
+        UserError: the folder holds evaluations made with other settings, or something else.
     """
 
     def __init__(self, folder: Path, settings: dict, fresh: bool = False):
@@ -55,16 +55,20 @@ class Evaluations:
         whole = [line for line in lines if line.endswith(b"\n")]
         if not whole:
             return
-        found = json.loads(whole[0])
+        try:
+            settings, *noted = map(json.loads, whole)
+            found, self.done = dict(settings), {key: Evaluation(*values) for key, *values in noted}
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"'{self.path}' is damaged ({error}); pass --overwrite_output_dir to start again, or another "
+                "--output_dir"
+            ) from error
         differ = [k for k in self.settings if found.get(k) != self.settings[k]]
         if differ:
             raise UserError(
                 f"'{self.path}' holds evaluations with another {differ[0]} ({found.get(differ[0])!r}, now "
                 f"{self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another --output_dir"
             )
-        for line in whole[1:]:
-            key, *values = json.loads(line)
-            self.done[key] = Evaluation(*values)
         self._intact = sum(map(len, whole))
 
     def add(self, key: str, evaluation: Evaluation, write: bool) -> None:

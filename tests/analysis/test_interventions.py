@@ -123,6 +123,13 @@ def test_evaluations_survive_a_line_cut_short(tmp_path):
     assert not Evaluations(tmp_path, {"seed": 1}, fresh=True).done
 
 
+@pytest.mark.parametrize("text", ["garbage\n", "[1, 2]\n", '{"seed": 0}\n7\n', '{"seed": 0}\n["key", 1]\n'])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / "evaluations.jsonl").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        Evaluations(tmp_path, {"seed": 0})
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
