@@ -176,6 +176,8 @@ class SignalAt(TrainerCallback):
             self._after(trainer, "_generate_single_turn")
         elif point == "validation":
             self._after(trainer._validators["val"], "_grade_batch")
+        elif point == "loss":
+            self._after(trainer, "_compute_loss")
         elif point == "evaluation":
             self._after(trainer._validators["eval"], "_grade_batch")
         self.point = point
@@ -204,7 +206,7 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("point", "last_completed"), [("rollout", 3), ("update", 4), ("validation", 4), ("evaluation", 4)]
+    ("point", "last_completed"), [("rollout", 3), ("loss", 3), ("update", 4), ("validation", 4), ("evaluation", 4)]
 )
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, point, last_completed):
     config = {"max_steps": 6, "eval_steps": 2}
