@@ -41,15 +41,16 @@ def pieces(total: int, limit: int) -> list[slice]:
 
 
 def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
-    """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider than the operands'."""
+    """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
     if out_NV.dtype == hidden_ND.dtype:
         torch.mm(hidden_ND, weight_VD.T, out=out_NV)
-    elif out_NV.device.type == "cuda":
+    elif out_NV.device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
-    else:  # no GEMM of mixed dtypes here: widen the head a slice at a time
-        hidden = hidden_ND.to(out_NV.dtype)
+    else:  # no GEMM of these dtypes: in the wider of them, a slice of the head at a time
+        wide = torch.promote_types(out_NV.dtype, hidden_ND.dtype)
+        hidden = hidden_ND.to(wide)
         for cols in pieces(weight_VD.shape[0], 16 * MIB // (4 * weight_VD.shape[1])):
-            out_NV[:, cols] = hidden @ weight_VD[cols].to(out_NV.dtype).T
+            out_NV[:, cols] = hidden @ weight_VD[cols].to(wide).T
     if bias_V is not None:
         out_NV += bias_V
 

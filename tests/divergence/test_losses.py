@@ -165,6 +165,16 @@ def test_linear_is_no_worse_than_eager(dtype, logits_dtype):
             assert (f.double() - e).norm() <= 1.05 * (g.double() - e).norm() + torch.finfo(f.dtype).eps * e.norm()
 
 
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float16])
+def test_logits_narrower_than_the_operands_are_rounded_once(logits_dtype):
+    """They are products of the operands as given, not of operands rounded first."""
+    hidden, weight, t_hidden, t_weight = (random(n, 32, seed=n, spread=0.5) for n in (9, 157, 8, 163))
+    t_hidden = t_hidden[torch.arange(9) % 8]
+    found = linear_reverse_kl_loss(hidden, weight, t_hidden, t_weight, logits_dtype=logits_dtype)
+    student, teacher = (h @ w.T for h, w in ((hidden, weight), (t_hidden, t_weight[:157])))
+    torch.testing.assert_close(found, reverse_kl_loss(student.to(logits_dtype), teacher.to(logits_dtype)))
+
+
 def test_stats():
     heads = Heads()
     student, teacher = random(3, 5, 157), random(3, 5, 157, seed=1)
