@@ -180,7 +180,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
 def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) -> tuple[float, float, float]:
     """(lower, upper) for σ₁ and the upper for ‖Δ_top‖_F."""
     norm = float(svd.frobenius_norm)
-    rounding = ROUNDING * torch.finfo(svd.S.dtype).eps * norm
+    rounding = float(svd.rounding())
     if exact or not math.isfinite(norm) or norm == 0:
         return first - (rounding if norm else 0.0), first + rounding, norm
     s, gap, rest = svd.S.double(), float(svd.triplet_residual.square().sum()), spectrum.rest_norm() ** 2

@@ -18,6 +18,7 @@ from .difference import Difference
 from .types import ROUNDING, RSVD, Flag
 from .workers import side_by_side
 
+NARROW = 16  # short sides below which fp32 input is factored in fp64
 MAX_ROUNDS = 8  # of power iterations, while `tol` is not met
 _SCALE_BEYOND = 40  # |log₂ max |Δ|| up to which fp32 squares and their sums are safe as they are
 
@@ -60,6 +61,8 @@ def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD,
 
 def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
     """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,)."""
+    if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
+        return _in_double(x, base, settings)
     tall = x[0].shape[0] >= x[0].shape[1]
     difference = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base])
     (n, m), k = difference.x[0].shape, settings.rank
@@ -104,6 +107,15 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
         field[bad] = float("nan")
     svd.flags[bad] = int(Flag.NON_FINITE)
     return (svd if tall else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
+
+
+def _in_double(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
+    """Products with a handful of columns sum thousands of entries one by one, which fp32 does not bear."""
+    svd, rest = decompose_group([v.double() for v in x], [v.double() for v in base], settings)
+    svd, rest = svd._replace(U=svd.U.float(), S=svd.S.float(), Vh=svd.Vh.float()), Rest(*(v.float() for v in rest))
+    rounding = ROUNDING * torch.finfo(torch.float32).eps * svd.frobenius_norm
+    triplets = svd.triplet_residual + rounding.unsqueeze(-1)
+    return svd._replace(residual_norm=svd.residual_norm + rounding, triplet_residual=triplets), rest
 
 
 def oriented(v: Tensor, tall: bool) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 8  # every bound is widened by this many ε ‖A‖_F, for the rounding of the products it was computed from
+BIASED = 32  # ε ‖A‖_F by which σ̃ may be off where roundings do not average out, as of equal entries: 25 of 1e5 × 200
 
 
 class Flag(IntFlag):
@@ -31,13 +32,17 @@ class RSVD(NamedTuple):
     triplet_residual: Tensor  # (..., k) fp64, at least ‖A v_i − σ_i u_i‖ and ‖Aᵀ u_i − σ_i v_i‖
     flags: Tensor  # (...) int32, bits of `Flag`
 
+    def rounding(self) -> Tensor:
+        """(...) fp64, by how much rounding may have moved any σ̃: usually as little as the residual leaves room for."""
+        unit = torch.finfo(self.S.dtype).eps * self.frobenius_norm
+        return torch.maximum(ROUNDING * unit, torch.minimum(self.residual_norm, BIASED * unit))
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """(lower, upper), each (..., k) fp64: the exact i-th singular value lies between.
 
         U_kᵀA has singular values S, so σ̃_i ≤ σ_i; and A Aᵀ = (U_k S Vh)(·)ᵀ + R Rᵀ, so by Weyl σ_i² ≤ σ̃_i² + ‖R‖².
         Both are widened by the rounding of the arithmetic.
         """
-        s = self.S.double()
-        rounding = ROUNDING * torch.finfo(self.S.dtype).eps * self.frobenius_norm.unsqueeze(-1)
+        s, rounding = self.S.double(), self.rounding().unsqueeze(-1)
         upper = torch.hypot(s, self.residual_norm.unsqueeze(-1).expand_as(s)) + rounding
         return (s - rounding).clamp_min(0), upper
