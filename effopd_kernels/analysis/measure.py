@@ -22,7 +22,7 @@ from ..lowrank.decompose import Settings
 from ..lowrank.metrics import measured
 from ..lowrank.routes import choose
 from ..lowrank.slq import Spectrum
-from ..lowrank.types import ROUNDING
+from ..lowrank.types import least_rounding
 from .checkpoints import Checkpoint, Comparison
 from .roles import Role, role_of
 
@@ -217,7 +217,7 @@ def _alignment(svd: RSVD, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, An
     if final.flags & (Flag.NON_FINITE | Flag.ZERO):
         return []
     u, rows = svd.U, []
-    ranks = [int((ROUNDING * torch.finfo(s.S.dtype).eps * s.frobenius_norm < s.S).sum()) for s in (svd, final)]
+    ranks = [int((least_rounding(s.frobenius_norm, s.S.dtype) < s.S).sum()) for s in (svd, final)]
     for k in ks:
         if k > min(*ranks, u.shape[0] // 2):  # of half a space or more any two subspaces align
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops, orth, routes
 from .difference import Difference
-from .types import ROUNDING, RSVD, Flag
+from .types import ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
 
 NARROW = 16  # short sides below which fp32 input is factored in fp64
@@ -113,7 +113,7 @@ def _in_double(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple
     """Products with a handful of columns sum thousands of entries one by one, which fp32 does not bear."""
     svd, rest = decompose_group([v.double() for v in x], [v.double() for v in base], settings)
     svd, rest = svd._replace(U=svd.U.float(), S=svd.S.float(), Vh=svd.Vh.float()), Rest(*(v.float() for v in rest))
-    rounding = ROUNDING * torch.finfo(torch.float32).eps * svd.frobenius_norm
+    rounding = least_rounding(svd.frobenius_norm, torch.float32)
     triplets = svd.triplet_residual + rounding.unsqueeze(-1)
     return svd._replace(residual_norm=svd.residual_norm + rounding, triplet_residual=triplets), rest
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .decompose import Settings, decompose_group
 from .difference import Difference
-from .types import ROUNDING, RSVD
+from .types import RSVD, least_rounding
 
 FAILURE = 1e-9  # probability that `Spectrum.rest_norm` is not a bound
 
@@ -66,7 +66,7 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int, 
         svd = RSVD(*(field[0] for field in found))
     k = svd.S.shape[-1]
     s, v = svd.S.double(), svd.Vh.mT
-    floor = ROUNDING * torch.finfo(v.dtype).eps * svd.frobenius_norm  # below it nodes are rounding
+    floor = least_rounding(svd.frobenius_norm, v.dtype)  # below it nodes are rounding
     s = torch.where(s > floor, s, 0.0)
     if k == m:
         return Spectrum(s)
