@@ -2,6 +2,7 @@
 // callers' threads each make a panel that stays in their caches for the product it goes into.
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -28,6 +29,35 @@ struct Panel {
 
 const auto kWriters = supported(CLONES(write_panel));
 
+// Y = X q and Z += XᵀY over the panel's rows.
+struct Products {
+    Panel x;
+    bool by_column;   // rows of X are columns of the panel's lines
+    const float* q;   // (M, L)
+    int64_t columns;  // L
+    float *y, *z;     // (rows, L); (M rounded up to even, L rounded up to 16). Either may be null: not wanted
+    double* statistics;
+    bool full;
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+constexpr int64_t kRows = 128, kEntries = int64_t(1) << 17;  // of a block of X: its 512 KiB stay in a core's cache
+constexpr int64_t kTerms = 256;
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+namespace bf16_dot {
+#include "vectors.h"
+#include "lowrank_panel.h"
+#include "lowrank_products.h"
+}  // namespace bf16_dot
+#pragma GCC pop_options
+const auto multiply = bf16_dot::products;
+bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx512bf16"); }
+#else
+void multiply(const Products&, bool) {}
+bool has_products() { return false; }
+#endif
+
 // statistics: 5 doubles in the order of effopd_kernels/lowrank/ops.py, or 0; those of the unscaled difference.
 void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, uintptr_t out,
                       int out_dtype, int64_t out_pitch, int64_t lines, int64_t length, float scale, uintptr_t statistics,
@@ -39,6 +69,22 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
           reinterpret_cast<double*>(statistics), full);
 }
 
+// half: operands are rounded to bf16; then y is not to be had. y, z, b and statistics may be 0.
+void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
+                         int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns, uintptr_t y, uintptr_t z,
+                         uintptr_t statistics, bool full, bool half) {
+    nb::gil_scoped_release release;
+    multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0, x_pitch, b_pitch, 0,
+               lines, length, scale},
+              by_column, reinterpret_cast<const float*>(q), columns, reinterpret_cast<float*>(y), reinterpret_cast<float*>(z),
+              reinterpret_cast<double*>(statistics), full},
+             half);
+}
+
 }  // namespace
 
-void bind_lowrank(nb::module_& m) { m.def("difference_panel", &difference_panel); }
+void bind_lowrank(nb::module_& m) {
+    m.def("difference_panel", &difference_panel);
+    m.def("has_products", &has_products);
+    m.def("difference_products", &difference_products);
+}

@@ -108,12 +108,20 @@ static void lines_of(const Panel& p, Statistics& sums) {  // the usual dtypes as
     else lines_as(p, p.x_dtype, p.b_dtype, p.out_dtype, stats, full, sums);
 }
 
+static void write_statistics(const Statistics& sums, int dtype, double* to) {
+    const double eps = dtype == kFloat32 ? 0x1p-23 : dtype == kBFloat16 ? 0x1p-7 : 0x1p-10;
+    const double found[] = {sums.squares, sums.largest, sums.unchanged, sums.ulp_squares * eps * eps, sums.nonfinite};
+    memcpy(to, found, sizeof found);
+}
+
+static void write_lines(const Panel& p, Statistics& sums, bool stats, bool full) {
+    if (!stats) lines_of<false, false>(p, sums);
+    else if (full) lines_of<true, true>(p, sums);
+    else lines_of<true, false>(p, sums);
+}
+
 static void write_panel(const Panel& p, double* statistics, bool full) {
     Statistics sums;
-    if (!statistics) return lines_of<false, false>(p, sums);
-    if (full) lines_of<true, true>(p, sums);
-    else lines_of<true, false>(p, sums);
-    const double eps = p.x_dtype == kFloat32 ? 0x1p-23 : p.x_dtype == kBFloat16 ? 0x1p-7 : 0x1p-10;
-    const double found[] = {sums.squares, sums.largest, sums.unchanged, sums.ulp_squares * eps * eps, sums.nonfinite};
-    memcpy(statistics, found, sizeof found);
+    write_lines(p, sums, statistics, full);
+    if (statistics) write_statistics(sums, p.x_dtype, statistics);
 }

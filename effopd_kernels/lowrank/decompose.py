@@ -1,13 +1,14 @@
 """The truncated SVD of a group of equally shaped differences: first pass, basis, final projection, certificates.
 
-    Q from one of three routes;   U₀ = orth(X Q);   XᵀU₀ = V S Wᵀ;   U = U₀ W;   ρ = ‖X V − U S‖ by column
+    Q from one of three routes;   Y = X Q = U₀ R;   XᵀU₀ = V S Wᵀ;   U = U₀ W;   ρ = ‖X V − U S‖ by column
 
 Xᵀu_i = σ_i v_i by construction, so σ̃_i ≤ σ_i and ‖X‖² − Σσ̃² is the squared norm of what was left out; the last product
 measures how far the triplets are from being singular. The factorisation proper happens on the short side.
 
-Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K = rank.
+Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K′ of them kept for the projection; K = rank.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -36,15 +37,23 @@ class Settings(NamedTuple):
     def width(self, m: int) -> int:
         """Columns L of the sketch for a short side m; unless told, a multiple of 16, which products like."""
         if self.oversample is None:
-            return min(m, -(-(self.rank + max(self.rank + 8, 32)) // 16) * 16)
+            return min(m, _multiple_of_16(self.rank + max(self.rank, 32)))
         return min(m, self.rank + self.oversample)
+
+    def kept(self, width: int) -> int:
+        """Columns K′ of the projection: half of the oversampling has done its work in the iterations."""
+        return min(width, _multiple_of_16((self.rank + width + 1) // 2))
+
+
+def _multiple_of_16(x: int) -> int:
+    return -(-x // 16) * 16
 
 
 class Rest(NamedTuple):
     """Ritz pairs beyond the rank: they precondition the gradient's solve."""
 
-    s: Tensor  # (B, L − K)
-    v: Tensor  # (B, M, L − K), on the short side
+    s: Tensor  # (B, K′ − K)
+    v: Tensor  # (B, M, K′ − K), on the short side
 
 
 def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD, Rest]:
@@ -77,14 +86,12 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
     else:
         statistics = ops.stats(difference.x, difference.base, False)
 
-    svd, rest = _blank_oriented(len(x), n, m, k, width, like)
-    svd.frobenius_norm.copy_(statistics[:, ops.SUM_SQUARES].sqrt())
-    largest = statistics[:, ops.MAX_ABS]
+    frobenius, largest = statistics[:, ops.SUM_SQUARES].sqrt(), statistics[:, ops.MAX_ABS]
     bad = (statistics[:, ops.NON_FINITE] > 0) | ~largest.isfinite()
     zero = ~bad & (largest == 0)
-    svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
-
     plain = ~bad & ~zero
+
+    found = None
     if k and plain.any():
         index = plain.nonzero()[:, 0]
         scale = power_of_two(largest[index])
@@ -94,19 +101,34 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
         if start is not None:
             start = None if (scale != 1).any() else start if plain.all() else start[index]
         q = _first_basis(chosen, start, width, route, settings)
-        found, found_rest = _triplets(
-            chosen, q, svd.frobenius_norm[index] * scale, settings, may_iterate=route != "exact"
-        )
-        for field, value in zip(svd, _unscaled(found, scale), strict=True):
-            field[index] = value.to(field.dtype)
-        rest.s[index], rest.v[index] = found_rest.s / scale[:, None].to(like.dtype), found_rest.v
-    elif not k:
-        svd.residual_norm.copy_(svd.frobenius_norm)
+        found = _triplets(chosen, q, frobenius[index] * scale, settings, may_iterate=route != "exact")
+        found = _unscaled(*found, scale, settings.kept(width) - k)
+    if found is not None and len(index) == len(x):
+        svd, rest = found
+    else:
+        svd, rest = _blank_oriented(len(x), n, m, k, settings.kept(width), like)
+        svd.frobenius_norm.copy_(frobenius)
+        if found is not None:
+            for fields, values in ((svd, found[0]), (rest, found[1])):
+                for field, value in zip(fields, values, strict=True):
+                    field[index] = value
+        if not k:
+            svd.residual_norm.copy_(frobenius)
+        svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
+        for field in svd[:-1]:
+            field[bad] = float("nan")
+        svd.flags[bad] = int(Flag.NON_FINITE)
+    return with_signs(svd if tall else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
 
-    for field in svd[:-1]:
-        field[bad] = float("nan")
-    svd.flags[bad] = int(Flag.NON_FINITE)
-    return (svd if tall else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
+
+def with_signs(svd: RSVD) -> RSVD:
+    """The same triplets, in place, such that the largest |u_i| is positive."""
+    if svd.U.numel():
+        pivot = svd.U.gather(-2, svd.U.abs().argmax(-2, keepdim=True))
+        sign = torch.where(pivot < 0, -1.0, 1.0).to(pivot.dtype)
+        svd.U.mul_(sign)
+        svd.Vh.mul_(sign.mT)
+    return svd
 
 
 def _in_double(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
@@ -133,13 +155,20 @@ def power_of_two(largest: Tensor) -> Tensor:
 
 
 def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, settings: Settings) -> Tensor:
+    kept, iterations = settings.kept(width), settings.power_iters
     if route == "exact":
-        return routes.exact(x, width)
-    if start is not None:
-        return routes.iterate(x, orth.basis(start), settings.power_iters - 1, fast=True)
+        return routes.exact(x, kept)
     omega = _omega(x, width, settings)
-    iterations = settings.power_iters
-    return routes.iterate(x, omega, iterations, fast=True) if route == "subspace" else routes.gram(x, omega, iterations)
+    if route == "gram":
+        return routes.gram(x, omega, iterations, settings.rank, kept)
+    if iterations == 0:
+        return omega
+    if start is None:
+        start = x.gram_apply(omega, fast=True)
+    q = orth.basis(start)
+    if q.dtype == torch.float32:
+        q = q.bfloat16().float()  # as the product takes it: then Ritz values and shift are of the very same Q
+    return routes.iterate(functools.partial(x.gram_apply, fast=True), q, iterations - 1, settings.rank, kept)
 
 
 def _omega(x: Difference, width: int, settings: Settings) -> Tensor:
@@ -154,17 +183,16 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     eps = torch.finfo(q.dtype).eps
     rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
     for _ in range(MAX_ROUNDS):
-        left = orth.orthonormal(x.apply(q))
-        right = x.mT.apply(left)
-        v, s, w = orth.svd_of_tall(right, k)
-        u, leading = left @ w[..., :k], s[:, :k]
-        gap = x.apply(v) - u * leading.to(u.dtype).unsqueeze(-2)
+        u, s, v = _ritz(x, q, k)
+        leading = s[:, :k]
+        gap = x.apply(v[..., :k]) - u * leading.to(u.dtype).unsqueeze(-2)
         rho = gap.double().square().sum(-2).sqrt() + rounding
         met = ((rho <= (tol or torch.inf) * leading) | (rho <= 2 * rounding)).all(-1)
         if met.all() or not may_iterate:
             break
-        q = routes.iterate(x, orth.basis(right), max(1, settings.power_iters), fast=False)
+        q = routes.iterate(x.gram_apply, orth.orthonormal(v), max(1, settings.power_iters), k, v.shape[-1])
 
+    v, further = v[..., :k], v[..., k:]
     residual = _residual_norm(x, u, leading.to(u.dtype), v, frobenius, eps)
     flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
     flags[~met] |= int(Flag.TOL_NOT_MET)
@@ -173,13 +201,26 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     if s.shape[-1] > k:
         flags[~deficient & (s[:, k] > 0.999 * leading[:, -1])] |= int(Flag.CLUSTERED)
     svd = RSVD(u, leading.to(u.dtype), v.mT, residual, frobenius, rho, flags)
-    return svd, _rest(right, s, w, k)
+    return svd, Rest(s[:, k:].to(u.dtype), further)
 
 
-def _rest(right: Tensor, s: Tensor, w: Tensor, k: int) -> Rest:
-    """The Ritz pairs beyond k; those at rounding level are left out as zeros."""
-    s = torch.where(s[:, k:] > 1e-4 * s[:, :1], s[:, k:], 0.0).to(right.dtype)
-    return Rest(s, (right @ w[..., k:]) * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
+def _ritz(x: Difference, q: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(U of the k leading triplets, σ of all in fp64, V of all) of U₀U₀ᵀX, U₀ = orth(X q). Beyond k those at rounding
+    level are zero.
+    """
+    if x.dtype == torch.float32:
+        y, z = x.project(q)
+        found = orth.svd_of_projection(y, z, k)
+        if found is not None:
+            return found
+    else:
+        y = x.apply(q)
+    left = orth.orthonormal(y)
+    right = x.mT.apply(left)
+    v, s, w = orth.svd_of_tall(right, k)
+    s[:, k:] = torch.where(s[:, k:] > 1e-4 * s[:, :1], s[:, k:], 0.0)
+    further = (right @ w[..., k:]) * torch.where(s[:, k:] > 0, 1 / s[:, k:], 0.0).to(w.dtype).unsqueeze(-2)
+    return left @ w[..., :k], s, torch.cat([v, further], -1)
 
 
 def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Tensor, eps: float) -> Tensor:
@@ -193,17 +234,18 @@ def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Te
     return norm
 
 
-def _unscaled(svd: RSVD, scale: Tensor) -> RSVD:
+def _unscaled(svd: RSVD, rest: Rest, scale: Tensor, further: int) -> tuple[RSVD, Rest]:
     column = scale.unsqueeze(-1)
-    return svd._replace(
-        S=svd.S.double() / column,
+    svd = svd._replace(
+        S=(svd.S.double() / column).to(svd.S.dtype),
         residual_norm=svd.residual_norm / scale,
         frobenius_norm=svd.frobenius_norm / scale,
         triplet_residual=svd.triplet_residual / column,
     )
+    return svd, Rest(rest.s[:, :further] / column.to(rest.s.dtype), rest.v[..., :further])
 
 
-def _blank_oriented(count: int, n: int, m: int, k: int, width: int, like: Tensor) -> tuple[RSVD, Rest]:
+def _blank_oriented(count: int, n: int, m: int, k: int, kept: int, like: Tensor) -> tuple[RSVD, Rest]:
     """The answer for zero matrices, (N, M) oriented: columns of the identity and zeros."""
     norm = torch.zeros(count, dtype=torch.float64, device=like.device)
     svd = RSVD(
@@ -215,11 +257,12 @@ def _blank_oriented(count: int, n: int, m: int, k: int, width: int, like: Tensor
         norm.new_zeros(count, k),
         norm.new_zeros(count, dtype=torch.int32),
     )
-    return svd, Rest(like.new_zeros(count, width - k), like.new_zeros(count, m, width - k))
+    return svd, Rest(like.new_zeros(count, kept - k), like.new_zeros(count, m, kept - k))
 
 
 def _blank(a: Tensor, settings: Settings) -> tuple[RSVD, Rest]:
     m, n = a.shape[-2:]
     like = a.new_empty(0, dtype=torch.promote_types(a.dtype, torch.float32))
-    svd, rest = _blank_oriented(len(a), max(m, n), min(m, n), settings.rank, settings.width(min(m, n)), like)
+    kept = settings.kept(settings.width(min(m, n)))
+    svd, rest = _blank_oriented(len(a), max(m, n), min(m, n), settings.rank, kept, like)
     return (svd if m >= n else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest

@@ -36,6 +36,10 @@ class Difference:
         """XᵀX Q, (B, M, L)."""
         return ops.gram_apply(self.x, self.base, q, self.scale, fast)
 
+    def project(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(Y = X Q, XᵀY), (B, N, L) and (B, M, L)."""
+        return ops.project(self.x, self.base, q, self.scale)
+
     def gram(self, double: bool) -> Tensor:
         """XᵀX, (B, M, M)."""
         return ops.gram(self.x, self.base, self.scale, double)

@@ -54,6 +54,12 @@ def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | N
     return reference.gram_apply(x, base, q, scale, fast)
 
 
+@torch.library.custom_op("effopd::lowrank_project", mutates_args=())
+def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Y_b = X_b q_b, X_bᵀ Y_b): (B, M, L) → (B, N, L), (B, M, L). Readings of the pair as in :func:`gram_apply`."""
+    return reference.project(x, base, q, scale)
+
+
 @torch.library.custom_op("effopd::lowrank_gram", mutates_args=())
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:
     """G_b = X_bᵀ X_b, (B, M, M), exactly symmetric; only one triangle is computed. ``double``: fp64 products and
@@ -94,6 +100,11 @@ def _(x, base, q, scale, fast):
     return q.new_empty(q.shape)
 
 
+@project.register_fake
+def _(x, base, q, scale):
+    return q.new_empty((len(x), x[0].shape[0], q.shape[2])), q.new_empty(q.shape)
+
+
 @gram.register_fake
 def _(x, base, scale, double):
     m = x[0].shape[1]
@@ -115,6 +126,7 @@ else:
         (sketch, "launch_sketch"),
         (skinny, "launch_skinny"),
         (gram_apply, "launch_gram_apply"),
+        (project, "launch_project"),
         (gram, "launch_gram"),
         (eigh, "launch_eigh"),
     ):

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 
 _ONE_ROUND, _TWO_ROUNDS = 3e3, 1e7  # ‖R⁻¹‖ of unit columns up to which so many rounds give fp32 orthonormality
+_OBLIQUE = 24  # Σ 1/s² − L of unit columns with singular values s, up to which no s is below 1/5
 _CONDITION = 1e4  # σ_1/σ_k up to which the eigenvalues of an fp64 Gram give σ and U to fp32's rounding
 _ROWS = 512  # taken to fp64 at a time on the CPU: they stay in cache
 
@@ -54,6 +55,25 @@ def svd_of_tall(y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if bad.any():
         u[bad], s[bad], w[bad] = _svd_by_householder(y[bad], k)
     return u, s, w
+
+
+def svd_of_projection(y: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The SVD of U₀U₀ᵀX, U₀ = orth(Y), from Y = X Q (B, N, L) and Z = XᵀY (B, M, L): (U of the k leading triplets
+    (B, N, K), σ (B, L) fp64, V (B, M, L)); σ and V at rounding level are zero.
+
+    With Y = U₀R, XᵀU₀ is Z R⁻¹, which loses what R⁻¹ amplifies: None unless Y's columns are nearly orthogonal, as
+    those of Ritz vectors are.
+    """
+    inverse, size = _cholesky_inverse(_gram(y))
+    if not (size.square() <= y.shape[-1] + _OBLIQUE).all():
+        return None
+    squares, w = ops.eigh(inverse.mT @ _gram(z) @ inverse)
+    s = squares.clamp_min(0).sqrt()
+    if not (s[:, 0] < _CONDITION * s[:, k - 1]).all():
+        return None
+    w, s = inverse @ w, torch.where(s * _CONDITION > s[:, :1], s, 0.0)
+    v = _times(z, w * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
+    return _times(y, w[..., :k]), s, v
 
 
 def _blocks(y: Tensor) -> list[slice]:

@@ -8,6 +8,7 @@ On the CPU the C++ extension makes them: subtraction, rounding to bf16 and stati
 4 to 8 bytes an entry. Where it was not built, and for fp64, PyTorch does, in as many passes as operations.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -45,9 +46,17 @@ def over_panels(
     ``statistics`` (5,) fp64: where those of the unscaled difference are added, as `ops.stats` has them.
     """
 
+    return over_rows(lambda rows, found: function(rows, panel(x, base, scale, rows, dtype, found, full)), x, statistics)
+
+
+def over_rows(
+    function: Callable[[slice, Tensor | None], Tensor | None], x: Tensor, statistics: Tensor | None = None
+) -> Tensor | None:
+    """As :func:`over_panels`, of function(rows, their statistics to be filled in)."""
+
     def run(rows: slice) -> tuple[Tensor | None, Tensor | None]:
         found = None if statistics is None else torch.zeros(5, dtype=torch.float64, device=x.device)
-        return function(rows, panel(x, base, scale, rows, dtype, found, full)), found
+        return function(rows, found), found
 
     total = None
     for part, found in (shared_out if x.device.type == "cpu" else map)(run, split(x)):
@@ -84,14 +93,74 @@ def panel(
     a, b = x[rows], None if base is None else base[rows]
     if instruction_set is None or not _in_cpp(a, b, dtype):
         return _in_torch(a, b, scale, dtype, statistics, full)
-    out, across = _buffer(a, dtype), int(_by_column(a))  # lines of memory are columns
-    sources = [(0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(across)) for t in (a, b)]
+    out = _buffer(a, dtype)
     native().difference_panel(
-        *sources[0], *sources[1], out.data_ptr(), DTYPES[dtype], out.stride(across),
-        a.shape[across], a.shape[1 - across], 1.0 if scale is None else scale.item(),
+        *_sources(a, b), out.data_ptr(), DTYPES[dtype], out.stride(int(_by_column(a))), *_lines(a),
+        1.0 if scale is None else scale.item(),
         0 if statistics is None else statistics.data_ptr(), full, instruction_set,
     )  # fmt: skip
     return out
+
+
+def products(
+    x: Tensor,
+    base: Tensor | None,
+    scale: Tensor | None,
+    rows: slice,
+    q: Tensor,
+    y: Tensor | None = None,
+    statistics: Tensor | None = None,
+    full: bool = False,
+    half: bool = False,
+) -> Tensor:
+    """X[rows]ᵀ (X[rows] q), q (M, L) fp32, without a panel in memory; see :func:`multiplies`. y (rows, L), contiguous:
+    where X[rows] q is written; with ``half`` it is not to be had. ``statistics`` as in :func:`panel`.
+    """
+    a, b, q = x[rows], None if base is None else base[rows], q.contiguous()
+    z = torch.zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16)
+    _products(a, b, scale, q, y, z, statistics, full, half)
+    return z[: q.shape[0], : q.shape[1]]
+
+
+def product(x: Tensor, base: Tensor | None, scale: Tensor | None, rows: slice, q: Tensor, y: Tensor) -> None:
+    """y ← X[rows] q, as in :func:`products`."""
+    _products(x[rows], None if base is None else base[rows], scale, q.contiguous(), y, None, None, False, False)
+
+
+def _products(a, b, scale, q, y, z, statistics, full, half) -> None:
+    native().difference_products(
+        *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
+        *(0 if t is None else t.data_ptr() for t in (y, z, statistics)), full, half,
+    )  # fmt: skip
+
+
+def multiplies(x: Tensor, base: Tensor | None, q: Tensor, half: bool = False) -> bool:
+    """Whether :func:`products` serves these operands: those of the C++ panels, on a processor with dot products of bf16
+    pairs, and in bf16 without matrix units, with which PyTorch is faster.
+    """
+    return (
+        q.dtype == torch.float32
+        and x.numel() > 0 < q.numel()
+        and _in_cpp(x, base, q.dtype)
+        and native().has_products()
+        and not (half and _has_matrix_units())
+    )
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
+def _sources(a: Tensor, b: Tensor | None) -> list[int]:
+    """Address, dtype and pitch of both; memory's lines are columns where _by_column."""
+    across = int(_by_column(a))
+    return [v for t in (a, b) for v in ((0, 0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride(across)))]
+
+
+def _lines(a: Tensor) -> tuple[int, int]:
+    """How many lines, and how long."""
+    return a.shape[::-1] if _by_column(a) else a.shape
 
 
 def _by_column(x: Tensor) -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .panels import arithmetic, over_panels, panel, split
+from . import panels
+from .panels import arithmetic, over_panels, over_rows, panel, split
 from .workers import shared_out
 
 GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below the diagonal are computed
@@ -47,11 +48,33 @@ def _gram_apply(x, base, q, scale, fast, statistics=None, full=False) -> Tensor:
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
         q_i = _operand(q[i], fast)
-        z[i] = over_panels(
-            lambda rows, p, q_i=q_i: (p.mT @ (p @ q_i)).to(z.dtype),
-            *matrix, q_i.dtype, None if statistics is None else statistics[i], full,
-        )  # fmt: skip
+        half = q_i.dtype == torch.bfloat16
+
+        def in_cpp(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i], half=half) -> Tensor:
+            return panels.products(*matrix, rows, q_i, None, found, full, half)
+
+        def in_torch(rows: slice, found: Tensor | None, matrix=matrix, q_i=q_i) -> Tensor:
+            p = panel(*matrix, rows, q_i.dtype, found, full)
+            return (p.mT @ (p @ q_i)).to(z.dtype)
+
+        own = None if statistics is None else statistics[i]
+        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i], half) else in_torch, matrix[0], own)
     return z
+
+
+def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    y, z = q.new_empty(len(x), x[0].shape[0], q.shape[2]), torch.empty_like(q, memory_format=torch.contiguous_format)
+    for i, matrix in enumerate(_each(x, base, scale)):
+
+        def in_cpp(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> Tensor:
+            return panels.products(*matrix, rows, q_i, y_i[rows])
+
+        def in_torch(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> Tensor:
+            p = panel(*matrix, rows, q_i.dtype)
+            return p.mT @ torch.mm(p, q_i, out=y_i[rows])
+
+        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0])
+    return y, z
 
 
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
@@ -59,13 +82,13 @@ def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None,
     for i, matrix in enumerate(_each(x, base, scale)):
         q_i = _operand(q[i], fast)
 
-        def product(rows: slice, p: Tensor, q_i=q_i, y_i=y[i]) -> None:
-            if p.dtype == y_i.dtype:
-                torch.mm(p, q_i, out=y_i[rows])
-            else:
-                y_i[rows] = p @ q_i
+        def in_cpp(rows: slice, _, matrix=matrix, q_i=q_i, y_i=y[i]) -> None:
+            panels.product(*matrix, rows, q_i, y_i[rows])
 
-        over_panels(product, *matrix, q_i.dtype)
+        def in_torch(rows: slice, _, matrix=matrix, q_i=q_i, y_i=y[i]) -> None:
+            y_i[rows] = panel(*matrix, rows, q_i.dtype) @ q_i
+
+        over_rows(in_cpp if panels.multiplies(*matrix[:2], q_i) else in_torch, matrix[0])
     return y
 
 

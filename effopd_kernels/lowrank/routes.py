@@ -5,12 +5,18 @@ chosen.
     gram       G = XᵀX once, then Q ← orth(G Q) without touching the pair
     exact      eigenvectors of G in fp64 (for fp64 input: LAPACK's SVD)
 
+The last iteration of the first two is shifted, Q ← (XᵀX − c) Q, which damps what is left of the unwanted directions at
+no cost (Feng, Yu, Xie & Tang 2024, arXiv 2404.09276; here from Ritz values of the same product), and
+keeps the leading Ritz directions only: L columns converge the first K like L does, but need not all be carried through
+the fp32 products that follow.
+
 Whatever the route, :mod:`decompose` ends with two fp32 products with the pair itself, and only they decide σ: the first
 damps what rounding brought into Q from outside the subspace, and an error δ of the subspace costs δ² in σ. Therefore
 the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,21 +53,39 @@ def _signs(seed: int, rows: int, columns: int) -> Tensor:
     return bits.reshape(rows, -1)[:, :columns].to(torch.int8).mul_(2).sub_(1)
 
 
-def iterate(x: Difference, q: Tensor, iterations: int, fast: bool) -> Tensor:
-    """Q ← orth(XᵀX Q)."""
-    for _ in range(iterations):
-        q = basis(x.gram_apply(q, fast))
-    return q
+def iterate(apply: Callable[[Tensor], Tensor], q: Tensor, iterations: int, rank: int, kept: int) -> Tensor:
+    """Q ← XᵀX Q for orthonormal Q (B, M, L), as ``apply`` takes the product, so many times. After the last the columns
+    (B, M, kept) are nearly Ritz vectors, the leading ones first.
+    """
+    if iterations <= 0:
+        return q
+    for _ in range(iterations - 1):
+        q = basis(apply(q))
+    return _leading(apply(q), q, rank, kept, 1 + 0.5 / iterations)
 
 
-def gram(x: Difference, q: Tensor, iterations: int) -> Tensor:
+def _leading(z: Tensor, q: Tensor, rank: int, kept: int, beyond: float) -> Tensor:
+    """(XᵀX − c) Q W of the leading Ritz vectors Q W, given Z = XᵀX Q.
+
+    Ritz values θ lie below the σ² that they approximate, so c ≤ θ_k/2 ≤ σ_k²/2 lets no unwanted direction outgrow a
+    wanted one, on any spectrum. Best is c a little below σ²_{L+1}: ``beyond`` times θ_L, which after few iterations is
+    well below σ_L².
+    """
+    h = q.mT @ z
+    values, w = ops.eigh((h + h.mT) / 2)
+    shift = torch.minimum(beyond * values[:, -1:], values[:, rank - 1 : rank] / 2).clamp_min(0)
+    lengths = values.clamp_min(torch.finfo(values.dtype).eps * values[:, :1])
+    w, values, unit = w[..., :kept], values[:, :kept], lengths[:, :kept].unsqueeze(-2)
+    # What rounding put along other Ritz vectors, where XᵀX Q W has nothing, goes with it.
+    return (z @ w - q @ (h @ w - w * (values - shift).unsqueeze(-2))) / unit
+
+
+def gram(x: Difference, q: Tensor, iterations: int, rank: int, kept: int) -> Tensor:
     g = x.gram(double=False)
-    for _ in range(max(1, GRAM_ITERATIONS * iterations)):
-        q = basis(g @ q)
-    return q
+    return iterate(lambda q: g @ q, basis(g @ q), max(1, GRAM_ITERATIONS * iterations) - 1, rank, kept)
 
 
-def exact(x: Difference, width: int) -> Tensor:
+def exact(x: Difference, kept: int) -> Tensor:
     if x.dtype == torch.float64:
-        return torch.stack([torch.linalg.svd(x.dense(i), full_matrices=False)[2][:width].mT for i in range(len(x.x))])
-    return ops.eigh(x.gram(double=True))[1][..., :width].float()
+        return torch.stack([torch.linalg.svd(x.dense(i), full_matrices=False)[2][:kept].mT for i in range(len(x.x))])
+    return ops.eigh(x.gram(double=True))[1][..., :kept].float()

@@ -64,7 +64,7 @@ def batched_rsvd(
     result = RSVD(*(field.reshape((*a.shape[:-2], *field.shape[1:])) for field in result))
     if rank > k:
         result = result._replace(flags=result.flags | Flag.CLIPPED)
-    return fix_signs(result, align_to)
+    return result if align_to is None else aligned(result, align_to)
 
 
 @without_autocast
@@ -99,20 +99,14 @@ def as_batch(a: Tensor) -> Tensor:
     return a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
 
 
-def fix_signs(svd: RSVD, align_to: RSVD | Tensor | None) -> RSVD:
-    """Choose the free sign of every triplet: towards ``align_to``, else such that the largest |u_i| is positive."""
-    u = svd.U
-    if align_to is None:
-        if u.shape[-2] == 0:
-            return svd
-        pivot = u.gather(-2, u.abs().argmax(-2, keepdim=True)).squeeze(-2)
-    else:
-        previous = align_to.U if isinstance(align_to, RSVD) else align_to
-        k = min(u.shape[-1], previous.shape[-1])
-        if previous.shape[:-1] != u.shape[:-1]:
-            raise ValueError(f"align_to has U of shape {tuple(previous.shape)}; this one's is {tuple(u.shape)}")
-        pivot = torch.ones_like(svd.S)
-        pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
+def aligned(svd: RSVD, align_to: RSVD | Tensor) -> RSVD:
+    """The same triplets with every free sign chosen towards ``align_to``."""
+    u, previous = svd.U, align_to.U if isinstance(align_to, RSVD) else align_to
+    k = min(u.shape[-1], previous.shape[-1])
+    if previous.shape[:-1] != u.shape[:-1]:
+        raise ValueError(f"align_to has U of shape {tuple(previous.shape)}; this one's is {tuple(u.shape)}")
+    pivot = torch.ones_like(svd.S)
+    pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
     sign = torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
     return svd._replace(U=u * sign.unsqueeze(-2), Vh=svd.Vh * sign.unsqueeze(-1))
 

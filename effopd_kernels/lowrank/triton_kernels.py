@@ -359,6 +359,12 @@ def launch_gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Ten
     return launch_skinny([t.mT for t in x], [t.mT for t in base], y, scale, fast)
 
 
+def launch_project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Y_b = X_b q_b, X_bᵀ Y_b), two readings of the pair: (B, M, L) → (B, N, L), (B, M, L)."""
+    y = launch_skinny(x, base, q, scale, False)
+    return y, launch_skinny([t.mT for t in x], [t.mT for t in base], y, scale, False)
+
+
 def launch_sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
     """(X_bᵀ (X_b q_b) of the unscaled differences, their statistics as in :func:`launch_stats`) from two readings."""
     if not _served(x, base, q) or q.numel() == 0:

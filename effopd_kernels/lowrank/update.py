@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
-from .rsvd import check_options, check_pair, fix_signs
+from .rsvd import aligned, check_options, check_pair
 from .types import RSVD, Flag
 from .workers import side_by_side, without_autocast
 
@@ -86,7 +86,8 @@ def update_svd(
                 svd = RSVD(*(torch.stack(f).reshape((*a.shape[:-2], *f[0].shape)) for f in zip(*batch, strict=True)))
                 if rank > svd.S.shape[-1]:
                     svd = svd._replace(flags=svd.flags | Flag.CLIPPED)
-                found[name] = fix_signs(svd, None if align_to is None else align_to.get(name))
+                towards = None if align_to is None else align_to.get(name)
+                found[name] = svd if towards is None else aligned(svd, towards)
             bar.update(len(group))
     return {name: found[name] for name in names}
 

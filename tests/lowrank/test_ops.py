@@ -24,10 +24,13 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("in_cpp", [True, False])
 @pytest.mark.parametrize("pair", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_products(dtype, transposed, pair, monkeypatch):
+def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
+    if not in_cpp:
+        monkeypatch.setattr(panels, "multiplies", lambda *operands: False)
     monkeypatch.setattr(panels, "PANEL", 500)  # several panels, the last one short
     monkeypatch.setattr(reference, "GRAM_BLOCK", 8)
     x, base, exact = difference(dtype, transposed, pair)
@@ -37,11 +40,14 @@ def test_products(dtype, transposed, pair, monkeypatch):
     bar = 4 * torch.finfo(arithmetic).eps
     z, statistics = ops.sketch(x, base, q, True, False)
     torch.testing.assert_close(statistics, ops.stats(x, base, True))
+    y, projected = ops.project(x, base, q, scale)
     for i, a in enumerate(exact):
         qi, c = q[i].double(), scale[i].double()
         assert distance(z[i], a.mT @ (a @ qi)) < bar
         assert distance(ops.skinny(x, base, q, scale, False)[i], c * a @ qi) < bar
         assert distance(ops.gram_apply(x, base, q, scale, False)[i], c**2 * a.mT @ (a @ qi)) < bar
+        assert distance(y[i], c * a @ qi) < bar
+        assert distance(projected[i], c**2 * a.mT @ (a @ qi)) < bar
         assert distance(ops.gram(x, base, scale, True)[i], c**2 * a.mT @ a) < 1e-13
         assert abs(statistics[i, ops.SUM_SQUARES] / a.square().sum() - 1) < 1e-6
         assert abs(statistics[i, ops.MAX_ABS] / a.abs().max() - 1) < bar
@@ -53,6 +59,35 @@ def test_products(dtype, transposed, pair, monkeypatch):
     assert 1e-4 < max(distance(fast[i], a.mT @ (a @ q[i].double())) for i, a in enumerate(exact)) < 1e-2 or (
         arithmetic == torch.float64 or not reference.bf16_is_native(q.device)
     )
+
+
+@pytest.mark.skipif(not native() or not native().has_products(), reason="needs dot products of bf16 pairs")
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_in_cpp(dtype, transposed):
+    """Sizes that cross blocks, strips and panels raggedly, lines apart; beside PyTorch on the same panels."""
+    generator = torch.Generator().manual_seed(0)
+    for n, m in ((1, 1), (2, 3), (17, 16), (129, 255), (300, 1301), (1025, 40), (40, 4100)):
+        shape = (m, n + 5) if transposed else (n, m + 5)
+        x, base = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        x, base = (v.T[3:-2] if transposed else v[:, 3:-2] for v in (x, base))
+        exact = x.double() - base.double()
+        matrix = x, base, None, slice(None)
+        for width in (1, 16, 33, 50, 64, 100, 144):
+            q = torch.randn(m, width, generator=generator)
+            y, alone, statistics = torch.empty(n, width), torch.empty(n, width), torch.zeros(2, 5, dtype=torch.float64)
+            panel = panels.panel(*matrix, torch.float32, statistics[0], True).contiguous()
+            z = panels.products(*matrix, q, y, statistics[1], True)
+            panels.product(*matrix, q, alone)
+            assert torch.equal(alone, y)
+            expected = exact @ q.double()
+            for found, truth, same in ((y, expected, panel @ q), (z, exact.mT @ expected, panel.mT @ (panel @ q))):
+                assert distance(found, truth) <= 2 * distance(same, truth) + 2e-7
+            torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-6, atol=0)
+            fast = panels.products(x, base, torch.tensor(2.0), slice(None), q, half=True)
+            assert (
+                distance(fast, 4 * exact.mT @ expected) < 8e-3
+            )  # four roundings of at most 2⁻⁹, where nothing averages
 
 
 def test_non_finite_entries_are_counted():
@@ -113,6 +148,7 @@ def test_opcheck(transposed):
     torch.library.opcheck(ops.sketch, (x, base, q, True, True))
     torch.library.opcheck(ops.skinny, (x, base, q, scale, False))
     torch.library.opcheck(ops.gram_apply, (x, [], q, None, True))
+    torch.library.opcheck(ops.project, (x, base, q, scale))
     torch.library.opcheck(ops.gram, (x, base, scale, True))
     torch.library.opcheck(ops.eigh, (torch.eye(5).expand(2, 5, 5),))
 

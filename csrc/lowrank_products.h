@@ -1,0 +1,163 @@
+// Y = X q and Z += XᵀY for some rows of a difference X, with operands in fp32 or rounded to bf16, and fp32 sums. Compiled
+// once, for processors with dot products of bf16 pairs (csrc/lowrank.cpp), after lowrank_panel.h.
+//
+// Both products go through one tile: terms of the left operand along the contraction are broadcast, those of the right one
+// lie 16 columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the other. A
+// block of the pair is written once (in bf16 once for each order of pairs: along its lines, across them), its Y goes from
+// registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than a cache.
+
+typedef uint32_t vu_any __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE vu rounded(vf x) {  // to bf16 in the upper half
+    const vu b = (vu)x;
+    return b + 0x7fff + ((b >> 16) & 1);
+}
+
+INLINE vu interleaved(vf even, vf odd) { return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u); }
+
+template <bool half>
+INLINE vf dot(vf sum, uint32_t left, vu right) {
+    if (half) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+    return (vf)_mm512_fmadd_ps((__m512)_mm512_set1_epi32(int(left)), (__m512)right, (__m512)sum);
+}
+
+// A left operand: term k of row i at at[i · row + k · step].
+struct Terms {
+    const uint32_t* at;
+    int64_t row, step;
+};
+
+// R rows and C vectors of columns; store(i, sums of row i, of row i + 1) for even i.
+template <bool half, int R, int C, class Store>
+INLINE void tile(const Terms left, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
+    vf sums[R][C] = {};
+    const uint32_t* at = left.at;
+    for (int64_t k = 0; k < terms; ++k, at += left.step, right += pitch) {
+        vu columns[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) columns[c] = *(const vu_any*)(right + c * kLanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sums[i][c] = dot<half>(sums[i][c], at[i * left.row], columns[c]);
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i += 2) store(i, sums[i], sums[i + 1]);
+}
+
+template <bool half, int C, class Store>
+static void strip(Terms left, int64_t rows, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
+    constexpr int R = C == 4 ? 6 : C == 3 ? 8 : 12;  // the sums take most registers
+    int64_t i = 0;
+    const auto from = [&](int64_t i) { return Terms{left.at + i * left.row, left.row, left.step}; };
+    for (; i + R <= rows; i += R)
+        tile<half, R, C>(from(i), right, pitch, terms, [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
+    for (; i < rows; i += 2)
+        tile<half, 2, C>(from(i), right, pitch, terms, [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
+}
+
+// store(i, first vector of columns, sums of row i, of row i + 1, their vectors); rows are even.
+template <bool half, class Store>
+static void product(Terms left, int64_t rows, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
+    const int vectors = int(pitch / kLanes), strips = (vectors + 3) / 4;
+    for (int s = 0, from = 0; s < strips; ++s) {
+        const int to = (s + 1) * vectors / strips, count = to - from;
+        const uint32_t* const b = right + from * kLanes;
+        const auto put = [&, from](int64_t i, const vf* even, const vf* odd, int c) { store(i, from, even, odd, c); };
+        if (count == 4) strip<half, 4>(left, rows, b, pitch, terms, put);
+        else if (count == 3) strip<half, 3>(left, rows, b, pitch, terms, put);
+        else if (count == 2) strip<half, 2>(left, rows, b, pitch, terms, put);
+        else strip<half, 1>(left, rows, b, pitch, terms, put);
+        from = to;
+    }
+}
+
+// Room for `elements` of 32 bits, of this thread until it asks again, in cache lines of their own.
+static uint32_t* scratch(int64_t elements) {
+    thread_local std::vector<uint32_t> room;
+    if (int64_t(room.size()) < elements + 16) room.resize(elements + 16);
+    return (uint32_t*)(((uintptr_t)room.data() + 63) / 64 * 64);
+}
+
+template <bool half>
+static void products_in(const Products& p) {
+    const Panel& x = p.x;
+    const int64_t n = p.by_column ? x.length : x.lines, m = p.by_column ? x.lines : x.length;
+    const int64_t width = (p.columns + kLanes - 1) / kLanes * kLanes, even_m = m + m % 2;
+    const int64_t step = std::max<int64_t>(16, std::min<int64_t>(kRows, kEntries / m / 16 * 16));
+    constexpr int kLine = half ? 32 : 16;  // elements of a cache line
+    const int64_t lines = p.by_column ? even_m : step, longest = ((p.by_column ? step : even_m) + kLine - 1) / kLine;
+    const int64_t pitch = (longest | 1) * kLine;  // an odd number of cache lines, so that lines fall into all sets
+    const int64_t per_term = half ? 2 : 1;
+    const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16, middle_size = (step / per_term * width + 15) / 16 * 16;
+    uint32_t* const right = scratch(right_size + middle_size + lines * pitch);
+    uint32_t *const middle = right + right_size, *const along = middle + middle_size, *const across = along + lines / 2 * pitch;
+
+    for (int64_t k = 0; k < m; k += per_term)
+        for (int64_t c = 0; c < width; c += kLanes) {
+            const int left = int(p.columns - c);
+            const float* const at = p.q + k * p.columns + c;
+            const vf even = load_some((const char*)at, kFloat32, left);
+            const vf odd = half && k + 1 < m ? load_some((const char*)(at + p.columns), kFloat32, left) : vf{};
+            *(vu_any*)(right + k / per_term * width + c) = half ? interleaved(even, odd) : (vu)even;
+        }
+
+    Statistics sums;
+    for (int64_t start = 0; start < n; start += step) {
+        const int64_t rows = std::min(step, n - start), even_rows = rows + rows % 2;
+        Panel block = x;
+        (p.by_column ? block.length : block.lines) = rows;
+        block.x += (p.by_column ? start : start * x.x_pitch) * size_of(x.x_dtype);
+        if (block.b) block.b += (p.by_column ? start : start * x.b_pitch) * size_of(x.b_dtype);
+        block.out = (char*)along, block.out_dtype = half ? kBFloat16 : kFloat32, block.out_pitch = pitch;
+        write_lines(block, sums, p.statistics, p.full);
+
+        if (half) {
+            uint16_t* const pairs = (uint16_t*)along;
+            if (block.lines % 2) memset(pairs + block.lines * pitch, 0, block.length * 2);
+            if (block.length % 2)
+                for (int64_t line = 0; line < block.lines + block.lines % 2; ++line) pairs[line * pitch + block.length] = 0;
+            for (int64_t line = 0; line < block.lines && (p.by_column || p.z); line += 2)
+                for (int64_t i = 0; i < block.length; i += kLanes) {
+                    const uint16_t* const at = pairs + line * pitch + i;
+                    const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
+                    const vu odd = __builtin_convertvector(*(const vh_any*)(at + pitch), vu);
+                    *(vu_any*)(across + line / 2 * pitch + i) = even | odd << 16;
+                }
+        }
+        const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
+
+        // fp32 sums of a few hundred terms, then sums of those: what rounding adds up to stays small.
+        const int64_t all = even_m / per_term, most = half ? all : kTerms;
+        for (int64_t k = 0; k < (half ? all : m); k += most) {
+            Terms left = p.by_column ? by_place : by_line;
+            left.at += k * left.step;
+            product<half>(left, even_rows, right + k * width, width, std::min(most, (half ? all : m) - k),
+                          [&](int64_t i, int vector, const vf* even, const vf* odd, int count) {
+                              for (int c = 0; c < count; ++c) {
+                                  uint32_t* const to = middle + i / per_term * width + (vector + c) * kLanes;
+                                  if (half) *(vu_any*)to = interleaved(even[c], odd[c]);
+                                  else if (k) *(vf_any*)to += even[c], *(vf_any*)(to + width) += odd[c];
+                                  else *(vf_any*)to = even[c], *(vf_any*)(to + width) = odd[c];
+                              }
+                          });
+        }
+        if (p.y)
+            for (int64_t i = 0; i < rows; ++i) memcpy(p.y + (start + i) * p.columns, middle + i * width, p.columns * 4);
+        if (p.z)
+            product<half>(p.by_column ? by_line : by_place, even_m, middle, width, half ? even_rows / 2 : rows,
+                          [&](int64_t i, int vector, const vf* even, const vf* odd, int count) {
+                              for (int c = 0; c < count; ++c) {
+                                  float* const to = p.z + i * width + (vector + c) * kLanes;
+                                  *(vf_any*)to += even[c];
+                                  *(vf_any*)(to + width) += odd[c];
+                              }
+                          });
+    }
+    if (p.statistics) write_statistics(sums, x.x_dtype, p.statistics);
+}
+
+static void products(const Products& p, bool half) {
+    if (half) products_in<true>(p);
+    else products_in<false>(p);
+}
