@@ -41,7 +41,7 @@ struct Products {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
-constexpr int64_t kRows = 128, kEntries = int64_t(1) << 17;  // of a block of X: its 512 KiB stay in a core's cache
+constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: at most 1 MiB, what a core's own cache holds
 constexpr int64_t kTerms = 256;
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")

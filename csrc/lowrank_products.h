@@ -90,8 +90,10 @@ static void products_in(const Products& p) {
     const int64_t pitch = (longest | 1) * kLine;  // an odd number of cache lines, so that lines fall into all sets
     const int64_t per_term = half ? 2 : 1;
     const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16, middle_size = (step / per_term * width + 15) / 16 * 16;
-    uint32_t* const right = scratch(right_size + middle_size + lines * pitch);
-    uint32_t *const middle = right + right_size, *const along = middle + middle_size, *const across = along + lines / 2 * pitch;
+    const int64_t partial_size = half ? step * width : 0;
+    uint32_t* const right = scratch(right_size + middle_size + partial_size + lines * pitch);
+    uint32_t *const middle = right + right_size, *const partial = half ? middle + middle_size : middle;
+    uint32_t *const along = middle + middle_size + partial_size, *const across = along + lines / 2 * pitch;
 
     for (int64_t k = 0; k < m; k += per_term)
         for (int64_t c = 0; c < width; c += kLanes) {
@@ -127,18 +129,21 @@ static void products_in(const Products& p) {
         }
         const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
 
-        // fp32 sums of a few hundred terms, then sums of those: what rounding adds up to stays small.
-        const int64_t all = even_m / per_term, most = half ? all : kTerms;
-        for (int64_t k = 0; k < (half ? all : m); k += most) {
+        // Sums of some hundred terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding small.
+        const int64_t all = half ? even_m / 2 : m;
+        for (int64_t k = 0; k < all; k += kTerms) {
+            const int64_t terms = std::min(kTerms, all - k);
             Terms left = p.by_column ? by_place : by_line;
             left.at += k * left.step;
-            product<half>(left, even_rows, right + k * width, width, std::min(most, (half ? all : m) - k),
+            product<half>(left, even_rows, right + k * width, width, terms,
                           [&](int64_t i, int vector, const vf* even, const vf* odd, int count) {
                               for (int c = 0; c < count; ++c) {
-                                  uint32_t* const to = middle + i / per_term * width + (vector + c) * kLanes;
-                                  if (half) *(vu_any*)to = interleaved(even[c], odd[c]);
-                                  else if (k) *(vf_any*)to += even[c], *(vf_any*)(to + width) += odd[c];
-                                  else *(vf_any*)to = even[c], *(vf_any*)(to + width) = odd[c];
+                                  const int64_t column = (vector + c) * kLanes;
+                                  vf_any* const sums = (vf_any*)(partial + i * width + column);
+                                  vf_any* const next = (vf_any*)(partial + (i + 1) * width + column);
+                                  const vf a = k ? *sums + even[c] : even[c], b = k ? *next + odd[c] : odd[c];
+                                  if (half && k + terms == all) *(vu_any*)(middle + i / 2 * width + column) = interleaved(a, b);
+                                  else *sums = a, *next = b;
                               }
                           });
         }

@@ -30,7 +30,7 @@ OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # more for the wide spectra of square matrices, or behind few known triplets
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
-ROWS, PIECE = 1 << 10, 1 << 16  # tokens and entries at a time, which stay in cache
+ROWS = 1 << 8  # tokens at a time, which stay in cache
 
 
 class Options(NamedTuple):
@@ -114,12 +114,6 @@ def _matrices(name: str, role: Role, w: Tensor, a: Tensor, b: Tensor | None) -> 
         yield f"{name}[{i}]", role._replace(expert=i), *matrices
 
 
-def _norm(w: Tensor) -> float:
-    """‖w‖, piece by piece: at once, PyTorch would make an fp32 copy of an embedding and lose digits of its sum."""
-    norms = [torch.linalg.vector_norm(piece.float()) for piece in w.reshape(-1).split(PIECE)]
-    return float(torch.stack(norms).double().norm())
-
-
 def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:
     return {
         "tensor": name,
@@ -129,6 +123,10 @@ def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:
         "expert": role.expert,
         "parameters": like.numel(),
     }
+
+
+def _norm(w: Tensor) -> float:
+    return _norms(w, None)["update_norm"]
 
 
 def _norms(a: Tensor, b: Tensor | None) -> dict[str, Any]:
@@ -221,11 +219,12 @@ def _alignment(svd: RSVD, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, An
     for k in ks:
         if k > min(*ranks, u.shape[0] // 2):  # of half a space or more any two subspaces align
             continue
-        cosines = principal_cosines(u, final.U, k)
+        itself = svd is final
+        cosines = torch.ones(k) if itself else principal_cosines(u, final.U, k)
         rows.append(
             {
                 "k": k,
-                "mean_cosine": float(subspace_alignment(u, final.U, k)),
+                "mean_cosine": 1.0 if itself else float(subspace_alignment(u, final.U, k)),
                 "mean_principal_cosine": float(cosines.mean()),
                 "largest_angle_degrees": math.degrees(math.acos(min(1.0, float(cosines[-1])))),
                 "chance_cosine": math.sqrt(2 / (math.pi * u.shape[0])),

@@ -8,18 +8,39 @@ nothing is stacked and the difference is never written at full size. An empty ``
 views (``x.mT``), so exactly one stride of each matrix is 1, and it may be either. Subtraction is in fp32 (fp64 when
 ``q`` is fp64 or ``double``); results are fp32 (fp64).
 
-The PyTorch reference serves every device; Triton takes CUDA over when it imports.
+The PyTorch reference serves every device, Triton CUDA where it is installed. They are defined without
+`torch.library.custom_op`, whose first call imports torch._dynamo, a second or two.
 """
+
+import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import reference
 
+LIBRARY = torch.library.Library("effopd", "FRAGMENT")
 SUM_SQUARES, MAX_ABS, UNCHANGED, SUM_ULP_SQUARES, NON_FINITE = range(5)
 
 
-@torch.library.custom_op("effopd::lowrank_stats", mutates_args=())
+def _operator(function: Callable) -> torch._ops.OpOverload:
+    """effopd::lowrank_<name>, which calls the function, and on CUDA the launcher of its name."""
+    name = f"lowrank_{function.__name__}"
+
+    def launch(*args):
+        from . import triton_kernels  # at first use: importing this package needs no Triton
+
+        return getattr(triton_kernels, f"launch_{function.__name__}")(*args)
+
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    if importlib.util.find_spec("triton") is not None:
+        LIBRARY.impl(name, launch, "CUDA")
+    return getattr(torch.ops.effopd, name).default
+
+
+@_operator
 def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     """First-pass statistics of the unscaled differences, (B, 5) fp64: Σ Δ², max |Δ|, entries with Δ = 0, Σ ulp(x)²,
     non-finite entries.
@@ -30,7 +51,7 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     return reference.stats(x, base, full)
 
 
-@torch.library.custom_op("effopd::lowrank_sketch", mutates_args=())
+@_operator
 def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
     """The first pass: (:func:`gram_apply` of the unscaled differences, :func:`stats`), the second from the same
     reading.
@@ -38,7 +59,7 @@ def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: boo
     return reference.sketch(x, base, q, full, fast)
 
 
-@torch.library.custom_op("effopd::lowrank_skinny", mutates_args=())
+@_operator
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
     """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to bf16 (accumulation
     stays fp32).
@@ -46,7 +67,7 @@ def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None,
     return reference.skinny(x, base, q, scale, fast)
 
 
-@torch.library.custom_op("effopd::lowrank_gram_apply", mutates_args=())
+@_operator
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
     """Z_b = X_bᵀ (X_b q_b): x_b (N, M), q (B, M, L) → (B, M, L). One reading of the pair on CPU; two skinny products
     elsewhere.
@@ -54,13 +75,13 @@ def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | N
     return reference.gram_apply(x, base, q, scale, fast)
 
 
-@torch.library.custom_op("effopd::lowrank_project", mutates_args=())
+@_operator
 def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """(Y_b = X_b q_b, X_bᵀ Y_b): (B, M, L) → (B, N, L), (B, M, L). Readings of the pair as in :func:`gram_apply`."""
     return reference.project(x, base, q, scale)
 
 
-@torch.library.custom_op("effopd::lowrank_gram", mutates_args=())
+@_operator
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:
     """G_b = X_bᵀ X_b, (B, M, M), exactly symmetric; only one triangle is computed. ``double``: fp64 products and
     result.
@@ -68,7 +89,7 @@ def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool
     return reference.gram(x, base, scale, double)
 
 
-@torch.library.custom_op("effopd::lowrank_eigh", mutates_args=())
+@_operator
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, (B, L) and eigenvectors in columns (B, L, L) of symmetric g (B, L, L), in g's dtype
     (fp32 or fp64).
@@ -80,55 +101,37 @@ def _arithmetic(double: bool) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-@stats.register_fake
+@torch.library.register_fake("effopd::lowrank_stats", lib=LIBRARY)
 def _(x, base, full):
     return x[0].new_empty((len(x), 5), dtype=torch.float64)
 
 
-@sketch.register_fake
+@torch.library.register_fake("effopd::lowrank_sketch", lib=LIBRARY)
 def _(x, base, q, full, fast):
     return q.new_empty(q.shape), x[0].new_empty((len(x), 5), dtype=torch.float64)
 
 
-@skinny.register_fake
+@torch.library.register_fake("effopd::lowrank_skinny", lib=LIBRARY)
 def _(x, base, q, scale, fast):
     return q.new_empty((len(x), x[0].shape[0], q.shape[2]))
 
 
-@gram_apply.register_fake
+@torch.library.register_fake("effopd::lowrank_gram_apply", lib=LIBRARY)
 def _(x, base, q, scale, fast):
     return q.new_empty(q.shape)
 
 
-@project.register_fake
+@torch.library.register_fake("effopd::lowrank_project", lib=LIBRARY)
 def _(x, base, q, scale):
     return q.new_empty((len(x), x[0].shape[0], q.shape[2])), q.new_empty(q.shape)
 
 
-@gram.register_fake
+@torch.library.register_fake("effopd::lowrank_gram", lib=LIBRARY)
 def _(x, base, scale, double):
     m = x[0].shape[1]
     return x[0].new_empty((len(x), m, m), dtype=_arithmetic(double or x[0].dtype == torch.float64))
 
 
-@eigh.register_fake
+@torch.library.register_fake("effopd::lowrank_eigh", lib=LIBRARY)
 def _(g):
     return g.new_empty(g.shape[:2]), g.new_empty(g.shape)
-
-
-try:
-    from . import triton_kernels
-except ImportError:  # no Triton on this machine: the reference serves CUDA too
-    pass
-else:
-    for op, launch in (
-        (stats, "launch_stats"),
-        (sketch, "launch_sketch"),
-        (skinny, "launch_skinny"),
-        (gram_apply, "launch_gram_apply"),
-        (project, "launch_project"),
-        (gram, "launch_gram"),
-        (eigh, "launch_eigh"),
-    ):
-        if hasattr(triton_kernels, launch):
-            op.register_kernel("cuda")(getattr(triton_kernels, launch))
