@@ -43,18 +43,24 @@ struct Products {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: at most 1 MiB, what a core's own cache holds
 constexpr int64_t kTerms = 256;
+constexpr int64_t kBlockRows = 64;  // of a tall matrix, widened to fp64
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 namespace bf16_dot {
 #include "vectors.h"
 #include "lowrank_panel.h"
 #include "lowrank_products.h"
+#include "lowrank_columns.h"
 }  // namespace bf16_dot
 #pragma GCC pop_options
 const auto multiply = bf16_dot::products;
+const auto columns_gram = bf16_dot::gram_of_columns;
+const auto columns_times = bf16_dot::times;
 bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx512bf16"); }
 #else
 void multiply(const Products&, bool) {}
+void columns_gram(const float*, int64_t, int64_t, int64_t, double*) {}
+void columns_times(const float*, int64_t, int64_t, int64_t, const double*, int64_t, float*) {}
 bool has_products() { return false; }
 #endif
 
@@ -81,10 +87,24 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
              half);
 }
 
+// y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.
+void gram_of_columns(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t g) {
+    nb::gil_scoped_release release;
+    columns_gram(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<double*>(g));
+}
+
+// y as above, w (L, K) fp64 → Y W (N, K) fp32.
+void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, int64_t k, uintptr_t out) {
+    nb::gil_scoped_release release;
+    columns_times(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<const double*>(w), k, reinterpret_cast<float*>(out));
+}
+
 }  // namespace
 
 void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
     m.def("has_products", &has_products);
     m.def("difference_products", &difference_products);
+    m.def("gram_of_columns", &gram_of_columns);
+    m.def("times", &times);
 }

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import figures
@@ -20,14 +21,13 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
         return []
     spoken = speaker([found.comparison.base.path, *(c[-1].path for c in found.comparison.trajectories.values())])
     columns: dict[str, list] = {key: [] for key in ("trajectory", "token", "shift", "relative_shift", "cosine")}
-    top, leads = [], []
+    top, leads = [], []  # columns hold one array per trajectory: lists of numbers would take a second
     for trajectory, measured in found.tokens.items():
         finite = measured["relative_shift"].isfinite()
         shift = torch.where(finite, measured["relative_shift"], -1.0)  # last in the order
-        columns["trajectory"] += [trajectory] * len(shift)
-        columns["token"] += range(len(shift))
-        for key, values in measured.items():
-            columns[key] += values.tolist()
+        parts = {"trajectory": np.full(len(shift), trajectory), "token": np.arange(len(shift))}
+        for key, values in {**parts, **measured}.items():
+            columns[key].append(np.asarray(values))
         moved = int((finite & (measured["shift"] > 0)).sum())
         order = torch.argsort(shift, descending=True, stable=True)[: min(MOST, moved)].tolist()
         top += [
@@ -36,7 +36,7 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
             for place, token in enumerate(order, 1)
         ]
         leads.append(f"{moved:,} of {len(shift):,} tokens moved in {trajectory}")
-    write_table(folder / TABLES, "embedding_tokens", columns)
+    write_table(folder / TABLES, "embedding_tokens", {key: np.concatenate(parts) for key, parts in columns.items()})
     figure_names = [
         _histogram(found, folder, "relative_shift", "‖Δe‖ / ‖e‖ of a token", lambda x: x),
         _histogram(found, folder, "cosine", "1 − cos(e, e in the base)", lambda x: 1 - x),

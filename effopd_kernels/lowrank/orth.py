@@ -13,6 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..native import native
 from . import ops
 
 _ONE_ROUND, _TWO_ROUNDS = 3e3, 1e7  # ‖R⁻¹‖ of unit columns up to which so many rounds give fp32 orthonormality
@@ -76,6 +77,16 @@ def svd_of_projection(y: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     return _times(y, w[..., :k]), s, v
 
 
+def _in_cpp(y: Tensor) -> bool:
+    return (
+        y.device.type == "cpu"
+        and y.dtype == torch.float32
+        and (y.stride(-1) == 1 or y.shape[-1] == 1)
+        and native() is not None
+        and native().has_products()
+    )
+
+
 def _blocks(y: Tensor) -> list[slice]:
     step = _ROWS if y.device.type == "cpu" else y.shape[-2]
     return [slice(start, start + step) for start in range(0, y.shape[-2], step)]
@@ -83,6 +94,11 @@ def _blocks(y: Tensor) -> list[slice]:
 
 def _gram(y: Tensor) -> Tensor:
     """YᵀY (B, L, L), in fp64."""
+    if _in_cpp(y):
+        g = torch.empty(len(y), y.shape[-1], y.shape[-1], dtype=torch.float64)
+        for y_i, g_i in zip(y, g, strict=True):
+            native().gram_of_columns(y_i.data_ptr(), y_i.stride(0), *y_i.shape, g_i.data_ptr())
+        return g
     parts = (wide.mT @ wide for wide in (y[:, rows].double() for rows in _blocks(y)))
     return functools.reduce(Tensor.add_, parts)
 
@@ -90,6 +106,12 @@ def _gram(y: Tensor) -> Tensor:
 def _times(y: Tensor, right: Tensor) -> Tensor:
     """Y R in fp64, rounded once to y's dtype."""
     out = y.new_empty(*y.shape[:-1], right.shape[-1])
+    if _in_cpp(y):
+        for y_i, right_i, out_i in zip(y, right.contiguous(), out, strict=True):
+            native().times(
+                y_i.data_ptr(), y_i.stride(0), *y_i.shape, right_i.data_ptr(), right_i.shape[-1], out_i.data_ptr()
+            )
+        return out
     for rows in _blocks(y):
         out[:, rows] = y[:, rows].double() @ right
     return out

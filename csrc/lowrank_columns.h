@@ -1,0 +1,91 @@
+// fp64 products of tall fp32 matrices with few columns: the Gram matrix YᵀY, one triangle of it computed, and Y W rounded
+// once. Rows are widened a block at a time and stay in cache. Included after vectors.h, where lowrank_products.h is.
+
+typedef double vd __attribute__((vector_size(64)));
+typedef double vd_any __attribute__((vector_size(64), aligned(8), may_alias));
+typedef float vf_half __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr int kWide = 8;  // lanes of a vector of doubles
+
+// R rows and C vectors of columns of A B; term k of A's row i at left[i · row + k · step]; store(i, c, sum).
+template <int R, int C, class Store>
+INLINE void wide_tile(const double* left, int64_t row, int64_t step, const double* right, int64_t pitch, int64_t terms, const Store& store) {
+    vd sums[R][C] = {};
+    for (int64_t k = 0; k < terms; ++k, left += step, right += pitch) {
+        vd columns[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) columns[c] = *(const vd_any*)(right + c * kWide);
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sums[i][c] += (left[i * row] - vd{}) * columns[c];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) store(i, c, sums[i][c]);
+}
+
+// store(i, column, sum of kWide columns) for the first `rows` rows (a multiple of 8) and `width` columns.
+template <class Store>
+static void wide_product(const double* left, int64_t row, int64_t step, int64_t rows, const double* right, int64_t pitch, int64_t from,
+                         int64_t width, int64_t terms, const Store& store) {
+    for (int64_t i = 0; i < rows; i += 8) {
+        int64_t j = from;
+        const double* const a = left + i * row;
+        const auto put = [&](int r, int c, vd sum) { store(i + r, j + c * kWide, sum); };
+        for (; j + 3 * kWide <= width; j += 3 * kWide) wide_tile<8, 3>(a, row, step, right + j, pitch, terms, put);
+        for (; j < width; j += kWide) wide_tile<8, 1>(a, row, step, right + j, pitch, terms, put);
+    }
+}
+
+// Rows of y as doubles, `pitch` apart, with zeros to the next multiple of kWide.
+static void widen(const float* y, int64_t y_pitch, int64_t rows, int64_t columns, double* out, int64_t pitch) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < columns; c += kWide) {
+            const float* const at = y + i * y_pitch + c;
+            float rest[kWide] = {};
+            if (columns - c < kWide) memcpy(rest, at, (columns - c) * 4);
+            *(vd_any*)(out + i * pitch + c) = __builtin_convertvector(*(const vf_half*)(columns - c < kWide ? rest : at), vd);
+        }
+}
+
+static int64_t padded(int64_t columns) { return (columns + kWide - 1) / kWide * kWide; }
+
+// g (L, L) fp64.
+static void gram_of_columns(const float* y, int64_t y_pitch, int64_t n, int64_t columns, double* g) {
+    const int64_t width = padded(columns), pitch = width | kWide;  // an odd number of cache lines
+    double* const block = (double*)scratch(2 * (kBlockRows * pitch + width * width));
+    double* const sums = block + kBlockRows * pitch;
+    memset(sums, 0, width * width * 8);
+    for (int64_t start = 0; start < n; start += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, n - start);
+        widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
+        for (int64_t i = 0; i < width; i += 8)  // the upper triangle
+            wide_product(block + i, 1, pitch, 8, block, pitch, i, width, rows, [&](int64_t r, int64_t c, vd sum) {
+                *(vd_any*)(sums + (i + r) * width + c) += sum;
+            });
+    }
+    for (int64_t i = 0; i < columns; ++i)
+        for (int64_t j = i; j < columns; ++j) g[i * columns + j] = g[j * columns + i] = sums[i * width + j];
+}
+
+// out (N, K) fp32 = y (N, L) w (L, K) fp64.
+static void times(const float* y, int64_t y_pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out) {
+    const int64_t pitch = padded(columns) | kWide, width = padded(k);
+    double* const block = (double*)scratch(2 * (kBlockRows * pitch + columns * width));
+    double* const right = block + kBlockRows * pitch;
+    for (int64_t i = 0; i < columns; ++i) {
+        memcpy(right + i * width, w + i * k, k * 8);
+        memset(right + i * width + k, 0, (width - k) * 8);
+    }
+    for (int64_t start = 0; start < n; start += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, n - start);
+        widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
+        wide_product(block, pitch, 1, (rows + 7) / 8 * 8, right, width, 0, width, columns, [&](int64_t i, int64_t c, vd sum) {
+            if (i >= rows) return;
+            const vf_half narrow = __builtin_convertvector(sum, vf_half);
+            memcpy(out + (start + i) * k + c, &narrow, std::min<int64_t>(kWide, k - c) * 4);
+        });
+    }
+}
