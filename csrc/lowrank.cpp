@@ -42,7 +42,7 @@ struct Products {
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: at most 1 MiB, what a core's own cache holds
-constexpr int64_t kTerms = 256;
+constexpr int64_t kTerms = 64, kPairs = 256;  // summed before the sums are: longer sums of equal terms are off by more than bounds allow
 constexpr int64_t kBlockRows = 64;  // of a tall matrix, widened to fp64
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")

@@ -129,10 +129,10 @@ static void products_in(const Products& p) {
         }
         const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
 
-        // Sums of some hundred terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding small.
-        const int64_t all = half ? even_m / 2 : m;
-        for (int64_t k = 0; k < all; k += kTerms) {
-            const int64_t terms = std::min(kTerms, all - k);
+        // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding small.
+        const int64_t all = half ? even_m / 2 : m, most = half ? kPairs : kTerms;
+        for (int64_t k = 0; k < all; k += most) {
+            const int64_t terms = std::min(most, all - k);
             Terms left = p.by_column ? by_place : by_line;
             left.at += k * left.step;
             product<half>(left, even_rows, right + k * width, width, terms,

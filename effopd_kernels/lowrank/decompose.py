@@ -220,7 +220,7 @@ def _ritz(x: Difference, q: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     v, s, w = orth.svd_of_tall(right, k)
     s[:, k:] = torch.where(s[:, k:] > 1e-4 * s[:, :1], s[:, k:], 0.0)
     further = (right @ w[..., k:]) * torch.where(s[:, k:] > 0, 1 / s[:, k:], 0.0).to(w.dtype).unsqueeze(-2)
-    return left @ w[..., :k], s, torch.cat([v, further], -1)
+    return orth.times(left, w[..., :k].double()), s, torch.cat([v, further], -1)
 
 
 def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Tensor, eps: float) -> Tensor:

@@ -32,7 +32,7 @@ def orthonormal(y: Tensor) -> Tensor:
     """Columns orthonormal to rounding with the span of y (B, N, L); completed to L columns where y is deficient."""
     inverse, size = _cholesky_inverse(_gram(y))
     if y.dtype != torch.float64 and (size < _ONE_ROUND).all():
-        return _times(y, inverse)
+        return times(y, inverse)
     wide = y.double()
     q = wide @ inverse
     inverse, again = _cholesky_inverse(_gram(q))
@@ -50,7 +50,7 @@ def svd_of_tall(y: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return _svd_by_householder(y, k)
     squares, w = ops.eigh(_gram(y))
     s = squares.clamp_min(0).sqrt()
-    u = _times(y, w[..., :k] / s[..., None, :k])
+    u = times(y, w[..., :k] / s[..., None, :k])
     w = w.to(y.dtype)
     bad = ~(s[:, 0] < _CONDITION * s[:, k - 1])
     if bad.any():
@@ -73,8 +73,8 @@ def svd_of_projection(y: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     if not (s[:, 0] < _CONDITION * s[:, k - 1]).all():
         return None
     w, s = inverse @ w, torch.where(s * _CONDITION > s[:, :1], s, 0.0)
-    v = _times(z, w * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
-    return _times(y, w[..., :k]), s, v
+    v = times(z, w * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
+    return times(y, w[..., :k]), s, v
 
 
 def _in_cpp(y: Tensor) -> bool:
@@ -103,7 +103,7 @@ def _gram(y: Tensor) -> Tensor:
     return functools.reduce(Tensor.add_, parts)
 
 
-def _times(y: Tensor, right: Tensor) -> Tensor:
+def times(y: Tensor, right: Tensor) -> Tensor:
     """Y R in fp64, rounded once to y's dtype."""
     out = y.new_empty(*y.shape[:-1], right.shape[-1])
     if _in_cpp(y):

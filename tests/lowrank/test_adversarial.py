@@ -81,6 +81,14 @@ def test_roundings_that_do_not_average_out(shape):
     assert_certified(batched_rsvd(torch.full(shape, 0.37), 1), torch.full(shape, 0.37).double())
 
 
+@pytest.mark.parametrize("noise", [0, 1e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize("route", ROUTES)
+def test_nearly_equal_entries(route, noise):
+    """Nor do those of sums of hundreds of nearly equal entries; most of the vectors asked for are arbitrary."""
+    a = 1 + noise * torch.randn(257, 300, generator=torch.Generator().manual_seed(0))
+    assert_certified(batched_rsvd(a, 64, route=route), a.double())
+
+
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e30])
 @pytest.mark.parametrize("route", ROUTES)
 def test_extreme_scales(scale, route):
