@@ -99,6 +99,8 @@ def test_gram_apply(transposed):
     found = kernels.launch_gram_apply(x, base, q, scale, False)
     error = (found.double() - want.mT @ (want @ q.double())).norm() / found.double().norm()
     assert error <= 8 * EPS
+    y, z = kernels.launch_project(x, base, q, scale)
+    assert torch.equal(y, kernels.launch_skinny(x, base, q, scale, False)) and torch.equal(z, found)
 
 
 def statistics(x, base, exact, full):
