@@ -61,7 +61,7 @@ def iterate(apply: Callable[[Tensor], Tensor], q: Tensor, iterations: int, rank:
         return q
     for _ in range(iterations - 1):
         q = basis(apply(q))
-    return _leading(apply(q), q, rank, kept, 1 + 0.5 / iterations)
+    return _leading(apply(q), q, rank, kept, 1 + 1 / iterations)
 
 
 def _leading(z: Tensor, q: Tensor, rank: int, kept: int, beyond: float) -> Tensor:
