@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks for all
     try:
         if command in ("-h", "--help"):
             print(USAGE, end="")
@@ -43,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{command}'; the commands are updates and interventions")
         run(arguments)
     except UserError as error:
-        if first:
+        from ..extrapolation.distributed import first_to_say
+
+        if first_to_say(str(error)):
             print(f"effopd-analyze: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if first:
+        if os.environ.get("RANK", "0") == "0":  # all ranks were, and one speaks for them
             print("effopd-analyze: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0

@@ -8,7 +8,6 @@ On the CPU the C++ extension makes them: subtraction, rounding to bf16 and stati
 4 to 8 bytes an entry. Where it was not built, and for fp64, PyTorch does, in as many passes as operations.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 
@@ -134,22 +133,13 @@ def _products(a, b, scale, q, y, z, statistics, full, half) -> None:
     )  # fmt: skip
 
 
-def multiplies(x: Tensor, base: Tensor | None, q: Tensor, half: bool = False) -> bool:
+def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
     """Whether :func:`products` serves these operands: those of the C++ panels, on a processor with dot products of bf16
-    pairs, and in bf16 without matrix units, with which PyTorch is faster.
+    pairs.
     """
     return (
-        q.dtype == torch.float32
-        and x.numel() > 0 < q.numel()
-        and _in_cpp(x, base, q.dtype)
-        and native().has_products()
-        and not (half and _has_matrix_units())
+        q.dtype == torch.float32 and x.numel() > 0 < q.numel() and _in_cpp(x, base, q.dtype) and native().has_products()
     )
-
-
-@functools.cache
-def _has_matrix_units() -> bool:
-    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def _sources(a: Tensor, b: Tensor | None) -> list[int]:

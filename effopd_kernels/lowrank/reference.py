@@ -1,4 +1,7 @@
-"""The low-rank operators in plain PyTorch, panel by panel (see :mod:`panels`).
+"""The low-rank operators panel by panel (see :mod:`panels`): in PyTorch, and on the CPU in C++ where that serves.
+
+Only there is ``fast`` heeded: PyTorch's bf16 products on the CPU round their results too, and spectra that fall off
+quickly do not bear that.
 
 Shape legend: N rows, M columns of one matrix; L sketch columns; P a panel of X.
 
@@ -17,15 +20,6 @@ from .panels import arithmetic, over_panels, over_rows, panel, split
 from .workers import shared_out
 
 GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below the diagonal are computed
-
-
-def bf16_is_native(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones here."""
-    if device.type != "cpu":
-        return True
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    avx512 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(supported() and avx512())
 
 
 def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
@@ -47,18 +41,16 @@ def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | N
 def _gram_apply(x, base, q, scale, fast, statistics=None, full=False) -> Tensor:
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
-        q_i = _operand(q[i], fast)
-        half = q_i.dtype == torch.bfloat16
 
-        def in_cpp(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i], half=half) -> Tensor:
-            return panels.products(*matrix, rows, q_i, None, found, full, half)
+        def in_cpp(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i]) -> Tensor:
+            return panels.products(*matrix, rows, q_i, None, found, full, fast)
 
-        def in_torch(rows: slice, found: Tensor | None, matrix=matrix, q_i=q_i) -> Tensor:
+        def in_torch(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i]) -> Tensor:
             p = panel(*matrix, rows, q_i.dtype, found, full)
-            return (p.mT @ (p @ q_i)).to(z.dtype)
+            return p.mT @ (p @ q_i)
 
         own = None if statistics is None else statistics[i]
-        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i], half) else in_torch, matrix[0], own)
+        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0], own)
     return z
 
 
@@ -80,15 +72,14 @@ def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
     y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
     for i, matrix in enumerate(_each(x, base, scale)):
-        q_i = _operand(q[i], fast)
 
-        def in_cpp(rows: slice, _, matrix=matrix, q_i=q_i, y_i=y[i]) -> None:
+        def in_cpp(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> None:
             panels.product(*matrix, rows, q_i, y_i[rows])
 
-        def in_torch(rows: slice, _, matrix=matrix, q_i=q_i, y_i=y[i]) -> None:
-            y_i[rows] = panel(*matrix, rows, q_i.dtype) @ q_i
+        def in_torch(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> None:
+            torch.mm(panel(*matrix, rows, q_i.dtype), q_i, out=y_i[rows])
 
-        over_rows(in_cpp if panels.multiplies(*matrix[:2], q_i) else in_torch, matrix[0])
+        over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0])
     return y
 
 
@@ -120,9 +111,3 @@ def _each(
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     for i, matrix in enumerate(x):
         yield matrix, base[i] if base else None, None if scale is None else scale[i]
-
-
-def _operand(q: Tensor, fast: bool) -> Tensor:
-    """q as the products take it; its dtype is the panels' too."""
-    half = fast and q.dtype == torch.float32 and bf16_is_native(q.device)
-    return q.contiguous().bfloat16() if half else q.contiguous()

@@ -1,11 +1,9 @@
 """Truncated SVD of many weight updates, with error bounds.
 
-    A = a − base;   Q from one of three routes;   Y = A Q = U S Wᵀ;   V = Q W
+    A = a − base;   Q from one of three routes;   U₀ = orth(A Q);   AᵀU₀ = V S Wᵀ;   U = U₀ W
 
-Then A v_i = σ_i u_i by construction, so σ̃_i ≤ σ_i; one more product Aᵀ U measures how far the triplets are from being
-singular.
-
-Shape legend: B matrices of a group; N ≥ M long and short side; L = rank + oversample columns of the sketch; K = rank.
+Then Aᵀu_i = σ_i v_i by construction (of a wide matrix its transpose is taken), so σ̃_i ≤ σ_i; one more product A V
+measures how far the triplets are from being singular. :mod:`decompose` has the steps.
 """
 
 import torch
@@ -38,9 +36,9 @@ def batched_rsvd(
         a: (..., m, n) bf16, fp16, fp32 or fp64, any strides. Arithmetic is fp32, or fp64 for fp64 input.
         rank: k, 0 ≤ k ≤ min(m, n).
         base: like ``a``, or None for zero. Subtracted on the fly, exactly for bf16 pairs; never written at full size.
-        oversample: extra columns of the sketch, default max(k + 8, 32) or a few more. Generous on purpose: columns are
+        oversample: extra columns of the sketch, default max(k, 32) or a few more. Generous on purpose: columns are
             cheap, a slow spectrum is not.
-        power_iters: iterations XᵀX after the first pass (times four inside a Gram matrix).
+        power_iters: products with AᵀA before the projection (times four inside a Gram matrix).
         tol: iterate until every triplet residual ≤ tol · σ_i, or is at rounding level; else `Flag.TOL_NOT_MET` is set.
         seed: of the sketch. It depends on the seed and the shape alone, so a matrix's result does not depend on its
             batch.

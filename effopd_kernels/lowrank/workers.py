@@ -46,7 +46,11 @@ class _Team:
         for pool in (self.drivers, self.sharers):
             for _ in range(threads):
                 pool.submit(ready.wait)
-        ready.wait()
+        try:
+            ready.wait()
+        except BaseException:  # interrupted: let the others go
+            ready.abort()
+            raise
         torch.set_num_threads(threads)  # the count is each thread's own, but what the last one set, new threads get
 
     def _start(self, ready: threading.Barrier, shares: bool) -> None:
