@@ -3,6 +3,8 @@
 pytest benchmarks/ --benchmark-only [--quick] [--save-results]
 """
 
+import datetime
+import importlib.metadata
 import json
 import pathlib
 import sys
@@ -13,6 +15,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for common.py
 
 from common import device_name, table
+
+PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
 
 _tables: list[tuple[str, str, list[dict]]] = []
 
@@ -26,6 +30,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.benchmark_only:  # which the default options, made for the tests, would contradict
         config.option.benchmark_disable = False
+
+
+def when_and_with_what() -> dict[str, str]:
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": date} | {name: installed[name] for name in PEERS if name in installed}
 
 
 @pytest.fixture
@@ -48,7 +58,9 @@ def pytest_terminal_summary(terminalreporter, config):
         path = pathlib.Path(__file__).parent / "results" / device_name() / f"{idea}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = json.loads(path.read_text()) if path.exists() else {"results": {}}
-        stored |= {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        stored["results"] |= {title: rows for i, title, rows in _tables if i == idea}
+        tables = {title: rows for i, title, rows in _tables if i == idea}
+        stored |= {"device": device_name(), "threads": torch.get_num_threads()}
+        stored["results"] |= tables
+        stored["measured"] = stored.get("measured", {}) | dict.fromkeys(tables, when_and_with_what())
         path.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
         terminalreporter.write_line(f"\nwrote {path}")
