@@ -165,10 +165,8 @@ def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, se
         return omega
     if start is None:
         start = x.gram_apply(omega, fast=True)
-    q = orth.basis(start)
-    if q.dtype == torch.float32:
-        q = q.bfloat16().float()  # as the product takes it: then Ritz values and shift are of the very same Q
-    return routes.iterate(functools.partial(x.gram_apply, fast=True), q, iterations - 1, settings.rank, kept)
+    apply, half = functools.partial(x.gram_apply, fast=True), x.dtype == torch.float32
+    return routes.iterate(apply, orth.basis(start), iterations - 1, settings.rank, kept, half)
 
 
 def _omega(x: Difference, width: int, settings: Settings) -> Tensor:

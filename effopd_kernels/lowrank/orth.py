@@ -17,7 +17,7 @@ from ..native import native
 from . import ops
 
 _ONE_ROUND, _TWO_ROUNDS = 3e3, 1e7  # ‖R⁻¹‖ of unit columns up to which so many rounds give fp32 orthonormality
-_OBLIQUE = 24  # Σ 1/s² − L of unit columns with singular values s, up to which no s is below 1/5
+_OBLIQUE = 32  # Σ 1/s² − L of unit columns with singular values s, up to which no s is below 1/6
 _CONDITION = 1e4  # σ_1/σ_k up to which the eigenvalues of an fp64 Gram give σ and U to fp32's rounding
 _ROWS = 512  # taken to fp64 at a time on the CPU: they stay in cache
 
@@ -25,7 +25,7 @@ _ROWS = 512  # taken to fp64 at a time on the CPU: they stay in cache
 def basis(y: Tensor) -> Tensor:
     """A basis of span(y) (B, N, L), orthonormal as far as one round goes: for use inside iterations."""
     inverse, size = _cholesky_inverse(_gram(y))
-    return _householder_where(~(size < torch.inf), y, y @ inverse.to(y.dtype))
+    return _householder_where(~(size < torch.inf), y, times(y, inverse))
 
 
 def orthonormal(y: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ chosen.
     exact      eigenvectors of G in fp64 (for fp64 input: LAPACK's SVD)
 
 The last iteration of the first two is shifted, Q ← (XᵀX − c) Q, which damps what is left of the unwanted directions at
-no cost (Feng, Yu, Xie & Tang 2024, arXiv 2404.09276; here from Ritz values of the same product), and
-keeps the leading Ritz directions only: L columns converge the first K like L does, but need not all be carried through
-the fp32 products that follow.
+no cost (Feng, Yu, Xie & Tang 2024, arXiv 2404.09276; here from Ritz values of the same product), and keeps the leading
+Ritz directions only: all L columns served the first K to converge, but not all need go through the fp32 products that
+follow.
 
 Whatever the route, :mod:`decompose` ends with two fp32 products with the pair itself, and only they decide σ: the first
 damps what rounding brought into Q from outside the subspace, and an error δ of the subspace costs δ² in σ. Therefore
@@ -53,14 +53,18 @@ def _signs(seed: int, rows: int, columns: int) -> Tensor:
     return bits.reshape(rows, -1)[:, :columns].to(torch.int8).mul_(2).sub_(1)
 
 
-def iterate(apply: Callable[[Tensor], Tensor], q: Tensor, iterations: int, rank: int, kept: int) -> Tensor:
+def iterate(
+    apply: Callable[[Tensor], Tensor], q: Tensor, iterations: int, rank: int, kept: int, half: bool = False
+) -> Tensor:
     """Q ← XᵀX Q for orthonormal Q (B, M, L), as ``apply`` takes the product, so many times. After the last the columns
-    (B, M, kept) are nearly Ritz vectors, the leading ones first.
+    (B, M, kept) are nearly Ritz vectors, the leading ones first. ``half``: apply rounds Q to bf16.
     """
     if iterations <= 0:
         return q
     for _ in range(iterations - 1):
         q = basis(apply(q))
+    if half:
+        q = q.bfloat16().float()  # so that Ritz values and shift are of the very Q of the product
     return _leading(apply(q), q, rank, kept, 1 + 1 / iterations)
 
 
@@ -75,9 +79,7 @@ def _leading(z: Tensor, q: Tensor, rank: int, kept: int, beyond: float) -> Tenso
     values, w = ops.eigh((h + h.mT) / 2)
     shift = torch.minimum(beyond * values[:, -1:], values[:, rank - 1 : rank] / 2).clamp_min(0)
     lengths = values.clamp_min(torch.finfo(values.dtype).eps * values[:, :1])
-    w, values, unit = w[..., :kept], values[:, :kept], lengths[:, :kept].unsqueeze(-2)
-    # What rounding put along other Ritz vectors, where XᵀX Q W has nothing, goes with it.
-    return (z @ w - q @ (h @ w - w * (values - shift).unsqueeze(-2))) / unit
+    return (z - shift.unsqueeze(-1) * q) @ (w / lengths.unsqueeze(-2))[..., :kept]
 
 
 def gram(x: Difference, q: Tensor, iterations: int, rank: int, kept: int) -> Tensor:
