@@ -75,8 +75,8 @@ def _leading(z: Tensor, q: Tensor, rank: int, kept: int, beyond: float) -> Tenso
     wanted one, on any spectrum. Best is c a little below σ²_{L+1}: ``beyond`` times θ_L, which after few iterations is
     well below σ_L².
     """
-    h = q.mT @ z
-    values, w = ops.eigh((h + h.mT) / 2)
+    h = (q.mT @ z).double()  # in fp32 small Ritz values of spectra that fall off quickly would come in any order
+    values, w = (t.to(q.dtype) for t in ops.eigh((h + h.mT) / 2))
     shift = torch.minimum(beyond * values[:, -1:], values[:, rank - 1 : rank] / 2).clamp_min(0)
     lengths = values.clamp_min(torch.finfo(values.dtype).eps * values[:, :1])
     return (z - shift.unsqueeze(-1) * q) @ (w / lengths.unsqueeze(-2))[..., :kept]
