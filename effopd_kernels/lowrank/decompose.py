@@ -183,7 +183,7 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     for _ in range(MAX_ROUNDS):
         u, s, v = _ritz(x, q, k)
         leading = s[:, :k]
-        gap = x.apply(v[..., :k]) - u * leading.to(u.dtype).unsqueeze(-2)
+        gap = torch.addcmul(x.apply(v[..., :k]), u, leading.to(u.dtype).unsqueeze(-2), value=-1)
         rho = gap.double().square().sum(-2).sqrt() + rounding
         met = ((rho <= (tol or torch.inf) * leading) | (rho <= 2 * rounding)).all(-1)
         if met.all() or not may_iterate:

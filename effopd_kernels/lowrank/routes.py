@@ -79,7 +79,7 @@ def _leading(z: Tensor, q: Tensor, rank: int, kept: int, beyond: float) -> Tenso
     values, w = (t.to(q.dtype) for t in ops.eigh((h + h.mT) / 2))
     shift = torch.minimum(beyond * values[:, -1:], values[:, rank - 1 : rank] / 2).clamp_min(0)
     lengths = values.clamp_min(torch.finfo(values.dtype).eps * values[:, :1])
-    return (z - shift.unsqueeze(-1) * q) @ (w / lengths.unsqueeze(-2))[..., :kept]
+    return torch.addcmul(z, q, shift.unsqueeze(-1), value=-1) @ (w / lengths.unsqueeze(-2))[..., :kept]
 
 
 def gram(x: Difference, q: Tensor, iterations: int, rank: int, kept: int) -> Tensor:
