@@ -1,5 +1,5 @@
-// A panel scale · (x − b) of a difference in fp32 or bf16 with its first-pass statistics, in one pass, on one thread: the
-// callers' threads each make a panel that stays in their caches for the product it goes into.
+// Panels scale · (x − b) of a difference with their first-pass statistics, the products taken with them, and those of the
+// bases that come of it: each on one thread, the callers' working side by side.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -75,7 +75,7 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
           reinterpret_cast<double*>(statistics), full);
 }
 
-// half: operands are rounded to bf16; then y is not to be had. y, z, b and statistics may be 0.
+// half: operands are rounded to bf16; then z is wanted and y is not to be had. y, z, b and statistics may be 0.
 void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
                          int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns, uintptr_t y, uintptr_t z,
                          uintptr_t statistics, bool full, bool half) {

@@ -119,7 +119,7 @@ static void products_in(const Products& p) {
             if (block.lines % 2) memset(pairs + block.lines * pitch, 0, block.length * 2);
             if (block.length % 2)
                 for (int64_t line = 0; line < block.lines + block.lines % 2; ++line) pairs[line * pitch + block.length] = 0;
-            for (int64_t line = 0; line < block.lines && (p.by_column || p.z); line += 2)
+            for (int64_t line = 0; line < block.lines; line += 2)
                 for (int64_t i = 0; i < block.length; i += kLanes) {
                     const uint16_t* const at = pairs + line * pitch + i;
                     const vu even = __builtin_convertvector(*(const vh_any*)at, vu);

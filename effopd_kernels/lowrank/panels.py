@@ -44,7 +44,6 @@ def over_panels(
 
     ``statistics`` (5,) fp64: where those of the unscaled difference are added, as `ops.stats` has them.
     """
-
     return over_rows(lambda rows, found: function(rows, panel(x, base, scale, rows, dtype, found, full)), x, statistics)
 
 
@@ -108,34 +107,30 @@ def products(
     rows: slice,
     q: Tensor,
     y: Tensor | None = None,
+    want_z: bool = True,
     statistics: Tensor | None = None,
     full: bool = False,
     half: bool = False,
-) -> Tensor:
-    """X[rows]ᵀ (X[rows] q), q (M, L) fp32, without a panel in memory; see :func:`multiplies`. y (rows, L), contiguous:
-    where X[rows] q is written; with ``half`` it is not to be had. ``statistics`` as in :func:`panel`.
+) -> Tensor | None:
+    """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
+    ``half``: operands may be rounded to bf16, and y is not to be had. ``statistics`` as in :func:`panel`.
     """
+    if not multiplies(x, base, q):
+        p = panel(x, base, scale, rows, q.dtype, statistics, full)
+        y = torch.mm(p, q, out=y)
+        return p.mT @ y if want_z else None
     a, b, q = x[rows], None if base is None else base[rows], q.contiguous()
-    z = torch.zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16)
-    _products(a, b, scale, q, y, z, statistics, full, half)
-    return z[: q.shape[0], : q.shape[1]]
-
-
-def product(x: Tensor, base: Tensor | None, scale: Tensor | None, rows: slice, q: Tensor, y: Tensor) -> None:
-    """y ← X[rows] q, as in :func:`products`."""
-    _products(x[rows], None if base is None else base[rows], scale, q.contiguous(), y, None, None, False, False)
-
-
-def _products(a, b, scale, q, y, z, statistics, full, half) -> None:
+    z = torch.zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16) if want_z else None
     native().difference_products(
         *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
         *(0 if t is None else t.data_ptr() for t in (y, z, statistics)), full, half,
     )  # fmt: skip
+    return z[: q.shape[0], : q.shape[1]] if want_z else None
 
 
 def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
-    """Whether :func:`products` serves these operands: those of the C++ panels, on a processor with dot products of bf16
-    pairs.
+    """Whether :func:`products` is one kernel of C++, without a panel in memory: for the operands of C++ panels, on a
+    processor with dot products of bf16 pairs.
     """
     return (
         q.dtype == torch.float32 and x.numel() > 0 < q.numel() and _in_cpp(x, base, q.dtype) and native().has_products()

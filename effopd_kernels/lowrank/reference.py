@@ -31,56 +31,40 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=q.device)
-    return _gram_apply(x, base, q, None, fast, result, full), result
+    z = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for i, matrix in enumerate(_each(x, base, None)):
+        z[i] = _products(matrix, q[i], statistics=result[i], full=full, half=fast)
+    return z, result
 
 
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    return _gram_apply(x, base, q, scale, fast)
-
-
-def _gram_apply(x, base, q, scale, fast, statistics=None, full=False) -> Tensor:
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
-
-        def in_cpp(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i]) -> Tensor:
-            return panels.products(*matrix, rows, q_i, None, found, full, fast)
-
-        def in_torch(rows: slice, found: Tensor | None, matrix=matrix, q_i=q[i]) -> Tensor:
-            p = panel(*matrix, rows, q_i.dtype, found, full)
-            return p.mT @ (p @ q_i)
-
-        own = None if statistics is None else statistics[i]
-        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0], own)
+        z[i] = _products(matrix, q[i], half=fast)
     return z
 
 
 def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     y, z = q.new_empty(len(x), x[0].shape[0], q.shape[2]), torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
-
-        def in_cpp(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> Tensor:
-            return panels.products(*matrix, rows, q_i, y_i[rows])
-
-        def in_torch(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> Tensor:
-            p = panel(*matrix, rows, q_i.dtype)
-            return p.mT @ torch.mm(p, q_i, out=y_i[rows])
-
-        z[i] = over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0])
+        z[i] = _products(matrix, q[i], y[i])
     return y, z
 
 
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
     y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
     for i, matrix in enumerate(_each(x, base, scale)):
-
-        def in_cpp(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> None:
-            panels.product(*matrix, rows, q_i, y_i[rows])
-
-        def in_torch(rows: slice, _, matrix=matrix, q_i=q[i], y_i=y[i]) -> None:
-            torch.mm(panel(*matrix, rows, q_i.dtype), q_i, out=y_i[rows])
-
-        over_rows(in_cpp if panels.multiplies(*matrix[:2], q[i]) else in_torch, matrix[0])
+        _products(matrix, q[i], y[i], want_z=False)
     return y
+
+
+def _products(matrix, q, y=None, want_z=True, statistics=None, full=False, half=False) -> Tensor | None:
+    """XᵀXq of one matrix, panel by panel, as `panels.products`."""
+
+    def of(rows: slice, found: Tensor | None) -> Tensor | None:
+        return panels.products(*matrix, rows, q, None if y is None else y[rows], want_z, found, full, half)
+
+    return over_rows(of, matrix[0], statistics)
 
 
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:

@@ -76,17 +76,16 @@ def test_products_in_cpp(dtype, transposed):
             q = torch.randn(m, width, generator=generator)
             y, alone, statistics = torch.empty(n, width), torch.empty(n, width), torch.zeros(2, 5, dtype=torch.float64)
             panel = panels.panel(*matrix, torch.float32, statistics[0], True).contiguous()
-            z = panels.products(*matrix, q, y, statistics[1], True)
-            panels.product(*matrix, q, alone)
+            z = panels.products(*matrix, q, y, statistics=statistics[1], full=True)
+            panels.products(*matrix, q, alone, want_z=False)
             assert torch.equal(alone, y)
             expected = exact @ q.double()
             for found, truth, same in ((y, expected, panel @ q), (z, exact.mT @ expected, panel.mT @ (panel @ q))):
                 assert distance(found, truth) <= 2 * distance(same, truth) + 2e-7
             torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-6, atol=0)
             fast = panels.products(x, base, torch.tensor(2.0), slice(None), q, half=True)
-            assert (
-                distance(fast, 4 * exact.mT @ expected) < 8e-3
-            )  # four roundings of at most 2⁻⁹, where nothing averages
+            # Four roundings of at most 2⁻⁹, where nothing averages.
+            assert distance(fast, 4 * exact.mT @ expected) < 8e-3
 
 
 def test_non_finite_entries_are_counted():
