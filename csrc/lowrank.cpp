@@ -34,6 +34,8 @@ struct Products {
     Panel x;
     bool by_column;   // rows of X are columns of the panel's lines
     const float* q;   // (M, L)
+    const int32_t* places;  // or, of a q of `signs` ±1 in each row, their columns: column << 1 | negative
+    int signs;
     int64_t columns;  // L
     float *y, *z;     // (rows, L); (M rounded up to even, L rounded up to 16). Either may be null: not wanted
     double* statistics;
@@ -75,15 +77,16 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
           reinterpret_cast<double*>(statistics), full);
 }
 
-// half: operands are rounded to bf16; then z is wanted and y is not to be had. y, z, b and statistics may be 0.
+// half: operands are rounded to bf16; then z is wanted and y is not to be had, and q may be given as places. Those, y, z, b
+// and statistics may be 0.
 void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
-                         int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns, uintptr_t y, uintptr_t z,
-                         uintptr_t statistics, bool full, bool half) {
+                         int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns, uintptr_t places, uintptr_t y,
+                         uintptr_t z, uintptr_t statistics, int signs, bool full, bool half) {
     nb::gil_scoped_release release;
     multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0, x_pitch, b_pitch, 0,
                lines, length, scale},
-              by_column, reinterpret_cast<const float*>(q), columns, reinterpret_cast<float*>(y), reinterpret_cast<float*>(z),
-              reinterpret_cast<double*>(statistics), full},
+              by_column, reinterpret_cast<const float*>(q), reinterpret_cast<const int32_t*>(places), signs, columns,
+              reinterpret_cast<float*>(y), reinterpret_cast<float*>(z), reinterpret_cast<double*>(statistics), full},
              half);
 }
 

@@ -72,6 +72,58 @@ static void product(Terms left, int64_t rows, const uint32_t* right, int64_t pit
     }
 }
 
+// One stage of a transposition: swaps the quarters off the diagonal of every 2 · size lanes of as many vectors.
+template <int size>
+INLINE void swap_quarters(vu x[kLanes]) {
+    constexpr auto at = [](uint32_t i) { return i & size ? i - size + kLanes : i; };
+    const vu upper{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & size) continue;
+        const vu a = x[i], b = x[i + size];
+        x[i] = __builtin_shuffle(a, b, upper), x[i + size] = __builtin_shuffle(a, b, upper + size);
+    }
+}
+
+INLINE void transpose(vu x[kLanes]) {
+    swap_quarters<8>(x), swap_quarters<4>(x), swap_quarters<2>(x), swap_quarters<1>(x);
+}
+
+// Pairs of rows of XΩ in bf16 for an Ω of signs: as many additions an element of X as there are signs in a row of Ω, 32
+// rows at a time, whose sums stay in the first-level cache. Term k of pair p lies at pairs[k · pitch + p] (by_term) or
+// pairs[p · pitch + k]; pairs are padded to a multiple of 16 in `out` and by_term also in memory.
+static void signed_sums(const uint32_t* pairs, int64_t pitch, bool by_term, int64_t count, int64_t terms, const int32_t* places,
+                        int signs, int64_t width, vf* sums, uint32_t* out) {
+    for (int64_t p = 0; p < count; p += kLanes) {
+        memset(sums, 0, 2 * width * sizeof(vf));
+        for (int64_t k = 0; k < terms; k += kLanes) {
+            const int held = int(std::min<int64_t>(kLanes, terms - k));
+            vu x[kLanes] = {};
+            if (by_term)
+                for (int i = 0; i < held; ++i) x[i] = *(const vu_any*)(pairs + (k + i) * pitch + p);
+            else {
+                for (int i = 0; i < kLanes && p + i < count; ++i) x[i] = *(const vu_any*)(pairs + (p + i) * pitch + k);
+                transpose(x);
+            }
+            for (int i = 0; i < held; ++i) {
+                const vu even = x[i] << 16, odd = x[i] & 0xffff0000u;
+                for (int s = 0; s < signs; ++s) {
+                    const uint32_t place = places[(k + i) * signs + s], flip = place << 31;
+                    vf* const to = sums + (place & ~1u);
+                    to[0] += (vf)(even ^ flip);
+                    to[1] += (vf)(odd ^ flip);
+                }
+            }
+        }
+        for (int64_t c = 0; c < width; c += kLanes) {
+            vu x[kLanes];
+            for (int i = 0; i < kLanes; ++i) x[i] = interleaved(sums[2 * (c + i)], sums[2 * (c + i) + 1]);
+            transpose(x);
+            for (int i = 0; i < kLanes; ++i) *(vu_any*)(out + (p + i) * width + c) = x[i];
+        }
+    }
+}
+
 // Room for `elements` of 32 bits, of this thread until it asks again, in cache lines of their own.
 static uint32_t* scratch(int64_t elements) {
     thread_local std::vector<uint32_t> room;
@@ -89,13 +141,13 @@ static void products_in(const Products& p) {
     const int64_t lines = p.by_column ? even_m : step, longest = ((p.by_column ? step : even_m) + kLine - 1) / kLine;
     const int64_t pitch = (longest | 1) * kLine;  // an odd number of cache lines, so that lines fall into all sets
     const int64_t per_term = half ? 2 : 1;
-    const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16, middle_size = (step / per_term * width + 15) / 16 * 16;
-    const int64_t partial_size = half ? step * width : 0;
+    const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16, middle_size = ((step + step % 32) / per_term * width + 15) / 16 * 16;
+    const int64_t partial_size = half ? std::max<int64_t>(step, 32) * width : 0;
     uint32_t* const right = scratch(right_size + middle_size + partial_size + lines * pitch);
     uint32_t *const middle = right + right_size, *const partial = half ? middle + middle_size : middle;
     uint32_t *const along = middle + middle_size + partial_size, *const across = along + lines / 2 * pitch;
 
-    for (int64_t k = 0; k < m; k += per_term)
+    for (int64_t k = 0; k < m && !p.places; k += per_term)
         for (int64_t c = 0; c < width; c += kLanes) {
             const int left = int(p.columns - c);
             const float* const at = p.q + k * p.columns + c;
@@ -129,9 +181,12 @@ static void products_in(const Products& p) {
         }
         const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
 
+        if (half && p.places)
+            signed_sums(p.by_column ? along : across, p.by_column ? pitch / 2 : pitch, p.by_column, even_rows / 2, m, p.places, p.signs,
+                        width, (vf*)partial, middle);
         // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding small.
         const int64_t all = half ? even_m / 2 : m, most = half ? kPairs : kTerms;
-        for (int64_t k = 0; k < all; k += most) {
+        for (int64_t k = 0; k < all && !p.places; k += most) {
             const int64_t terms = std::min(most, all - k);
             Terms left = p.by_column ? by_place : by_line;
             left.at += k * left.step;

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, orth, routes
+from . import ops, orth, routes, signs
 from .difference import Difference
 from .types import ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
@@ -81,8 +81,7 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
     like = difference.x[0].new_empty(0, dtype=difference.dtype)
     start = None
     if k and route == "subspace" and settings.power_iters:
-        omega = _omega(difference, width, settings)
-        start, statistics = ops.sketch(difference.x, difference.base, omega, False, True)
+        start, statistics = ops.sketch(difference.x, difference.base, width, settings.seed, False, True)
     else:
         statistics = ops.stats(difference.x, difference.base, False)
 
@@ -124,8 +123,7 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
 def with_signs(svd: RSVD) -> RSVD:
     """The same triplets, in place, such that the largest |u_i| is positive."""
     if svd.U.numel():
-        pivot = svd.U.gather(-2, svd.U.abs().argmax(-2, keepdim=True))
-        sign = torch.where(pivot < 0, -1.0, 1.0).to(pivot.dtype)
+        sign = torch.where(-svd.U.amin(-2, keepdim=True) > svd.U.amax(-2, keepdim=True), -1.0, 1.0).to(svd.U.dtype)
         svd.U.mul_(sign)
         svd.Vh.mul_(sign.mT)
     return svd
@@ -171,8 +169,7 @@ def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, se
 
 def _omega(x: Difference, width: int, settings: Settings) -> Tensor:
     m = x.x[0].shape[1]
-    signs = routes.signs(settings.seed, m, width, x.x[0].new_empty(0, dtype=x.dtype))
-    return signs.expand(len(x.x), m, width)
+    return signs.dense(settings.seed, m, width, x.x[0].device, x.dtype).expand(len(x.x), m, width)
 
 
 def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, may_iterate: bool) -> tuple[RSVD, Rest]:

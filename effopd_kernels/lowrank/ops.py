@@ -52,11 +52,13 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 
 @_operator
-def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
-    """The first pass: (:func:`gram_apply` of the unscaled differences, :func:`stats`), the second from the same
-    reading.
+def sketch(
+    x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool, fast: bool
+) -> tuple[Tensor, Tensor]:
+    """The first pass: (:func:`gram_apply` of the unscaled differences and the test matrix of :mod:`signs`,
+    :func:`stats`), the second from the same reading.
     """
-    return reference.sketch(x, base, q, full, fast)
+    return reference.sketch(x, base, columns, seed, full, fast)
 
 
 @_operator
@@ -107,8 +109,9 @@ def _(x, base, full):
 
 
 @torch.library.register_fake("effopd::lowrank_sketch", lib=LIBRARY)
-def _(x, base, q, full, fast):
-    return q.new_empty(q.shape), x[0].new_empty((len(x), 5), dtype=torch.float64)
+def _(x, base, columns, seed, full, fast):
+    z = x[0].new_empty((len(x), x[0].shape[1], columns), dtype=_arithmetic(x[0].dtype == torch.float64))
+    return z, x[0].new_empty((len(x), 5), dtype=torch.float64)
 
 
 @torch.library.register_fake("effopd::lowrank_skinny", lib=LIBRARY)

@@ -111,9 +111,11 @@ def products(
     statistics: Tensor | None = None,
     full: bool = False,
     half: bool = False,
+    places: Tensor | None = None,
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
-    ``half``: operands may be rounded to bf16, and y is not to be had. ``statistics`` as in :func:`panel`.
+    ``half``: operands may be rounded to bf16, and y is not to be had; ``places`` then are those of a q of signs, as
+    :mod:`signs` has them. ``statistics`` as in :func:`panel`.
     """
     if not multiplies(x, base, q):
         p = panel(x, base, scale, rows, q.dtype, statistics, full)
@@ -123,7 +125,8 @@ def products(
     z = torch.zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16) if want_z else None
     native().difference_products(
         *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
-        *(0 if t is None else t.data_ptr() for t in (y, z, statistics)), full, half,
+        *(0 if t is None else t.data_ptr() for t in (places, y, z, statistics)),
+        0 if places is None else places.shape[1], full, half,
     )  # fmt: skip
     return z[: q.shape[0], : q.shape[1]] if want_z else None
 

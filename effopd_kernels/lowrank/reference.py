@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import panels
+from . import panels, signs
 from .panels import arithmetic, over_panels, over_rows, panel, split
 from .workers import shared_out
 
@@ -29,11 +29,16 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     return result
 
 
-def sketch(x: list[Tensor], base: list[Tensor], q: Tensor, full: bool, fast: bool) -> tuple[Tensor, Tensor]:
-    result = torch.zeros(len(x), 5, dtype=torch.float64, device=q.device)
-    z = torch.empty_like(q, memory_format=torch.contiguous_format)
+def sketch(
+    x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool, fast: bool
+) -> tuple[Tensor, Tensor]:
+    rows = x[0].shape[1]
+    z = x[0].new_empty(len(x), rows, columns, dtype=arithmetic(x[0]))
+    result = torch.zeros(len(x), 5, dtype=torch.float64, device=z.device)
+    omega = signs.dense(seed, rows, columns, z.device, z.dtype)
+    places = signs.sparse(seed, rows, columns) if fast else None
     for i, matrix in enumerate(_each(x, base, None)):
-        z[i] = _products(matrix, q[i], statistics=result[i], full=full, half=fast)
+        z[i] = _products(matrix, omega, statistics=result[i], full=full, half=fast, places=places)
     return z, result
 
 
@@ -58,11 +63,11 @@ def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None,
     return y
 
 
-def _products(matrix, q, y=None, want_z=True, statistics=None, full=False, half=False) -> Tensor | None:
+def _products(matrix, q, y=None, want_z=True, statistics=None, full=False, half=False, places=None) -> Tensor | None:
     """XᵀXq of one matrix, panel by panel, as `panels.products`."""
 
     def of(rows: slice, found: Tensor | None) -> Tensor | None:
-        return panels.products(*matrix, rows, q, None if y is None else y[rows], want_z, found, full, half)
+        return panels.products(*matrix, rows, q, None if y is None else y[rows], want_z, found, full, half, places)
 
     return over_rows(of, matrix[0], statistics)
 

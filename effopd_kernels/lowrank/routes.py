@@ -15,7 +15,6 @@ damps what rounding brought into Q from outside the subspace, and an error δ of
 the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -35,22 +34,6 @@ def choose(n: int, m: int, rank: int, width: int, device: torch.device) -> str:
         return "exact"
     # On CPU bf16 products make iterating on the pair cheaper for longer than on a GPU, where the Gram is one launch.
     return "subspace" if rank <= (96 if device.type == "cpu" else 16) else "gram"
-
-
-def signs(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """The test matrix of a shape, (rows, columns) of ±1: drawn on the CPU, so every device and batch gets the same.
-
-    Signs do as well as Gaussians here and come 64 to a draw, which makes them free.
-    """
-    return _signs(seed, rows, columns).to(like.device, like.dtype)
-
-
-@functools.lru_cache(maxsize=8)  # a model has few shapes
-def _signs(seed: int, rows: int, columns: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(-(2**63), 2**63 - 1, (rows, -(-columns // 64)), generator=generator)
-    bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    return bits.reshape(rows, -1)[:, :columns].to(torch.int8).mul_(2).sub_(1)
 
 
 def iterate(

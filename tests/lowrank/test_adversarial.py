@@ -222,6 +222,17 @@ def test_inference_mode_and_autocast_change_nothing(threads):
     assert torch.equal(*slopes, *slopes_rounding)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_directions_along_the_axes(seed):
+    """As many single columns as triplets: a sketch that mapped two of them alike would lose one."""
+    generator = torch.Generator().manual_seed(seed)
+    a = 1e-4 * torch.randn(2000, 700, generator=generator)
+    sigma = 1 + torch.arange(64) / 64
+    a[torch.randperm(2000, generator=generator)[:64], torch.randperm(700, generator=generator)[:64]] += sigma
+    svd = batched_rsvd(a, 64, seed=seed, route="subspace")
+    torch.testing.assert_close(svd.S.double(), torch.linalg.svdvals(a.double())[:64], rtol=1e-5, atol=0)
+
+
 def test_the_seed_matters_only_to_the_sketch():
     a = spectrum("polynomial", 200, 260).float()
     one, two = (batched_rsvd(a, 5, seed=seed, route="subspace") for seed in (0, 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lowrank.matrices import orthogonality, with_spectrum
 
-from effopd_kernels.lowrank import ops, orth, panels, reference
+from effopd_kernels.lowrank import ops, orth, panels, reference, signs
 from effopd_kernels.native import native
 
 
@@ -38,12 +38,13 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
     q = torch.randn(2, 30, 7, dtype=arithmetic, generator=torch.Generator().manual_seed(1))
     scale = torch.tensor([1.0, 4.0], dtype=arithmetic)
     bar = 4 * torch.finfo(arithmetic).eps
-    z, statistics = ops.sketch(x, base, q, True, False)
+    z, statistics = ops.sketch(x, base, 7, 0, True, False)
     torch.testing.assert_close(statistics, ops.stats(x, base, True))
+    omega = signs.dense(0, 30, 7, x[0].device, torch.float64)
     y, projected = ops.project(x, base, q, scale)
     for i, a in enumerate(exact):
         qi, c = q[i].double(), scale[i].double()
-        assert distance(z[i], a.mT @ (a @ qi)) < bar
+        assert distance(z[i], a.mT @ (a @ omega)) < bar
         assert distance(ops.skinny(x, base, q, scale, False)[i], c * a @ qi) < bar
         assert distance(ops.gram_apply(x, base, q, scale, False)[i], c**2 * a.mT @ (a @ qi)) < bar
         assert distance(y[i], c * a @ qi) < bar
@@ -86,6 +87,21 @@ def test_products_in_cpp(dtype, transposed):
             fast = panels.products(x, base, torch.tensor(2.0), slice(None), q, half=True)
             # Four roundings of at most 2⁻⁹, where nothing averages.
             assert distance(fast, 4 * exact.mT @ expected) < 8e-3
+            omega, places = signs.dense(0, m, width, x.device), signs.sparse(0, m, width)
+            of_signs = panels.products(*matrix, omega, half=True, places=places)
+            assert distance(of_signs, exact.mT @ (exact @ omega.double())) < 8e-3
+
+
+@pytest.mark.parametrize("columns", [1, 5, 8, 9, 96])
+def test_signs_of_a_sketch(columns):
+    """One in each of eight blocks of columns, the same from both forms; all columns used, and both signs."""
+    places, omega = signs.sparse(3, 500, columns), signs.dense(3, 500, columns, torch.device("cpu"))
+    assert places.shape == (500, min(8, columns)) and places.dtype == torch.int32
+    assert (omega.abs().sum(1) == min(8, columns)).all() and set(omega.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert torch.equal(omega.gather(1, places.long() >> 1), (1 - 2 * (places & 1)).float())
+    share = omega.abs().mean(0) * columns / min(8, columns)
+    assert share.min() > 0.5 and share.max() < 2 and omega.mean().abs() < 0.1
+    assert torch.equal(places, signs.sparse(3, 500, columns)) and not torch.equal(places, signs.sparse(4, 500, columns))
 
 
 def test_non_finite_entries_are_counted():
@@ -143,7 +159,7 @@ def test_opcheck(transposed):
     x, base, _ = difference(transposed=transposed)
     q, scale = torch.randn(2, 30, 7), torch.ones(2)
     torch.library.opcheck(ops.stats, (x, base, True))
-    torch.library.opcheck(ops.sketch, (x, base, q, True, True))
+    torch.library.opcheck(ops.sketch, (x, base, 7, 0, True, True))
     torch.library.opcheck(ops.skinny, (x, base, q, scale, False))
     torch.library.opcheck(ops.gram_apply, (x, [], q, None, True))
     torch.library.opcheck(ops.project, (x, base, q, scale))

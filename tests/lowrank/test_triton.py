@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
 
-from effopd_kernels.lowrank import ops
+from effopd_kernels.lowrank import ops, signs
 from effopd_kernels.lowrank import triton_kernels as kernels
 
 N, M, L = (100, 70, 20) if not ON_GPU else (1000, 5000, 72)
@@ -130,9 +130,10 @@ def test_statistics(dtype, transposed, full):
     x, base, exact = batch(dtype, transposed)
     want = statistics(x, base, exact, full)
     torch.testing.assert_close(kernels.launch_stats(x, base, full), want, rtol=2 * EPS, atol=0)
-    z, found = kernels.launch_sketch(x, base, normal(2, M, L).to(DEVICE), full, False)
+    z, found = kernels.launch_sketch(x, base, L, 0, full, False)
     torch.testing.assert_close(found, want, rtol=2 * EPS, atol=0)
-    assert torch.equal(z, kernels.launch_gram_apply(x, base, normal(2, M, L).to(DEVICE), None, False))
+    q = signs.dense(0, M, L, DEVICE).expand(2, M, L)
+    assert torch.equal(z, kernels.launch_gram_apply(x, base, q, None, False))
 
 
 @needs_kernels
@@ -160,11 +161,11 @@ def test_sums_of_squares_beyond_fp32(size):
 def test_non_finite_entries_are_counted_and_stay_in_their_matrix():
     x, base, _ = batch(torch.float32)
     x[1][3, 4], base[1][5, 6] = torch.nan, -torch.inf
-    q = normal(2, M, L).to(DEVICE)
-    z, found = kernels.launch_sketch(x, base, q, False, False)
+    z, found = kernels.launch_sketch(x, base, L, 0, False, False)
     assert found[:, ops.NON_FINITE].tolist() == [0, 2]
     assert kernels.launch_stats(x, base, False)[:, ops.NON_FINITE].tolist() == [0, 2]
-    assert torch.equal(z[0], kernels.launch_gram_apply(x[:1], base[:1], q[:1], None, False)[0])
+    q = signs.dense(0, M, L, DEVICE).unsqueeze(0)
+    assert torch.equal(z[0], kernels.launch_gram_apply(x[:1], base[:1], q, None, False)[0])
 
 
 @needs_kernels
@@ -216,11 +217,10 @@ def test_eigh(dtype, size):
 @needs_gpu
 def test_launches_are_captured_in_a_cuda_graph():
     x, base, _ = batch()
-    q = normal(2, M, L).to(DEVICE)
-    want = kernels.launch_sketch(x, base, q, False, True)
+    want = kernels.launch_sketch(x, base, L, 0, False, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = kernels.launch_sketch(x, base, q, False, True)
+        found = kernels.launch_sketch(x, base, L, 0, False, True)
     assert kernels._captured  # else the cache might drop what the graph reads
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
