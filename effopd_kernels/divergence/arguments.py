@@ -77,7 +77,7 @@ def row_factor(
     elif isinstance(num_tokens, Tensor):
         total = num_tokens.to(device)
     else:  # filled there: a copy would wait for the device
-        total = torch.full((), num_tokens, device=device)
+        total = torch.full((), num_tokens, dtype=dtype, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
 
 

@@ -23,7 +23,7 @@ def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLik
         return [torch.empty_like(t, requires_grad=False) for t in like.values()]
     if place == "host":
         pin = torch.cuda.is_available()
-        return [torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for t in like.values()]
+        return [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=pin) for t in like.values()]
     return _mapped(like, directory)
 
 
@@ -43,6 +43,6 @@ def _mapped(like: Mapping[str, Tensor], directory) -> list[Tensor]:
         os.close(descriptor)
         os.unlink(path)
     return [
-        torch.empty(0, dtype=t.dtype).set_(storage, starts[name], (t.numel(),)).view(t.shape)
+        torch.empty(0, dtype=t.dtype, device="cpu").set_(storage, starts[name], (t.numel(),)).view(t.shape)
         for name, t in like.items()
     ]

@@ -27,7 +27,7 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
         fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
     if any(fits):
         chosen = ([t for t, fit in zip(column, fits, strict=True) if fit] for column in lists)
-        where = torch.tensor(fits)
+        where = torch.tensor(fits, device="cpu")
         some = stats.new_empty((sum(fits) if with_stats else 0, 3))
         _cpp(*chosen, alphas=alphas[where], stats=some, instruction_set=instruction_set)
         if with_stats:
@@ -37,7 +37,7 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
             continue
         master = masters[i] if masters else None
         if with_stats:
-            stats[i] = torch.tensor(_in_blocks(param, anchor, current, alpha, master))
+            stats[i] = stats.new_tensor(_in_blocks(param, anchor, current, alpha, master))
         else:
             _write(param, anchor, current, alpha, master)
     return stats

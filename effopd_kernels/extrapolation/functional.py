@@ -58,7 +58,8 @@ def extrapolate_(
     if len(groups) == 1:
         out = _call(*columns, alphas, stats)
     else:
-        out = torch.empty((len(params), 3), device=columns[0][0].device if len(params) else "cpu")
+        device = columns[0][0].device if params else "cpu"
+        out = torch.empty((len(params), 3), dtype=torch.float32, device=device)
         for index in groups:
             part = _call(*([column[i] for i in index] for column in columns), alphas[index], stats)
             if stats:
@@ -83,7 +84,7 @@ def extrapolate(w0, delta, alpha):
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
         if not isinstance(alpha, Tensor):
-            alpha = torch.tensor(float(alpha), dtype=torch.float64)
+            alpha = torch.tensor(float(alpha), dtype=torch.float64, device="cpu")
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
         return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()).to(w0.device))
@@ -106,7 +107,7 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
         raise ValueError(f"{len(values)} alphas for {count} tensors")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"alpha must be finite, got {alpha}")
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:

@@ -139,7 +139,7 @@ class LoraWeights:
         return delta_sq / world_size, weight_sq / world_size
 
     def state(self) -> dict[str, Tensor]:
-        out = {"coefficients": torch.tensor([t.coefficient for t in self.settled], dtype=torch.float64)}
+        out = {"coefficients": torch.tensor([t.coefficient for t in self.settled], dtype=torch.float64, device="cpu")}
         for j, term in enumerate(self.settled):
             for name, (a, b) in term.factors.items():
                 out[f"{j}.{name}.A"], out[f"{j}.{name}.B"] = a, b
@@ -178,8 +178,8 @@ class LoraWeights:
         for name, layer in self._companion_layers():
             a, b = layer.lora_A[COMPANION], layer.lora_B[COMPANION]
             pairs = [t.factors[name] for t in terms] if name in self.layers else []
-            factor_a = torch.zeros(rank, layer.in_features, device=a.weight.device)
-            factor_b = torch.zeros(layer.out_features, rank, device=a.weight.device)
+            factor_a = torch.zeros(rank, layer.in_features, dtype=torch.float32, device=a.weight.device)
+            factor_b = torch.zeros(layer.out_features, rank, dtype=torch.float32, device=a.weight.device)
             start = 0
             for term, (fa, fb) in zip(terms, pairs, strict=False):
                 rows = slice(start, start := start + fa.shape[0])
@@ -226,7 +226,7 @@ class LoraWeights:
         bad = 0
         if self._has_companion():
             bad = sum(int((~layer.lora_B[COMPANION].weight.isfinite()).sum()) for layer in self.layers.values())
-        return [torch.tensor([float(x)]) for x in (*self._squares(), bad)]
+        return [torch.tensor([x], dtype=torch.float32, device="cpu") for x in (*self._squares(), bad)]
 
     def _squares(self) -> tuple[float, float]:
         """‖P_t − P_anchor‖² and ‖P_t‖² from Gram matrices of the factors, in fp64: nothing of size out × in."""

@@ -157,7 +157,7 @@ class DenseWeights:
     def norms(self, world_size: int) -> tuple[float, float]:
         """This rank's part of ‖W_t − A‖² and ‖W_t‖², such that summing over ranks counts every element once."""
         delta_sq, weight_sq, _ = self.write(1.0)
-        share = 1.0 / torch.tensor([replicas(t, world_size) for t in self.tensors], dtype=torch.float64)
+        share = 1.0 / delta_sq.new_tensor([replicas(t, world_size) for t in self.tensors], dtype=torch.float64)
         return float((delta_sq * share).sum()), float((weight_sq * share).sum())
 
     def state(self) -> dict[str, Tensor]:

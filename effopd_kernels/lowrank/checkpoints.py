@@ -87,7 +87,7 @@ def _pages(size: int) -> Tensor:
     malloc may keep twice as much as is in use.
     """
     if size < _MAPPED_FROM or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # of 2 MB: 512 times fewer faults
         pages.madvise(mmap.MADV_HUGEPAGE)

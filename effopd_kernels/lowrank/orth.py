@@ -95,7 +95,7 @@ def _blocks(y: Tensor) -> list[slice]:
 def _gram(y: Tensor) -> Tensor:
     """YᵀY (B, L, L), in fp64."""
     if _in_cpp(y):
-        g = torch.empty(len(y), y.shape[-1], y.shape[-1], dtype=torch.float64)
+        g = y.new_empty(len(y), y.shape[-1], y.shape[-1], dtype=torch.float64)
         for y_i, g_i in zip(y, g, strict=True):
             native().gram_of_columns(y_i.data_ptr(), y_i.stride(0), *y_i.shape, g_i.data_ptr())
         return g

@@ -122,7 +122,7 @@ def products(
         y = torch.mm(p, q, out=y)
         return p.mT @ y if want_z else None
     a, b, q = x[rows], None if base is None else base[rows], q.contiguous()
-    z = torch.zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16) if want_z else None
+    z = q.new_zeros(-(-q.shape[0] // 2) * 2, -(-q.shape[1] // 16) * 16) if want_z else None
     native().difference_products(
         *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
         *(0 if t is None else t.data_ptr() for t in (places, y, z, statistics)),

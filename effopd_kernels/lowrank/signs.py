@@ -20,9 +20,9 @@ def sparse(seed: int, rows: int, columns: int) -> Tensor:
     on the CPU, so every device and batch gets the same.
     """
     count = min(PER_ROW, columns)
-    begin = torch.arange(count + 1) * columns // max(count, 1)
+    begin = torch.arange(count + 1, device="cpu") * columns // max(count, 1)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(2**62, (rows, count), generator=generator)
+    drawn = torch.randint(2**62, (rows, count), generator=generator, device="cpu")
     column = begin[:-1] + (drawn >> 1) % begin.diff()
     return (column << 1 | drawn & 1).int()
 

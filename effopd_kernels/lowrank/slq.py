@@ -52,7 +52,7 @@ class Spectrum(NamedTuple):
         largest = self.nodes.amax()
         moments = self.lengths * (self.weights * (self.nodes / largest) ** (2 * degree)).sum(1)
         # P(|v₁ᵀz| < t for all probes) = erf(t/√2)^P
-        smallest = torch.special.erfinv(torch.tensor(FAILURE ** (1 / probes), dtype=torch.float64)) * math.sqrt(2)
+        smallest = torch.special.erfinv(largest.new_tensor(FAILURE ** (1 / probes))) * math.sqrt(2)
         return float(largest * (moments.amax() / smallest**2) ** (1 / (2 * degree)))
 
 
@@ -73,7 +73,7 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int, 
     scale = torch.exp2(-s[:1].log2().floor())
     x = Difference(x.x, x.base, scale)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(m, probes, generator=generator).to(v.device, v.dtype)
+    z = torch.randn(m, probes, generator=generator, dtype=torch.float32, device="cpu").to(v.device, v.dtype)
     nodes, weights, squares = _lanczos(x, v, z, min(steps, m - k))
     nodes = nodes / scale
     return Spectrum(s, torch.where(nodes > floor, nodes, 0.0), weights * (m - k), squares / (m - k))
