@@ -7,9 +7,18 @@ from .autograd import DivergenceStats, Spec
 from .family import Divergence
 
 
-def local(tensor: Tensor | None) -> Tensor | None:
-    """A sharded tensor (DTensor) in full, on every rank, differentiably; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gathered(tensor: Tensor | None) -> Tensor | None:
+    """A sharded tensor (DTensor) in full on every rank; any other as it is. Its gradient is the ranks' mean: what data
+    parallelism makes of their losses, and where all computed the same loss, the gradient of that.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    full = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / tensor.device_mesh.size())
+    return full
 
 
 def check_float(**tensors: Tensor) -> None:
@@ -54,11 +63,15 @@ def row_factor(
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f'num_tokens is the normaliser of reduction="mean", got it with reduction={reduction!r}')
-    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not num_tokens >= 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
+    if isinstance(num_tokens, Tensor) and num_tokens.numel() != 1:
+        raise ValueError(f"num_tokens must be one number, got shape {tuple(num_tokens.shape)}")
+    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not 0 <= num_tokens < float("inf"):
+        raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")
     for name, tensor in (("mask", mask), ("weight", weight)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor is not None and tensor.device != device:
@@ -75,7 +88,7 @@ def row_factor(
     if num_tokens is None:
         total = weight.sum()
     elif isinstance(num_tokens, Tensor):
-        total = num_tokens.to(device)
+        total = num_tokens.reshape(()).to(device)
     else:  # filled there: a copy would wait for the device
         total = torch.full((), num_tokens, dtype=dtype, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0

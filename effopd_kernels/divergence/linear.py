@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import answer, check_float, local, make_spec, row_factor
+from .arguments import answer, check_float, gathered, make_spec, row_factor
 from .autograd import reduced_loss
 from .family import REVERSE_KL, Divergence
 
@@ -262,12 +262,13 @@ def linear_divergence_loss(
     logits_dtype: of the projections' results; default the operands' dtype. float32 avoids the rounding of logits to
         bf16, which at |logit| ≈ 20 is as large as an on-policy divergence.
 
-    Under autocast the projections run in its dtype. Sharded heads (DTensor) are gathered in full. dW is summed in fp32.
+    Under autocast the projections run in its dtype. dW is summed in fp32. Sharded heads (DTensor) are gathered in full,
+    and get the mean of the ranks' gradients, as FSDP takes it.
     With reduction "none" the gradients wait for backward, which then projects again: six GEMM units instead of four.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
-    student_hidden, student_weight, student_bias = map(local, (student_hidden, student_weight, student_bias))
-    teacher_hidden, teacher_weight, teacher_bias = map(local, (teacher_hidden, teacher_weight, teacher_bias))
+    student_hidden, student_weight, student_bias = map(gathered, (student_hidden, student_weight, student_bias))
+    teacher_hidden, teacher_weight, teacher_bias = map(gathered, (teacher_hidden, teacher_weight, teacher_bias))
     biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
     check_float(
         student_hidden=student_hidden, student_weight=student_weight,

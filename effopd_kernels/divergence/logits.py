@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
-from .arguments import answer, check_float, local, make_spec, row_factor
+from .arguments import answer, check_float, gathered, make_spec, row_factor
 from .autograd import reduced_loss
 from .family import REVERSE_KL, Divergence
 
@@ -77,7 +77,7 @@ def divergence_loss(
     support; where one side alone is −inf its log-probability counts as −1e4: large, but finite.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
-    student_logits, teacher_logits = local(student_logits), local(teacher_logits)
+    student_logits, teacher_logits = gathered(student_logits), gathered(teacher_logits)
     check_float(student_logits=student_logits, teacher_logits=teacher_logits)
     shape = student_logits.shape[:-1]
     if student_logits.ndim < 1 or teacher_logits.ndim < 1 or teacher_logits.shape[:-1] != shape:

@@ -8,7 +8,7 @@ that divergence is at most the full one; it is never negative; and at k = V, wit
 import torch
 from torch import Tensor
 
-from .arguments import check_float, local
+from .arguments import check_float, gathered
 from .autograd import differentiable_once
 from .family import REVERSE_KL, Divergence
 from .linear import MIB, check_side, compute_dtype, pieces
@@ -92,7 +92,7 @@ class _LinearRows(torch.autograd.Function):
 
 
 def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
-    hidden, weight, bias = map(local, (hidden, weight, bias))
+    hidden, weight, bias = map(gathered, (hidden, weight, bias))
     check_float(student_hidden=hidden, student_weight=weight)
     check_side("student", hidden, weight, bias)
     dtype = compute_dtype("student", hidden, weight)
@@ -153,7 +153,7 @@ def topk_divergence_loss(
     transform = (tail, temperature, student_logit_scale, student_softcap)
     ids = teacher_ids.long()
     if student_weight is None:
-        student = local(student)
+        student = gathered(student)
         buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform)
     else:
         buckets = _linear_rows(student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes)

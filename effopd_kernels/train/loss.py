@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from trl import DistillationTrainer
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, DivergenceStats, jsd, linear_divergence_loss
+from ..divergence.arguments import gathered
 
 _JOINT = "_chunked_divergence_loss"
 
@@ -99,7 +100,7 @@ class FusedLoss:
 
 def _gathered(head: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
     """FSDP2's mixed precision keeps a sharded head in fp32 beside hidden states of its compute dtype."""
-    return head.full_tensor().to(hidden.dtype) if isinstance(head, DTensor) else head
+    return gathered(head).to(hidden.dtype) if isinstance(head, DTensor) else head
 
 
 def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) -> FusedLoss:

@@ -346,27 +346,40 @@ def test_no_host_synchronisation(call, allowed, monkeypatch):
 # ---- sharded heads
 
 
-def test_sharded_heads_are_gathered(tmp_path):
+def test_sharded_heads_are_gathered_and_gradients_averaged(tmp_path):
+    """Each rank with tokens of its own, as data parallelism has it; the head plainly sharded, and by FSDP2."""
     script = tmp_path / "sharded.py"
     script.write_text("""
-import os, torch
+import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-from effopd_kernels.divergence import linear_divergence_loss
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from effopd_kernels.divergence import linear_divergence_loss, linear_token_logprobs
 
 dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
-h, w, ht, wt = torch.randn(6, 8), torch.randn(50, 8), torch.randn(6, 8), torch.randn(50, 8)
+h, w, ht, wt = torch.randn(2, 6, 8), torch.randn(50, 8), torch.randn(2, 6, 8), torch.randn(50, 8)
+ids = torch.arange(6)
 plain = w.clone().requires_grad_()
-expected = linear_divergence_loss(h, plain, ht, wt)
-expected.backward()
-sharded = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
-loss = linear_divergence_loss(h, sharded, ht, distribute_tensor(wt, mesh, [Shard(1)]))
-loss.backward()
-torch.testing.assert_close(loss, expected)
-assert isinstance(sharded.grad, DTensor)
-torch.testing.assert_close(sharded.grad.full_tensor(), plain.grad)
+losses = [linear_divergence_loss(h[i], plain, ht[i], wt) + linear_token_logprobs(h[i], plain, ids).sum() for i in (0, 1)]
+(sum(losses) / 2).backward()
+module = nn.Linear(8, 50, bias=False)
+module.weight.data.copy_(w)
+fully_shard(module, mesh=mesh)
+plane = init_device_mesh("cpu", (2, 1))
+for head in (
+    distribute_tensor(w, mesh, [Shard(0)]).requires_grad_(),
+    distribute_tensor(w, plane, [Replicate(), Shard(0)]).requires_grad_(),
+    module.weight,
+):
+    teacher = distribute_tensor(wt, mesh, [Shard(1)])
+    loss = linear_divergence_loss(h[rank], head, ht[rank], teacher) + linear_token_logprobs(h[rank], head, ids).sum()
+    loss.backward()
+    torch.testing.assert_close(loss, losses[rank])
+    assert isinstance(head.grad, DTensor) and head.grad.placements == head.placements
+    torch.testing.assert_close(head.grad.full_tensor(), plain.grad)
 """)
     done = torchrun(script)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -392,6 +405,9 @@ H = heads()
         (lambda: divergence_loss(S, T, reduction="batchmean"), ["batchmean"]),
         (lambda: divergence_loss(S, T, reduction="sum", num_tokens=3), ["num_tokens"]),
         (lambda: divergence_loss(S, T, num_tokens=-5), ["num_tokens", "-5"]),
+        (lambda: divergence_loss(S, T, num_tokens=math.nan), ["num_tokens", "nan"]),
+        (lambda: divergence_loss(S, T, num_tokens=torch.ones(2)), ["num_tokens", "(2,)"]),
+        (lambda: divergence_loss(S, T, mask=[True] * 6), ["mask", "list"]),
         (lambda: divergence_loss(S, None), ["teacher_logits", "NoneType"]),
         (lambda: linear_divergence_loss(H[0], torch.nn.Linear(8, 50), *H[2:]), ["student_weight", "Linear"]),
         (lambda: divergence_loss(S, T, temperature=0.0), ["temperature", "0.0"]),
