@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,8 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
             "training left the embedding alone.",
             table,
             f"The tokens that moved most for their size; the first {MOST} are in tables/embedding_top, every token's "
-            "numbers in tables/embedding_tokens.",
+            "numbers in tables/embedding_tokens."
+            + ("" if any(r["text"] for r in top) else " No tokenizer beside the models could be read, so no text."),
         )
     ]
 
@@ -80,19 +82,35 @@ def _histogram(found: Findings, folder: Path, column: str, label: str, of: Calla
 
 
 def speaker(folders: list[Path]) -> Callable[[int], str]:
-    """A function from a token's id to its text, through the first tokenizer in these folders; without one, to ""."""
-    for folder in folders:
-        if (folder / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer
+    """A function from a token's id to its text, through the first tokenizer in these folders that can be read; without
+    one, to "".
+    """
+    decode = next((d for folder in folders if (d := _tried(_decoder, folder))), lambda _: "")
+    return lambda token: _visible(_tried(decode, token) or "")
 
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            return lambda token: _visible(tokenizer.decode([token], skip_special_tokens=False))
-        if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
-            from transformers import AutoTokenizer
 
-            slow = AutoTokenizer.from_pretrained(folder)
-            return lambda token: _visible(slow.decode([token]))
-    return lambda token: ""
+def _tried(function: Callable, argument: Any) -> Any:
+    """None where it fails: tokenizers may be damaged, need a package that is not installed, or not know an id, and
+    raise what they like; the numbers do not depend on them.
+    """
+    try:
+        return function(argument)
+    except Exception:
+        return None
+
+
+def _decoder(folder: Path) -> Callable[[int], str] | None:
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+    if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # asks nobody
+        return lambda token: slow.decode([token])
+    return None
 
 
 def _visible(text: str) -> str:
