@@ -74,10 +74,12 @@ def differentiable_once(grads):
 
 
 class _WithGradients(torch.autograd.Function):
-    """The identity on `value`, whose gradients with respect to `inputs` are known already."""
+    """The identity on `value`, whose gradients with respect to `inputs` are known already, but for a factor `unit`, or
+    None where they are not needed. Used also where none is: PyTorch then refuses forward-mode derivatives.
+    """
 
     @staticmethod
-    def forward(value, *grads_and_inputs):
+    def forward(value, unit, *grads_and_inputs):
         return value.clone()
 
     @staticmethod
@@ -86,8 +88,11 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = ctx.saved_tensors
-        return None, *(None for _ in grads), *differentiable_once(_scaled(grads, grad_output))
+        unit, *grads = ctx.saved_tensors
+        factor = grad_output if unit is None else grad_output * unit
+        scaled = iter(_scaled(tuple(g for g in grads if g is not None), factor))
+        found = [g if g is None else next(scaled) for g in grads]
+        return None, None, *(None for _ in grads), *differentiable_once(found)
 
 
 class _PerRow(torch.autograd.Function):
@@ -113,20 +118,32 @@ class _PerRow(torch.autograd.Function):
 
 
 def reduced_loss(
-    run: Any, tensors: tuple, num_inputs: int, spec: tuple, scale_N: Tensor | None, per_row: bool, stats: bool
+    run: Any,
+    tensors: tuple,
+    num_inputs: int,
+    spec: tuple,
+    scale_N: Tensor | None,
+    per_row: bool,
+    stats: bool,
+    dtype: torch.dtype,
 ):
     """(loss, per-row divergence, stats), where loss is Σ scale·D, or with `per_row` scale·D (N,).
 
-    The first `num_inputs` of `tensors` are differentiable; `scale_N` None is 1."""
+    The first `num_inputs` of `tensors` are differentiable; `scale_N` None is 1. `dtype` is what gradients per logit are
+    held in: in fp16 their factor 1/tokens would take them below its range before a loss scale could lift them, so the
+    largest factor waits for backward.
+    """
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
         rows, stats_3N = _PerRow.apply(run, spec, needs, stats, *tensors)
         return rows if scale_N is None else rows * scale_N, rows.detach(), stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
-    rows, grads, stats_3N = run(detached, scale_N, spec, needs, stats)
+    unit, row_scale = None, scale_N
+    if dtype == torch.float16 and scale_N is not None and scale_N.numel():
+        unit = scale_N.abs().amax()
+        unit = unit.masked_fill(unit == 0, 1)
+        row_scale = scale_N / unit
+    rows, grads, stats_3N = run(detached, row_scale, spec, needs, stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()
-    if any(needs):
-        needed = [(grad, t) for grad, t, need in zip(grads, inputs, needs, strict=True) if need]
-        loss = _WithGradients.apply(loss, *(grad for grad, _ in needed), *(t for _, t in needed))
-    return loss, rows, stats_3N
+    return _WithGradients.apply(loss, unit, *grads, *inputs), rows, stats_3N

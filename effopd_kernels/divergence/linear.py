@@ -313,6 +313,7 @@ def linear_divergence_loss(
         scale_N,
         reduction == "none",
         return_stats,
+        dtypes[0],
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

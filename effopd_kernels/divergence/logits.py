@@ -11,6 +11,8 @@ from .family import REVERSE_KL, Divergence
 
 def _rows(tensors, row_scale, spec, needs, with_stats):
     student, teacher, mask_N = tensors
+    if needs[0] and student.dtype == torch.float16:  # whose gradients 1/V and 1/tokens take below its range
+        return _rows_inplace((student.float(), teacher, mask_N), row_scale, spec, needs, with_stats)
     loss, grad, stats = torch.ops.effopd.divergence_rows(
         student, teacher, mask_N, row_scale, *spec, needs[0], with_stats
     )
@@ -97,6 +99,7 @@ def divergence_loss(
         scale_N,
         reduction == "none",
         return_stats,
+        student_logits.dtype if inplace else torch.float32,
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

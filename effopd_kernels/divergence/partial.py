@@ -21,13 +21,15 @@ def _transformed(logits_NV: Tensor, temperature: float, scale: float, softcap: f
 
 
 def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
-    """Log-weights (N, k) of the k entries and, with a tail to speak of, of all others together as one more column.
+    """Log-weights (N, k) of the k entries, −inf where the id is negative, and with a tail to speak of, of all others
+    together as one more column.
 
     Summed over the others rather than taken as 1 − Σ of the k, which cancels where the k hold nearly everything.
     """
     z = _transformed(logits_NV, *transform)
-    known = z.gather(1, ids_Nk)
-    if not tail or ids_Nk.shape[1] == z.shape[1]:
+    ids_Nk = torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), absent := ids_Nk)
+    known = z.gather(1, ids_Nk).masked_fill(absent < 0, -torch.inf)
+    if not tail:
         return known
     return torch.cat([known, z.scatter(1, ids_Nk, -torch.inf).logsumexp(1, keepdim=True)], 1)
 
@@ -111,6 +113,14 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
 
 
+def _check_range(name: str, ids: Tensor, V: int) -> None:
+    # On a GPU, looking would wait for it; indexing out of bounds is an assertion there.
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        for found in map(int, ids.aminmax()):
+            if not 0 <= found < V:
+                raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
+
+
 def topk_divergence_loss(
     student: Tensor,
     teacher_logprobs: Tensor,
@@ -130,7 +140,8 @@ def topk_divergence_loss(
 
     student: logits (..., V), or with student_weight (V, D) (and student_bias (V,)) hidden states (..., D), whose logits
         are then never held. teacher_logprobs, teacher_ids (..., k): log-probabilities under the teacher's full
-        distribution, at whatever temperature it was asked at, and their token ids, all different within a token.
+        distribution, at whatever temperature it was asked at, and their token ids, all different within a token. Where
+        fewer than k < V are known the log-probability is −inf, whatever the id: such an entry stands for no token.
     tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead.
     temperature: of the student. options: mask, weight, reduction, num_tokens, return_stats, as in `divergence_loss`;
         the stats are those of the k + 1 outcomes.
@@ -151,7 +162,9 @@ def topk_divergence_loss(
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
     transform = (tail, temperature, student_logit_scale, student_softcap)
-    ids = teacher_ids.long()
+    absent = teacher_logprobs == -torch.inf if k < V else torch.zeros_like(teacher_ids, dtype=torch.bool)
+    _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V)
+    ids = teacher_ids.long().masked_fill(absent, -1)
     if student_weight is None:
         student = gathered(student)
         buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform)
@@ -177,9 +190,12 @@ def linear_token_logprobs(
 ) -> Tensor:
     """Log-probabilities (...) fp32 of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits.
 
-    Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes or dtypes that do not fit.
+    Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
     _check_ids("ids", ids, hidden.shape[:-1])
+    _check_range("ids", ids, weight.shape[0])
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
     options = (temperature, logit_scale, softcap)
     rows = _linear_rows(hidden, weight, bias, ids.long(), _token_rows, options, chunk_bytes)
     return rows.reshape(ids.shape)

@@ -343,6 +343,54 @@ def test_no_host_synchronisation(call, allowed, monkeypatch):
     assert len(waits) == allowed, waits
 
 
+# ---- loss scaling
+
+
+@pytest.mark.parametrize("kind", ["logits", "in place", "hidden", "autocast"])
+def test_a_loss_scale_lifts_gradients_of_fp16(kind):
+    """1/tokens and 1/V together are below fp16's range: the gradient is as good as eager PyTorch's under the scale."""
+    tokens, V, D, scale = 8, 4000, 16, 65536.0
+    h, w, ht, wt = random(tokens, D), random(V, D), random(tokens, D, seed=2), random(V, D, seed=3)
+    dtype = torch.float32 if kind == "autocast" else torch.float16
+    h, w, ht, wt = (x.to(dtype) for x in (h, w, ht, wt))
+    options = {"num_tokens": 8192, "inplace": True} if kind == "in place" else {"num_tokens": 8192}
+
+    def eager(h, w, ht, wt):
+        s, t = (x.float() if x.dtype == torch.float16 else x for x in (h @ w.T, ht @ wt.T))
+        q, p = s.log_softmax(-1), t.log_softmax(-1)
+        return (q.exp() * (q - p)).sum() / 8192
+
+    def ours(h, w, ht, wt):
+        if kind in ("hidden", "autocast"):
+            return linear_divergence_loss(h, w, ht, wt, **options)
+        return divergence_loss(h @ w.T, ht @ wt.T, **options)
+
+    def gradients(loss, dtype, scale):
+        leaves = [x.to(dtype).clone().requires_grad_() for x in (h, w)]
+        with torch.autocast("cpu", torch.float16, enabled=kind == "autocast" and dtype != torch.float64):
+            value = loss(*leaves, ht.to(dtype), wt.to(dtype))
+        (value * scale).backward()
+        return [leaf.grad.double() / scale for leaf in leaves]
+
+    for found, same, exact in zip(
+        gradients(ours, dtype, scale), gradients(eager, dtype, scale), gradients(eager, torch.float64, 1.0), strict=True
+    ):
+        assert (found - exact).norm() <= 1.05 * (same - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_forward_mode_is_refused(reduction):
+    h, *rest = heads()
+    for loss, at in (
+        (lambda s: divergence_loss(s, random(N, V), reduction=reduction).sum(), random(N, V)),
+        (lambda h: linear_divergence_loss(h, *rest, reduction=reduction).sum(), h),
+        (lambda h: linear_token_logprobs(h, rest[0], torch.arange(N)).sum(), h),
+    ):
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(loss, (at,), (torch.ones_like(at),))
+
+
 # ---- sharded heads
 
 
@@ -363,7 +411,10 @@ torch.manual_seed(0)
 h, w, ht, wt = torch.randn(2, 6, 8), torch.randn(50, 8), torch.randn(2, 6, 8), torch.randn(50, 8)
 ids = torch.arange(6)
 plain = w.clone().requires_grad_()
-losses = [linear_divergence_loss(h[i], plain, ht[i], wt) + linear_token_logprobs(h[i], plain, ids).sum() for i in (0, 1)]
+def both(i, head, teacher):
+    return linear_divergence_loss(h[i], head, ht[i], teacher) + linear_token_logprobs(h[i], head, ids).sum()
+
+losses = [both(i, plain, wt) for i in (0, 1)]
 (sum(losses) / 2).backward()
 module = nn.Linear(8, 50, bias=False)
 module.weight.data.copy_(w)
@@ -374,8 +425,7 @@ for head in (
     distribute_tensor(w, plane, [Replicate(), Shard(0)]).requires_grad_(),
     module.weight,
 ):
-    teacher = distribute_tensor(wt, mesh, [Shard(1)])
-    loss = linear_divergence_loss(h[rank], head, ht[rank], teacher) + linear_token_logprobs(h[rank], head, ids).sum()
+    loss = both(rank, head, distribute_tensor(wt, mesh, [Shard(1)]))
     loss.backward()
     torch.testing.assert_close(loss, losses[rank])
     assert isinstance(head.grad, DTensor) and head.grad.placements == head.placements

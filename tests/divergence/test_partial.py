@@ -78,6 +78,28 @@ def test_topk_is_a_divergence(member, dtype):
             assert (loss >= -1e-6).all() and (loss <= full + 1e-4).all() and loss.isfinite().all()
 
 
+@every_member
+@pytest.mark.parametrize("tail", [True, False])
+def test_entries_at_minus_infinity_are_no_tokens(member, tail):
+    """Ragged lists are padded with them, under any id; one token here has no entry at all."""
+    _, known, ids = teacher(5)
+    known[0, 3:], ids[0, 3:] = -torch.inf, torch.tensor([-100, V + 7])
+    known[1, 1:], ids[1, 1:] = -torch.inf, ids[1, 0]
+    known[2], ids[2] = -torch.inf, 0
+    student, weight = random(N, D), random(V, D)
+    for rows, k in ((slice(0, 1), 3), (slice(1, 2), 1), (slice(3, N), 5)):
+        found, expected = student[rows].clone().requires_grad_(), student[rows].clone().requires_grad_()
+        loss = topk_divergence_loss(found, known[rows], ids[rows], MEMBERS[member], student_weight=weight, tail=tail)
+        alone = topk_divergence_loss(expected @ weight.T, known[rows, :k], ids[rows, :k], MEMBERS[member], tail=tail)
+        (loss + alone).backward()
+        torch.testing.assert_close((loss, found.grad), (alone, expected.grad))
+    if tail:  # with nothing known, nothing is compared
+        nothing = random(1, V).requires_grad_()
+        loss = topk_divergence_loss(nothing, known[2:3], ids[2:3], MEMBERS[member])
+        loss.backward()
+        assert loss.abs() < 1e-12 and nothing.grad.abs().max() < 1e-12
+
+
 def test_topk_without_tail_renormalises():
     log_p, known, ids = teacher(5)
     student = random(N, V)
@@ -158,6 +180,9 @@ def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
         (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.zeros(N, 3)), "int64"),
         (lambda: linear_token_logprobs(random(N, D), random(V, 9), torch.zeros(N).long()), "(97, 9)"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.zeros(5).long()), "(6,)"),
+        (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.full((N, 3), V)), "0 to 96, got 97"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.full((N,), -100)), "0 to 96, got -100"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), temperature=0), "temperature"),
         (lambda: sampled_kl(random(3), random(4)), "(4,)"),
         (lambda: sampled_kl(random(3), random(3), "k4"), "k4"),
     ],
