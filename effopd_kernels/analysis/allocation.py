@@ -6,7 +6,7 @@ from typing import Any
 
 from . import figures
 from .findings import CHECKPOINT, Findings, Row, grouped, norms, share
-from .report import FIGURES, TABLES, Headline, Section
+from .report import FIGURES, TABLES, Headline, Section, shown
 from .tables import write_table
 
 THIRDS = ("outside", "bottom", "middle", "top")
@@ -55,11 +55,20 @@ def allocation(found: Findings, folder: Path) -> tuple[list[Section], list[Headl
             Headline(
                 "Entries that did not change",
                 {t: row["unchanged_fraction"] for t, row in ends.items()},
-                "Bit for bit as in the base: mostly updates too small for the weights' precision.",
+                "Bit for bit as in the base. " + _why_unchanged(found),
                 full=1.0,
             ),
         ],
     )  # fmt: skip
+
+
+def _why_unchanged(found: Findings) -> str:
+    """Frozen modules are one thing, updates below the precision another: the share in what moved tells them apart."""
+    moved = {t: [r for r in found.last(t) if r["update_norm"]] for t in found.trajectories}
+    if all(len(own) == len(found.last(t)) for t, own in moved.items()):
+        return "Updates too small for the weights' precision, or none."
+    shares = ", ".join(f"{t} {shown(norms(own)['unchanged_fraction'])}" for t, own in moved.items() if own)
+    return f"In the tensors that moved: {shares}." if shares else "No tensor moved."
 
 
 def _sums(rows: list[Row], *keys: str) -> list[dict[str, Any]]:
@@ -137,7 +146,7 @@ def _shares(found: Findings, folder: Path, by_third: dict, by_type: dict) -> Sec
     lead = "; ".join(
         f"{t} put {by_third[t]['middle']['share_of_update']:.0%} of ‖ΔW‖² into the middle third of the depth"
         for t in found.trajectories
-        if "middle" in by_third[t]
+        if "middle" in by_third[t] and by_third[t]["middle"]["update_norm"]
     )
     table = [
         {"trajectory": t, "part of the depth": name, "share of ‖ΔW‖²": rows[name]["share_of_update"],

@@ -86,9 +86,9 @@ def norms(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
-    """The average of a column over the rows that have it; 0 where none has."""
+    """The average of a column over the rows that have it; NaN, which reports print as a dash, where none has."""
     values = [row[key] for row in rows if row.get(key) is not None and row[key] == row[key]]
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else math.nan
 
 
 def interval(row: Row, key: str, low: str | None = None, high: str | None = None, error: str | None = None) -> Interval:
@@ -100,4 +100,5 @@ def interval(row: Row, key: str, low: str | None = None, high: str | None = None
 
 
 def share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+    """NaN of nothing."""
+    return part / whole if whole else math.nan

@@ -1,12 +1,13 @@
 """How concentrated updates are: the paper's Table 1, what it lacks, and energy curves."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import figures
-from .findings import CHECKPOINT, GROUPS, Findings, Row, grouped, interval, mean
+from .findings import CHECKPOINT, GROUPS, Findings, Row, grouped, interval, mean, norms
 from .measure import GRID
 from .report import FIGURES, TABLES, Headline, Interval, Section
 from .tables import write_table
@@ -15,8 +16,9 @@ AVERAGED = (
     "spectral_norm", "spectral_norm_low", "spectral_norm_high",
     "spectral_to_frobenius", "spectral_to_frobenius_low", "spectral_to_frobenius_high",
     "effective_rank", "effective_rank_error", "top_fraction_norm_ratio", "top_fraction_norm_ratio_high",
-    "participation_ratio", "stable_rank", "noise_edge", "rank_above_noise", "unchanged_fraction",
+    "participation_ratio", "stable_rank", "noise_edge", "rank_above_noise",
 )  # fmt: skip
+TITLE = "How concentrated it is"
 
 
 def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline]]:
@@ -26,6 +28,8 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
         return [], []
     table = _averages(rows, found.types())
     write_table(folder / TABLES, "spectra", table)
+    if not any(r["update_norm"] for r in rows):
+        return [Section(TITLE, "No matrix of attention or MLP moved.")], []
     ends = {t: found.last(t, table) for t in found.trajectories}
     top = f"top\u2011{100 * found.options.top_fraction:g}%"  # a hyphen that does not break
     sections = [_table(found, folder, ends, top), *_progress(found, folder, table), *_energy(found, folder)]
@@ -33,7 +37,8 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
     how = "exact" if all(row["quantities"] == "exact" for row in whole.values()) else "sampled, ± 2 standard errors"
     return sections, [
         Headline("Spectral / Frobenius norm", {t: _ratio(r) for t, r in whole.items()},
-                 "Mean over MLP and attention matrices, between certified bounds: the part along one direction.", 1.0),
+                 "Mean over the MLP and attention matrices that moved, between certified bounds: the part along one "
+                 "direction.", 1.0),
         Headline("Effective rank", {t: _rank(r) for t, r in whole.items()},
                  f"exp of the entropy of σ / Σσ ({how}); in {_limited(whole)} it counts rounding noise."),
         Headline(f"{top.capitalize()} subspace norm ratio", {t: _top(r) for t, r in whole.items()},
@@ -42,7 +47,9 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
 
 
 def _averages(rows: list[Row], types: list[str]) -> list[dict[str, Any]]:
-    """Means over the matrices that moved, of MLP and attention together, apart, and by type."""
+    """Of MLP and attention together, apart, and by type: means over the matrices that moved, of what they did, and the
+    entries of all that did not change.
+    """
     out = []
     for key, own in grouped(rows, *CHECKPOINT).items():
         groups = {name: [r for r in own if inside(r)] for name, inside in GROUPS.items()}
@@ -56,6 +63,7 @@ def _averages(rows: list[Row], types: list[str]) -> list[dict[str, Any]]:
                 | {"group": name, "matrices": len(members), "matrices_moved": len(moved)}
                 | {column: mean(moved, column) for column in AVERAGED}
                 | {
+                    "unchanged_fraction": norms(members)["unchanged_fraction"],
                     "quantisation_limited": sum(bool(r["quantisation_limited"]) for r in moved),
                     "quantities": "exact" if all(r["spectrum"] == "exact" for r in members) else "sampled",
                 }
@@ -76,7 +84,7 @@ def _top(row: Row) -> Interval:
 
 
 def _limited(whole: dict[str, Row]) -> str:
-    return ", ".join(f"{r['quantisation_limited']} of {r['matrices']} matrices of {t}" for t, r in whole.items())
+    return ", ".join(f"{r['quantisation_limited']} of {r['matrices_moved']} matrices of {t}" for t, r in whole.items())
 
 
 def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) -> Section:
@@ -85,7 +93,7 @@ def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) 
 
     def bars(stem: str, read: Any, label: str) -> str:
         cells = {
-            t: [read(rows[k]) if k in rows else Interval(0.0, 0.0, 0.0) for k in kinds] for t, rows in by_kind.items()
+            t: [read(rows[k]) if k in rows else Interval(*[math.nan] * 3) for k in kinds] for t, rows in by_kind.items()
         }
         figure = figures.bars(
             kinds,
@@ -96,20 +104,22 @@ def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) 
         return figures.save(figure, folder / FIGURES, stem)
 
     return Section(
-        "How concentrated it is",
-        "Averages over matrices at the last checkpoint. Where the rank above the noise is far below the effective "
-        "rank, the spectrum is mostly rounding of the weights' dtype: trust the participation ratio there.",
+        TITLE,
+        "Averages over the matrices that moved, at the last checkpoint; unchanged entries are counted in all. Where "
+        "the rank above the noise is far below the effective rank, the spectrum is mostly rounding of the weights' "
+        "dtype: trust the participation ratio there.",
         [
             bars("spectra_ratio", _ratio, "spectral / Frobenius norm"),
             bars("spectra_rank", _rank, "effective rank"),
             bars("spectra_top", _top, f"{top} subspace norm ratio"),
         ],
-        "Higher norm ratios and lower ranks mean that few directions carry the update; the thin lines are error "
-        "bounds, for the effective rank two standard errors.",
+        "Higher norm ratios and lower ranks mean that few directions carry the update; no bar, that nothing moved. The "
+        "thin lines are error bounds, for the effective rank two standard errors.",
         [
             {
                 "trajectory": t,
                 "matrices": r["group"],
+                "moved": f"{r['matrices_moved']} of {r['matrices']}",
                 "spectral norm": interval(r, "spectral_norm", "spectral_norm_low", "spectral_norm_high"),
                 "spectral / Frobenius": _ratio(r),
                 "effective rank": _rank(r),
@@ -117,7 +127,7 @@ def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) 
                 "participation ratio": r["participation_ratio"],
                 "rank above noise": r["rank_above_noise"],
                 "unchanged entries": r["unchanged_fraction"],
-                "rounding-limited": f"{r['quantisation_limited']} of {r['matrices']}",
+                "rounding-limited": f"{r['quantisation_limited']} of {r['matrices_moved']}",
             }
             for t, own in ends.items()
             for r in own
@@ -144,6 +154,7 @@ def _progress(found: Findings, folder: Path, table: list[Row]) -> list[Section]:
             "training progress",
             label,
             bands={t: ([c.low for c in own], [c.high for c in own]) for t, own in cells.items()},
+            xlim=(0, 1.03),
         )
         drawn.append(figures.save(figure, folder / FIGURES, stem))
     return [
@@ -151,7 +162,8 @@ def _progress(found: Findings, folder: Path, table: list[Row]) -> list[Section]:
             "Concentration over training",
             "",
             drawn,
-            "The mean over MLP and attention matrices, its error bounds shaded: flat from the start is low-rank early.",
+            "The mean over the MLP and attention matrices that moved, its error bounds shaded: flat from the start is "
+            "low-rank early.",
         )
     ]
 
@@ -201,7 +213,7 @@ def _energy(found: Findings, folder: Path) -> list[Section]:
             "Energy by rank",
             lead + ".",
             drawn,
-            "How much of the update's norm the leading and the trailing directions hold, averaged over MLP and "
-            "attention matrices: the steeper the curve of the top rises, the lower the rank.",
+            "How much of the update's norm the leading and the trailing directions hold, averaged over the "
+            "MLP and attention matrices that moved: the steeper the curve of the top rises, the lower the rank.",
         )
     ]

@@ -83,8 +83,9 @@ def _alignment(found: Findings, folder: Path, whole: list[Row]) -> Section:
         "When the directions settle",
         "",
         drawn,
-        "How well the k leading left directions of ΔW agree with the last checkpoint's, averaged over MLP and "
-        "attention matrices; 1 is the same, the dotted line chance. A curve that is high early has locked in.",
+        "How well the k leading left directions of ΔW agree with the last checkpoint's, averaged over the MLP "
+        "and attention matrices that moved; 1 is the same, the dotted line chance. A curve that is high early has "
+        "locked in.",
         [
             {"trajectory": r["trajectory"], "checkpoint": r["checkpoint"], "progress": r["progress"], "k": r["k"],
              "mean |cos|": r["mean_cosine"], "mean principal cosine": r["mean_principal_cosine"],
