@@ -75,7 +75,8 @@ def divergence_loss(
     inplace: write the gradient over the student's logits, whose values are then gone. The logits must not be needed
         by anything else; memory then does not grow at all.
 
-    Computed in fp32 (fp64 for fp64 logits) whatever the logits' dtype. An entry at −inf on both sides is outside the
+    Computed in fp32 (fp64 for fp64 logits) whatever the logits' dtype; the gradient of fp16 logits is also held in fp32
+    until a loss scale reaches it, unless in place. An entry at −inf on both sides is outside the
     support; where one side alone is −inf its log-probability counts as −1e4: large, but finite.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """

@@ -20,7 +20,7 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
         u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale.
     """
     u, u_final = _leading(u, u_final, k)
-    return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().mean(-1)
+    return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().clamp_max(1).mean(-1)
 
 
 def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:

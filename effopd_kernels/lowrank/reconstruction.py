@@ -26,7 +26,8 @@ def low_rank_update(
     match_norm: float | Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Add the head or the tail of an update to ``w0``, summed in fp32 and rounded once, panel by panel.
+    """Add the head or the tail of an update to ``w0``, summed in fp32 (fp64 where either is) and rounded once, panel by
+    panel. Differentiable in ``w0`` and the factors unless ``out`` is given.
 
     Args:
         w0: (..., m, n) floating.
@@ -35,11 +36,14 @@ def low_rank_update(
         alpha: factor on the sum.
         match_norm: rescale the sum to this Frobenius norm before ``alpha`` (a number or (...)): the norm-matched
             comparison of arXiv 2605.11739. A zero sum stays zero.
-        out: written and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
+        out: written without gradients and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
 
     Raises:
+        TypeError: ``w0`` that is not floating.
         ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k.
     """
+    if not w0.is_floating_point():
+        raise TypeError(f"w0 must be floating, not {w0.dtype}")
     k = svd.S.shape[-1]
     if rank is not None and tail is not None:
         raise ValueError("give rank or tail, not both")
@@ -52,6 +56,11 @@ def low_rank_update(
     if out is not None and (out.shape != w0.shape or out.dtype != w0.dtype):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, w0 is {tuple(w0.shape)} {w0.dtype}")
 
+    if isinstance(match_norm, Tensor) and match_norm.shape not in ((), shape[:-2]):
+        raise ValueError(
+            f"match_norm must be a number or one for each matrix, {shape[:-2]}, not {tuple(match_norm.shape)}"
+        )
+
     part = slice(tail, None) if tail is not None else slice(0, rank)
     u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
     if match_norm is not None:
@@ -59,10 +68,16 @@ def low_rank_update(
         factor = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device) / norm
         s = s * torch.where(norm > 0, factor, 0.0).to(s.dtype).unsqueeze(-1)
     us = u * (alpha * s).unsqueeze(-2)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
-        return (w0.to(us.dtype) + us @ vh).to(w0.dtype)
+    wide = torch.promote_types(w0.dtype, us.dtype)
+    us, vh = us.to(wide), vh.to(wide)
+    if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
+        return (w0.to(wide) + us @ vh).to(w0.dtype)
+    return _added(w0, us, vh, torch.empty_like(w0) if out is None else out)
 
-    out = torch.empty_like(w0) if out is None else out
+
+@torch.no_grad()
+def _added(w0: Tensor, us: Tensor, vh: Tensor, out: Tensor) -> Tensor:
+    """out = w0 + us vh, a panel at a time."""
     m, n = w0.shape[-2:]
     rows = max(1, min(m, PANEL // max(1, n)))
     for where in itertools.product(*map(range, w0.shape[:-2])):

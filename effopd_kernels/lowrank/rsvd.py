@@ -6,6 +6,8 @@ Then Aᵀu_i = σ_i v_i by construction (of a wide matrix its transpose is taken
 measures how far the triplets are from being singular. :mod:`decompose` has the steps.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -133,16 +135,17 @@ def check_pair(a: Tensor, base: Tensor | None, name: str = "a", base_name: str =
 
 def check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank) -> int:
     """Raise for options out of range; return the rank to compute."""
-    if not isinstance(rank, int) or rank < 0:
-        raise ValueError(f"rank must be an integer ≥ 0, not {rank!r}")
+    for name, value in (
+        ("rank", rank),
+        ("oversample", 0 if oversample is None else oversample),
+        ("power_iters", power_iters),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an integer ≥ 0, not {value!r}")
     if rank > min(m, n) and not clip_rank:
         raise ValueError(
             f"rank {rank} exceeds min(m, n) = {min(m, n)} of a {m} × {n} matrix; clip_rank=True takes that instead"
         )
-    if oversample is not None and oversample < 0:
-        raise ValueError(f"oversample must be ≥ 0, not {oversample}")
-    if power_iters < 0:
-        raise ValueError(f"power_iters must be ≥ 0, not {power_iters}")
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
     if route not in (None, *routes.ROUTES):

@@ -295,6 +295,8 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be positive"),
         (lambda a: batched_rsvd(a, 2, oversample=-1), ValueError, "oversample"),
         (lambda a: batched_rsvd(a, 2, power_iters=-1), ValueError, "power_iters"),
+        (lambda a: batched_rsvd(a, True), ValueError, "rank must be an integer"),
+        (lambda a: batched_rsvd(a, 2, oversample=2.5), ValueError, "oversample must be an integer"),
         (lambda a: batched_rsvd(a, 2, align_to=a[:5]), ValueError, "align_to"),
     ],
 )

@@ -66,9 +66,29 @@ def test_low_rank_update_has_a_gradient(case):
     assert w0.grad is not None and (s.grad[:, :2] != 0).all() and (s.grad[:, 2:] == 0).all()
 
 
+def test_out_is_written_whatever_requires_a_gradient(case):
+    w0, _, svd = case
+    expected = low_rank_update(w0, svd)
+    parameter = torch.nn.Parameter(w0.clone())
+    assert low_rank_update(parameter, svd, out=parameter) is parameter and torch.equal(parameter, expected)
+    out = torch.empty_like(w0)
+    found = low_rank_update(w0, svd._replace(S=svd.S.clone().requires_grad_()), out=out)
+    assert found is out and torch.equal(out, expected) and not out.requires_grad
+
+
+def test_fp64_weights_keep_their_digits(case):
+    w0, a, _ = case
+    svd = batched_rsvd(a.float(), 10)
+    assert torch.equal(low_rank_update(w0, svd, rank=0), w0)
+    torch.testing.assert_close(low_rank_update(w0, svd), w0 + reconstruct(svd).double(), rtol=0, atol=1e-6)
+
+
 def test_bad_input(case):
     w0, _, svd = case
+    with pytest.raises(TypeError, match="int64"):
+        low_rank_update(w0.long(), svd)
     for options, words in (
+        ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), not \(3,\)"),
         ({"rank": 1, "tail": 1}, "not both"),
         ({"rank": 11}, "rank must be between 0 and the 10"),
         ({"tail": -1}, "tail must be between"),
