@@ -131,8 +131,8 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     if ours.window is not None and ours.window > depth:
         raise UserError(f"--window {ours.window} exceeds the model's {depth} layers")
     folder = Path(args.output_dir)
-    if not args.overwrite_output_dir and not (folder / FILE).is_file():
-        check_free(folder)
+    going_on = (folder / FILE).is_file()
+    check_free(folder, args.overwrite_output_dir or going_on, inputs_of(comparison, data, args))
     settings = settings_of(comparison, ours, data, args, model_args)
     evaluations = Evaluations(folder, settings, fresh=args.overwrite_output_dir)
 
@@ -200,6 +200,12 @@ def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args:
         **{name.replace("_", " "): getattr(args, name) for name in SAMPLING},
         "dtype": model_args.dtype,
     }
+
+
+def inputs_of(comparison: Comparison, data: cli.DataArguments, args: OPDConfig) -> list[str | Path]:
+    """Everything that is read, where it is a path."""
+    weights = [comparison.base.path, *(checkpoint.path for _, _, checkpoint in comparison.checkpoints())]
+    return [*weights, data.dataset_name, *filter(None, [args.teacher_model_name_or_path])]
 
 
 SAMPLING = (

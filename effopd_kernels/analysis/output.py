@@ -3,17 +3,24 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..extrapolation.lora import COMPANION
 
 
-def check_free(output_dir: str | Path, overwrite: bool = False) -> None:
-    """Raises UserError when ``output_dir`` holds something and may not be overwritten, or cannot be a folder or be
-    written to.
+def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises UserError when ``output_dir`` is or holds one of ``inputs`` (what is no file or folder is passed over),
+    holds something and may not be overwritten, or cannot be a folder or be written to.
+
+    A folder inside an input may be written: analyses are kept beside the weights, and only what it holds is replaced.
     """
     folder = Path(output_dir)
+    for given in map(Path, inputs):
+        for read in (given, given / COMPANION):  # an adapter's second folder
+            if read.exists() and folder.resolve() in (read.resolve(), *read.resolve().parents):
+                raise UserError(f"--output_dir '{folder}' is or holds '{read}', which is read; give another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir '{folder}' is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

@@ -1,6 +1,7 @@
 """`effopd-analyze updates`: everything that the weights alone tell, read once. Under torchrun rank 0 writes."""
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -158,7 +159,7 @@ def _ranks() -> Iterator[Ranks]:
 def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks: Ranks) -> Comparison:
     """Every rank opens the folders and finds the same faults; only the first looks at the output's."""
     if ranks.rank == 0:
-        check_free(args.output_dir, args.overwrite_output_dir)
+        check_free(args.output_dir, args.overwrite_output_dir, [args.base, *itertools.chain(*trajectories.values())])
     if args.device is not None:
         try:
             torch.empty(0, device=args.device)

@@ -232,6 +232,26 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, mon
     assert asked == [tmp_path]
 
 
+def test_what_is_read_is_not_written_over(base, tmp_path, capsys):
+    """The base, a folder of checkpoints, one behind a link, a companion; a folder inside a checkpoint is nobody's."""
+    shutil.copytree(base, tmp_path / "run/checkpoint-1")
+    adapter = lora(tmp_path / "adapter", factors(Q.removesuffix(".weight"), 64, 64)[0])
+    lora(adapter / "effopd", factors(Q.removesuffix(".weight"), 64, 64)[0])
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    for start, checkpoint, out in (
+        (tmp_path / "run/checkpoint-1", base, tmp_path / "run/checkpoint-1"),
+        (base, tmp_path / "run/checkpoint-1", tmp_path / "run"),
+        (base, tmp_path / "run/checkpoint-1/model.safetensors", tmp_path / "link"),
+        (base, adapter, adapter / "effopd"),
+    ):
+        arguments = ["--base", start, "--checkpoints", checkpoint, "--output_dir", out, "--overwrite_output_dir"]
+        assert cli.main(["updates", *map(str, arguments)]) == 2, out
+        assert f"--output_dir '{out}' is or holds '" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before, out
+    check_free(base / "analysis", inputs=[base, "Qwen/Qwen3-0.6B"])
+
+
 def test_commands(capsys):
     assert cli.main(["--help"]) == 0 and "interventions" in capsys.readouterr().out
     assert cli.main([]) == 2

@@ -324,6 +324,7 @@ def broken(trained, tmp):
         "no teacher": ([a for a in case() if "teacher" not in a or a == "teacher_kl"], "teacher_kl needs --teacher"),
         "NaN": (case(f"--trajectory=bad={tmp / 'nan'}"), "not finite, in model.layers.1.mlp.up_proj.weight"),
         "in use": (case(out="used"), "exists and is not empty"),
+        "over its input": (arguments(trained, trained, "--overwrite_output_dir", "true"), "which is read"),
         "unknown flag": (case("--speed", 3), "speed"),
     }
 
