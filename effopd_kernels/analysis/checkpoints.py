@@ -6,6 +6,7 @@ before any work.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from .roles import role_of
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LISTED = 10  # names in an error message
+# Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
+_STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")
 
 
 class Checkpoint:
@@ -29,7 +32,7 @@ class Checkpoint:
     Attributes:
         path, label: where it is, and its folder's name. config: its config.json, or {}.
         shapes: name → (shape, dtype), without what wrappers (DDP, compile) put into names.
-        step: optimizer steps taken, from trainer_state.json or the number its name ends with; None if neither is there.
+        step: optimizer steps taken, from trainer_state.json or a name such as checkpoint-500; None if neither says.
 
     Raises:
         UserError: no such folder, no safetensors in it, a shard missing or damaged (named).
@@ -83,7 +86,8 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     """Open all of them and check that they fit.
 
     Args:
-        trajectories: name → folders; LoRA adapters stand for base + s·B·A. They are put in the order of their steps.
+        trajectories: name → folders; LoRA adapters stand for base + s·B·A. They are put in the order of their steps,
+            or left in the order given, with a note, where one has no step.
 
     Raises:
         UserError: what `Checkpoint` raises; tensors missing or of other shapes (the first ten are listed); quantised
@@ -98,11 +102,9 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
         name: [Adapter(path, start) if is_adapter(path) else Checkpoint(path) for path in paths]
         for name, paths in trajectories.items()
     }
-    for checkpoints in opened.values():
-        if all(c.step is not None for c in checkpoints):
-            checkpoints.sort(key=lambda c: c.step)
+    notes = [note for name, checkpoints in opened.items() for note in _order(name, checkpoints)]
     every = [c for checkpoints in opened.values() for c in checkpoints]
-    notes = _tie(start, every)
+    notes += _tie(start, every)
     for checkpoint in every:
         _check(start, checkpoint)
     names = [name for name, (shape, dtype) in start.shapes.items() if dtype in FLOATS and 0 not in shape]
@@ -125,6 +127,23 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _order(trajectory: str, checkpoints: list[Checkpoint]) -> list[str]:
+    """Put them in the order of their steps, if all are known. Returns what a reader must know of the order."""
+    notes = []
+    if unknown := [c.label for c in checkpoints if c.step is None]:
+        if len(checkpoints) > 1:
+            notes.append(
+                f"The checkpoints of {trajectory} are in the order given, {checkpoints[-1].label} last: no step is "
+                f"known of {listed(unknown)}."
+            )
+    else:
+        checkpoints.sort(key=lambda c: c.step)
+    count = Counter(c.path.resolve() for c in checkpoints)
+    if twice := [str(path) for path, n in count.items() if n > 1]:
+        notes.append(f"Given more than once in {trajectory}: {listed(twice)}.")
+    return notes
 
 
 def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
@@ -198,7 +217,7 @@ def _step(path: Path) -> int | None:
     step = read_json(path / "trainer_state.json").get("global_step")
     if isinstance(step, int):
         return step
-    found = re.search(r"(\d+)$", path.resolve().name)
+    found = _STEPS.search(path.resolve().name)
     return int(found[1]) if found else None
 
 

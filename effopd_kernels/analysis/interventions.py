@@ -245,9 +245,11 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
         UserError: weights that are not finite.
     """
     steps, norms = {}, {}
+    for name, checkpoints in comparison.trajectories.items():
+        taken = [c.step for c in checkpoints]
+        taken = range(1, len(taken) + 1) if None in taken else taken
+        steps[name] = list(zip(taken, comparison.progress[name], strict=True))
     for name, i, checkpoint in comparison.checkpoints():
-        step = i + 1 if checkpoint.step is None else checkpoint.step
-        steps.setdefault(name, []).append((step, comparison.progress[name][i]))
         each = model.norms(name, i)
         if broken := [tensor for tensor, norm in each.items() if not math.isfinite(norm)]:
             raise UserError(f"{checkpoint.path} has weights that are not finite, in {listed(broken)}; leave it out")

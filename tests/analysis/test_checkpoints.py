@@ -146,6 +146,38 @@ def test_steps_order_checkpoints(base, tmp_path):
     assert comparison.progress["unnumbered"] == [0.5, 1.0]
 
 
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        ("checkpoint-500", 500), ("global_step40", 40), ("global_step_40", 40), ("run2-step-7", 7),
+        ("iter_0000300", 300), ("epoch=1-step=20", 20), ("final-v3", None), ("bf16", None), ("epoch-3", None),
+        ("Qwen3-8", None), ("misstep4", None),
+    ],
+)  # fmt: skip
+def test_which_names_tell_a_step(tmp_path, name, step):
+    folder = planted.write(tmp_path / name, {Q: torch.ones(2, 2)})
+    assert compare(folder, {"run": [folder]}).trajectories["run"][0].step == step
+
+
+def test_without_a_step_the_order_given_stays_and_is_said(tmp_path):
+    folders = [
+        planted.write(tmp_path / name, {Q: torch.ones(2, 2)}) for name in ("checkpoint-100", "checkpoint-9", "final-v3")
+    ]
+    comparison = compare(folders[0], {"run": folders, "one": folders[2:]})
+    assert [c.label for c in comparison.trajectories["run"]] == ["checkpoint-100", "checkpoint-9", "final-v3"]
+    assert comparison.progress["run"] == [1 / 3, 2 / 3, 1]
+    (note,) = comparison.notes
+    assert "run are in the order given, final-v3 last: no step is known of final-v3." in note
+
+
+def test_a_checkpoint_given_twice_is_said(base, tmp_path):
+    folder = planted.write(tmp_path / "checkpoint-5", planted.base_weights())
+    (tmp_path / "checkpoint-6").symlink_to(folder)
+    assert compare(base, {"a": [folder], "b": [folder]}).notes == []
+    (note,) = compare(base, {"a": [folder, tmp_path / "checkpoint-6"]}).notes
+    assert note == f"Given more than once in a: {folder}."
+
+
 def broken(base, tmp):
     """Arguments that are wrong in one way each → what the one sentence must say."""
     weights = planted.base_weights()

@@ -8,6 +8,7 @@ import signal
 import statistics
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from torchrun import torchrun
 from train import world as tiny
 
 from effopd_kernels.analysis import cli as analysis_cli
+from effopd_kernels.analysis.checkpoints import compare
 from effopd_kernels.analysis.cli import main
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TITLES
+from effopd_kernels.analysis.interventions import InterventionArguments, plan_of
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
@@ -76,6 +79,17 @@ def test_truncation_is_matched_to_every_trajectory():
             (norm, f) for norm in (None, "opd", "rl") for f in (0.1, 0.5)
         ]
         assert all(t.about["rank_kept" if part == "top" else "rank_dropped"] == t.edit.fraction for t in trials)
+
+
+def test_a_checkpoint_without_a_step_makes_all_of_its_trajectory_count_by_position(tmp_path):
+    for name in ("checkpoint-50", "checkpoint-100", "final"):
+        (tmp_path / name).mkdir()
+        save_file({"model.norm.weight": torch.ones(2)}, tmp_path / name / "model.safetensors")
+    folders = [tmp_path / name for name in ("checkpoint-50", "checkpoint-100", "final")]
+    comparison = compare(folders[0], {"opd": folders, "rl": folders[:2]})
+    model = SimpleNamespace(live={}, norms=lambda *_: {"model.norm.weight": 1.0})
+    steps = plan_of(InterventionArguments(), comparison, model).steps
+    assert steps == {"opd": [(1, 1 / 3), (2, 2 / 3), (3, 1.0)], "rl": [(50, 0.5), (100, 1.0)]}
 
 
 # ---- what is reported -----------------------------------------------------------------------------------------------
