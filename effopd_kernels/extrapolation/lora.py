@@ -5,9 +5,13 @@ would not extrapolate P. What has to be added to the weight to make it W_A + α(
 
     F = (α − 1)·(P_t − P_anchor)            rank ≤ 2r: (α − 1)·s·[B_t, −B_anchor] [A_t; A_anchor]
 
-and F goes into a second, frozen adapter by concatenation of ranks. The trained adapter keeps its factors, its shape and
-its optimizer state, as the published rule asks of every weight. Over events F = Σ c_j·P_j, where an event adds one
-product and changes the coefficient of another, so the companion's rank is at most r·(accepted events + 1).
+and F goes into a second, frozen adapter, the companion, by concatenation of ranks. The trained adapter keeps its
+factors, its shape and its optimizer state, as the published rule asks of every weight. Over events F = Σ c_j·P_j, where
+an event adds one product and changes the coefficient of another, so the companion's rank is at most
+r·(accepted events + 1).
+
+E experts in one parameter (peft's `target_parameters`) have E products: factors are (E, r, in) and (E, out, r) here,
+E = 1 for a linear layer.
 
 The alternatives lose something: folding F into the base weights rounds it to their dtype, fails on quantised ones, and
 makes the saved adapter wrong on the published base; truncating to rank r is not the extrapolation; lengthening the
@@ -16,8 +20,8 @@ folder when saving; `add_weighted_adapter([trained, "effopd"], [1, 1], "merged",
 the two exactly.
 """
 
-import copy
 from collections.abc import Collection, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +32,9 @@ from .selection import plain_name
 __all__ = ["COMPANION", "LoraWeights", "is_lora_name"]
 
 COMPANION = "effopd"
+BASE = "base_model.model."  # where a PeftModel holds the model that its configs speak of
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (r, in), s·B (out, r)), fp32
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (E, r, in), s·B (E, out, r)), fp32
 
 
 @dataclass
@@ -47,11 +52,11 @@ class LoraWeights:
 
     Args:
         model: a `peft.PeftModel` with one trained LoRA adapter, or a wrapper (DDP) around it.
-        chosen: names of the factors that move. A layer moves if its A does.
+        chosen: names of the factors that move. A layer moves if its A or its B does.
 
     Raises:
         ValueError: not a PeftModel; several trained adapters; DoRA or another variant that is not W + s·B·A; adapter
-            bias; sharded factors.
+            bias; sharded factors; trainable_token_indices; the companion of an earlier run on other layers.
     """
 
     sharded = False
@@ -61,28 +66,35 @@ class LoraWeights:
             model = model.module
         if not hasattr(model, "peft_config") or not hasattr(model, "base_model"):
             raise ValueError("LoRA parameters outside a peft.PeftModel: pass the PeftModel itself as params")
-        self.model = model
-        layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")}
+        self.model = model = getattr(model, "_orig_mod", model)
+        self.all_layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")}
         trained = {
             adapter
-            for layer in layers.values()
-            for adapter, a in layer.lora_A.items()
-            if a.weight.requires_grad and adapter in layer.active_adapters
+            for layer in self.all_layers.values()
+            for factors in (layer.lora_A, layer.lora_B)
+            for adapter, factor in factors.items()
+            if factor.weight.requires_grad and adapter in layer.active_adapters
         }
         if len(trained) != 1:
             raise ValueError(f"EffOPD moves one trained LoRA adapter, the model has {sorted(trained) or 'none'}")
         (self.adapter,) = trained
+        if getattr(model.peft_config[self.adapter], "trainable_token_indices", None):
+            raise ValueError(
+                "peft cannot save a second adapter beside trainable_token_indices, and EffOPD keeps its jumps in one: "
+                "adapt the embeddings as one of the target_modules, or not at all"
+            )
         self.layers = {
             name: layer
-            for name, layer in layers.items()
-            if plain_name(f"{name}.lora_A.{self.adapter}.weight") in chosen
+            for name, layer in self.all_layers.items()
+            if any(plain_name(f"{name}.lora_{x}.{self.adapter}.weight") in chosen for x in "AB")
         }
         for name, layer in self.layers.items():
             self._check(name, layer)
         self.tensors = [ab[self.adapter].weight for m in self.layers.values() for ab in (m.lora_A, m.lora_B)]
         self.masters = [None] * len(self.tensors)
         self.settled: list[Term] = []  # what the companion holds; the last one is the anchor's product
-        if COMPANION in model.peft_config:  # left by an earlier run: part of the weights, and not of this run's δ
+        if self._has_companion():  # left by an earlier run: part of the weights, and not of this run's δ
+            self._check_companion()
             self.settled = [Term(1.0, self._factors(COMPANION))]
         self.settled.append(Term(0.0, self._factors(self.adapter)))
         self.held: Factors | None = None
@@ -109,12 +121,13 @@ class LoraWeights:
         total = 0.0
         for name, (_, b) in self.held.items():
             b0 = self.settled[-1].factors[name][1]
-            used = sum(t.factors[name][0].shape[0] for t in self.settled) + b.shape[1]
+            used = sum(t.factors[name][0].shape[1] for t in self.settled) + b.shape[2]
             gradient = self.layers[name].lora_B[COMPANION].weight.grad
             if gradient is None:  # the loss did not pass through this layer
                 continue
-            direction = torch.cat([-b0, b], 1)  # ∂B/∂α of the last two of the concatenated ranks
-            total += float((gradient[:, used - direction.shape[1] : used].double() * direction).sum())
+            direction = torch.cat([-b0, b], 2)  # ∂B/∂α of the last two of the concatenated ranks
+            gradient = _by_expert_b(gradient, len(b))[:, :, used - direction.shape[2] : used]
+            total += float((gradient.double() * direction).sum())
         return total / world_size
 
     def trained(self) -> list[Tensor]:
@@ -142,7 +155,7 @@ class LoraWeights:
         out = {"coefficients": torch.tensor([t.coefficient for t in self.settled], dtype=torch.float64, device="cpu")}
         for j, term in enumerate(self.settled):
             for name, (a, b) in term.factors.items():
-                out[f"{j}.{name}.A"], out[f"{j}.{name}.B"] = a, b
+                out[f"{j}.{name}.A"], out[f"{j}.{name}.B"] = _as_in_peft(a, b)
         return out
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -153,7 +166,13 @@ class LoraWeights:
             some = sorted(expected ^ (set(state) - {"coefficients"}))[:3]
             raise ValueError(f"EffOPD state of other LoRA layers: {some} are in one and not in the other")
         self.settled = self.offered = [
-            Term(c, {n: tuple(state[f"{j}.{n}.{x}"].to(self._device(n)) for x in "AB") for n in self.layers})
+            Term(
+                c,
+                {
+                    n: self._by_expert(n, *(state[f"{j}.{n}.{x}"].to(self._device(n)) for x in "AB"))
+                    for n in self.layers
+                },
+            )
             for j, c in enumerate(coefficients)
         ]
         self._install(self.settled)
@@ -166,61 +185,96 @@ class LoraWeights:
 
     @torch.no_grad()
     def _install(self, terms: list[Term], slope: bool = False) -> None:
-        """Make the companion Σ coefficient·P, ranks concatenated; no companion if that is nothing."""
+        """Make the companion Σ coefficient·P, ranks concatenated; no companion if that is nothing. It has gradients
+        only while a slope is measured, and what else is trained stays so."""
         terms = terms if slope else list(filter(self._counts, terms))
-        if not terms:
-            if self._has_companion():
-                self.model.delete_adapter(COMPANION)
-            return
-        rank = max(sum(t.factors[n][0].shape[0] for t in terms) for n in self.layers)
-        if not self._has_companion():
-            self._add_companion(rank)
-        for name, layer in self._companion_layers():
-            a, b = layer.lora_A[COMPANION], layer.lora_B[COMPANION]
-            pairs = [t.factors[name] for t in terms] if name in self.layers else []
-            factor_a = torch.zeros(rank, layer.in_features, dtype=torch.float32, device=a.weight.device)
-            factor_b = torch.zeros(layer.out_features, rank, dtype=torch.float32, device=a.weight.device)
-            start = 0
-            for term, (fa, fb) in zip(terms, pairs, strict=False):
-                rows = slice(start, start := start + fa.shape[0])
-                factor_a[rows], factor_b[:, rows] = fa, term.coefficient * fb
-            a.weight, b.weight = (nn.Parameter(f, requires_grad=False) for f in (factor_a, factor_b))
-            a.out_features = b.in_features = layer.r[COMPANION] = layer.lora_alpha[COMPANION] = rank
-            layer.scaling[COMPANION] = 1.0
+        with _trainability_kept(self.model):
+            if not terms:
+                if self._has_companion():
+                    self.model.delete_adapter(COMPANION)
+                return
+            rank = max(sum(t.factors[n][0].shape[1] for t in terms) for n in self.layers)
+            if not self._has_companion():
+                self._add_companion(rank)
+            self._activate_companion()
+        for name, layer in self.all_layers.items():
+            if COMPANION in layer.lora_A:
+                a, b = self._concatenated(name, terms, rank)
+                layer.lora_A[COMPANION].weight = nn.Parameter(a, requires_grad=False)
+                layer.lora_B[COMPANION].weight = nn.Parameter(b, requires_grad=slope)
+                self._resize(layer, COMPANION, rank, rank)
         config = self.model.peft_config[COMPANION]
         config.r = config.lora_alpha = rank
-        self._activate(slope)
+
+    def _concatenated(self, name: str, terms: list[Term], rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of Σ coefficient·P of one layer as peft has them, padded with zeros to the rank."""
+        layer = self.all_layers[name]
+        experts, device = _experts(layer), self._device(name)
+        a = torch.zeros(experts, rank, layer.in_features, dtype=torch.float32, device=device)
+        b = torch.zeros(experts, layer.out_features, rank, dtype=torch.float32, device=device)
+        start = 0
+        for term in terms if name in self.layers else ():
+            factor_a, factor_b = term.factors[name]
+            ranks = slice(start, start := start + factor_a.shape[1])
+            a[:, ranks], b[:, :, ranks] = factor_a, term.coefficient * factor_b
+        return _as_in_peft(a, b)
+
+    @staticmethod
+    def _resize(layer: nn.Module, adapter: str, rank: int, alpha: float) -> None:
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        a.out_features = b.in_features = rank * _experts(layer)
+        layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter] = rank, alpha, 1.0
 
     def _add_companion(self, rank: int) -> None:
-        config = copy.deepcopy(self.model.peft_config[self.adapter])
-        config.r = config.lora_alpha = rank
-        config.lora_dropout, config.rank_pattern, config.alpha_pattern = 0.0, {}, {}
-        config.init_lora_weights, config.use_rslora, config.modules_to_save = False, False, None
-        self.model.add_adapter(COMPANION, config)
+        """Plain LoRA on the layers that move. Made without memory and without random numbers: `_install` fills it."""
+        trained = self.model.peft_config[self.adapter]
+        config = type(trained)(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=[n.removeprefix(BASE) for n, m in self.layers.items() if not hasattr(m, "parameter_name")],
+            fan_in_fan_out=trained.fan_in_fan_out,
+            init_lora_weights=False,
+            task_type=trained.task_type,
+            base_model_name_or_path=trained.base_model_name_or_path,
+        )
+        if any(hasattr(m, "parameter_name") for m in self.layers.values()):  # peft wants the same ones in each adapter
+            config.target_parameters = trained.target_parameters
+        self.model.add_adapter(COMPANION, config, low_cpu_mem_usage=True)
 
-    def _activate(self, slope: bool) -> None:
-        """Both adapters add to the forward pass; the companion has gradients only while a slope is measured."""
-        self.model.base_model.set_adapter([self.adapter, COMPANION])
-        for _, layer in self._companion_layers():
-            layer.lora_A[COMPANION].requires_grad_(False)
-            layer.lora_B[COMPANION].requires_grad_(slope)
+    def _activate_companion(self) -> None:
+        """Both adapters add to the forward pass. Only LoRA layers are told: peft's wrappers of trained embeddings and
+        of `modules_to_save`, which the companion has no part in, take one adapter at a time."""
+        active = [*(name for name in self.model.active_adapters if name != COMPANION), COMPANION]
+        for layer in self.all_layers.values():
+            layer.set_adapter(active)
+        self.model.base_model.active_adapter = active
 
     def _has_companion(self) -> bool:
         return COMPANION in self.model.peft_config
 
-    def _companion_layers(self):
-        named = self.model.named_modules()
-        return [(n, m) for n, m in named if hasattr(m, "scaling") and COMPANION in getattr(m, "lora_A", ())]
+    def _check_companion(self) -> None:
+        for name, layer in self.all_layers.items():
+            there = COMPANION in layer.lora_A and bool(layer.lora_B[COMPANION].weight.any())
+            if there if name not in self.layers else COMPANION not in layer.lora_A:
+                raise ValueError(
+                    f"the adapter {COMPANION!r} of an earlier run has moved other layers than this one would ({name}): "
+                    "fold it into the trained adapter first, or move the same layers"
+                )
 
     @torch.no_grad()
     def _factors(self, adapter: str) -> Factors:
         return {
-            name: (
+            name: self._by_expert(
+                name,
                 layer.lora_A[adapter].weight.detach().float().clone(),
                 layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter],
             )
             for name, layer in self.layers.items()
         }
+
+    def _by_expert(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        experts = _experts(self.layers[name])
+        return a.reshape(experts, -1, a.shape[1]), _by_expert_b(b, experts)
 
     def _stats(self) -> list[Tensor]:
         bad = 0
@@ -233,7 +287,7 @@ class LoraWeights:
         delta = weight = 0.0
         for name, (a, b) in self.held.items():
             a0, b0 = self.settled[-1].factors[name]
-            delta += _square_of_product(torch.cat([b, -b0], 1), torch.cat([a, a0], 0))
+            delta += _square_of_product(torch.cat([b, -b0], 2), torch.cat([a, a0], 1))
             weight += _square_of_product(b, a)
         return delta, weight
 
@@ -241,7 +295,7 @@ class LoraWeights:
         return term.coefficient != 0.0 and any(b.any() for _, b in term.factors.values())
 
     def _device(self, name: str) -> torch.device:
-        return self.layers[name].lora_A[self.adapter].weight.device
+        return self.all_layers[name].lora_A[self.adapter].weight.device
 
     def _check(self, name: str, layer: nn.Module) -> None:
         a, b = layer.lora_A[self.adapter], layer.lora_B[self.adapter]
@@ -253,6 +307,30 @@ class LoraWeights:
             raise ValueError(f"the LoRA factors of {name} are sharded; EffOPD needs them whole on every rank (DDP)")
 
 
+def _experts(layer: nn.Module) -> int:
+    return getattr(layer, "num_experts", 1)
+
+
+def _by_expert_b(b: Tensor, experts: int) -> Tensor:
+    """peft's B (out, r·E), whose columns go through the experts first, as (E, out, r). Its A is (E·r, in)."""
+    return b.reshape(len(b), -1, experts).permute(2, 0, 1)
+
+
+def _as_in_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
 def _square_of_product(b: Tensor, a: Tensor) -> float:
     a, b = a.double(), b.double()
-    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+    return max(float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)
+
+
+@contextmanager
+def _trainability_kept(model: nn.Module):
+    """peft makes every factor of an active adapter trainable, those that the user froze too."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)

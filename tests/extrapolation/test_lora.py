@@ -92,6 +92,116 @@ def test_effective_weight_is_the_dense_extrapolation(options):
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
+class Experts(torch.nn.Module):
+    """Three experts in one parameter, as transformers keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.randn(3, 6, 5))
+
+    def forward(self, x):
+        return torch.einsum("ni,eio->no", x, self.gate_up_proj)
+
+
+def test_experts_in_one_parameter():
+    """Each expert's product is extrapolated, over several jumps and beside layers of another rank."""
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict(
+        {"experts": Experts(), "self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 5)})}
+    )
+    options = dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=6, **options))
+
+    def products():
+        layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+        assert len(layers) == 2
+        return [
+            sum(m.get_delta_weight(x) for x in m.active_adapters if x in m.lora_A).detach().double() for m in layers
+        ]
+
+    controller = EffOPDController(model, scripted(*SCORES))
+    anchor = products()
+    for event, alpha in enumerate(ALPHAS):
+        train(model, event)
+        current = products()
+        record = controller.step(2**event)
+        assert record.alpha == alpha
+        delta = [c - a for a, c in zip(anchor, current, strict=True)]
+        anchor = products()
+        for after, c, d in zip(anchor, current, delta, strict=True):
+            torch.testing.assert_close(after, c + (alpha - 1) * d, rtol=1e-5, atol=1e-5)
+        assert record.delta_norm == pytest.approx(torch.cat([d.flatten() for d in delta]).norm().item(), rel=1e-5)
+
+
+class Worded(Net):
+    """With words before the layers, which may be trained too and never move."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(8, 6)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def forward(self, ids):
+        return super().forward(self.embed_tokens(ids))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj", "up_proj", "embed_tokens"]),
+        dict(target_modules=["q_proj", "up_proj"], modules_to_save=["embed_tokens"]),
+    ],
+    ids=str,
+)
+def test_only_layers_that_move_are_touched(options):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Worded(), peft.LoraConfig(r=2, **options))
+    frozen = next(p for n, p in model.named_parameters() if "up_proj.lora_A" in n).requires_grad_(False)
+    controller = EffOPDController(model, scripted(0, 1, 0, 0, 1, 0), exclude=["embed", "up_proj"])
+    train(model, 0)
+    names, ids = trained(model).keys(), torch.arange(8)
+    random, words = torch.get_rng_state(), model.get_input_embeddings()(ids)
+    for step in (1, 2):
+        assert controller.step(step).alpha == 3.0
+        assert trained(model).keys() == names and not frozen.requires_grad
+        assert torch.equal(model.get_input_embeddings()(ids), words)
+        companion = {n for n, _ in model.named_parameters() if COMPANION in n}
+        assert len(companion) == 2 and all("q_proj.lora_" in n for n in companion)
+        assert torch.equal(torch.get_rng_state(), random)
+        train(model, step)
+        words = model.get_input_embeddings()(ids)
+
+
+def test_a_layer_with_one_trained_factor_moves():
+    model = lora(target_modules=["q_proj"])
+    next(p for n, p in model.named_parameters() if "lora_A" in n).requires_grad_(False)
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    anchor = merged(model)
+    train(model, 0)
+    current = merged(model)
+    assert controller.step(1).alpha == 3.0
+    for name, weight in merged(model).items():
+        torch.testing.assert_close(weight, anchor[name] + 3 * (current[name] - anchor[name]), rtol=1e-5, atol=1e-5)
+
+
+def test_another_adapter_that_is_active_stays_so():
+    model = lora(target_modules=["q_proj"])
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(False)
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    before = merged(model)
+    assert controller.step(1).alpha == 3.0
+    assert model.active_adapters == ["default", "other", COMPANION]
+    name = next(n for n in before if "up_proj" in n)
+    assert torch.equal(merged(model)[name], before[name]) and not any(".other." in n for n in trained(model))
+
+
 def test_candidates_are_on_the_line_when_they_are_scored():
     model = lora()
     anchor, seen = merged(model), []
@@ -257,6 +367,17 @@ def test_what_cannot_be_extrapolated_is_refused():
         EffOPDController(lora(use_dora=True), lambda: 0.0)
     with pytest.raises(ValueError, match="trained LoRA bias"):
         EffOPDController(lora(lora_bias=True, target_modules=["up_proj"]), lambda: 0.0)
+    tokens = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]})
+    with pytest.raises(ValueError, match="cannot save a second adapter beside trainable_token_indices"):
+        EffOPDController(peft.get_peft_model(Worded(), tokens), lambda: 0.0)
+    model = lora(target_modules=["q_proj"])
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    controller.step(1)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="moved other layers than this one would"):
+        EffOPDController(model, lambda: 0.0)
     mixed = lora()
     mixed.base_model.model.mlp["up_proj"].base_layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match="trained beside LoRA adapters"):
