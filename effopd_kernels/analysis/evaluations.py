@@ -15,6 +15,7 @@ from .plans import Trial
 
 FILE = "evaluations.jsonl"
 METRICS = ("accuracy", "teacher_kl")
+Z = 1.96  # intervals hold 95 % of what drawing other prompts would give
 MEASURED = "gain"  # the first column of a row that is a measurement; before it, what was tried
 
 
@@ -126,7 +127,7 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
     """One row per trial: means over prompts with their standard errors, and the gain over the base.
 
     `gain` is of the score (accuracy, or minus the KL); `recovered` is the gain over that of the trajectory's final
-    model, None where that is zero. Both compare the same prompts, and so do their errors.
+    model, None where that gained nothing. Both compare the same prompts, and so do their errors.
     """
     trials = list(trials)
     base = evaluations.done["base"].score(metric)
@@ -144,16 +145,19 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
         for name in METRICS:
             if (values := getattr(found, name)) is not None:
                 row |= {name: mean(values), f"{name}_se": standard_error(values)}
+                row |= dict(zip((f"{name}_low", f"{name}_high"), bounds(values), strict=True))
         rows.append(row | {"tokens": found.tokens, "seconds": found.seconds})
     return rows
 
 
 def ratio(values: list[float], reference: list[float] | None) -> tuple[float | None, float | None]:
-    """mean(values) / mean(reference) and its standard error, both to first order (delta method)."""
-    if not reference or mean(reference) == 0:
+    """mean(values) / mean(reference) and its standard error, both to first order (delta method); None where the
+    reference is not positive, of which nothing can be a share.
+    """
+    if not reference or mean(reference) <= 0:
         return None, None
     share = mean(values) / mean(reference)
-    return share, standard_error([v - share * r for v, r in zip(values, reference, strict=True)]) / abs(mean(reference))
+    return share, standard_error([v - share * r for v, r in zip(values, reference, strict=True)]) / mean(reference)
 
 
 def mean(values: list[float]) -> float:
@@ -166,3 +170,17 @@ def standard_error(values: list[float]) -> float:
         return math.nan
     centre = mean(values)
     return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def bounds(values: list[float]) -> tuple[float, float]:
+    """The interval of 95 % around their mean. Wilson's for what is only ever 0 or 1, so that it stays between them and
+    keeps a width where all are equal (Brown, Cai & DasGupta 2001).
+    """
+    centre, n = mean(values), len(values)
+    if set(values) <= {0, 1}:
+        shrunk = 1 + Z * Z / n
+        middle = (centre + Z * Z / (2 * n)) / shrunk
+        spread = Z / shrunk * math.sqrt(centre * (1 - centre) / n + (Z / (2 * n)) ** 2)
+        return max(middle - spread, 0.0), min(middle + spread, 1.0)
+    spread = Z * standard_error(values) if n > 1 else 0.0
+    return centre - spread, centre + spread

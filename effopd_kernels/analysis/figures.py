@@ -150,7 +150,7 @@ def bars(
         for label, heights in (marks or {}).items():
             middle = range(len(groups))
             axes.hlines(heights, [x - 0.46 for x in middle], [x + 0.46 for x in middle], color="#222222", label=label)
-        crowded = len(groups) > 6
+        crowded = len(groups) * max(map(len, groups)) > 40  # characters that fit side by side
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
         axes.grid(axis="x", visible=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
-from .evaluations import MEASURED
+from .evaluations import MEASURED, Z
 from .plans import FINAL, KEPT, OWN, UNMATCHED
-from .report import FIGURES, TABLES, Headline, Interval, Section, write_report
+from .report import FIGURES, TABLES, Headline, Interval, Section, shown, write_report
 from .tables import write_table
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ HOW_TO_READ = {
     "scale": "A best value beyond α = 1 means that going on along the update would have paid; a flat stretch, that its "
     "length does not matter.",
     "norm": "The trajectory whose curve leaves the base's line sooner gets more out of each unit of movement.",
-    "embeddings": "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect.",
+    "embeddings": "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect. "
+    "Thin lines: 95 % of what other prompts would give.",
     "window": "A point is a window, placed at its middle layer; the further from the base's line, the more of what was "
     "learned sits there.",
     "top": "A curve that reaches its final model's line early has its gain in few directions.",
@@ -56,7 +57,6 @@ ACROSS = {
 LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
 BLOCK_NAMES = {"mlp": "MLP", "attention": "attention", "both": "MLP and attention"}
 HEADLINES = ("top", "rescale", "embeddings")
-Z = 1.96  # bars and bands hold 95 % of what drawing other prompts would give
 LABELS = {"accuracy": "accuracy", "teacher_kl": "KL to the teacher, nats per token"}
 Row = Mapping[str, Any]
 
@@ -68,6 +68,7 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
         rows: of `evaluations.rows_of`. metric: the one drawn. settings, lead, notes: see `report.write_report`.
     """
     view = View(rows, metric)
+    notes = [*notes, *view.losses()]
     write_table(folder / TABLES, "models", [r for r in rows if r["intervention"] in ("base", "final")])
     sections, headlines = [], [view.scores()]
     for name, title in TITLES.items():
@@ -97,9 +98,10 @@ class View:
         self.finals = {row["trajectory"]: row for row in rows if row["intervention"] == "final"}
 
     def interval(self, row: Row, column: str | None = None) -> Interval:
-        value, error = row[column or self.metric], row[f"{column or self.metric}_se"]
+        column = column or self.metric
+        value, error = row[column], row[f"{column}_se"]
         spread = 0.0 if math.isnan(error) else Z * error
-        return Interval(value, value - spread, value + spread)
+        return Interval(value, row.get(f"{column}_low", value - spread), row.get(f"{column}_high", value + spread))
 
     def scores(self) -> Headline:
         return Headline(
@@ -108,6 +110,15 @@ class View:
             "Final models and base on the same prompts. Whiskers: 95 % of what other prompts would give.",
             1.0 if self.metric == "accuracy" else None,
         )
+
+    def losses(self) -> list[str]:
+        """A sentence for every final model that gained nothing."""
+        return [
+            f"The final model of {t} scores no better than the base ({LABELS[self.metric]}: {shown(row[self.metric])}, "
+            f"the base's {shown(self.base[self.metric])}): there is no gain, so none of its edits recovers a share."
+            for t, row in self.finals.items()
+            if row["recovered"] is None
+        ]
 
     def table(self, own: Sequence[Row], across: str | None) -> list[dict[str, Any]]:
         """The metric, one row per setting and one column for each value of `across`, or one column."""
@@ -154,8 +165,10 @@ def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
 
 def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
     choices = list(dict.fromkeys(row["of_the_base"] for row in rows))
-    values = {t: [r[view.metric] for r in rows if r["trajectory"] == t] + [view.base[view.metric]] for t in view.finals}
-    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric])
+    of = {t: [view.interval(r) for r in (*rows, view.base) if r["trajectory"] in (t, None)] for t in view.finals}
+    values = {t: [i.value for i in own] for t, own in of.items()}
+    errors = {t: ([i.low for i in own], [i.high for i in own]) for t, own in of.items()}
+    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric], errors=errors)
 
 
 def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:

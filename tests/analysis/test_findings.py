@@ -7,10 +7,13 @@ import re
 import pytest
 import torch
 from analysis import planted
+from scipy.stats import binomtest
 from tokenizers import Tokenizer, models
 
-from effopd_kernels.analysis import cli, figures
+from effopd_kernels.analysis import cli, figures, intervention_report
 from effopd_kernels.analysis.embeddings import speaker
+from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
+from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 from effopd_kernels.analysis.tables import read_table
 
 
@@ -75,3 +78,52 @@ def test_the_first_tokenizer_that_can_be_read_speaks(tmp_path):
     Tokenizer(models.WordLevel({"a b": 0}, unk_token="?")).save(str(tmp_path / "whole/tokenizer.json"))
     spoken = speaker(sorted(tmp_path.iterdir()))
     assert spoken(0) == "a␣b" and spoken(99) == ""
+
+
+# ---- of interventions -----------------------------------------------------------------------------------------------
+
+
+def scored(folder, score):
+    """Rows and the page of a report on trials that `score` gives their prompts' accuracies, by trajectory."""
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
+    steps = {t: [(1, 0.5), (2, 1.0)] for t in ("a", "b")}
+    trials = Plan(names, steps, {(t, i): 1.0 for t in steps for i in range(2)}).trials(list(INTERVENTIONS))
+    evaluations = Evaluations(folder, {})
+    for trial in pending(trials, evaluations).values():
+        evaluations.add(trial.edit.key(), Evaluation(score(trial.edit), None, 4, 1.0), write=False)
+    rows = rows_of(trials, evaluations, "accuracy")
+    intervention_report.write(folder, rows, "accuracy", {}, "")
+    return rows, html.unescape(re.sub(r"(<[^>]+>)+", "|", (folder / "report.html").read_text()))
+
+
+def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+    right = {None: 2, "a": 1, "b": 3}  # of four prompts: a is worse than the base
+    rows, page = scored(tmp_path, lambda edit: [float(i < right[edit.trajectory]) for i in range(4)])
+    assert all((row["recovered"] is None) == (row["trajectory"] != "b") for row in rows)
+    assert "The final model of a scores no better than the base (accuracy: 0.25, the base's 0.5)" in page
+    assert "The final model of b" not in page and re.search(r"best α recovers: b 100% \(α = 0.25\)\.", page)
+
+
+def test_intervals_of_right_and_wrong_answers():
+    """Wilson's, which lie in [0, 1] and say something of 0 in 24 too; other scores are as good as normal."""
+    for k in (0, 1, 12, 24):
+        expected = binomtest(k, 24).proportion_ci(method="wilson")
+        assert bounds([1.0] * k + [0.0] * (24 - k)) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert bounds([1.0, 2.0, 3.0]) == pytest.approx((2 - 1.96 / math.sqrt(3), 2 + 1.96 / math.sqrt(3)))
+    assert bounds([0.5]) == (0.5, 0.5)
+
+
+def test_bars_of_an_untied_model_can_be_told_apart(tmp_path, monkeypatch):
+    """Their labels do not overprint, and they have error bars."""
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and name)
+    monkeypatch.setattr(intervention_report, "write_report", lambda *_, **__: (tmp_path / "report.html").write_text(""))
+    scored(tmp_path, lambda edit: [float(i < 2) for i in range(4)])
+    figure = drawn["embeddings"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = axes.get_xticklabels()
+    assert [t.get_text() for t in labels] == ["nothing", "embeddings", "head", "embeddings and head", "everything"]
+    assert all(t.get_rotation() == 40 for t in labels)
+    assert [len(c.get_segments()) for c in axes.collections] == [5, 5]
