@@ -16,6 +16,13 @@ from ..extrapolation.lora import COMPANION
 from .checkpoints import Checkpoint, listed, read_json
 
 CONFIG = "adapter_config.json"
+# Variants of peft's LoraConfig whose weight is not W + s·B·A, and initialisations that first change W, most by taking
+# s·B·A out of it (eva, orthogonal, gaussian and mica leave it alone).
+_VARIANTS = {
+    "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
+    "alora_invocation_tokens": "aLoRA",
+}  # fmt: skip
+_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
 
 
@@ -37,7 +44,8 @@ class Adapter(Checkpoint):
     """A peft LoRA folder on a base. What it does not touch is the base's.
 
     Raises:
-        UserError: as `Checkpoint`; another method than LoRA, or DoRA; factors of tensors that the base does not have.
+        UserError: as `Checkpoint`; another method than LoRA, or a variant such as DoRA; an initialisation, such as
+            PiSSA, that changed the base; factors of tensors that the base does not have.
     """
 
     def __init__(self, path: str | Path, base: Checkpoint):
@@ -76,9 +84,17 @@ class Adapter(Checkpoint):
 
     def _add(self, folder: Path) -> None:
         config = read_json(folder / CONFIG)
-        if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
-            kind = "DoRA" if config.get("use_dora") else config["peft_type"]
+        kinds = [kind for key, kind in _VARIANTS.items() if config.get(key)]
+        if config.get("peft_type", "LORA") != "LORA" or kinds:
+            kind = kinds[0] if kinds else config["peft_type"]
             raise UserError(f"{folder} is a {kind} adapter; only LoRA is W + s·B·A: merge it into the model first")
+        start = str(config.get("init_lora_weights")).lower()
+        if start.startswith(_REBASED):
+            raise UserError(
+                f"{folder} began with init_lora_weights={start}, which changed the base, so base + s·B·A is not its "
+                "model: convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), or merge "
+                "it into the model it was trained in"
+            )
         file = Checkpoint(folder)
         found: dict[str, dict[str, str]] = {}
         for stored in file.shapes:

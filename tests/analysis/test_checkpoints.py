@@ -48,7 +48,8 @@ def update(comparison, name, trajectory="run", position=-1):
 
 
 @pytest.mark.parametrize(
-    "config, scale", [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)]
+    "config, scale",
+    [({"init_lora_weights": "eva"}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)],
 )
 def test_lora_is_its_merged_product(base, tmp_path, config, scale):
     pair, product = factors(Q.removesuffix(".weight"), 64, 64)
@@ -203,7 +204,9 @@ def broken(base, tmp):
     (tmp / "notes" / "config.json").write_text("{")
     pair, _ = factors("model.layers.9.self_attn.q_proj", 64, 64)
     adapter = lora(tmp / "adapter", pair)
-    dora = lora(tmp / "dora", factors(Q.removesuffix(".weight"), 64, 64)[0], use_dora=True)
+    own, _ = factors(Q.removesuffix(".weight"), 64, 64)
+    dora, kasa = lora(tmp / "dora", own, use_dora=True), lora(tmp / "kasa", own, kasa_config={"beta": 1e-4})
+    pissa = [lora(tmp / start, own, init_lora_weights=start) for start in ("pissa_niter_4", "olora")]
     thin = lora(tmp / "thin", factors(Q.removesuffix(".weight"), 32, 64)[0])
     quantised = stored("quantised", {**weights, Q: weights[Q].to(torch.float8_e4m3fn)})
 
@@ -232,6 +235,9 @@ def broken(base, tmp):
         "adapter of another model": (case(adapter), "model.layers.9.self_attn.q_proj.weight"),
         "adapter of another shape": (case(thin), f"{Q} [32, 64], the base's [64, 64]"),
         "DoRA": (case(dora), "is a DoRA adapter"),
+        "KaSA": (case(kasa), "is a KaSA adapter"),
+        "PiSSA": (case(pissa[0]), "began with init_lora_weights=pissa_niter_4, which changed the base"),
+        "OLoRA": (case(pissa[1]), "began with init_lora_weights=olora, which changed the base"),
         "output in use": (case(base, output_dir=tmp / "used"), "exists and is not empty"),
         "output a file": (case(base, output_dir=base / "config.json"), "is a file"),
         "no checkpoints": (["--base", base, "--output_dir", tmp / "out"], "give either --checkpoints"),
