@@ -27,7 +27,8 @@ from .checkpoints import Checkpoint, Comparison
 from .roles import Role, role_of
 
 OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it costs is inside the error bars
-PROBES, STEPS, MORE_STEPS = 16, 4, 12  # more for the wide spectra of square matrices, or behind few known triplets
+PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
+MOST_STEPS = 24
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
 ROWS = 1 << 8  # tokens at a time, which stay in cache
@@ -95,8 +96,13 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
     if spectral:
         found.directions = _directions(comparison, first)
     for row in found.rows:
-        row["relative_update"] = row["update_norm"] / row["weight_norm"] if row["weight_norm"] else math.nan
+        row["relative_update"] = relative(row["update_norm"], row["weight_norm"])
     return found
+
+
+def relative(update: float, weight: float) -> float:
+    """‖ΔW‖ / ‖W‖; infinite where W is zero, unless it still is."""
+    return update / weight if weight else update * math.inf if update else 0.0
 
 
 def _pair(checkpoint: Checkpoint, name: str, base: Tensor, device: str | None) -> tuple[Tensor, Tensor | None]:

@@ -26,6 +26,7 @@ from .types import RSVD
 from .workers import without_autocast
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
+LEAST_STEPS = 4  # of Lanczos; fewer make a poor bound on the rest
 LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
 
 
@@ -48,7 +49,10 @@ class SpectralMetrics(NamedTuple):
     quantisation_limited: (
         Tensor  # bool, a tenth or more of Σσ lies below the edge: the effective rank counts rounding noise
     )
-    standard_error: "dict[str, Tensor] | None" = None  # of the sampled metrics, method="slq" only
+    standard_error: "dict[str, Tensor] | None" = (
+        None  # of the sampled metrics, method="slq" only: by the jackknife over
+    )
+    # probes, and what the quadrature lacks
 
 
 def spectral_metrics(
@@ -67,8 +71,9 @@ def spectral_metrics(
         a, base: (..., m, n) as for `batched_rsvd`.
         top_fraction: share of min(m, n) that counts as the top, at least one.
         method: "exact" takes every σ from an fp64 Gram matrix (σ down to 1e-8 σ₁ resolved). "slq" samples: the leading
-            triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes`` vectors of ``steps``
-            steps, for screening; see ``standard_error``.
+            triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes`` vectors, of as many
+            steps as make the quadrature as exact as the sample, at most ``steps``; for screening, see
+            ``standard_error``.
         seed: of the samples.
 
     Raises:
@@ -88,13 +93,21 @@ def spectral_metrics(
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     rows = []
     for x, y in zip(as_batch(a), bases, strict=True):
-        rows.append(measured(x, y, top, method, probes, steps, seed)[1])
+        rows.append(measured(x, y, top, method, probes, min(LEAST_STEPS, steps), steps, seed)[1])
     return _stacked(rows, a, method == "slq")
 
 
 @without_autocast
 def measured(
-    x: Tensor, y: Tensor | None, top: int, method: str, probes: int, steps: int, seed: int, svd: RSVD | None = None
+    x: Tensor,
+    y: Tensor | None,
+    top: int,
+    method: str,
+    probes: int,
+    least: int,
+    most: int,
+    seed: int,
+    svd: RSVD | None = None,
 ) -> tuple[Spectrum, dict[str, Tensor]]:
     """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
 
@@ -112,7 +125,7 @@ def measured(
     else:
         if svd is not None and not tall:
             svd = svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)
-        spectrum = sampled_spectrum(difference, max(top, 16), probes, steps, seed, svd)
+        spectrum = sampled_spectrum(difference, max(top, 16), probes, least, most, seed, svd)
     return spectrum, _metrics(spectrum, statistics, x, top, method == "slq")
 
 
@@ -129,7 +142,7 @@ def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:
 
 
 def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sampled: bool) -> dict[str, Tensor]:
-    """All metrics of one matrix; with ``sampled``, also "<name> error" by the jackknife over probes."""
+    """All metrics of one matrix; with ``sampled``, also "<name> error"."""
     m, n = x.shape
     bad = (statistics[ops.NON_FINITE] > 0) | ~statistics[ops.MAX_ABS].isfinite()
     squares = statistics[ops.SUM_SQUARES]
@@ -151,10 +164,16 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sample
 
     unit = torch.where(first > 0, first, 1.0)  # sums of σ/σ₁: fourth powers stay in range
     squares = squares / unit**2
-    sums = spectrum.sums(
-        lambda t: torch.stack([t, torch.special.xlogy(t, t), t**4, t > counted / unit, t * (t <= counted / unit)], -1),
-        unit,
-    )
+
+    def sums_of(spectrum: Spectrum) -> Tensor:
+        return spectrum.sums(
+            lambda t: torch.stack(
+                [t, torch.special.xlogy(t, t), t**4, t > counted / unit, t * (t <= counted / unit)], -1
+            ),
+            unit,
+        )
+
+    sums = sums_of(spectrum)
     values = {
         "spectral_norm": first,
         "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
@@ -175,7 +194,9 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sample
         left_out = from_sums((sums.sum(0) - sums) / (count - 1))
         for name in SAMPLED:
             replicas = left_out[name]
-            values[name + " error"] = ((count - 1) / count * (replicas - replicas.mean()).square().sum()).sqrt()
+            jackknife = ((count - 1) / count * (replicas - replicas.mean()).square().sum()).sqrt()
+            lacks = spectrum.quadrature_error(lambda s, name=name: from_sums(sums_of(s).mean(0))[name])
+            values[name + " error"] = torch.hypot(jackknife, lacks)
     return values
 
 

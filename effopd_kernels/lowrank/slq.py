@@ -5,6 +5,9 @@ are eigenvalues θ of its tridiagonal T, weights ‖z‖² (e₁ᵀy)². Ubaru, 
 are taken out first and counted exactly (as in Hutch++, Meyer et al. 2021): only the rest, which is small and even, is
 sampled.
 
+Steps are taken until the quadrature is as exact as the sample. Of a spectrum that reaches down to zero the sum of σ = √λ
+comes in as 1/T: what T steps lack is T − 1 times what the last of them changed.
+
 The same nodes bound the rest from above. The quadrature is exact for λᵈ up to d = 2T − 1, and zᵀ(XᵀX)ᵈz ≥ λ₁ᵈ (v₁ᵀz)²,
 where v₁ᵀz is a standard normal number for Gaussian z: the largest of P probes gives λ₁ unless all P of them are small.
 
@@ -32,6 +35,7 @@ class Spectrum(NamedTuple):
     nodes: Tensor | None = None  # (P, T) fp64 singular values
     weights: Tensor | None = None  # (P, T), summing to M − K for every probe
     lengths: Tensor | None = None  # (P,) ‖z‖² of the Gaussian probe over M − K
+    coarser: "tuple[Tensor, Tensor] | None" = None  # nodes and weights of one step fewer, (P, T − 1)
 
     def sums(self, f: Callable[[Tensor], Tensor], unit: Tensor) -> Tensor:
         """Σ_i f(σ_i / unit) over the whole spectrum, one estimate per probe: (P, F), or (1, F) where nothing was
@@ -41,6 +45,13 @@ class Spectrum(NamedTuple):
         if self.nodes is None:
             return known
         return known + (self.weights.unsqueeze(-1) * f(self.nodes / unit)).sum(1)
+
+    def quadrature_error(self, f: Callable[["Spectrum"], Tensor]) -> Tensor:
+        """How far f of this spectrum is from what more steps would give."""
+        if self.coarser is None:
+            return torch.zeros_like(f(self))
+        nodes, weights = self.coarser
+        return nodes.shape[1] * (f(self) - f(self._replace(nodes=nodes, weights=weights))).abs()
 
     def rest_norm(self) -> float:
         """An upper bound on the spectral norm of X(1 − VVᵀ), the matrix without its leading right singular vectors; it
@@ -56,9 +67,11 @@ class Spectrum(NamedTuple):
         return float(largest * (moments.amax() / smallest**2) ** (1 / (2 * degree)))
 
 
-def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int, svd: RSVD | None = None) -> Spectrum:
-    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M). With ``svd``, of that
-    difference, its triplets are the leading ones.
+def sampled_spectrum(
+    x: Difference, k: int, probes: int, least: int, most: int, seed: int, svd: RSVD | None = None
+) -> Spectrum:
+    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M), from at least and at
+    most so many steps. With ``svd``, of that difference, its triplets are the leading ones.
     """
     m = x.x[0].shape[1]
     if svd is None:
@@ -74,14 +87,14 @@ def sampled_spectrum(x: Difference, k: int, probes: int, steps: int, seed: int, 
     x = Difference(x.x, x.base, scale)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(m, probes, generator=generator, dtype=torch.float32, device="cpu").to(v.device, v.dtype)
-    nodes, weights, squares = _lanczos(x, v, z, min(steps, m - k))
-    nodes = nodes / scale
-    return Spectrum(s, torch.where(nodes > floor, nodes, 0.0), weights * (m - k), squares / (m - k))
+    rules, squares = _lanczos(x, v, z, least, min(most, m - k))
+    rules = [(torch.where(n / scale > floor, n / scale, 0.0), w * (m - k)) for n, w in rules]
+    return Spectrum(s, *rules[-1], squares / (m - k), rules[-2] if len(rules) > 1 else None)
 
 
-def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Nodes and weights (P, T), each probe's summing to 1, of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P),
-    and ‖z‖² (P,) outside V; with full reorthogonalisation.
+def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Nodes and weights (P, t), each probe's summing to 1, of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P)
+    after t = 1 … T steps, and ‖z‖² (P,) outside V; with full reorthogonalisation.
     """
 
     def outside(y: Tensor) -> Tensor:
@@ -91,21 +104,32 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, steps: int) -> tuple[Tensor, T
     z = outside(z)
     length = torch.linalg.vector_norm(z, dim=0)
     q = [z / length]
-    diagonal, off = [], []
-    for _ in range(steps):
+    diagonal, off, rules, sums = [], [], [], []
+    while len(rules) < most:
         y = outside(x.gram_apply(q[-1].unsqueeze(0))[0])
         diagonal.append((q[-1] * y).sum(0))
         past = torch.stack(q)  # (t, M, P)
         for _ in range(2):
             y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
         beta = torch.linalg.vector_norm(y, dim=0)
-        # An invariant subspace was found; the rest is rounding. Zero vectors from here on decouple T, with no weight.
-        alive = beta > 1e-6
+        rules.append(_quadrature(diagonal, off))
+        sums.append((rules[-1][0] * rules[-1][1]).sum(1))
+        if len(rules) >= max(least, 2):
+            lacks = (len(rules) - 1) * (sums[-1].mean() - sums[-2].mean()).abs()
+            if lacks <= sums[-1].std() / math.sqrt(len(length)):
+                break
+        # Where an invariant subspace was found the rest is rounding. Zero vectors decouple T, with no weight.
+        alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
         off.append(torch.where(alive, beta, 0.0))
         q.append(torch.where(alive, y / torch.where(alive, beta, 1.0), 0.0))
+    return rules, length.double().square()
+
+
+def _quadrature(diagonal: list[Tensor], off: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Singular values and weights (P, t) from the t entries (P,) of T's diagonal and the t − 1 beside it."""
     t = torch.diag_embed(torch.stack(diagonal, -1).double())
-    if steps > 1:
-        side = torch.stack(off[:-1], -1).double()
+    if off:
+        side = torch.stack(off, -1).double()
         t = t + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
     theta, y = torch.linalg.eigh(t)
-    return theta.clamp_min(0).sqrt(), y[:, 0].square(), length.double().square()
+    return theta.clamp_min(0).sqrt(), y[:, 0].square()

@@ -130,3 +130,25 @@ def test_bad_input(options, error, words):
         spectral_metrics(torch.zeros(4, 5), **options)
     with pytest.raises(TypeError, match="int64"):
         spectral_metrics(torch.zeros(4, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        lambda i: i**-0.7,
+        lambda i: i**-1.5,  # what is left beside the leading σ is far below them
+        lambda i: i**-2.0,
+        lambda i: torch.exp(-i / 20),  # down to nothing: slow for a quadrature
+        lambda i: torch.exp(-i / 60),
+        lambda i: 1 - i / 300,
+    ],
+)
+@pytest.mark.parametrize("steps", [4, 20])
+def test_standard_errors_tell_of_the_quadrature_too(spectrum, steps):
+    a = with_spectrum(300, 500, spectrum(torch.arange(1.0, 301, dtype=torch.float64))).float()
+    exact = spectral_metrics(a)
+    for seed in range(3):
+        sampled = spectral_metrics(a, method="slq", steps=steps, seed=seed)
+        for name, error in sampled.standard_error.items():
+            if name != "rank_above_noise":  # in whole numbers
+                assert abs(getattr(sampled, name) - getattr(exact, name)) <= 4 * error + 1e-5 * getattr(exact, name)
