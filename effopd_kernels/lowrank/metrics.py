@@ -49,10 +49,8 @@ class SpectralMetrics(NamedTuple):
     quantisation_limited: (
         Tensor  # bool, a tenth or more of Σσ lies below the edge: the effective rank counts rounding noise
     )
-    standard_error: "dict[str, Tensor] | None" = (
-        None  # of the sampled metrics, method="slq" only: by the jackknife over
-    )
-    # probes, and what the quadrature lacks
+    # Of the sampled metrics (method="slq" only): the jackknife's over probes, and what the quadrature lacks.
+    standard_error: "dict[str, Tensor] | None" = None
 
 
 def spectral_metrics(

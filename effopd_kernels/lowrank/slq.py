@@ -5,8 +5,8 @@ are eigenvalues θ of its tridiagonal T, weights ‖z‖² (e₁ᵀy)². Ubaru, 
 are taken out first and counted exactly (as in Hutch++, Meyer et al. 2021): only the rest, which is small and even, is
 sampled.
 
-Steps are taken until the quadrature is as exact as the sample. Of a spectrum that reaches down to zero the sum of σ = √λ
-comes in as 1/T: what T steps lack is T − 1 times what the last of them changed.
+Steps are taken until the quadrature is as exact as the sample. Of a spectrum that reaches down to zero the sum of
+σ = √λ comes in as 1/T: what T steps lack is T − 1 times what the last of them changed.
 
 The same nodes bound the rest from above. The quadrature is exact for λᵈ up to d = 2T − 1, and zᵀ(XᵀX)ᵈz ≥ λ₁ᵈ (v₁ᵀz)²,
 where v₁ᵀz is a standard normal number for Gaussian z: the largest of P probes gives λ₁ unless all P of them are small.
