@@ -98,7 +98,7 @@ def _where(found: Findings, folder: Path, places: list[dict[str, Any]]) -> Secti
             t: [[c[i, k][column] if (i, k) in c else math.nan for k in inside] for i in range(found.layers)]
             for t, c in cells.items()
         }
-        finite = [v for grid in grids.values() for line in grid for v in line if v == v]
+        finite = [v for grid in grids.values() for line in grid for v in line if math.isfinite(v)]
         limits = (0.0, max(finite) or 1.0) if finite else None
         for i, (trajectory, grid) in enumerate(grids.items() if finite else ()):
             figure = figures.heat_map(
@@ -113,7 +113,7 @@ def _where(found: Findings, folder: Path, places: list[dict[str, Any]]) -> Secti
     ]  # fmt: skip
     peaks = []
     for t in found.trajectories:
-        layered = [r for (layer, _), r in cells[t].items() if layer is not None]
+        layered = [r for (layer, _), r in cells[t].items() if layer is not None and math.isfinite(r["relative_update"])]
         if layered and (top := max(layered, key=lambda r: r["relative_update"]))["relative_update"]:
             peaks.append(
                 f"{t} moved {top['type']} of layer {top['layer']} most for its size, "
@@ -124,7 +124,8 @@ def _where(found: Findings, folder: Path, places: list[dict[str, Any]]) -> Secti
         "; ".join(peaks) + "." if peaks else "",
         drawn,
         "Each cell is one kind of module in one layer, the first layer at the bottom; brighter moved more, on one "
-        "scale for all trajectories, first relative to the weights, then in absolute terms.",
+        "scale for all trajectories, first relative to the weights, white where those were zero, then in "
+        "absolute terms.",
         outside,
         "Every tensor is in tables/tensors, sums by layer and type in tables/allocation.",
     )

@@ -24,7 +24,7 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
     columns: dict[str, list] = {key: [] for key in ("trajectory", "token", "shift", "relative_shift", "cosine")}
     top, leads = [], []  # columns hold one array per trajectory: lists of numbers would take a second
     for trajectory, measured in found.tokens.items():
-        finite = measured["relative_shift"].isfinite()
+        finite = measured["shift"].isfinite()  # the relative one is not where the base's row is zero
         shift = torch.where(finite, measured["relative_shift"], -1.0)  # last in the order
         parts = {"trajectory": np.full(len(shift), trajectory), "token": np.arange(len(shift))}
         for key, values in {**parts, **measured}.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Comparison
-from .measure import Measured, Options
+from .measure import Measured, Options, relative
 from .report import Interval
 from .roles import TYPES, third
 
@@ -80,7 +80,7 @@ def norms(rows: Sequence[Row]) -> dict[str, Any]:
         "parameters": parameters,
         "update_norm": update,
         "weight_norm": weight,
-        "relative_update": update / weight if weight else 0.0,
+        "relative_update": relative(update, weight),
         "unchanged_fraction": sum(r["unchanged_fraction"] * r["parameters"] for r in rows) / max(1, parameters),
     }
 

@@ -156,7 +156,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     top = math.ceil(options.top_fraction * m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     method = "exact" if exact else "slq"
-    spectrum, metrics = measured(a, b, top, method, PROBES, steps, options.seed, svd)
+    spectrum, metrics = measured(a, b, top, method, PROBES, steps, MOST_STEPS, options.seed, svd)
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:
@@ -197,8 +197,15 @@ def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) 
     return max(float(s[0]) - rounding, 0.0), upper(1), upper(top)
 
 
+def triplets(fraction: float, m: int) -> int:
+    """How many make a part of the rank m: whole ones, rounded up, but 28 of 100 for 0.28, whose product is above 28."""
+    return math.ceil(fraction * m - 1e-9)
+
+
 def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:
-    """‖Δ_r‖_F / ‖Δ‖_F at r = fraction · m for the fractions of `GRID`; beyond the known σ, from the sampled density."""
+    """‖Δ_r‖_F / ‖Δ‖_F at r = ⌈fraction · m⌉, as the top fraction counts, for the fractions of `GRID`; beyond the known
+    σ, from the sampled density.
+    """
     squares = spectrum.leading.double().square().cpu()
     if len(squares) < m and spectrum.nodes is not None:
         nodes, order = spectrum.nodes.flatten().sort(descending=True)
@@ -209,9 +216,7 @@ def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:
         squares = torch.cat([squares, rest * (left / float(rest.sum()) if rest.any() else 0.0)])
     reached = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     reached = (reached / reached[-1]).clamp_max(1)
-    position = torch.tensor(GRID, dtype=torch.float64) * (len(reached) - 1)
-    below = position.floor().long().clamp_max(len(reached) - 2)
-    return torch.lerp(reached[below], reached[below + 1], position - below).sqrt().tolist()
+    return reached[[triplets(fraction, m) for fraction in GRID]].sqrt().tolist()
 
 
 def _alignment(svd: RSVD, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -259,7 +264,8 @@ def _directions(comparison: Comparison, first: dict[str, dict[int, dict[int, Ten
 
 
 def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
-    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp64.
+    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp64. Of a row that was zero and no longer is the
+    second is infinite; of one that was or became zero the third is NaN.
 
     1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
     """
@@ -270,8 +276,9 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
         delta = a[rows].float() if b is None else a[rows].float() - b[rows].float()
         shift, length, after = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before, before + delta))
         both = 2 * length * after
-        cosine = 1 - torch.where(both == 0, 0.0, (shift.square() - (after - length).square()) / both)
-        relative = torch.where(length == 0, 0.0, shift / length)
-        parts.append(torch.stack([shift, relative, cosine.clamp(-1, 1)]).cpu())
-    shift, relative, cosine = torch.cat(parts, 1)
-    return {"shift": shift, "relative_shift": relative, "cosine": cosine}
+        still = shift == 0
+        cosine = 1 - torch.where(still, 0.0, (shift.square() - (after - length).square()) / both)
+        ratio = torch.where(still, 0.0, shift / length)
+        parts.append(torch.stack([shift, ratio, cosine.clamp(-1, 1)]).cpu())
+    shift, ratio, cosine = torch.cat(parts, 1)
+    return {"shift": shift, "relative_shift": ratio, "cosine": cosine}

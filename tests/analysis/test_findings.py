@@ -64,6 +64,37 @@ def test_of_nothing_no_share_is_taken(report):
     assert "No matrix of attention or MLP moved." in page and "No tensor moved." in page
 
 
+def test_what_began_at_zero_moved(report):
+    """New tokens, and norms that add their weight to one: theirs is no update of relative size 0."""
+    base = planted.base_weights(shapes=layers(3))
+    for name in base:
+        if "norm" in name:
+            base[name].zero_()
+    base["model.embed_tokens.weight"][[5, 6]] = 0
+    current = moved(base, "layernorm")
+    current["model.embed_tokens.weight"][5, 0] = 0.154
+    current["model.embed_tokens.weight"][7] *= 1.01
+    read, page = report(base, current)
+    tokens = {r["token"]: r for r in read("embedding_tokens")}
+    assert tokens[5]["relative_shift"] == math.inf and math.isnan(tokens[5]["cosine"])
+    assert tokens[6]["relative_shift"] == 0 and tokens[6]["cosine"] == 1
+    assert [r["token"] for r in read("embedding_top")] == [5, 7] and "2 of 50 tokens moved" in page
+    relative = {r["tensor"]: r["relative_update"] for r in read("tensors")}
+    assert relative["model.layers.1.input_layernorm.weight"] == math.inf and relative["model.norm.weight"] == 0
+    assert {r["relative_update"] for r in read("types") if r["type"] == "norm"} == {math.inf}
+    assert "most for its size" not in page  # norms alone moved in the layers
+
+
+def test_a_top_percent_is_one_number(report):
+    """Of 64 triplets it is one, in the card and in the curve; 0.64 of one is nothing that a matrix has."""
+    base = planted.base_weights(shapes=layers(3))
+    read, page = report(base, moved(base, ""))
+    (table,) = (r for r in read("spectra") if r["group"] == "MLP and attention")
+    (curve,) = (r for r in read("energy") if r["rank_fraction"] == pytest.approx(0.01))
+    assert curve["top"] == pytest.approx(table["top_fraction_norm_ratio"], rel=1e-6)
+    assert f"training's top 1% of the rank holds {curve['top']:.0%} of" in page
+
+
 def test_the_first_tokenizer_that_can_be_read_speaks(tmp_path):
     """Measuring is over when it is looked for: a broken one must not undo that."""
     for name, file, text in (

@@ -64,9 +64,7 @@ def test_energy_curves_follow_the_exact_ones(case):
     _, _, _, exact, spectrum, row = case
     curve = torch.tensor(_energy(spectrum, M, row), dtype=torch.float64)
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), exact.square().cumsum(0)]) / exact.square().sum()
-    position = torch.tensor(GRID, dtype=torch.float64) * M
-    below = position.floor().long().clamp_max(M - 1)
-    expected = torch.lerp(reached[below], reached[below + 1], position - below).sqrt()
+    expected = reached[(torch.tensor(GRID, dtype=torch.float64) * M - 1e-9).ceil().long()].sqrt()
     assert curve[0] == 0 and curve[-1] == pytest.approx(1)
     torch.testing.assert_close(curve, expected, atol=0.02, rtol=0)
 
@@ -105,10 +103,10 @@ def test_subspaces_are_compared_up_to_the_rank():
 
 def test_small_turns_of_a_token_are_resolved():
     """cos = 1 − 5e-9 would be 1 ± 1e-7 from unit vectors in fp32."""
-    base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    current = torch.tensor([[1.0, 1e-4], [0.0, 1.0], [1.0, 0.0]])
+    base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    current = torch.tensor([[1.0, 1e-4], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     tokens = _tokens(current, base, base)
-    assert tokens["shift"].tolist() == pytest.approx([1e-4, 1.0, 1.0])
-    assert tokens["relative_shift"].tolist() == pytest.approx([1e-4, 0.5, 0.0])
+    assert tokens["shift"].tolist() == pytest.approx([1e-4, 1.0, 0.0, 1.0, 1.0])
+    assert tokens["relative_shift"].tolist() == pytest.approx([1e-4, 0.5, 0.0, math.inf, 1.0])
     assert 1 - float(tokens["cosine"][0]) == pytest.approx(5e-9, rel=0.01)
-    assert tokens["cosine"][1:].tolist() == [1.0, 1.0]
+    assert tokens["cosine"][1:3].tolist() == [1.0, 1.0] and tokens["cosine"][3:].isnan().all()
