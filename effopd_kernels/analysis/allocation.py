@@ -39,12 +39,12 @@ def allocation(found: Findings, folder: Path) -> tuple[list[Section], list[Headl
                 {t: row["relative_update"] for t, row in ends.items()},
                 "Over all tensors, at the last checkpoint.",
             ),
-            Headline(
+            *([Headline(
                 "Middle third of the depth",
-                {t: rows["middle"]["share_of_update"] if "middle" in rows else 0.0 for t, rows in by_third.items()},
+                {t: rows["middle"]["share_of_update"] for t, rows in by_third.items()},
                 "Its share of ‖ΔW‖².",
                 full=1.0,
-            ),
+            )] if found.middle else []),
             Headline(
                 "MLP",
                 {t: share(norms([r for r in found.last(t) if r["part"] == "mlp"])["update_norm"] ** 2,
@@ -147,7 +147,7 @@ def _shares(found: Findings, folder: Path, by_third: dict, by_type: dict) -> Sec
     lead = "; ".join(
         f"{t} put {by_third[t]['middle']['share_of_update']:.0%} of ‖ΔW‖² into the middle third of the depth"
         for t in found.trajectories
-        if "middle" in by_third[t] and by_third[t]["middle"]["update_norm"]
+        if found.middle and by_third[t]["middle"]["update_norm"]
     )
     table = [
         {"trajectory": t, "part of the depth": name, "share of ‖ΔW‖²": rows[name]["share_of_update"],
@@ -173,7 +173,7 @@ def _growth(found: Findings, folder: Path, totals: list[Row], depth: list[Row]) 
             for t, rs in own.items()
         }
 
-    middle = [r for r in depth if r["third"] == "middle"]
+    middle = [r for r in depth if r["third"] == "middle" and found.middle]
     drawn = []
     for stem, curves, label in (
         ("allocation_growth", over_training(totals, "relative_update", [0.0]), "‖ΔW‖ / ‖W‖"),
@@ -186,8 +186,9 @@ def _growth(found: Findings, folder: Path, totals: list[Row], depth: list[Row]) 
         "How the update grew",
         "",
         drawn,
-        "The distance from the base over training, and how much of it lies in the middle third of the depth: a curve "
-        "that flattens has settled.",
+        "The distance from the base over training"
+        + (", and how much of it lies in the middle third of the depth" if found.middle else "")
+        + ": a curve that flattens has settled.",
         [{"trajectory": r["trajectory"], "checkpoint": r["checkpoint"], "‖ΔW‖": r["update_norm"],
           "‖ΔW‖ / ‖W‖": r["relative_update"], "unchanged entries": r["unchanged_fraction"]} for r in totals],
     )  # fmt: skip

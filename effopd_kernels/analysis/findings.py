@@ -26,6 +26,7 @@ class Findings:
 
     Attributes:
         rows, alignment: as in `Measured`, of all tensors. energy: (trajectory, position) → [(type, curve (G,))].
+        middle: whether the depth has a middle third; one or two layers have none.
         directions: (T, T) inner products, or None without matrices. tokens: trajectory → column → (V,).
     """
 
@@ -46,6 +47,7 @@ class Findings:
         self.layers = 1 + max((row["layer"] for row in self.rows if row["layer"] is not None), default=-1)
         for row in self.rows:
             row["third"] = third(row["layer"], self.layers)
+        self.middle = self.layers >= 3 and any(row["third"] == "middle" for row in self.rows)
 
     def last(self, trajectory: str, rows: Sequence[Row] | None = None) -> list[Row]:
         """The rows of a trajectory's last checkpoint."""

@@ -85,6 +85,13 @@ def test_what_began_at_zero_moved(report):
     assert "most for its size" not in page  # norms alone moved in the layers
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_middle_third_needs_three_layers(report, count):
+    base = planted.base_weights(shapes=layers(count))
+    _, page = report(base, moved(base, ""), moved(base, "", 0.02))
+    assert ("iddle third of the depth" in page) == (count == 3)
+
+
 def test_a_top_percent_is_one_number(report):
     """Of 64 triplets it is one, in the card and in the curve; 0.64 of one is nothing that a matrix has."""
     base = planted.base_weights(shapes=layers(3))
