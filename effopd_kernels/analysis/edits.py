@@ -52,6 +52,8 @@ class EditableModel:
     Args:
         model: holds the base; its floating parameters and persistent buffers can be edited, tied ones once.
         trajectories: name → checkpoints in order of training.
+        files: what W0 is read from by name where the model holds it rounded: an update is the difference of the files,
+            and the edited weight is rounded once. None: W0 is what the model holds.
         max_fraction: the largest `Edit.fraction` that will be asked for; factors of that rank are kept in memory.
         place, directory: where the copy of the base is kept, see `extrapolation.buffers.allocate`.
         on_change: called after the weights have changed, for engines that hold copies of them.
@@ -62,13 +64,15 @@ class EditableModel:
         model: nn.Module,
         trajectories: Mapping[str, Sequence[Checkpoint]],
         *,
+        files: Checkpoint | None = None,
         max_fraction: float = 1.0,
         place: str = "device",
         directory=None,
         on_change: Callable[[], None] = lambda: None,
     ):
         self.live = live_tensors(model)
-        self.trajectories, self.max_fraction, self.on_change = trajectories, max_fraction, on_change
+        self.trajectories, self.files = trajectories, files
+        self.max_fraction, self.on_change = max_fraction, on_change
         self.base = dict(zip(self.live, buffers.allocate(self.live, place, directory), strict=True))
         self._norms: dict[tuple[str, int], dict[str, float]] = {}
         self._factors: dict[tuple[str, int, str], RSVD] = {}
@@ -112,8 +116,9 @@ class EditableModel:
         return (time.perf_counter() - start) * sum(cost.values()) / cost[median]
 
     def base_of(self, name: str) -> Tensor:
-        """W0 of one tensor, on the device of the live one."""
-        return self.base[name].to(self.live[name].device)
+        """W0 of one tensor, unrounded, on the device of the live one."""
+        base = self.base[name] if self.files is None else self.files.read(name)
+        return base.to(self.live[name].device)
 
     @torch.no_grad()
     def _write(self, edit: Edit) -> None:

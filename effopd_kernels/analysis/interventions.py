@@ -140,9 +140,11 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     first = trainer.is_world_process_zero()
     evaluations.done = broadcast_object_list([evaluations.done])[0]  # every process must leave out the same
     options = {"trust_remote_code": args.trust_remote_code}
+    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(trainer.model), **options)
     model = EditableModel(
         trainer.model,
-        readable(comparison.trajectories, comparison.base, live_tensors(trainer.model), **options),
+        trajectories,
+        files=files,
         max_fraction=max(ours.rank_fractions),
         place=args.effopd_anchor_device,
         directory=folder,

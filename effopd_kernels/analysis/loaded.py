@@ -5,45 +5,51 @@ the model has, so such folders are loaded whole, and the last one stays in memor
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import reduce
 
+import torch
 from torch import Tensor
 from trl.trainer.utils import create_model_from_path
 
 from ..errors import UserError
 from .adapters import Adapter
-from .checkpoints import Checkpoint
+from .checkpoints import FLOATS, Checkpoint
 from .edits import live_tensors
 
 
 class LoadedCheckpoint:
     """As much of a `Checkpoint` as an `EditableModel` reads."""
 
-    def __init__(self, path: Path, loader: "Loader"):
-        self.path, self._loader = path, loader
+    def __init__(self, file: Checkpoint, loader: "Loader"):
+        self._file, self._loader = file, loader
+
+    def read(self, name: str) -> Tensor:
+        return self._loader.tensors(self._file)[name]
 
     def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor]:
-        return self._loader.tensors(self.path)[name], base
+        return self.read(name), base
 
 
 class Loader:
-    """Holds one model's tensors at a time."""
+    """Holds one model's tensors at a time, in the widest dtype of its files' matrices."""
 
     def __init__(self, **options):
-        self._path, self._tensors, self._options = None, {}, options
+        self._file, self._tensors, self._options = None, {}, options
 
-    def tensors(self, path: Path) -> dict[str, Tensor]:
-        if path != self._path:
-            self._path, self._tensors = None, {}  # before the next is loaded beside it
-            model = create_model_from_path(str(path), dtype="auto", device_map="cpu", **self._options)
-            self._path, self._tensors = path, {n: t.detach() for n, t in live_tensors(model).items()}
+    def tensors(self, file: Checkpoint) -> dict[str, Tensor]:
+        if file is not self._file:
+            self._file, self._tensors = None, {}  # before the next is loaded beside it
+            dtype = reduce(torch.promote_types, _matrix_dtypes(file))
+            model = create_model_from_path(str(file.path), dtype=dtype, device_map="cpu", **self._options)
+            self._file, self._tensors = file, {n: t.detach() for n, t in live_tensors(model).items()}
         return self._tensors
 
 
 def readable(
     trajectories: Mapping[str, Sequence[Checkpoint]], base: Checkpoint, live: Mapping[str, Tensor], **options
-) -> Mapping[str, Sequence[Checkpoint | LoadedCheckpoint]]:
-    """The trajectories themselves where their tensors have the names that the model gives them, else loaded ones.
+) -> tuple[Mapping[str, Sequence[Checkpoint | LoadedCheckpoint]], Checkpoint | LoadedCheckpoint | None]:
+    """The trajectories and the base as the model names their tensors: themselves where their names are the model's,
+    else loaded. The base is None where the model holds it exactly.
 
     Args:
         live: the model's tensors by name. options: of `from_pretrained`.
@@ -51,10 +57,17 @@ def readable(
     Raises:
         UserError: a LoRA adapter whose base is renamed or fused.
     """
+    stored = {name: {base.shapes[name][1]} if name in base.shapes else _matrix_dtypes(base) for name in live}
+    exact = all(torch.promote_types(t.dtype, dtype) == t.dtype for name, t in live.items() for dtype in stored[name])
     if set(live) <= set(base.shapes):
-        return trajectories
-    loader = Loader(**options)
+        return trajectories, None if exact else base
     for checkpoint in (c for many in trajectories.values() for c in many):
         if isinstance(checkpoint, Adapter):
             raise UserError(f"{checkpoint.path} adapts tensors that transformers fuses; merge it into its model first")
-    return {name: [LoadedCheckpoint(c.path, loader) for c in many] for name, many in trajectories.items()}
+    loader = Loader(**options)
+    loaded = {name: [LoadedCheckpoint(c, loader) for c in many] for name, many in trajectories.items()}
+    return loaded, None if exact else LoadedCheckpoint(base, Loader(**options))  # which stays beside the other
+
+
+def _matrix_dtypes(file: Checkpoint) -> set[torch.dtype]:
+    return {dtype for shape, dtype in file.shapes.values() if dtype in FLOATS and len(shape) >= 2}

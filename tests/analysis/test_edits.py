@@ -128,6 +128,43 @@ def test_factoring_is_estimated_until_it_is_done(world):
     assert model.factor_seconds("opd", 1) == 0 < model.factor_seconds("opd", 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_is_the_files_whatever_the_model_rounds(tmp_path, dtype):
+    """Of 1e-6, a thousandth of a unit in the last place of bf16: against the rounded base it would be all rounding."""
+    torch.manual_seed(0)
+    net = Net(torch.float32)
+    base = {n: p.detach().clone() for n, p in net.named_parameters()}
+    moved = {n: w + 1e-6 * torch.randn_like(w) for n, w in base.items()}
+    far = {n: w + 0.1 * torch.randn_like(w) for n, w in base.items()}
+    folders = {name: tmp_path / name for name in ("base", "near", "far")}
+    for folder, weights in zip(folders.values(), (base, moved, far), strict=True):
+        folder.mkdir()
+        save_file(weights, folder / "model.safetensors")
+    comparison = compare(folders["base"], {name: [folders[name]] for name in ("near", "far")})
+    net.to(dtype)
+    before = bits(net)
+    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(net))
+    model = EditableModel(net, trajectories, files=files)
+    for name, norm in model.norms("near").items():
+        assert norm == pytest.approx(float((moved[name].double() - base[name].double()).norm()), rel=1e-6)
+    for trajectory, final in (("near", moved), ("far", far)):
+        for alpha in (0.0, 0.5, 1.0):
+            with model.edited(Edit(trajectory, 0, tuple(model.live), alpha=alpha)):
+                for name, param in net.named_parameters():
+                    want = base[name].double() + alpha * (final[name].double() - base[name].double())
+                    if alpha != 0.5:  # the base and the checkpoint in this dtype, bit for bit
+                        assert torch.equal(param, want.float().to(dtype)), (trajectory, alpha, name)
+                    assert ((param - want).abs() <= torch.finfo(dtype).eps * want.abs() / 2 + 1e-6).all()
+            assert same(bits(net), before)
+    for norm_of in (None, "near"):  # and so of its parts
+        with model.edited(Edit("far", 0, tuple(model.live), part="top", norm_of=norm_of)):
+            for name, param in net.named_parameters():
+                update = far[name].double() - base[name].double()
+                scale = model.norms("near")[name] / update.norm() if norm_of else 1
+                want = base[name].double() + scale * update
+                assert ((param - want).abs() <= torch.finfo(dtype).eps * want.abs() / 2 + 2e-6).all()
+
+
 def test_what_raises_inside_leaves_the_base(world):
     net, model, _ = world
     before = bits(net)
@@ -252,7 +289,9 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
     net = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     comparison = compare(tmp_path / "base", {"run": [tmp_path / "one", tmp_path / "two"]})
     assert not set(live_tensors(net)) <= set(comparison.base.shapes)
-    model = EditableModel(net, readable(comparison.trajectories, comparison.base, live_tensors(net)))
+    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(net))
+    assert files is None  # the model holds what they hold
+    model = EditableModel(net, trajectories)
     before = bits(net)
     for i, name in enumerate(("one", "two")):
         with model.edited(Edit("run", i, tuple(model.live))):
@@ -262,3 +301,9 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
     with model.edited(Edit("run", 1, (experts,), part="top", fraction=0.5)):  # of every expert's matrix
         update = net.get_parameter(experts).detach() - weights["base"][experts]
     assert update.shape == (4, 8, 4) and torch.linalg.matrix_rank(update, atol=1e-5).tolist() == [2] * 4
+    half = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(half))
+    rounded = EditableModel(half, trajectories, files=files)
+    assert rounded.norms("run") == model.norms("run")
+    with rounded.edited(Edit("run", 1, tuple(rounded.live))):
+        assert all(torch.equal(p, weights["two"][n].bfloat16()) for n, p in half.named_parameters())
