@@ -24,6 +24,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LISTED = 10  # names in an error message
 # Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
 _STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
+_PACKED = re.compile(r"weight(_packed)?$|_blocks$")
 
 
 class Checkpoint:
@@ -182,6 +184,8 @@ def _alias_missing(checkpoint: Checkpoint, head: str) -> bool:
 def _check(base: Checkpoint, other: Checkpoint) -> None:
     """Raise UserError unless both hold the same tensors."""
     kinds = [c.config.get("model_type") for c in (base, other)]
+    for checkpoint, opposite in ((base, other), (other, base)):
+        _check_floating(checkpoint, opposite)
     why = (
         f" ({other.path} is a {kinds[1]}, the base a {kinds[0]})" if None not in kinds and kinds[0] != kinds[1] else ""
     )
@@ -200,10 +204,14 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
         raise UserError(
             f"{len(unequal)} tensors of {other.path} have other shapes than the base's{why}: {listed(unequal)}"
         )
-    for checkpoint in (base, other):
-        for name, (_, dtype) in checkpoint.shapes.items():
-            if "float8" in str(dtype):
-                raise UserError(f"{name} of {checkpoint.path} is quantised ({dtype}); dequantise the checkpoint first")
+
+
+def _check_floating(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """Raise UserError where a weight is quantised: what is packed by its name or dtype, or floating in the other."""
+    for name, (_, dtype) in checkpoint.shapes.items():
+        floating = name in other.shapes and other.shapes[name][1] in FLOATS
+        if dtype not in FLOATS and ("float8" in str(dtype) or _PACKED.search(name) or floating):
+            raise UserError(f"{name} of {checkpoint.path} is quantised ({dtype}); dequantise the checkpoint first")
 
 
 def _progress(checkpoints: Sequence[Checkpoint]) -> list[float]:

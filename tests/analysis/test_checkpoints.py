@@ -208,7 +208,12 @@ def broken(base, tmp):
     dora, kasa = lora(tmp / "dora", own, use_dora=True), lora(tmp / "kasa", own, kasa_config={"beta": 1e-4})
     pissa = [lora(tmp / start, own, init_lora_weights=start) for start in ("pissa_niter_4", "olora")]
     thin = lora(tmp / "thin", factors(Q.removesuffix(".weight"), 32, 64)[0])
-    quantised = stored("quantised", {**weights, Q: weights[Q].to(torch.float8_e4m3fn)})
+    fp8, int8, packed = (
+        stored(name, {**weights, Q: torch.ones(64, 64).to(dtype), **({f"{Q}{scale}": torch.ones(64)} if scale else {})})
+        for name, dtype, scale in (
+            ("fp8", torch.float8_e4m3fn, "_scale_inv"), ("int8", torch.int8, ""), ("packed", torch.uint32, ".absmax"),
+        )
+    )  # fmt: skip
 
     def case(*checkpoints, start=base, **flags):
         arguments = ["--base", start, "--checkpoints", *checkpoints]
@@ -229,7 +234,11 @@ def broken(base, tmp):
         "other shapes": (case(stored("wide", wide)), "tensors of"),
         "first ten": (case(tmp / "wide"), f"and {len(weights) - 10} more"),
         "other architecture": (case(stored("llama", without, model_type="llama")), "is a llama, the base a qwen3"),
-        "quantised": (case(quantised), "is quantised (torch.float8_e4m3fn)"),
+        "fp8": (case(fp8), f"{Q} of {fp8} is quantised (torch.float8_e4m3fn)"),
+        "int8": (case(int8), f"{Q} of {int8} is quantised (torch.int8)"),
+        "base in int8": (case(base, start=int8), f"{Q} of {int8} is quantised (torch.int8)"),
+        "all in int8": (case(int8, start=int8), f"{Q} of {int8} is quantised (torch.int8)"),
+        "packed": (case(packed), f"{Q} of {packed} is quantised (torch.uint32)"),
         "bad config": (case(tmp / "notes"), "notes/config.json is not JSON"),
         "base an adapter": (case(base, start=adapter), "is a LoRA adapter; give the model that it was trained from"),
         "adapter of another model": (case(adapter), "model.layers.9.self_attn.q_proj.weight"),
