@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoints import Comparison
+from .checkpoints import Comparison, listed
 from .measure import Measured, Options, relative
 from .report import Interval
 from .roles import TYPES, third
@@ -25,13 +26,14 @@ class Findings:
     """Rows in the order trajectory, checkpoint, tensor, however the work was shared out.
 
     Attributes:
+        comparison: with notes on the base's tensors that are not finite, and on dtypes that differ.
         rows, alignment: as in `Measured`, of all tensors. energy: (trajectory, position) → [(type, curve (G,))].
         middle: whether the depth has a middle third; one or two layers have none.
         directions: (T, T) inner products, or None without matrices. tokens: trajectory → column → (V,).
     """
 
     def __init__(self, comparison: Comparison, options: Options, measured: Iterable[Measured]):
-        self.comparison, self.options = comparison, options
+        self.options = options
         order = {name: i for i, name in enumerate(comparison.names)}
         tensors = sorted(measured, key=lambda m: order[m.tensor])
         self.trajectories = list(comparison.trajectories)
@@ -47,6 +49,9 @@ class Findings:
         self.layers = 1 + max((row["layer"] for row in self.rows if row["layer"] is not None), default=-1)
         for row in self.rows:
             row["third"] = third(row["layer"], self.layers)
+        broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))
+        notes = [f"NaN or infinite in the base, so left out of all numbers: {listed(list(broken))}."] if broken else []
+        self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
         self.middle = self.layers >= 3 and any(row["third"] == "middle" for row in self.rows)
 
     def last(self, trajectory: str, rows: Sequence[Row] | None = None) -> list[Row]:
@@ -65,6 +70,28 @@ class Findings:
         return sorted(rows, key=lambda row: (place[row["trajectory"]], row["progress"]))
 
 
+def _roundings(comparison: Comparison) -> list[str]:
+    """A sentence for every pair of dtypes of a base's and a checkpoint's tensor."""
+    paths: dict[tuple[torch.dtype, torch.dtype], dict[str, None]] = {}
+    for _, _, checkpoint in comparison.checkpoints():
+        for name in comparison.names:
+            pair = comparison.base.shapes[name][1], checkpoint.shapes[name][1]
+            if pair[0] != pair[1]:
+                paths.setdefault(pair, {})[str(checkpoint.path)] = None
+    out = []
+    for pair, own in paths.items():
+        coarser = max(pair, key=lambda dtype: torch.finfo(dtype).eps)
+        base, other, coarser = (str(dtype).removeprefix("torch.") for dtype in (*pair, coarser))
+        out.append(
+            f"{base} in the base is {other} in {listed(list(own))}: ΔW contains what rounding to {coarser} changed."
+        )
+    return out
+
+
+def finite(row: Row) -> bool:
+    return math.isfinite(row["update_norm"]) and math.isfinite(row["weight_norm"])
+
+
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
     """Rows by the values of some columns, in order of first appearance."""
     groups: dict[tuple, list[Row]] = {}
@@ -75,7 +102,7 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
 
 def norms(rows: Sequence[Row]) -> dict[str, Any]:
     """Totals over tensors: counts add, norms add in squares. Tensors that are not finite are left out."""
-    rows = [row for row in rows if not row["non_finite"]]
+    rows = [row for row in rows if finite(row)]
     parameters = sum(row["parameters"] for row in rows)
     update, weight = (math.sqrt(sum(row[key] ** 2 for row in rows)) for key in ("update_norm", "weight_norm"))
     return {

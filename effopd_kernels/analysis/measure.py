@@ -97,6 +97,8 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
         found.directions = _directions(comparison, first)
     for row in found.rows:
         row["relative_update"] = relative(row["update_norm"], row["weight_norm"])
+        if math.isnan(row["weight_norm"]):  # the base's fault: `Findings` says so
+            row["non_finite"] = 0
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from . import figures
-from .findings import CHECKPOINT, GROUPS, Findings, Row, grouped, interval, mean, norms
+from .findings import CHECKPOINT, GROUPS, Findings, Row, finite, grouped, interval, mean, norms
 from .measure import GRID
 from .report import FIGURES, TABLES, Headline, Interval, Section
 from .tables import write_table
@@ -23,7 +23,7 @@ TITLE = "How concentrated it is"
 
 def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline]]:
     """Write the tables spectra and energy and their figures; return the report's part."""
-    rows = [row for row in found.rows if "spectral_norm" in row and not row["non_finite"]]
+    rows = [row for row in found.rows if "spectral_norm" in row and finite(row)]
     if not rows:
         return [], []
     table = _averages(rows, found.types())

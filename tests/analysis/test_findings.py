@@ -92,6 +92,29 @@ def test_a_middle_third_needs_three_layers(report, count):
     assert ("iddle third of the depth" in page) == (count == 3)
 
 
+def test_the_base_is_blamed_for_its_own_nan(report):
+    base = planted.base_weights(shapes=layers(3))
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    base[up][3, 4] = math.nan
+    current = moved(base, "")
+    current[norm][0] = math.inf
+    read, page = report(base, moved(base, ""), current)
+    assert f"NaN or infinite in the base, so left out of all numbers: {up}." in page
+    assert page.count("NaN or infinite in") == 2 and re.search(f"in [^ ]*checkpoint-2, [^|]*: {norm}\\.", page)
+    assert {r["tensor"] for r in read("tensors") if math.isnan(r["relative_update"])} == {up, norm}
+    assert all(math.isfinite(r["relative_update"]) for r in read("totals"))
+    assert {r["group"]: r["matrices"] for r in read("spectra")}["up"] == 2
+
+
+def test_a_cast_is_not_training(report):
+    """Of an fp32 base its own bf16 cast differs by nothing but rounding."""
+    base = planted.base_weights(shapes=layers(3))
+    cast = {name: w.bfloat16() for name, w in base.items()}
+    _, page = report(base, cast, base)
+    assert re.search(r"\|float32 in the base is bfloat16 in [^ ,]*checkpoint-1: ΔW contains what rounding", page)
+    assert page.count("in the base is") == 1
+
+
 def test_a_top_percent_is_one_number(report):
     """Of 64 triplets it is one, in the card and in the curve; 0.64 of one is nothing that a matrix has."""
     base = planted.base_weights(shapes=layers(3))
