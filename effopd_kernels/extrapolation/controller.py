@@ -24,7 +24,7 @@ from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import reset_state
+from .masters import reset_before_next_step, reset_state
 from .records import EffOPDEvent
 from .schedules import schedule_of
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
@@ -55,7 +55,8 @@ class EffOPDController:
             score.
         max_gradients: forward-backward passes per event of search="gradient".
         optimizer: to find fp32 masters in, and for optimizer_policy.
-        optimizer_policy: "keep" (published), or "reset" the moments of moved parameters after a jump.
+        optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
+            parameters that moved (moments, step counts).
         masters: name → fp32 copy, where the optimizer keeps them out of reach.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir) for A and W_t.
         on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
@@ -64,6 +65,7 @@ class EffOPDController:
 
     Raises:
         ValueError: an option is out of range, or no parameter matches.
+        TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not.
     """
 
     def __init__(
@@ -115,6 +117,10 @@ class EffOPDController:
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
         self.last_step = 0  # of the last event
+        # Only the next step resets: engines that load a checkpoint expect a state of every parameter in it.
+        self.reset_due = False
+        if optimizer_policy == "reset":
+            reset_before_next_step(optimizer, self._reset_if_due)
 
     def step(self, global_step: int) -> EffOPDEvent | None:
         """The event of this step, or None off schedule and for steps not after the last event.
@@ -150,6 +156,7 @@ class EffOPDController:
         """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}."""
         events = [event.to_dict() for event in self.events]
         scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "events": events}
+        scalars["reset_due"] = self.reset_due
         return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,6 +165,7 @@ class EffOPDController:
         self.weights.load_state(state["anchor"])
         self.events = [EffOPDEvent.from_dict(event) for event in scalars["events"]]
         self.last_step, self.val_tokens = scalars["last_step"], scalars["val_tokens"]
+        self.reset_due = scalars.get("reset_due", False) and self.optimizer_policy == "reset"
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the state to a directory, atomically; every rank calls it (see `checkpoint`)."""
@@ -173,5 +181,9 @@ class EffOPDController:
         self.events.append(record)
         self.last_step = record.step
         self.val_tokens += record.val_tokens
-        if record.alpha != 1.0 and self.optimizer_policy == "reset":
-            reset_state(self.weights.tensors, self.weights.masters, self.optimizer)
+        self.reset_due |= record.alpha != 1.0 and self.optimizer_policy == "reset"
+
+    def _reset_if_due(self) -> None:
+        if self.reset_due:
+            reset_state(self.weights.tensors, self.optimizer)
+            self.reset_due = False

@@ -91,7 +91,6 @@ class LoraWeights:
         for name, layer in self.layers.items():
             self._check(name, layer)
         self.tensors = [ab[self.adapter].weight for m in self.layers.values() for ab in (m.lora_A, m.lora_B)]
-        self.masters = [None] * len(self.tensors)
         self.settled: list[Term] = []  # what the companion holds; the last one is the anchor's product
         if self._has_companion():  # left by an earlier run: part of the weights, and not of this run's δ
             self._check_companion()

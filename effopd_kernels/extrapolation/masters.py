@@ -6,17 +6,20 @@ and apex's FusedAdam) and in the parameter groups, in the parameter's place (ape
 accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters are the fp32 masters themselves.
 """
 
-from collections.abc import Mapping
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .shards import local
 
-__all__ = ["find_masters", "given_masters", "reset_state"]
+__all__ = ["find_masters", "given_masters", "reset_before_next_step", "reset_state"]
 
 
-def find_masters(named: Mapping[str, Tensor], optimizer) -> tuple[dict[str, Tensor], list[str]]:
+def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
     """name → master for the parameters that have one, and the names the optimizer has nothing to do with.
 
     If one of those moves all the same, something this function cannot read steps it (DeepSpeed's flattened partitions).
@@ -63,15 +66,54 @@ def is_master(master: Tensor, param: Tensor) -> bool:
     return _rounds_to(master[head], param[head]) and _rounds_to(master, param)
 
 
+def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
+    """Have the optimizer call `reset` before each of its steps, for as long as the object whose method it is lives.
+
+    Raises TypeError for an optimizer that is not one of torch's, which has no such hook.
+    """
+    optimizer, method = _unwrapped(optimizer), weakref.WeakMethod(reset)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f'optimizer_policy="reset" needs a torch.optim.Optimizer, not a {type(optimizer).__name__}')
+    optimizer.register_step_pre_hook(lambda *_: (alive := method()) and alive())
+
+
 @torch.no_grad()
-def reset_state(params: list[Tensor], masters: list[Tensor | None], optimizer) -> None:
-    """Zero what the optimizer remembers of these parameters (moments, step counts), but not a master kept there."""
-    state = _unwrapped(optimizer).state
-    for param, master in zip(params, masters, strict=True):
+def reset_state(params: list[Tensor], optimizer) -> None:
+    """Let the optimizer start afresh with these parameters: it forgets moments and step counts, not fp32 masters.
+
+    What a parameter starts from is the optimizer's own business (zeros, the learning rate, tables that parameters
+    share), so it is given the chance to make it.
+    """
+    optimizer = _unwrapped(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    masters, _ = find_masters(dict(enumerate(params)), optimizer)
+    for i, param in enumerate(params):
+        master = masters.get(i)
         for key in (param, master):
-            for value in state.get(key, {}).values() if key is not None else ():
-                if isinstance(value, Tensor) and value is not master:
-                    value.zero_()
+            state = optimizer.state.get(key)
+            if not state:
+                continue
+            if any(value is master for value in state.values()):
+                # Without this entry the optimizer would make another master, from the rounded parameter.
+                for value in state.values():
+                    if isinstance(value, Tensor) and value is not master:
+                        value.zero_()
+            else:
+                del optimizer.state[key]
+                optimizer.state.update(_state_from_construction(optimizer, groups.get(id(key), {}), key))
+
+
+def _state_from_construction(optimizer, group: Mapping[str, Any], param: Tensor) -> dict[Tensor, dict[str, Any]]:
+    """{param: state} for an optimizer that makes states when it is constructed, as Adagrad does, and {} for the many
+    that make them at the first step."""
+    known = inspect.signature(type(optimizer).__init__).parameters
+    options = {k: v for k, v in {**optimizer.defaults, **group}.items() if k in known and k != "params"}
+    stand_in = torch.empty_like(param, requires_grad=True)
+    try:
+        made = type(optimizer)([stand_in], **options).state
+    except Exception:  # it cannot be constructed like torch's, and then it will not expect a state that it has not made
+        return {}
+    return {param: made[stand_in]} if stand_in in made else {}
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +75,7 @@ def errors(net, seed):
     return (net(x) - y).square().mean(1)
 
 
-def run(folder, sharded=False, mixed=False, search="candidates", stop=None, resume=None, fail=None):
+def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", stop=None, resume=None, fail=None):
     """Train; returns full weights, events, losses and what was communicated during events."""
     net, optimizer = build(sharded, mixed)
     counter, calls = Collectives(), []
@@ -98,14 +99,15 @@ def run(folder, sharded=False, mixed=False, search="candidates", stop=None, resu
         counter.paused = False
 
     loss_fn = loss_fn if search == "gradient" else None
-    controller = EffOPDController(net, score, search=search, loss_fn=loss_fn, optimizer=optimizer, report_s=1.0)
+    options = dict(search=search, loss_fn=loss_fn, optimizer=optimizer, optimizer_policy=policy, report_s=1.0)
+    controller = EffOPDController(net, score, **options)
     first = 0
     if resume is not None:
         saved = torch.load(resume / f"{dist.get_rank()}.pt", weights_only=False)
         with torch.no_grad():
             for p, q in zip(net.parameters(), saved["shards"], strict=True):
                 (p.to_local() if isinstance(p, DTensor) else p).copy_(q)
-        optimizer.load_state_dict(saved["optimizer"])
+        set_optimizer_state_dict(net, optimizer, saved["optimizer"])  # as accelerate does; strict about what is missing
         controller.load(resume)
         first = saved["step"]
     losses = []
@@ -131,7 +133,7 @@ def run(folder, sharded=False, mixed=False, search="candidates", stop=None, resu
     if stop is not None:
         shards = [p.detach().to_local() for p in net.parameters()]
         controller.save(resume or folder / "state")
-        state = {"shards": shards, "optimizer": optimizer.state_dict(), "step": stop}
+        state = {"shards": shards, "optimizer": get_optimizer_state_dict(net, optimizer), "step": stop}
         torch.save(state, folder / "state" / f"{dist.get_rank()}.pt")
     full = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in net.parameters()]
     return {
@@ -189,7 +191,10 @@ def main(folder, case):
         results["gradient"] = run(folder, sharded=True, search="gradient")
         results["mixed"] = run(folder, sharded=True, mixed=True)
         run(folder, sharded=True, stop=4)
-        results["resumed"] = run(folder, sharded=True, resume=folder / "state")
+        results["plain, resumed"] = run(folder, sharded=True, resume=folder / "state")
+        results["reset"] = run(folder, sharded=True, policy="reset")
+        run(folder, sharded=True, policy="reset", stop=4)
+        results["reset, resumed"] = run(folder, sharded=True, policy="reset", resume=folder / "state")
     else:
         run(folder, sharded=True, fail=case)
     torch.save(results, folder / f"{case}-{dist.get_rank()}.pt")

@@ -28,15 +28,17 @@ def decisions(events):
     return [(e["step"], e["alpha"], e["num_candidates"], e["val_tokens"]) for e in events]
 
 
-@pytest.mark.parametrize("case, search", [("plain", "candidates"), ("gradient", "gradient")])
-def test_two_ranks_equal_one_process(ranks, tmp_path, case, search):
-    alone = sharded_run.run(tmp_path, search=search)
+@pytest.mark.parametrize(
+    "case, options", [("plain", {}), ("gradient", dict(search="gradient")), ("reset", dict(policy="reset"))]
+)
+def test_two_ranks_equal_one_process(ranks, tmp_path, case, options):
+    alone = sharded_run.run(tmp_path, **options)
     events = alone["events"]
     assert any(e["alpha"] != 1 for e in events) and len(events) == 4
     for rank in ranks:
         for name in ("losses", "weights"):
             torch.testing.assert_close(rank[case][name], alone[name], rtol=1e-4, atol=1e-5)
-        if search == "candidates":
+        if case != "gradient":
             assert decisions(rank[case]["events"]) == decisions(events)
         for mine, theirs in zip(rank[case]["events"], events, strict=True):
             for field in ("alpha", "score_initial", "score_best", "delta_norm"):
@@ -66,11 +68,16 @@ def test_extrapolate_on_dtensors_writes_local_shards_and_communicates_nothing(ra
         assert right and weight_sq == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_sharded_run_resumes_bit_for_bit(ranks):
+@pytest.mark.parametrize("case", ["plain", "reset"])
+def test_a_sharded_run_resumes_bit_for_bit(ranks, case):
+    """Stopped after an event, and a jump at that: the moments it resets are reset by the step after."""
     for rank in ranks:
-        assert all(map(torch.equal, rank["resumed"]["weights"], rank["plain"]["weights"]))
-        assert rank["resumed"]["losses"] == rank["plain"]["losses"][4:]
-        assert decisions(rank["resumed"]["events"]) == decisions(rank["plain"]["events"])
+        whole, resumed = rank[case], rank[f"{case}, resumed"]
+        assert whole["events"][2]["step"] == 4 and whole["events"][2]["alpha"] != 1
+        assert all(map(torch.equal, resumed["weights"], whole["weights"]))
+        assert resumed["losses"] == whole["losses"][4:]
+        assert decisions(resumed["events"]) == decisions(whole["events"])
+        assert (case == "plain") == all(map(torch.equal, whole["weights"], rank["plain"]["weights"]))
 
 
 def test_a_rank_that_cannot_save_does_not_leave_the_others_waiting(ranks):

@@ -3,6 +3,7 @@
 import errno
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,21 +154,23 @@ def test_masters_jump_with_the_parameters_and_the_jump_survives_the_next_step(ki
     assert set(masters) == set(dict(half.named_parameters()))
 
 
-def test_under_accelerates_mixed_precision_the_parameters_are_the_masters():
+@pytest.fixture
+def accelerator():
     accelerate = pytest.importorskip("accelerate")
-    plain, prepared = model(), model()
 
     def reset():  # accelerate keeps its settings for the whole process: those of tests before, and of this one
         accelerate.state.GradientState._reset_state()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
     reset()
-    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
-    try:
-        wrapped, optimizer = accelerator.prepare(prepared, torch.optim.SGD(prepared.parameters(), 0.1))
-        events = run(wrapped, optimizer, optimizer=optimizer).events
-    finally:
-        reset()
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    reset()
+
+
+def test_under_accelerates_mixed_precision_the_parameters_are_the_masters(accelerator):
+    plain, prepared = model(), model()
+    wrapped, optimizer = accelerator.prepare(prepared, torch.optim.SGD(prepared.parameters(), 0.1))
+    events = run(wrapped, optimizer, optimizer=optimizer).events
     run(plain, torch.optim.SGD(plain.parameters(), 0.1))
     assert [e.alpha for e in events] == [5.0] * 4
     for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
@@ -253,23 +256,95 @@ def test_an_optimizer_that_steps_something_else_is_refused():
         find_masters(dict(net.named_parameters()), object())
 
 
+def gradient_step(net, optimizer):
+    for p in net.parameters():
+        p.grad = torch.cos(torch.arange(p.numel())).view_as(p).to(p.dtype)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("policy", ["keep", "reset"])
-def test_optimizer_policy(policy):
+def test_optimizer_policy_and_masters(policy):
+    """The moments go, the masters stay, and the next step starts from both; resumed before it, too."""
     net = model(torch.bfloat16)
     optimizer = MasterInState(net.parameters(), 0.1)
-    run(net, optimizer, steps=[1], optimizer=optimizer, optimizer_policy=policy)
+    controller = run(net, optimizer, steps=[1], optimizer=optimizer, optimizer_policy=policy)
     state = {n: optimizer.state[p] for n, p in net.named_parameters()}
-    for name, s in state.items():
-        zeroed = policy == "reset" and not name.startswith("norm")
-        assert bool((s["exp_avg"] == 0).all()) is zeroed
-        assert (s["master_param"] != 0).any() or name.startswith("norm")
+    masters = {n: s["master_param"].clone() for n, s in state.items()}
+    moments = {n: s["exp_avg"].clone() for n, s in state.items()}
+    resumed = EffOPDController(net, lambda: 0.0, optimizer=optimizer, optimizer_policy=policy)
+    resumed.load_state_dict(controller.state_dict())
+    del controller
+    gc.collect()
+    gradient_step(net, optimizer)
+    assert not resumed.reset_due
+    for name, p in net.named_parameters():
+        moment = p.grad.float()
+        if policy == "keep" or name.startswith("norm"):
+            moment = moment + 0.5 * moments[name]
+        assert torch.equal(optimizer.state[p]["exp_avg"], moment)
+        torch.testing.assert_close(optimizer.state[p]["master_param"], masters[name] - 0.1 * moment)
+
+
+class SharedTable(torch.optim.SGD):
+    """As bitsandbytes' 8-bit optimizers: every state holds the one table that all of them are read with."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr, momentum=0.9)
+        self.table = torch.ones(3)
+
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(group["lr"] * self.state[p].setdefault("table", self.table)[0])
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (torch.optim.AdamW, dict(amsgrad=True)),
+        (torch.optim.SGD, dict(momentum=0.9)),
+        (torch.optim.NAdam, {}),
+        (torch.optim.Rprop, {}),
+        (torch.optim.ASGD, {}),
+        (torch.optim.Adagrad, dict(initial_accumulator_value=0.1)),
+        (SharedTable, {}),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else "",
+)
+def test_reset_is_what_a_new_optimizer_starts_from(kind, options):
+    net = model()
+    optimizer = kind(net.parameters(), lr=0.01, **options)
+    controller = run(net, optimizer, steps=[1, 2], optimizer=optimizer, optimizer_policy="reset")
+    assert [e.alpha for e in controller.events] == [5.0, 5.0]
+    fresh = model()
+    fresh.load_state_dict(net.state_dict())
+    new = kind(fresh.parameters(), lr=0.01, **options)
+    for _ in range(3):
+        gradient_step(net, optimizer)
+        gradient_step(fresh, new)
+    for (name, p), q in zip(net.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, q) is not name.startswith("norm"), name
+
+
+def test_reset_through_accelerate(accelerator):
+    net = model()
+    net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters()))
+    controller = run(net, optimizer, steps=[1], optimizer=optimizer, optimizer_policy="reset")
+    gradient_step(net, optimizer)
+    assert [int(optimizer.state[p]["step"]) for p in net.parameters()] == [1, 1, 1, 1, 2, 2]
+    assert controller.events[0].alpha == 5.0 and not controller.reset_due
 
 
 def test_optimizer_policy_resets_only_after_a_jump():
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
     run(net, optimizer, steps=[1], score=lambda: 0.0, optimizer=optimizer, optimizer_policy="reset")
-    assert optimizer.state[net["mlp"].weight]["step"] == 1
+    gradient_step(net, optimizer)
+    assert optimizer.state[net["mlp"].weight]["step"] == 2
     for options in (dict(optimizer_policy="reset"), dict(optimizer_policy="forget", optimizer=optimizer)):
         with pytest.raises(ValueError, match="optimizer_policy"):
             EffOPDController(net, lambda: 0.0, **options)
+    other = SimpleNamespace(param_groups=optimizer.param_groups, state={})
+    with pytest.raises(TypeError, match=r'"reset" needs a torch\.optim\.Optimizer, not a SimpleNamespace'):
+        EffOPDController(net, lambda: 0.0, optimizer=other, optimizer_policy="reset")
