@@ -254,6 +254,9 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
     for name, i, checkpoint in comparison.checkpoints():
         each = model.norms(name, i)
         if broken := [tensor for tensor, norm in each.items() if not math.isfinite(norm)]:
+            own = [tensor for tensor in broken if not model.base_of(tensor).isfinite().all()]
+            if own:
+                raise UserError(f"the base {comparison.base.path} has weights that are not finite, in {listed(own)}")
             raise UserError(f"{checkpoint.path} has weights that are not finite, in {listed(broken)}; leave it out")
         norms[name, i] = math.hypot(*each.values())
     return Plan(

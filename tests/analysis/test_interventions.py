@@ -318,6 +318,8 @@ def broken(trained, tmp):
     poisoned["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     shutil.copytree(trained / "opd/checkpoint-4", tmp / "nan")
     save_file(poisoned, tmp / "nan/model.safetensors", {"format": "pt"})
+    shutil.copytree(trained / "student", tmp / "nan_base")
+    save_file(poisoned, tmp / "nan_base/model.safetensors", {"format": "pt"})
     (tmp / "empty.jsonl").write_text("")
     (tmp / "used").mkdir()
     (tmp / "used/thesis.txt").write_text("x")
@@ -337,6 +339,7 @@ def broken(trained, tmp):
         "no answers": (case("--dataset_name", tmp / "unlabelled.jsonl", "--eval_metric", "accuracy"), "'answer'"),
         "no teacher": ([a for a in case() if "teacher" not in a or a == "teacher_kl"], "teacher_kl needs --teacher"),
         "NaN": (case(f"--trajectory=bad={tmp / 'nan'}"), "not finite, in model.layers.1.mlp.up_proj.weight"),
+        "NaN in the base": (case("--base", tmp / "nan_base"), f"the base {tmp / 'nan_base'} has weights that are not"),
         "in use": (case(out="used"), "exists and is not empty"),
         "over its input": (arguments(trained, trained, "--overwrite_output_dir", "true"), "which is read"),
         "unknown flag": (case("--speed", 3), "speed"),
