@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,9 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
         print(cost, flush=True)
     if ours.estimate_only:
         return
-    save = partial(save_model, trainer, folder / "models") if ours.save_models else None
-    evaluate_trials(model, left, evaluations, validate, write=first, save=save)
+    if ours.save_models:
+        save_models(model, trainer, trials, folder / "models", fresh=args.overwrite_output_dir)
+    evaluate_trials(model, left, evaluations, validate, write=first)
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
         write_report(folder, rows, args.eval_metric, settings, comparison, notes_on(comparison, plan))
@@ -273,10 +273,28 @@ def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
     return notes + [f"{path} equals the base." for path, norm in places if norm == 0]
 
 
-def save_model(trainer: OPDTrainer, folder: Path, trial: Trial) -> None:
+def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], folder: Path, fresh: bool) -> None:
+    """Every edited model in a folder of its own, once; one that is there stays, unless ``fresh``. It appears whole."""
+    distinct: dict[str, Trial] = {}
+    for trial in trials:
+        distinct.setdefault(trial.edit.key(), trial)
+    named = {model_name(trial): trial.edit for trial in distinct.values()}
+    missing = {name: edit for name, edit in named.items() if fresh or not (folder / name).exists()}
+    first, partial = trainer.is_world_process_zero(), folder / ".partial"
+    missing = broadcast_object_list([missing])[0]  # every process must save the same
+    for name, edit in missing.items():
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        with model.edited(edit):
+            trainer.save_model(str(partial))
+        if first:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            partial.replace(folder / name)
+
+
+def model_name(trial: Trial) -> str:
     about = (f"{value:g}" if isinstance(value, float) else str(value) for value in trial.about.values())
-    name = "-".join((trial.intervention, str(trial.edit.trajectory), *about))
-    trainer.save_model(str(folder / name.replace(" ", "_")))
+    return "-".join((trial.intervention, str(trial.edit.trajectory), *about)).replace(" ", "_")
 
 
 def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:

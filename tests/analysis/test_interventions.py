@@ -302,6 +302,14 @@ def test_edited_models_are_written_when_asked(trained, tmp_path):
     for name, weight in saved.items():
         assert torch.equal(weight, (base if "embed" in name else final)[name]), name
     assert sum(not torch.equal(base[n], final[n]) for n in base) > 10
+    shutil.rmtree(tmp_path / "models/embeddings-opd-embeddings")
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "models").iterdir()}
+    assert main(arguments(trained, tmp_path, *few)) == 0  # all are scored; what is missing is written
+    again = load_file(tmp_path / "models/embeddings-opd-embeddings/model.safetensors")
+    assert all(torch.equal(saved[n], again[n]) for n in saved)
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "models").iterdir()}.items()
+    assert main(arguments(trained, tmp_path, *few, "--overwrite_output_dir", "true")) == 0
+    assert kept.items().isdisjoint({p: p.stat().st_mtime_ns for p in (tmp_path / "models").iterdir()}.items())
 
 
 def test_without_a_teacher_accuracy_alone_is_measured(trained, tmp_path):
