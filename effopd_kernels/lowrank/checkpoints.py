@@ -63,7 +63,9 @@ class MappingCheckpoint:
 
 
 class FileCheckpoint:
-    """A safetensors file, or a folder of them with or without an index; names in the order they lie on disk."""
+    """A safetensors file or a folder of them, of which those are read that transformers would: model.safetensors, else
+    what the index names, else all. Names in the order they lie on disk.
+    """
 
     def __init__(self, path: str | Path):
         self.label = str(path)
@@ -119,7 +121,9 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    index = path / "model.safetensors.index.json"
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

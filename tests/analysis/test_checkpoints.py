@@ -112,6 +112,20 @@ def test_sharded_mixed_and_wrapped_checkpoints(base, tmp_path):
         torch.testing.assert_close(update(comparison, name), expected, atol=2e-2 if "mlp" in name else 1e-6, rtol=0)
 
 
+def test_of_several_files_those_are_read_that_transformers_reads(base, tmp_path):
+    """A shard's index that saving over a sharded folder left behind; the same weights in Mistral's own format."""
+    weights = planted.base_weights()
+    stale = planted.write_sharded(tmp_path / "stale", weights)
+    shards = sorted(stale.glob("model-*.safetensors"))
+    shards[0].unlink()
+    planted.write(stale, planted.moved(weights, planted.noise(1)))
+    both = planted.write(tmp_path / "both", weights)
+    save_file({"norm.weight": torch.zeros(3), Q: weights[Q] + 1}, both / "consolidated.safetensors")
+    save_file(dict.fromkeys([Q], weights[Q]), planted.write_sharded(tmp_path / "more", weights) / "again.safetensors")
+    comparison = compare(base, {"run": [stale, both, tmp_path / "more"]})
+    assert [bool(update(comparison, Q, position=i).any()) for i in range(3)] == [True, False, False]
+
+
 @pytest.mark.parametrize("base_stores", [True, False])
 @pytest.mark.parametrize("other_stores", [True, False])
 def test_tied_heads_count_once(tmp_path, base_stores, other_stores):
