@@ -45,6 +45,14 @@ def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
     return grads
 
 
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args). Where nothing requires a gradient torch.compile takes its forward alone: it cannot trace
+    more.
+    """
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    return function.apply(*args) if wanted or not torch.compiler.is_compiling() else function.forward(*args)
+
+
 class _DifferentiableOnce(torch.autograd.Function):
     """The identity, in a graph that refuses to be differentiated: silence would mean a second derivative of 0."""
 
@@ -136,7 +144,7 @@ def reduced_loss(
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
-        rows, stats_3N = _PerRow.apply(run, spec, needs, stats, *tensors)
+        rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *tensors)
         return rows if scale_N is None else rows * scale_N, rows.detach(), stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N
@@ -146,4 +154,4 @@ def reduced_loss(
         row_scale = scale_N / unit
     rows, grads, stats_3N = run(detached, row_scale, spec, needs, stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()
-    return _WithGradients.apply(loss, unit, *grads, *inputs), rows, stats_3N
+    return apply(_WithGradients, loss, unit, *grads, *inputs), rows, stats_3N

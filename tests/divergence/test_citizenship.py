@@ -126,7 +126,9 @@ def test_compiles_in_one_graph(case):
         leaves = [x.clone().requires_grad_(i < len(inputs) // 2) for i, x in enumerate(inputs)]
         loss = f(*leaves, **options)
         loss.backward()
-        results.append((loss.detach(), *(x.grad for x in leaves if x.requires_grad)))
+        with torch.no_grad():
+            alone = f(*inputs, **options)
+        results.append((loss.detach(), alone, *(x.grad for x in leaves if x.requires_grad)))
     torch.testing.assert_close(results[1], results[0])
 
 
