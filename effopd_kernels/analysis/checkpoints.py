@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,23 @@ LISTED = 10  # names in an error message
 _STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
 _PACKED = re.compile(r"weight(_packed)?$|_blocks$")
+_STATE_DICT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "s.save_file({{k: v.clone() for k, v in torch.load('{file}', weights_only=True).items()}}, '{out}')\""
+)
+_MODEL = (
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+)
+_CONVERSIONS = {  # what a folder may hold instead → the command
+    "pytorch_model.bin": _MODEL,
+    "pytorch_model-*.bin": _MODEL,
+    "zero_to_fp32.py": "python {file} {folder} {folder}-safetensors --safe_serialization",  # DeepSpeed's own
+    "pytorch_model_fsdp_*": "accelerate merge-weights {file} {folder}-safetensors",
+    "*model*.bin": _STATE_DICT,  # an adapter's too
+    "*model*.pt": _STATE_DICT,
+    "consolidated*.pth": _STATE_DICT,
+}
 
 
 class Checkpoint:
@@ -230,17 +248,12 @@ def _step(path: Path) -> int | None:
 
 
 def _conversion(path: Path) -> str | None:
-    """What to do where a folder holds pickled weights only."""
-    pickled = sorted(
-        file.name
-        for pattern in ("pytorch_model*.bin", "adapter_model.bin", "*.pth", "model*.pt")
-        for file in (path.glob(pattern) if path.is_dir() and not any(path.glob("*.safetensors")) else ())
-    )
-    if path.suffix in (".bin", ".pt", ".pth"):
-        pickled, path = [path.name], path.parent
-    if not pickled:
+    """What to do where a folder, or the file given, holds weights in another format only."""
+    folder, files = (path, sorted(path.glob("*"))) if path.is_dir() else (path.parent, [path] * path.is_file())
+    if any(file.suffix == ".safetensors" for file in files):
         return None
-    return (
-        f'{path} holds {pickled[0]}, which only unpickling could read; convert it first: python -c "from transformers '
-        f"import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
-    )
+    for pattern, command in _CONVERSIONS.items():
+        if file := next((file for file in files if fnmatch(file.name, pattern)), None):
+            command = command.format(folder=folder, file=file, out=file.with_suffix(".safetensors"))
+            return f"{folder} holds {file.name} and no safetensors; convert it first: {command}"
+    return None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 
 import pytest
@@ -208,8 +209,6 @@ def broken(base, tmp):
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
     garbage = stored("garbage", weights)
     (garbage / "model.safetensors").write_bytes(b"not safetensors at all")
-    (tmp / "pickled").mkdir()
-    torch.save(weights, tmp / "pickled" / "pytorch_model.bin")
     (tmp / "empty").mkdir()
     (tmp / "used").mkdir()
     (tmp / "used" / "thesis.txt").write_text("x")
@@ -239,7 +238,6 @@ def broken(base, tmp):
         "no such checkpoint": (case(tmp / "nobody"), "nobody: no such file or folder"),
         "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
         "garbage": (case(garbage), "garbage/model.safetensors: damaged or truncated"),
-        "pickled": (case(tmp / "pickled"), "convert it first: python -c \"from transformers import"),
         "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
         "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),
         "missing tensors": (case(stored("less", without)), "9 tensors of"),
@@ -274,6 +272,47 @@ def broken(base, tmp):
         "rank": (case(base, rank="0"), "must be positive"),
         "device": (case(base, device="cuda:99" if torch.cuda.is_available() else "cuda"), "is not available here"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "file, command",
+    [
+        ("pytorch_model-00001-of-00002.bin", "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"),
+        ("adapter_model.bin", "torch.load('{folder}/adapter_model.bin', weights_only=True)"),
+        ("zero_to_fp32.py", "python {folder}/zero_to_fp32.py {folder} {folder}-safetensors --safe_serialization"),
+        ("pytorch_model_fsdp_0", "accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}-safetensors"),
+        ("rng_state_0.pth", None),
+    ],
+)
+def test_other_formats_are_told_their_conversion(base, tmp_path, file, command):
+    (tmp_path / file).touch()
+    (tmp_path / "rng_state.pth").touch()
+    (tmp_path / "optimizer.pt").touch()
+    with pytest.raises(UserError) as error:
+        compare(base, {"run": [tmp_path]})
+    said = "no *.safetensors in this folder" if command is None else command.format(folder=tmp_path)
+    assert said in str(error.value)
+
+
+def test_the_conversion_of_a_state_dict_converts_it(base, tmp_path):
+    """Of an adapter, and of a model whose head is its embedding."""
+    module = Q.removesuffix(".weight")
+    pair, _ = factors(module, 64, 64)
+    whole = lora(tmp_path / "whole", pair)
+    tied = {**planted.base_weights(), "lm_head.weight": planted.base_weights()[EMBEDDING]}
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(whole / "adapter_config.json", tmp_path / "adapter")
+    torch.save({f"base_model.model.{n}": t for n, t in pair.items()}, tmp_path / "adapter/adapter_model.bin")
+    torch.save(tied | {EMBEDDING: tied["lm_head.weight"]}, tmp_path / "model.pt")
+    for path in (tmp_path / "adapter", tmp_path / "model.pt"):
+        with pytest.raises(UserError) as error:
+            compare(base, {"run": [path]})
+        exec(shlex.split(str(error.value).split("convert it first: python -c ")[1])[0])
+    comparison = compare(base, {"run": [whole, tmp_path / "adapter", tmp_path / "model.safetensors"]})
+    assert (
+        torch.equal(*(update(comparison, Q, position=i) for i in range(2))) and update(comparison, Q, position=0).any()
+    )
+    assert not update(comparison, Q, position=2).any()
 
 
 def test_bad_input_is_one_sentence_before_any_work(base, tmp_path, capsys):
