@@ -36,6 +36,8 @@ __all__ = ["EffOPDController"]
 class EffOPDController:
     """Call `step(global_step)` after every optimizer and scheduler step; on schedule it tries to jump ahead.
 
+    A LoRA student's jumps are kept in a second adapter: call `fold_()` before the student is saved for use.
+
     Args:
         params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
             students and FSDP2. The anchor W_0 is taken here: construct the controller before the first training step.
@@ -146,6 +148,19 @@ class EffOPDController:
             self.weights.settle()
             self._remember(event.record())
         return self.events[-1]
+
+    def fold_(self) -> None:
+        """Put a LoRA student's jumps into its trained adapter, when training is over: what to call before saving it.
+
+        During training they are in a second adapter, "effopd", and whoever loads the trained one alone misses them.
+        What the model computes stays; the rank grows to at most r·(jumps + 2); the optimizer starts afresh with the
+        longer factors. Other students have their jumps in the weights themselves: nothing to do.
+
+        Raises ValueError for an adapter that must keep its rank (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+        """
+        with Deferred():
+            if self.weights.fold() and self.optimizer is not None:
+                reset_state(self.weights.tensors, self.optimizer)
 
     def virtual_step(self, global_step: int) -> float:
         """Where plain OPD would be if an update taken α times over were α times the steps."""

@@ -16,8 +16,7 @@ E = 1 for a linear layer.
 The alternatives lose something: folding F into the base weights rounds it to their dtype, fails on quantised ones, and
 makes the saved adapter wrong on the published base; truncating to rank r is not the extrapolation; lengthening the
 trained factors changes parameters an optimizer holds. The price of the companion is its forward pass and a second
-folder when saving; `add_weighted_adapter([trained, "effopd"], [1, 1], "merged", combination_type="cat")` of peft joins
-the two exactly.
+folder when saving, until `fold`, at the end, makes one adapter of the two.
 """
 
 from collections.abc import Collection, Mapping
@@ -33,6 +32,8 @@ __all__ = ["COMPANION", "LoraWeights", "is_lora_name"]
 
 COMPANION = "effopd"
 BASE = "base_model.model."  # where a PeftModel holds the model that its configs speak of
+# Initialisations that subtract the first r ranks from the base weights, and do so again wherever the adapter is loaded.
+TIED_TO_RANK = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (E, r, in), s·B (E, out, r)), fp32
 
@@ -145,6 +146,39 @@ class LoraWeights:
         self.held, self.offered = None, self.settled
         self._install(self.settled)
 
+    @torch.no_grad()
+    def fold(self) -> bool:
+        """Make the trained adapter the whole product and delete the companion; False if there is nothing to fold.
+
+        The factors are the same `Parameter`s with longer data, in fp32, at scaling 1. Raises ValueError, before
+        anything is changed, for an adapter that must keep its rank.
+        """
+        terms = list(filter(self._counts, self.settled))
+        if not terms:
+            return False
+        config = self.model.peft_config[self.adapter]
+        if str(config.init_lora_weights).startswith(TIED_TO_RANK):
+            raise ValueError(
+                f"an adapter with init_lora_weights={config.init_lora_weights!r} must keep its rank, so the jumps stay "
+                f"in the adapter {COMPANION!r}: load both, from the folder and from its subfolder of that name"
+            )
+        terms.insert(0, Term(1.0, self._factors(self.adapter)))
+        rank = _rank(terms)
+        alpha = rank**0.5 if config.use_rslora else rank  # scaling 1
+        self._install([])
+        for name, layer in self.layers.items():
+            factors = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+            for factor, longer in zip(factors, self._concatenated(name, terms, rank), strict=True):
+                factor.data, factor.grad = longer, None
+            self._resize(layer, self.adapter, rank, alpha)
+        config.r, config.lora_alpha = rank, alpha
+        config.init_lora_weights = True  # others may ask something of the rank wherever the adapter is loaded
+        still = {_key(n, m): m for n, m in self.all_layers.items() if n not in self.layers and self.adapter in m.r}
+        config.rank_pattern = {key: layer.r[self.adapter] for key, layer in still.items()}
+        config.alpha_pattern = {key: layer.lora_alpha[self.adapter] for key, layer in still.items()}
+        self.settled = self.offered = [Term(0.0, self._factors(self.adapter))]
+        return True
+
     def norms(self, world_size: int) -> tuple[float, float]:
         """As `DenseWeights.norms`, of the products; every rank holds them all."""
         delta_sq, weight_sq = self._squares()
@@ -192,7 +226,7 @@ class LoraWeights:
                 if self._has_companion():
                     self.model.delete_adapter(COMPANION)
                 return
-            rank = max(sum(t.factors[n][0].shape[1] for t in terms) for n in self.layers)
+            rank = _rank(terms)
             if not self._has_companion():
                 self._add_companion(rank)
             self._activate_companion()
@@ -304,6 +338,17 @@ class LoraWeights:
             raise ValueError(f"{name} has a trained LoRA bias, which a product cannot hold: use lora_bias=False")
         if hasattr(a.weight, "placements"):
             raise ValueError(f"the LoRA factors of {name} are sharded; EffOPD needs them whole on every rank (DDP)")
+
+
+def _key(name: str, layer: nn.Module) -> str:
+    """What `rank_pattern` and `alpha_pattern` call a layer."""
+    name = name.removeprefix(BASE).replace(".base_layer", "")
+    return f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name
+
+
+def _rank(terms: list[Term]) -> int:
+    """Of the concatenated factors, the same for all layers."""
+    return max(sum(t.factors[name][0].shape[1] for t in terms) for name in terms[0].factors)
 
 
 def _experts(layer: nn.Module) -> int:

@@ -154,6 +154,10 @@ class DenseWeights:
             self.anchors = self._copy()
         self.currents = None
 
+    def fold(self) -> bool:
+        """False: jumps are in the weights themselves. See `LoraWeights.fold`."""
+        return False
+
     def norms(self, world_size: int) -> tuple[float, float]:
         """This rank's part of ‖W_t − A‖² and ‖W_t‖², such that summing over ranks counts every element once."""
         delta_sq, weight_sq, _ = self.write(1.0)

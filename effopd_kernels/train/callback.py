@@ -3,6 +3,7 @@
 trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..extrapolation import CheckpointError, EffOPDController
+from ..extrapolation import CheckpointError, EffOPDController, checkpoint
+from ..extrapolation.lora import LoraWeights
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 STATE_DIR = "effopd_state"  # inside each checkpoint folder
 
@@ -30,6 +34,10 @@ class EffOPDCallback(TrainerCallback):
     The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
     each checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the
     checkpoint of the resumed step in `args.output_dir`.
+
+    A LoRA student that jumped is two adapters while it trains, and so are its checkpoints. When training ends they
+    become one, of a larger rank (`EffOPDController.fold_`): what `save_model` writes then is the student. To train
+    further from one of the checkpoints, construct model and trainer anew.
 
     Raises:
         UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
@@ -53,6 +61,7 @@ class EffOPDCallback(TrainerCallback):
         self.saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.saved_step = None
         try:
             self.controller = EffOPDController(model, self.score_fn, optimizer=optimizer, **self.controller_args)
         except ValueError as e:
@@ -93,6 +102,19 @@ class EffOPDCallback(TrainerCallback):
                 }
             )
             control.should_log = due  # logging clears it, and the step's own record is still to come
+
+    def on_train_end(self, args, state, control, **kwargs):
+        weights = self.controller.weights
+        if not isinstance(weights, LoraWeights):
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # transformers has loaded that step's trained adapter; that step's jumps belong to it, and no later ones.
+            folder = Path(state.best_model_checkpoint) / STATE_DIR
+            weights.load_state(checkpoint.load(folder, self.controller.ranks)[0])
+        try:
+            self.controller.fold_()
+        except ValueError as e:
+            logger.warning("%s", e)
 
     def on_save(self, args, state, control, **kwargs):
         if self.saved_step != state.global_step:  # a trainer that writes checkpoints whole has called save() itself

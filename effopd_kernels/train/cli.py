@@ -248,7 +248,7 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.eval_dataset is not None and trainer.last_evaluated != trainer.state.global_step:
         trainer.evaluate()
-    trainer.save_student(args.output_dir)
+    trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))

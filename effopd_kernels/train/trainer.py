@@ -221,25 +221,6 @@ class OPDTrainer(trl.DistillationTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # ---- what is written out ------------------------------------------------------------------------------------
-
-    def save_student(self, folder: str) -> None:
-        """The student as a Hugging Face folder. A LoRA student that jumped becomes one adapter again: EffOPD keeps its
-        jumps in a second one beside the trained adapter, and whoever loads the folder would miss it."""
-        self.save_model(folder)
-        adapters = list(getattr(self.model, "peft_config", {}))
-        if COMPANION not in adapters or not self.args.should_save:
-            return
-        active = list(self.model.active_adapters)
-        self.model.add_weighted_adapter(active, [1.0] * len(active), "merged", combination_type="cat")
-        self.model.save_pretrained(folder, selected_adapters=["merged"])
-        self.model.delete_adapter("merged")
-        self.model.base_model.set_adapter(active)
-        shutil.rmtree(Path(folder) / COMPANION)
-        for file in (Path(folder) / "merged").iterdir():
-            file.replace(Path(folder) / file.name)
-        (Path(folder) / "merged").rmdir()
-
     # ---- stopping and resuming ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):

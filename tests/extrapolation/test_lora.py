@@ -103,31 +103,33 @@ class Experts(torch.nn.Module):
         return torch.einsum("ni,eio->no", x, self.gate_up_proj)
 
 
-def test_experts_in_one_parameter():
-    """Each expert's product is extrapolated, over several jumps and beside layers of another rank."""
+def experts():
     torch.manual_seed(0)
     net = torch.nn.ModuleDict(
         {"experts": Experts(), "self_attn": torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 5)})}
     )
     options = dict(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
-    model = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=6, **options))
+    return peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=6, **options))
 
-    def products():
-        layers = [m for m in model.modules() if hasattr(m, "lora_A")]
-        assert len(layers) == 2
-        return [
-            sum(m.get_delta_weight(x) for x in m.active_adapters if x in m.lora_A).detach().double() for m in layers
-        ]
 
+def products(model):
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    assert len(layers) == 2
+    return [sum(m.get_delta_weight(x) for x in m.active_adapters if x in m.lora_A).detach().double() for m in layers]
+
+
+def test_experts_in_one_parameter():
+    """Each expert's product is extrapolated, over several jumps and beside layers of another rank."""
+    model = experts()
     controller = EffOPDController(model, scripted(*SCORES))
-    anchor = products()
+    anchor = products(model)
     for event, alpha in enumerate(ALPHAS):
         train(model, event)
-        current = products()
+        current = products(model)
         record = controller.step(2**event)
         assert record.alpha == alpha
         delta = [c - a for a, c in zip(anchor, current, strict=True)]
-        anchor = products()
+        anchor = products(model)
         for after, c, d in zip(anchor, current, delta, strict=True):
             torch.testing.assert_close(after, c + (alpha - 1) * d, rtol=1e-5, atol=1e-5)
         assert record.delta_norm == pytest.approx(torch.cat([d.flatten() for d in delta]).norm().item(), rel=1e-5)
@@ -142,6 +144,9 @@ class Worded(Net):
 
     def get_input_embeddings(self):
         return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
 
     def forward(self, ids):
         return super().forward(self.embed_tokens(ids))
@@ -293,6 +298,73 @@ def test_saved_by_peft_and_loaded_again_is_the_same_model(tmp_path):
     EffOPDController(again, lambda: 0.0)
     for name, weight in merged(again).items():
         torch.testing.assert_close(weight, merged(model)[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, exclude",
+    [
+        ({}, "nothing"),
+        (dict(use_rslora=True, rank_pattern={"up_proj": 4}), "nothing"),
+        (dict(use_rslora=True, rank_pattern={"up_proj": 4}, alpha_pattern={"down_proj": 3}), "up_proj|down_proj"),
+        (dict(init_lora_weights="orthogonal"), "nothing"),
+        (dict(target_modules=["q_proj", "up_proj", "embed_tokens"]), "embed"),
+    ],
+    ids=str,
+)
+def test_folded_it_is_one_adapter_that_trains_on(options, exclude, tmp_path):
+    torch.manual_seed(0)
+    options = dict(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj", "down_proj"]) | options
+    base = Worded()
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
+    optimizer = torch.optim.Adagrad([p for p in model.parameters() if p.requires_grad], 0.05)
+
+    def step(i):
+        optimizer.zero_grad()
+        (model(torch.arange(8)) - i).square().mean().backward()
+        optimizer.step()
+
+    controller = EffOPDController(model, scripted(0, 1, 0, 0, 1, 2, 0), exclude=exclude, optimizer=optimizer)
+    for i in (1, 2):
+        step(i)
+        assert controller.step(i).alpha > 1
+    ids, names = torch.arange(8), trained(model).keys()
+    before = model(ids).detach()
+    controller.fold_()
+    assert list(model.peft_config) == model.active_adapters == ["default"] and trained(model).keys() == names
+    torch.testing.assert_close(model(ids), before, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(again(ids), before, rtol=1e-5, atol=1e-5)
+    state = controller.weights.state()
+    controller.fold_()  # nothing to fold
+    assert all(map(torch.equal, controller.weights.state().values(), state.values()))
+    step(3)
+    assert not torch.equal(model(ids), before)
+    controller.score_fn = scripted(0, 1, 0)
+    assert controller.step(4).alpha == 3.0
+
+
+def test_folding_experts(tmp_path):
+    model = experts()
+    controller = EffOPDController(model, scripted(0, 1, 0, 0, 1, 0))
+    for event in (1, 2):
+        train(model, event)
+        controller.step(event)
+    before = products(model)
+    controller.fold_()
+    for after, product in zip(products(model), before, strict=True):
+        torch.testing.assert_close(after, product, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_tied_to_its_rank_is_not_folded():
+    model = lora(init_lora_weights="pissa", target_modules=["q_proj"])
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    controller.step(1)
+    before = merged(model)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' must keep its rank"):
+        controller.fold_()
+    assert all(torch.equal(weight, before[n]) for n, weight in merged(model).items())
 
 
 def test_gradient_search_past_a_layer_that_the_loss_does_not_use():

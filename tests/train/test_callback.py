@@ -1,10 +1,14 @@
 """EffOPDCallback alone, in trainers that know nothing of it: events happen, and a resumed run equals the whole one."""
 
+import shutil
+from functools import partial
+
 import pytest
 import torch
 import transformers
 import trl
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from effopd_kernels.train import EffOPDCallback, UserError, use_fused_loss
 from train import world as tiny
@@ -21,12 +25,20 @@ FLAGS = {
 }
 
 
-def plain_trainer(world, out):
+def plain_trainer(world, out, lora=None, **flags):
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "student")
+    model = model if lora is None else get_peft_model(model, lora)
     tokenizer = tiny.tokenizer_of(world)
     ids = [tokenizer(r["prompt"])["input_ids"][:12] for r in tiny.problems()]
     data = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    return transformers.Trainer(model, transformers.TrainingArguments(str(out), **FLAGS), train_dataset=data)
+    args = transformers.TrainingArguments(str(out), **FLAGS | flags)
+    return transformers.Trainer(model, args, train_dataset=data, eval_dataset=data.select(range(8)))
+
+
+def lora_trainer(world, out, **flags):
+    """Learns fast enough for every event to jump."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")
+    return plain_trainer(world, out, lora, learning_rate=1e-2, **flags)
 
 
 def distillation_trainer(world, out):
@@ -70,7 +82,7 @@ def with_effopd(build, world, out):
     return trainer, callback
 
 
-@pytest.mark.parametrize("build", [plain_trainer, distillation_trainer, grpo_trainer])
+@pytest.mark.parametrize("build", [plain_trainer, lora_trainer, distillation_trainer, grpo_trainer])
 def test_resumes_exactly(build, world, tmp_path):
     whole, effopd = with_effopd(build, world, tmp_path / "whole")
     whole.train()
@@ -81,9 +93,12 @@ def test_resumes_exactly(build, world, tmp_path):
     ]
     steps = [r for r in whole.state.log_history if "loss" in r]
     assert len(steps) == STEPS
-    if build is not plain_trainer:  # TRL's averages are the step's; an event's record takes none of them
+    if build not in (
+        plain_trainer,
+        lora_trainer,
+    ):  # TRL's averages are the step's; an event's record takes none of them
         assert all("entropy" in r for r in steps)
-    if build is plain_trainer:  # what it is scored by is what it learns
+    else:  # what it is scored by is what it learns
         assert any(e.alpha != 1 for e in events)
     resumed, effopd = with_effopd(build, world, tmp_path / "resumed")
     (tmp_path / "resumed" / "checkpoint-2").symlink_to(tmp_path / "whole" / "checkpoint-2")
@@ -114,3 +129,41 @@ def test_nothing_to_move_is_said_before_training(world, tmp_path):
     with pytest.raises(UserError, match="no_such_parameter"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_what_a_lora_student_saves_is_what_it_was(world, tmp_path):
+    """One adapter, with the jumps in it; of the last step, or of the best with that step's jumps."""
+    trainer, effopd = with_effopd(lora_trainer, world, tmp_path / "last")
+    trainer.train()
+    assert all(e.alpha > 1 for e in effopd.controller.events)
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    best |= {"metric_for_best_model": "loss", "save_steps": 1}  # the greatest loss is that of an early step
+    stopped, effopd = with_effopd(partial(lora_trainer, **best), world, tmp_path / "best")
+    stopped.train()
+    assert stopped.state.best_global_step < STEPS and all(e.alpha > 1 for e in effopd.controller.events)
+    for run in (trainer, stopped):
+        loss = run.evaluate()["eval_loss"]
+        if run is stopped:
+            assert loss == pytest.approx(run.state.best_metric, rel=1e-5)
+        run.save_model(tmp_path / "student")
+        base = transformers.AutoModelForCausalLM.from_pretrained(world / "student")
+        run.model = PeftModel.from_pretrained(base, tmp_path / "student")
+        assert run.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_adapter_that_must_keep_its_rank_is_left_as_it_is(world, tmp_path, caplog):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    trainer, effopd = with_effopd(partial(plain_trainer, lora=lora), world, tmp_path)
+    trainer.train()
+    assert effopd.controller.events[-1].alpha > 1
+    assert "init_lora_weights='pissa' must keep its rank" in caplog.text
+    assert trainer.model.active_adapters == ["default", "effopd"]
+
+
+def test_training_again_writes_whole_checkpoints_again(world, tmp_path):
+    trainer, effopd = with_effopd(partial(lora_trainer, save_steps=STEPS), world, tmp_path)
+    for _ in range(2):
+        trainer.train()
+        assert (tmp_path / f"checkpoint-{STEPS}" / "effopd_state").is_dir()
+        shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    assert effopd.controller.events[-1].delta_norm > 0

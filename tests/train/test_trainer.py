@@ -363,8 +363,7 @@ def test_a_lora_student(world, tmp_path):
     whole.model.eval()
     with torch.no_grad():
         trained = whole.model(ids).logits
-        whole.save_student(str(tmp_path / "student"))
-        torch.testing.assert_close(whole.model(ids).logits, trained, rtol=0, atol=0)
+        whole.save_model(str(tmp_path / "student"))
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
         torch.testing.assert_close(loaded(ids).logits, trained, rtol=1e-4, atol=1e-4)
 
