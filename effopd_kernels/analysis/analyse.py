@@ -17,7 +17,7 @@ from ..extrapolation.distributed import Ranks
 from .checkpoints import Comparison
 from .findings import Findings
 from .measure import Measured, Options, measure
-from .roles import role_of
+from .roles import role_of, token_embedding
 
 
 def analyse(comparison: Comparison, options: Options, ranks: Ranks | None = None) -> Findings | None:
@@ -36,7 +36,8 @@ def analyse(comparison: Comparison, options: Options, ranks: Ranks | None = None
 def _measured(comparison: Comparison, options: Options, ranks: Ranks) -> list[Measured]:
     from tqdm import tqdm
 
-    embedding, mine = _token_embedding(comparison), _share(comparison, ranks.rank, ranks.size)
+    embedding = token_embedding({name: comparison.base.shapes[name][0] for name in comparison.names})
+    mine = _share(comparison, ranks.rank, ranks.size)
     with _one_core_each() as workers, ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda name: measure(comparison, name, options, name == embedding), mine)
         try:
@@ -69,13 +70,6 @@ def _timed(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
-
-
-def _token_embedding(comparison: Comparison) -> str | None:
-    """The embedding with the most rows: positions have fewer."""
-    shapes = {n: comparison.base.shapes[n][0] for n in comparison.names if role_of(n).type == "embedding"}
-    matrices = [n for n, shape in shapes.items() if len(shape) == 2]
-    return max(matrices, key=lambda n: shapes[n][0], default=None)
 
 
 def _share(comparison: Comparison, rank: int, size: int) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
 from ..lowrank.checkpoints import open_checkpoint
-from .roles import role_of
+from .roles import role_of, token_embedding
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LISTED = 10  # names in an error message
@@ -190,13 +190,10 @@ def _alias_missing(checkpoint: Checkpoint, head: str) -> bool:
         or checkpoint.config.get("tie_word_embeddings") is False
     ):
         return False
-    embeddings = [
-        n for n, (shape, _) in checkpoint.shapes.items() if role_of(n).type == "embedding" and len(shape) == 2
-    ]
-    if not embeddings:
-        return False
-    checkpoint.alias(head, max(embeddings, key=lambda n: checkpoint.shapes[n][0][0]))
-    return True
+    embedding = token_embedding({name: shape for name, (shape, _) in checkpoint.shapes.items()})
+    if embedding is not None:
+        checkpoint.alias(head, embedding)
+    return embedding is not None
 
 
 def _check(base: Checkpoint, other: Checkpoint) -> None:
@@ -213,14 +210,15 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
                 f"{len(missing)} tensors of {there.path} are not in {here.path}{why}: {listed(missing)}; checkpoints "
                 "must hold the same tensors as the base"
             )
-    unequal = [
-        f"{name} {list(shape)}, the base's {list(base.shapes[name][0])}"
-        for name, (shape, _) in other.shapes.items()
-        if shape != base.shapes[name][0]
-    ]
+    unequal = {name: shape for name, (shape, _) in other.shapes.items() if shape != base.shapes[name][0]}
     if unequal:
+        each = [f"{name} {list(shape)}, the base's {list(base.shapes[name][0])}" for name, shape in unequal.items()]
+        todo = ""
+        if all(role_of(n).type in ("embedding", "head") and s[1:] == base.shapes[n][0][1:] for n, s in unequal.items()):
+            rows = max(shape[0] for shape in unequal.values())
+            todo = f"; resize the base's vocabulary first, with resize_token_embeddings({rows})"
         raise UserError(
-            f"{len(unequal)} tensors of {other.path} have other shapes than the base's{why}: {listed(unequal)}"
+            f"{len(unequal)} tensors of {other.path} have other shapes than the base's{why}: {listed(each)}{todo}"
         )
 
 

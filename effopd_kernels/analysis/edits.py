@@ -22,6 +22,7 @@ from ..extrapolation import buffers, extrapolate, extrapolate_
 from ..extrapolation.interrupts import Deferred
 from ..lowrank import RSVD, batched_rsvd, low_rank_update
 from .checkpoints import Checkpoint
+from .roles import is_matrix
 
 ROUNDING = 1e-6  # of an update's norm: a part that is smaller is fp32 rounding, and is not blown up to another norm
 
@@ -105,7 +106,7 @@ class EditableModel:
         """About how long factoring every matrix of an update will take: one of median size is timed, and the others
         cost in proportion to m · n · rank."""
         place = trajectory, checkpoint % len(self.trajectories[trajectory])
-        cost = {n: t.numel() * self._rank(t, self.max_fraction) for n, t in self.live.items() if t.ndim >= 2}
+        cost = {n: t.numel() * self._rank(t, self.max_fraction) for n, t in self.live.items() if is_matrix(n, t.shape)}
         cost = {name: c for name, c in cost.items() if (*place, name) not in self._factors}
         if not cost:
             return 0.0
@@ -126,7 +127,7 @@ class EditableModel:
         for name in edit.names:
             param, base = self.live[name], self.base_of(name)
             a, b = self._pair(place, name, base)
-            whole = edit.part == "whole" or param.ndim < 2
+            whole = edit.part == "whole" or not is_matrix(name, param.shape)
             if whole and edit.norm_of is None and b is not None:
                 extrapolate_([param], [b], [a], edit.alpha, stats=False)  # α = 1 is W_t bit for bit
                 continue

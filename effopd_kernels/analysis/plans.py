@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .edits import Edit
-from .roles import role_of
+from .roles import BIASES, role_of
 
-BLOCKS = {"mlp": ("mlp", "router"), "attention": ("attention",), "both": ("mlp", "router", "attention")}
+_MLP = ("mlp", "router", BIASES)
+BLOCKS = {"mlp": _MLP, "attention": ("attention",), "both": (*_MLP, "attention")}
 KEPT = {"top": "rank_kept", "bottom": "rank_dropped"}  # what tables call a fraction
 UNMATCHED = "as it falls"  # what tables say of a part's norm
 OWN, FINAL = "its own", "the final one's"  # and of a checkpoint's

@@ -6,19 +6,22 @@ gpt_neox.layers.7.mlp.dense_4h_to_h  ┘
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 # Module types, in the order tables and heat maps show them. Families that fuse matrices get the fused type.
 ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
 MLP = ("gate", "up", "gate_up", "down")
 EXPERTS = tuple(f"expert {name}" for name in MLP)
-TYPES = ("embedding", *ATTENTION, *MLP, *EXPERTS, "router", "norm", "head", "other")
+BIASES = "expert bias"  # of all experts, one vector each: a stack of vectors, not a matrix
+TYPES = ("embedding", *ATTENTION, *MLP, *EXPERTS, BIASES, "router", "norm", "head", "other")
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?=\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?=\.|$)")
 _FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|audio|image)\w*\.")  # towers number their layers anew
 _ATTENTION_BLOCK = re.compile(r"(?:^|[._])(?:self_|linear_|cross_)?(?:attn|attention|selfattention|encdecattention)\.")
 _EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.")
+_POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
 
 # The first pattern that the whole module path (weight and bias endings removed, lower case) ends with decides.
 _WHOLE = [
@@ -70,8 +73,21 @@ def role_of(name: str) -> Role:
         # Feed-forward blocks go by many names, and OPT's by none: what is not in attention is in one.
         kind = _first(_IN_ATTENTION if _ATTENTION_BLOCK.search(path) else _IN_MLP, path)
         if kind in MLP and _EXPERT_BLOCK.search(path):
-            kind = f"expert {kind}"
+            kind = BIASES if path.endswith("_bias") else f"expert {kind}"
     return Role(kind or "other", layer, expert)
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix or a stack of them."""
+    return len(shape) >= 2 and role_of(name).type != BIASES
+
+
+def token_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Of named tensors the one that embeds tokens: of several that do not embed positions, that with the most rows."""
+    found = [
+        n for n, s in shapes.items() if len(s) == 2 and role_of(n).type == "embedding" and not _POSITIONS.search(n)
+    ]
+    return max(found, key=lambda n: shapes[n][0], default=None)
 
 
 def _first(rules: list[tuple[str, str]], path: str) -> str | None:

@@ -113,6 +113,20 @@ def test_a_checkpoint_as_it_is_is_written_bit_for_bit(world):
         assert net.lm_head.weight is net.model.embed_tokens.weight
 
 
+def test_the_biases_of_all_experts_have_no_rank(tmp_path):
+    experts = torch.nn.Module()
+    experts.down_proj_bias = torch.nn.Parameter(torch.randn(4, 8))
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"experts": experts})])})
+    name = "layers.0.experts.down_proj_bias"
+    for folder, weight in (("base", experts.down_proj_bias.detach()), ("checkpoint-1", torch.randn(4, 8))):
+        (tmp_path / folder).mkdir()
+        save_file({name: weight}, tmp_path / folder / "model.safetensors")
+    model = EditableModel(net, compare(tmp_path / "base", {"opd": [tmp_path / "checkpoint-1"]}).trajectories)
+    assert model.factor_seconds("opd", 0) == 0
+    with model.edited(Edit("opd", 0, (name,), part="top", fraction=0.25)):
+        torch.testing.assert_close(experts.down_proj_bias.detach(), weight)
+
+
 def test_norms(world):
     _, model, weights = world
     for (trajectory, i), moved in ((k, v) for k, v in weights.items() if k is not None):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effopd_kernels.analysis.roles import TYPES, Role, role_of, third
+from effopd_kernels.analysis.roles import TYPES, Role, is_matrix, role_of, third, token_embedding
 
 NAMES = {
     "model.embed_tokens.weight": Role("embedding"),
@@ -38,6 +38,7 @@ NAMES = {
     "model.layers.3.block_sparse_moe.experts.5.w2.weight": Role("expert down", 3, 5),
     "model.layers.3.mlp.experts.12.gate_proj.weight": Role("expert gate", 3, 12),
     "model.layers.3.mlp.experts.gate_up_proj": Role("expert gate_up", 3),
+    "model.layers.3.mlp.experts.gate_up_proj_bias": Role("expert bias", 3),
     "model.layers.3.mlp.shared_expert.up_proj.weight": Role("expert up", 3),
     "model.layers.3.mlp.gate.weight": Role("router", 3),
     "model.layers.3.block_sparse_moe.gate.weight": Role("router", 3),
@@ -81,3 +82,21 @@ def test_thirds_of_the_depth():
     assert [third(i, 6) for i in range(6)] == ["bottom"] * 2 + ["middle"] * 2 + ["top"] * 2
     assert [third(i, 4) for i in range(4)] == ["bottom", "middle", "middle", "top"]
     assert [third(i, 2) for i in range(2)] == ["bottom", "top"] and third(None, 6) == "outside"
+
+
+def test_a_stack_of_biases_is_no_matrix():
+    experts = "model.layers.3.mlp.experts."
+    assert is_matrix(f"{experts}down_proj", (4, 8, 6)) and not is_matrix(f"{experts}down_proj_bias", (4, 8))
+    assert is_matrix("lm_head.weight", (9, 8)) and not is_matrix("model.norm.weight", (8,))
+    assert Role("expert bias").part not in ("mlp", "attention")  # whose matrices have a spectrum
+
+
+@pytest.mark.parametrize(
+    "tokens, positions",
+    [("wte.weight", "wpe.weight"), ("model.decoder.embed_tokens.weight", "model.decoder.embed_positions.weight"),
+     ("bert.embeddings.word_embeddings.weight", "bert.embeddings.position_embeddings.weight")],
+)  # fmt: skip
+def test_positions_are_no_tokens_however_many(tokens, positions):
+    shapes = {tokens: (17, 8), positions: (32, 8), "model.norm.weight": (8,), "extra_embedding": (3, 8)}
+    assert token_embedding(shapes) == tokens
+    assert token_embedding({"model.norm.weight": (8,)}) is None
