@@ -56,9 +56,12 @@ class Adapter(Checkpoint):
                 self._add(folder)
         super().__init__(path)
         self.config = base.config
-        unknown = [name for name in (*self._factors, *self._whole) if name not in base.shapes]
+        unknown = [name for name in dict.fromkeys((*self._factors, *self._whole)) if name not in base.shapes]
         if unknown:
-            raise UserError(f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}")
+            raise UserError(
+                f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}; give the base that "
+                "it was trained from, its head stored and not tied if that is adapted"
+            )
         self.shapes = dict(base.shapes)
         for name, factors in self._factors.items():
             for f in factors:

@@ -26,7 +26,7 @@ from .checkpoints import Comparison, compare, listed
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
-from .output import check_free
+from .output import check_free, not_left_empty
 from .plans import INTERVENTIONS, Plan, Trial
 from .roles import role_of
 from .scoring import Validate, estimate
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         ours, data, args, model_args = parse(list(argv))
     except (ValueError, OSError) as error:  # HfArgumentParser, TrainingArguments and the YAML reader
         raise UserError(" ".join(str(error).split())) from error
-    with Interrupts(immediate=True).installed():
+    with Interrupts(immediate=True).installed(), not_left_empty(args.output_dir):
         run(ours, data, args, model_args)
     leave_process_group()
 

@@ -34,6 +34,19 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
 
 
 @contextlib.contextmanager
+def not_left_empty(output_dir: str | Path) -> Iterator[None]:
+    """Folders that the block makes down to ``output_dir`` go again if nothing was written."""
+    folder = Path(output_dir).absolute()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def whole_folder(output_dir: str | Path) -> Iterator[Path]:
     """A temporary folder: it becomes ``output_dir`` when the block ends well and is removed when not. A folder that is
     there stays and changes its content, for it may be a link, a mounted disk or where the user is.

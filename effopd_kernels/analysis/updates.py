@@ -96,8 +96,8 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
         paths = [path for path in folders.split(",") if path]
         if not name or not paths:
             raise UserError(f"--trajectory '{text}' must be NAME=DIR,DIR")
-        if name.startswith("_") or "$" in name:  # which figures would leave out, or take for formulas
-            raise UserError(f"--trajectory {name}: a name has no $ and begins with another sign than _")
+        if name.startswith("_") or "$" in name or "/" in name:  # left out of figures; a formula; a folder
+            raise UserError(f"--trajectory {name}: a name has no $ and no / and begins with another sign than _")
         if name in out:
             raise UserError(f"--trajectory {name} is given twice; list its folders in one, separated by commas")
         out[name] = paths
@@ -162,7 +162,7 @@ def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks
         check_free(args.output_dir, args.overwrite_output_dir, [args.base, *itertools.chain(*trajectories.values())])
     if args.device is not None:
         try:
-            torch.empty(0, device=args.device)
+            torch.zeros(1, device=args.device).item()  # a meta tensor has no value
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {args.device} is not available here: {str(error).splitlines()[0]}") from error
     return compare(args.base, trajectories)

@@ -203,6 +203,7 @@ def broken(base, tmp):
 
     without = {n: t for n, t in weights.items() if "layers.5" not in n}
     wide = {n: torch.zeros(*t.shape[:-1], t.shape[-1] + 1) for n, t in weights.items()}
+    grown = {n: torch.cat([t, t[:4]]) if t.shape[0] == planted.VOCABULARY else t for n, t in weights.items()}
     shard = planted.write_sharded(tmp / "shard", weights)
     (shard / "model-00002-of-00003.safetensors").unlink()
     cut = stored("cut", weights)
@@ -216,7 +217,8 @@ def broken(base, tmp):
     shutil.copy(base / "model.safetensors", tmp / "notes" / "model.safetensors")
     (tmp / "notes" / "config.json").write_text("{")
     pair, _ = factors("model.layers.9.self_attn.q_proj", 64, 64)
-    adapter = lora(tmp / "adapter", pair)
+    whole = {"model.layers.9.self_attn.q_proj.base_layer.weight": torch.ones(64, 64)}  # said once
+    adapter = lora(tmp / "adapter", pair | whole)
     own, _ = factors(Q.removesuffix(".weight"), 64, 64)
     dora, kasa = lora(tmp / "dora", own, use_dora=True), lora(tmp / "kasa", own, kasa_config={"beta": 1e-4})
     pissa = [lora(tmp / start, own, init_lora_weights=start) for start in ("pissa_niter_4", "olora")]
@@ -244,6 +246,7 @@ def broken(base, tmp):
         "missing tensors named": (case(tmp / "less"), "model.layers.5.input_layernorm.weight"),
         "more tensors": (case(base, start=tmp / "less"), "are not in"),
         "other shapes": (case(stored("wide", wide)), "tensors of"),
+        "resized": (case(stored("resized", grown)), "[50, 64]; resize the base's vocabulary first, with resize_token_"),
         "first ten": (case(tmp / "wide"), f"and {len(weights) - 10} more"),
         "other architecture": (case(stored("llama", without, model_type="llama")), "is a llama, the base a qwen3"),
         "fp8": (case(fp8), f"{Q} of {fp8} is quantised (torch.float8_e4m3fn)"),
@@ -253,7 +256,7 @@ def broken(base, tmp):
         "packed": (case(packed), f"{Q} of {packed} is quantised (torch.uint32)"),
         "bad config": (case(tmp / "notes"), "notes/config.json is not JSON"),
         "base an adapter": (case(base, start=adapter), "is a LoRA adapter; give the model that it was trained from"),
-        "adapter of another model": (case(adapter), "model.layers.9.self_attn.q_proj.weight"),
+        "adapter of another model": (case(adapter), "does not have: model.layers.9.self_attn.q_proj.weight; give the"),
         "adapter of another shape": (case(thin), f"{Q} [32, 64], the base's [64, 64]"),
         "DoRA": (case(dora), "is a DoRA adapter"),
         "KaSA": (case(kasa), "is a KaSA adapter"),
@@ -265,11 +268,13 @@ def broken(base, tmp):
         "both": (["--trajectory", "a=b", *case(base)], "give either --checkpoints"),
         "trajectory": (["--base", base, "--trajectory", "opd", "--output_dir", tmp / "out"], "must be NAME=DIR,DIR"),
         "formula": (["--base", base, "--trajectory", "$a=x", "--output_dir", tmp / "out"], "has no $"),
+        "nested": (["--base", base, "--trajectory", "a/b=x", "--output_dir", tmp / "out"], "and no /"),
         "hidden": (["--base", base, "--trajectory", "_a=x", "--output_dir", tmp / "out"], "has no $"),
         "twice": (["--trajectory=a=x", "--trajectory=a=y", "--base", base, "--output_dir", tmp / "o"], "given twice"),
         "no base": (["--checkpoints", base, "--output_dir", tmp / "out"], "required: --base"),
         "unknown flag": (case(base, no_such_flag="1"), "unrecognized arguments: --no_such_flag"),
         "rank": (case(base, rank="0"), "must be positive"),
+        "no device": (case(base, device="meta"), "--device meta is not available here"),
         "device": (case(base, device="cuda:99" if torch.cuda.is_available() else "cuda"), "is not available here"),
     }  # fmt: skip
 

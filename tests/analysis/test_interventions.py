@@ -72,6 +72,15 @@ def test_embeddings_and_an_untied_head_are_left_out_one_by_one():
     assert gone == {"nothing": set(), "embeddings": embedding, "head": head, "embeddings and head": embedding | head}
 
 
+def test_the_mlp_of_a_window_has_its_experts_biases():
+    bias = "model.layers.0.mlp.experts.down_proj_bias"
+    p = plan(2, ("opd",), window=1)
+    p.names.append(bias)
+    p = Plan(p.names, p.steps, p.update_norms, window=1)
+    blocks = {t.about["block"] for t in p.trials(["window"])[2:] if bias in t.edit.names}
+    assert blocks == {"mlp", "both"}
+
+
 def test_truncation_is_matched_to_every_trajectory():
     for part in ("top", "bottom"):
         trials = [t for t in plan(fractions=(0.1, 0.5)).trials([part])[3:] if t.edit.trajectory == "opd"]
@@ -360,7 +369,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(trained, tmp_path, capfd):
         error = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
         assert len(error) == 1 and says in error[0], (name, error)
     assert [p.name for p in (tmp_path / "used").iterdir()] == ["thesis.txt"]
-    assert not (tmp_path / "fresh").exists() or not any((tmp_path / "fresh").iterdir())
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_without_trl_it_says_what_to_install(monkeypatch, capsys):
@@ -386,9 +395,9 @@ def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path):
 
 
 def test_estimate_only(trained, tmp_path, capfd):
-    assert main(arguments(trained, tmp_path / "out", "--estimate_only", "true")) == 0
+    assert main(arguments(trained, tmp_path / "new/out", "--estimate_only", "true")) == 0
     assert "models to score on 10 prompts each: about" in capfd.readouterr().out
-    assert not (tmp_path / "out/evaluations.jsonl").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_line_of_the_record_is_json(finished):
