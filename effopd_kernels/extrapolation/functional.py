@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import ops  # noqa: F401  (registers torch.ops.effopd.extrapolate*)
+from . import ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .shards import local
 
 __all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
@@ -68,7 +69,9 @@ def extrapolate_(
 
 
 def extrapolate(w0, delta, alpha):
-    """``w0 + alpha * delta``, differentiable in all three: ∂L/∂alpha = Σ ∂L/∂W · delta.
+    """``w0 + alpha * delta``, differentiable in all three, to any order, in forward mode and under `torch.func` too.
+
+    ∂L/∂alpha = Σ ∂L/∂W · delta
 
     Args:
         w0, delta: tensors of one shape, or two equally long sequences of them; any floating dtypes.
@@ -78,22 +81,33 @@ def extrapolate(w0, delta, alpha):
         A tensor like w0, or a list of them; computed in fp32 (fp64 for fp64) and rounded once.
 
     Raises:
-        ValueError: shapes or lengths disagree.
+        ValueError: shapes or lengths disagree; TypeError: a tensor is not floating.
     """
     if isinstance(w0, Tensor):
+        for name, tensor in (("w0", w0), ("delta", delta)):
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
         if not isinstance(alpha, Tensor):
             alpha = torch.tensor(float(alpha), dtype=torch.float64, device="cpu")
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
-        return torch.ops.effopd.extrapolate(w0, delta, alpha.reshape(()).to(w0.device))
+        alpha = alpha.reshape(()).to(w0.device)
+        # The op has rules for a plain backward pass alone; what it is composed of has them all.
+        transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
+        run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate
+        return run(w0, delta, alpha)
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
     one_each = not isinstance(alpha, Real) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
     if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _one_alpha_per_tensor(alpha, count: int) -> Tensor:

@@ -222,6 +222,7 @@ class TestPublicFunction:
         assert all(map(torch.equal, arguments["params"], before))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # imports of torch.compile's and of forward mode's own
 class TestDifferentiable:
     @pytest.mark.parametrize("shape", [(), (5,), (3, 0), (2, 3, 4)], ids=str)
     def test_gradcheck(self, shape):
@@ -256,7 +257,39 @@ class TestDifferentiable:
         with pytest.raises(ValueError, match="1 tensors in w0"):
             extrapolate([torch.zeros(3)], [], 2.0)
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
+    def test_to_any_order_and_in_forward_mode(self):
+        leaves = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        leaves.append(torch.tensor(2.5, dtype=torch.float64, requires_grad=True))
+        assert torch.autograd.gradgradcheck(extrapolate, leaves)
+        assert torch.autograd.gradcheck(extrapolate, leaves, check_forward_ad=True)
+
+    @pytest.mark.parametrize(
+        "transformed",
+        [
+            lambda f, w, d, a: torch.func.jvp(f, (w, d, a), (d, w, a)),
+            lambda f, w, d, a: torch.func.jvp(lambda a: f(w, d, a).sum(), (a,), (torch.ones_like(a),)),
+            lambda f, w, d, a: torch.func.jacrev(f, argnums=(0, 1, 2))(w, d, a),
+            lambda f, w, d, a: torch.func.hessian(lambda a: f(w, d, a).pow(3).sum())(a),
+            lambda f, w, d, a: torch.func.vmap(f, (None, None, 0))(w, d, torch.stack([a, 2 * a])),
+            lambda f, w, d, a: torch.func.vmap(torch.func.grad(lambda d, a: f(w, d, a).square().sum()), (0, None))(
+                torch.stack([d, w]), a
+            ),
+        ],
+        ids=["jvp", "jvp of alpha", "jacrev", "hessian", "vmap", "vmap of grad"],
+    )
+    def test_under_torch_func(self, transformed):
+        g = torch.Generator().manual_seed(0)
+        w0, delta = (torch.randn(5, dtype=torch.float64, generator=g) for _ in range(2))
+        alpha = torch.tensor(2.5, dtype=torch.float64)
+        expected = transformed(lambda w, d, a: w + a * d, w0, delta, alpha)
+        torch.testing.assert_close(transformed(extrapolate, w0, delta, alpha), expected)
+
+    def test_integers_are_refused(self):
+        with pytest.raises(TypeError, match=r"w0 is torch\.int64"):
+            extrapolate(torch.ones(2, dtype=torch.int64), torch.ones(2), 2.0)
+        with pytest.raises(TypeError, match=r"delta is torch\.int8"):
+            extrapolate([torch.ones(2)], [torch.ones(2, dtype=torch.int8)], 2.0)
+
     def test_compile(self):
         def loss(w0, delta, alpha):
             return extrapolate(w0, delta, alpha).square().sum()
