@@ -60,7 +60,7 @@ class Adapter(Checkpoint):
         if unknown:
             raise UserError(
                 f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}; give the base that "
-                "it was trained from, its head stored and not tied if that is adapted"
+                "it was trained from, with a head of its own where that is adapted, or merge it into its model first"
             )
         self.shapes = dict(base.shapes)
         for name, factors in self._factors.items():
