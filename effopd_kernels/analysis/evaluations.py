@@ -104,12 +104,11 @@ def evaluate_trials(
     validate: Callable[[], Evaluation],
     *,
     write: bool = True,
-    save: Callable[[Trial], None] | None = None,
 ) -> None:
     """Every trial of `left` in turn; an exception or Ctrl-C leaves the base in `model` and the finished ones noted.
 
     Args:
-        validate: scores the model as it is now. save: called with each trial while its weights are in place.
+        validate: scores the model as it is now.
         write: whether this process keeps the file and shows the progress.
     """
     with tqdm(left.items(), unit=" models", disable=not write) as bar:
@@ -117,8 +116,6 @@ def evaluate_trials(
             bar.set_description(" ".join(filter(None, (trial.intervention, trial.edit.trajectory))))
             with model.edited(trial.edit):
                 evaluation = validate()
-                if save is not None:
-                    save(trial)
             evaluations.add(key, evaluation, write)
             bar.set_postfix({m: f"{mean(v):.4g}" for m in METRICS if (v := getattr(evaluation, m)) is not None})
 
