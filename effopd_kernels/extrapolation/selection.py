@@ -57,18 +57,31 @@ def select(
 ) -> dict[str, Tensor]:
     """The tensors whose name some `include` regular expression finds and no `exclude` one does.
 
-    Raises ValueError, naming the patterns and a few parameters, when nothing is left: EffOPD would silently do nothing.
+    Raises ValueError for what is no regular expression, and, naming the patterns and a few parameters, when nothing is
+    left: EffOPD would silently do nothing.
     """
-    include, exclude = ([p] if isinstance(p, str) else list(p) for p in (include, exclude))
+    wanted, unwanted = compiled("include", include), compiled("exclude", exclude)
     chosen = {
         name: tensor
         for name, tensor in named.items()
-        if any(re.search(p, name) for p in include) and not any(re.search(p, name) for p in exclude)
+        if any(p.search(name) for p in wanted) and not any(p.search(name) for p in unwanted)
     }
     if not chosen:
         some = ", ".join(list(named)[:5]) or "none that requires a gradient"
+        include, exclude = ([p.pattern for p in patterns] for patterns in (wanted, unwanted))
         raise ValueError(
             f"no parameter to extrapolate: include {include} and exclude {exclude} leave none of {len(named)} "
             f"(the first: {some})"
         )
     return chosen
+
+
+def compiled(option: str, patterns: str | Sequence[str]) -> list[re.Pattern]:
+    """One regular expression, or several; ValueError names the option and the one that is none."""
+    out = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            out.append(re.compile(pattern))
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
+    return out

@@ -44,8 +44,10 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a published checkpoint, naming the file; None if it is whole."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"'{checkpoint}' is not a checkpoint of effopd-train: it has no {MANIFEST}"
     except (OSError, ValueError):
-        return f"'{checkpoint / MANIFEST}' is missing or unreadable"
+        return f"'{checkpoint / MANIFEST}' is unreadable"
     for name, (size, crc) in manifest.items():
         file = checkpoint / name
         if not file.is_file():

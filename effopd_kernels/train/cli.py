@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import trl
@@ -103,7 +104,27 @@ def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
     flag = "--resume_from_checkpoint"
     if flag in argv and (argv[-1] == flag or argv[argv.index(flag) + 1].startswith("--")):
         argv = [*argv[: argv.index(flag) + 1], "true", *argv[argv.index(flag) + 1 :]]
-    return parser.parse_args_and_config(argv)
+    return parse_options(parser, argv)
+
+
+def parse_options(parser: trl.TrlParser, argv: list[str]) -> tuple:
+    """The parser's dataclasses from flags and `--config`.
+
+    Raises UserError, one sentence, where argparse prints all its options and TRL gives advice for programmers.
+    """
+
+    def refuse(message: str):
+        raise UserError(message)
+
+    parser.error = refuse
+    strings = {"return_remaining_strings": True, "separate_remaining_strings": True}
+    *values, in_file, in_flags = parser.parse_args_and_config(argv, **strings)
+    for unknown, where in ((in_file, "in the --config file"), (in_flags, "")):
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = get_close_matches(name, parser._option_string_actions, n=1)
+            raise UserError(" ".join(["unknown option", name, where]).strip() + "".join(f"; {n}?" for n in near))
+    return tuple(values)
 
 
 def resolve_checkpoint(args: OPDConfig) -> None:

@@ -8,6 +8,7 @@ import torch
 import trl
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
+from ..extrapolation.selection import compiled
 from .errors import UserError
 from .loss import divergence_from_beta
 
@@ -188,6 +189,11 @@ class OPDConfig(trl.DistillationConfig):
         if self.effopd_score == "loss" and self.effopd_search != "gradient":
             raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
         parse_schedule(self.effopd_schedule)
+        for name in ("effopd_include", "effopd_exclude"):
+            try:
+                compiled(f"--{name}", getattr(self, name) or [])
+            except ValueError as e:
+                raise UserError(str(e)) from e
         self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
 
     @property

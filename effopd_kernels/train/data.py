@@ -28,8 +28,8 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
     (`prompt` as messages, `reward_model.ground_truth`) is read as it is.
 
     Raises:
-        UserError: nothing to load there, no prompt column, an empty dataset, or a prompt that is empty or neither text
-            nor chat messages (row named).
+        UserError: nothing to load there, no prompt column, an empty dataset, a prompt that is empty or neither text nor
+            chat messages (row named), or text and messages both.
     """
     path = Path(name)
     if path.suffix in _BUILDERS:
@@ -75,6 +75,7 @@ def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
         dataset = dataset.rename_column(prompt, "prompt")
     if answer not in (None, "answer"):
         dataset = dataset.rename_column(answer, "answer")
+    text = isinstance(dataset["prompt"][0], str)
     for row, value in enumerate(dataset["prompt"]):
         if not value:
             raise UserError(f"dataset '{where}' has an empty prompt in row {row}")
@@ -82,6 +83,10 @@ def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
             raise UserError(
                 f"dataset '{where}' has a prompt in row {row} that is neither text nor a list of chat messages, each "
                 "with 'role' and 'content'"
+            )
+        if isinstance(value, str) is not text:
+            raise UserError(
+                f"dataset '{where}' has text and chat messages as prompts, in rows 0 and {row}: make them all one kind"
             )
     return dataset.select_columns([c for c in ("prompt", "answer", "image", "images") if c in dataset.column_names])
 
@@ -91,15 +96,20 @@ def _is_chat(value: Any) -> bool:
 
 
 def require_answers(dataset: datasets.Dataset, where: str) -> None:
-    """Raise UserError unless every row has an `answer`."""
+    """Raise UserError unless every row has an `answer`: text, a number, or a list of such of which any one is right."""
     if "answer" not in dataset.column_names:
         raise UserError(
             f"--eval_metric accuracy needs a column {_either((*ANSWER_NAMES, 'reward_model.ground_truth'))} in "
             f"'{where}', whose columns are {_listed(dataset.column_names)}; --eval_metric teacher_kl needs none"
         )
     for row, value in enumerate(dataset["answer"]):
-        if value is None or value == "":
+        answers = value if isinstance(value, list) else [value]
+        if not answers or any(a is None or a == "" for a in answers):
             raise UserError(f"dataset '{where}' has no answer in row {row}")
+        if any(isinstance(a, (dict, list)) for a in answers):
+            raise UserError(
+                f"dataset '{where}' has an answer in row {row} that is neither text, a number nor a list of such"
+            )
 
 
 def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **chat_kwargs: Any) -> int:

@@ -78,12 +78,14 @@ def _math_verify(completion: str, answer: str) -> bool:
     return bool(verify(parse(f"${answer}$"), parse(completion)))
 
 
-def is_correct(completion: str, answer: str | int | float, rel_tol: float = 1e-6) -> bool:
-    """Whether the final answer of `completion` equals that of `answer`.
+def is_correct(completion: str, answer: str | float | list[str | float], rel_tol: float = 1e-6) -> bool:
+    """Whether the final answer of `completion` equals that of `answer`, or of one of several.
 
     Numbers are compared within `rel_tol` (relative), strings after folding case, white space and closing punctuation.
     When the `math_verify` package is installed, a mismatch gets a second opinion from it (symbolic equality).
     """
+    if isinstance(answer, list):
+        return any(is_correct(completion, one, rel_tol) for one in answer)
     answer = str(answer)
     gold = marked if (marked := _marked(answer)) is not None else answer
     gold_number = _number(gold)

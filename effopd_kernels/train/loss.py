@@ -107,8 +107,11 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
     """Make `trainer` compute its loss with effopd_kernels; returns the loss in use. Undone by `restore_trl_loss`.
 
     Raises:
+        TypeError: `trainer` is not a `trl.DistillationTrainer`.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
+    if not isinstance(trainer, DistillationTrainer):
+        raise TypeError(f"use_fused_loss needs a trl.DistillationTrainer, not a {type(trainer).__name__}")
     method = getattr(type(trainer), "_compute_loss", None)
     if method is None or _JOINT not in method.__code__.co_names or _JOINT not in method.__globals__:
         import trl

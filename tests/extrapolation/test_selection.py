@@ -80,6 +80,12 @@ def test_nothing_left_is_an_error_that_names_patterns_and_parameters():
         select(named_tensors(torch.nn.Linear(2, 2).requires_grad_(False)), "", ())
 
 
+@pytest.mark.parametrize("patterns", ["[", ["mlp", "["], [3]], ids=str)
+def test_what_is_no_regular_expression_is_named(patterns):
+    with pytest.raises(ValueError, match=r"exclude: ('\['|3) is not a regular expression: "):
+        select({"mlp.w": torch.zeros(1)}, "", patterns)
+
+
 def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
     linear = torch.nn.Linear(2, 2)
     named = named_tensors([("module._orig_mod.a.weight", linear.weight), ("b.weight", linear.weight)])

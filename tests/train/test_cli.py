@@ -58,6 +58,9 @@ def broken_worlds(world, tmp):
     shutil.copytree(world / "teacher", tmp / "cut")
     os.truncate(tmp / "cut" / "model.safetensors", 10_000)
     (tmp / "broken.yaml").write_text("max_steps: [\n")
+    (tmp / "typo.yaml").write_text("learning_rat: 1e-5\n")
+    chat = [{"prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows]
+    tiny.write_jsonl(tmp / "mixed.jsonl", [*rows[:2], *chat])
     tiny.write_jsonl(tmp / "long.jsonl", [*rows, {"prompt": "and " * 200, "answer": "1"}])
     (tmp / "used").mkdir()
     (tmp / "used" / "thesis.txt").write_text("x")
@@ -91,7 +94,18 @@ def broken_worlds(world, tmp):
         "bad schedule": (case(effopd_schedule="sometimes"), "--effopd_schedule 'sometimes' is not"),
         "score of no search": (case(effopd_score="loss"), "--effopd_score loss needs --effopd_search gradient"),
         "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
-        "unknown flag": ([*case(), "--learning_speed=1"], "learning_speed"),
+        "unknown flag": ([*case(), "--learning_rates=1"], "unknown option --learning_rates; --learning_rate?"),
+        "unknown key": (["--config", tmp / "typo.yaml"], "--learning_rat in the --config file; --learning_rate?"),
+        "bad value": (
+            case(learning_rate="fast"),
+            "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+        ),
+        "bad pattern": (case(effopd_include="["), "--effopd_include: '[' is not a regular expression"),
+        "text and chat": (
+            case(dataset_name=tmp / "mixed.jsonl"),
+            "has text and chat messages as prompts, in rows 0 and 2",
+        ),
+        "no checkpoint": (case(resume_from_checkpoint=world / "student"), "is not a checkpoint of effopd-train"),
         "bad config file": (["--config", str(tmp / "none.yaml")], "none.yaml"),
         "broken config file": (["--config", str(tmp / "broken.yaml")], "broken.yaml"),
         "truncated weights": (case(teacher_model_name_or_path=tmp / "cut"), f"the weights of '{tmp / 'cut'}'"),
@@ -130,7 +144,8 @@ CASES = [
     "missing file", "long prompt", "output in use", "nothing to resume", "nothing to extrapolate", "no answers",
     "NaN teacher", "bad schedule", "score of no search", "bad divergence", "unknown flag", "bad config file",
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
-    "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed",
+    "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
+    "bad value", "bad pattern", "text and chat", "no checkpoint",
 ]  # fmt: skip
 
 
@@ -140,7 +155,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(refused, case):
     assert result["code"] == 2, result
     lines = [line for line in result["stderr"].splitlines() if "error:" in line]
     assert len(lines) == 1 and says in lines[0], result["stderr"]
-    assert "Traceback" not in result["stderr"]
+    assert "Traceback" not in result["stderr"] and "usage:" not in result["stderr"]
 
 
 def test_refusing_loses_nothing(refused):

@@ -67,6 +67,11 @@ def test_answers_are_required_for_accuracy():
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"]}), "d")
     with pytest.raises(UserError, match="no answer in row 1"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", None]}), "d")
+    require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [["1", "one"]]}), "d")
+    with pytest.raises(UserError, match="no answer in row 0"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d")
+    with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor a list of such"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [{"value": "1"}]}), "d")
 
 
 def test_overlong_prompts_are_counted_dropped_or_refused():

@@ -18,6 +18,7 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("she has -3 left", "-3"),
         ("so we get 42 at last", "The steps were 40 + 2.\n#### 42"),
         (r"\boxed{f(x) = \{1, 2\}}", r"f(x) = \{1, 2\}"),
+        ("the answer is Big Apple", ["New York", "big apple"]),
     ],
 )
 def test_right(completion, answer):
@@ -26,7 +27,15 @@ def test_right(completion, answer):
 
 @pytest.mark.parametrize(
     ("completion", "answer"),
-    [("the answer is 8", "7"), ("", "7"), ("7 of 9", "7"), ("the answer is Rome", "Paris"), ("1/0", "1"), ("7.1", "7")],
+    [
+        ("the answer is 8", "7"),
+        ("", "7"),
+        ("7 of 9", "7"),
+        ("the answer is Rome", "Paris"),
+        ("1/0", "1"),
+        ("7.1", "7"),
+        ("it is 3", ["7", 8]),
+    ],
 )
 def test_wrong(completion, answer):
     assert not is_correct(completion, answer)

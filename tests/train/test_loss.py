@@ -118,6 +118,8 @@ def test_a_trl_that_moved_the_joint_is_named(world):
         RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"
     ):
         use_fused_loss(object.__new__(Moved))
+    with pytest.raises(TypeError, match=r"needs a trl\.DistillationTrainer, not a Linear"):
+        use_fused_loss(torch.nn.Linear(1, 1))
 
 
 def test_divergence_and_temperature_of_the_loss(world, tmp_path):
