@@ -95,7 +95,10 @@ class EffOPDController:
         process_group=None,
         report_s: float = 60.0,
     ):
-        self.alphas = tuple(float(a) for a in alphas)
+        try:
+            self.alphas = tuple(float(a) for a in alphas)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error
         if not self.alphas or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in self.alphas):
             raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")
         if search not in ("candidates", "gradient"):

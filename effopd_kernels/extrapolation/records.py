@@ -29,7 +29,9 @@ class Scores:
         if isinstance(result, Scores):
             values, tokens, seconds = result.values, int(result.tokens), result.seconds
         if isinstance(values, Tensor):
-            values = values.detach().flatten().tolist()
+            values = values.detach()
+        if hasattr(values, "flatten"):  # a tensor, or numpy's
+            values = values.flatten().tolist()
         elif isinstance(values, Real):
             values = [values]
         try:

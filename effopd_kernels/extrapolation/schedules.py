@@ -1,6 +1,7 @@
 """At which global steps EffOPD acts."""
 
 from collections.abc import Callable, Collection
+from numbers import Integral
 
 __all__ = ["schedule_of"]
 
@@ -10,12 +11,12 @@ def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int], bool]:
 
     Raises ValueError for anything else, an empty collection, or steps below 1.
     """
-    if schedule == "pow2":
+    if isinstance(schedule, str) and schedule == "pow2":
         return lambda step: step > 0 and step & (step - 1) == 0
-    if isinstance(schedule, int) and not isinstance(schedule, bool) and schedule > 0:
+    if isinstance(schedule, Integral) and not isinstance(schedule, bool) and schedule > 0:
         return lambda step: step > 0 and step % schedule == 0
     if isinstance(schedule, Collection) and not isinstance(schedule, str):
-        steps = frozenset(schedule)
-        if steps and all(isinstance(step, int) and step > 0 for step in steps):
-            return steps.__contains__
+        steps = list(schedule)
+        if steps and all(isinstance(step, Integral) and step > 0 for step in steps):
+            return frozenset(steps).__contains__
     raise ValueError(f'schedule must be "pow2", a positive int, or a collection of steps >= 1, got {schedule!r}')

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,7 +99,9 @@ def test_off_schedule_and_repeated_steps_do_nothing():
 
 
 @pytest.mark.parametrize(
-    "schedule, steps", [("pow2", [1, 2, 4, 8, 16]), (5, [5, 10, 15]), ({3, 7}, [3, 7]), ([2], [2])], ids=str
+    "schedule, steps",
+    [("pow2", [1, 2, 4, 8, 16]), (5, [5, 10, 15]), ({3, 7}, [3, 7]), (np.array([2, 6]), [2, 6])],
+    ids=str,
 )
 def test_schedules(schedule, steps):
     net = model()
@@ -288,12 +291,16 @@ def test_state_of_other_weights_is_refused():
     "options, words",
     [
         (dict(alphas=()), "alphas"),
+        (dict(alphas=3), "alphas must be a sequence of numbers, got 3"),
+        (dict(alphas=["a"]), "alphas must be a sequence of numbers"),
         (dict(alphas=(3, float("nan"))), "alphas"),
         (dict(alphas=(1,)), "alphas"),
         (dict(schedule="pow3"), "schedule"),
         (dict(schedule=0), "schedule"),
         (dict(schedule=[]), "schedule"),
         (dict(schedule=[0]), "schedule"),
+        (dict(schedule=np.array([1.5])), "schedule"),
+        (dict(schedule=np.ones((2, 2), int)), "schedule"),
         (dict(min_delta=-1), "min_delta"),
         (dict(min_delta=float("nan")), "min_delta"),
         (dict(accept="median"), "accept"),
@@ -305,6 +312,18 @@ def test_state_of_other_weights_is_refused():
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         EffOPDController(model(), lambda: 0.0, **options)
+
+
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_scores_of_any_shape(array):
+    net = model()
+    controller = EffOPDController(net, Script(net, array([[1.0, 2.0], [3.0, 6.0]]), array(0.0)), alphas=(3,))
+    train(net)
+    with pytest.raises(ValueError, match="1 scores for a candidate and 4 before"):
+        controller.step(1)
+    controller.score_fn = Script(net, array([[1.0, 2.0], [3.0, 6.0]]), array([[0.0], [9.0], [9.0], [9.0]]))
+    event = controller.step(1)
+    assert (event.score_initial, event.score_best) == (3.0, 6.75)
 
 
 @pytest.mark.parametrize(
