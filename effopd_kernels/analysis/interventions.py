@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OP
     if "-h" in argv or "--help" in argv:
         print_help(parser)
         raise SystemExit(0)
-    return parser.parse_args_and_config(argv)
+    return cli.parse_options(parser, argv)
 
 
 EVALUATION = {  # options of effopd-train that matter here, and what they mean here where that differs

@@ -359,7 +359,7 @@ def broken(trained, tmp):
         "NaN in the base": (case("--base", tmp / "nan_base"), f"the base {tmp / 'nan_base'} has weights that are not"),
         "in use": (case(out="used"), "exists and is not empty"),
         "over its input": (arguments(trained, trained, "--overwrite_output_dir", "true"), "which is read"),
-        "unknown flag": (case("--speed", 3), "speed"),
+        "unknown flag": (case("--sampel", 3), "unknown option --sampel"),
     }
 
 
