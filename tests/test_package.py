@@ -54,6 +54,22 @@ def test_works_without_the_extension_and_says_so_once():
     assert said.count("installed without its C++ extension") == 1
 
 
+def test_the_trainer_names_what_is_missing_before_any_training():
+    run(
+        """
+        import importlib.util
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" else find(name, *rest)
+        try:
+            import effopd_kernels.train
+        except ImportError as error:
+            assert str(error) == "effopd_kernels.train needs matplotlib: pip install effopd-kernels[train]", error
+        else:
+            raise AssertionError("imported")
+        """
+    )
+
+
 def test_every_benchmark_is_collected_from_its_folder():
     """`pytest benchmarks/ --benchmark-only` finds files by pattern, not by name."""
     root = Path(__file__).parents[1]

@@ -16,7 +16,9 @@ from typing import TypeVar
 
 import torch
 
-Item, Result, Function = TypeVar("Item"), TypeVar("Result"), TypeVar("Function", bound=Callable)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable)
 
 
 def without_autocast(function: Function) -> Function:

@@ -1,5 +1,10 @@
 """The thin trainer behind `effopd-train`, on TRL. Needs `pip install effopd-kernels[train]`."""
 
+from importlib.util import find_spec
+
+if missing := [name for name in ("trl", "peft", "matplotlib", "rich") if find_spec(name) is None]:
+    raise ImportError(f"effopd_kernels.train needs {', '.join(missing)}: pip install effopd-kernels[train]")
+
 from .callback import EffOPDCallback
 from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError
