@@ -24,8 +24,6 @@ def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
     if any(size > 1 and stride < student.shape[-1] for size, stride in _axes(student)):  # expanded: rows share memory
         student = student.clone(memory_format=torch.contiguous_format)
     loss, stats = torch.ops.effopd.divergence_rows_(student, teacher, mask_N, row_scale, *spec, needs[0], with_stats)
-    if needs[0] and not torch.compiler.is_compiling() and not student.is_inference():
-        torch.autograd.graph.increment_version(student)  # whoever saved the logits for a backward must hear of it
     return loss, (student,) if needs[0] else (None,), stats
 
 
