@@ -12,17 +12,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UserError
-from ..extrapolation.lora import COMPANION
+from ..extrapolation.lora import CHANGES_BASE, COMPANION
 from .checkpoints import Checkpoint, listed, read_json
 
 CONFIG = "adapter_config.json"
-# Variants of peft's LoraConfig whose weight is not W + s·B·A, and initialisations that first change W, most by taking
-# s·B·A out of it (eva, orthogonal, gaussian and mica leave it alone).
+# Variants of peft's LoraConfig whose weight is not W + s·B·A.
 _VARIANTS = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
     "alora_invocation_tokens": "aLoRA",
 }  # fmt: skip
-_REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
 
 
@@ -92,7 +90,7 @@ class Adapter(Checkpoint):
             kind = kinds[0] if kinds else config["peft_type"]
             raise UserError(f"{folder} is a {kind} adapter; only LoRA is W + s·B·A: merge it into the model first")
         start = str(config.get("init_lora_weights")).lower()
-        if start.startswith(_REBASED):
+        if start.startswith(CHANGES_BASE):
             raise UserError(
                 f"{folder} began with init_lora_weights={start}, which changed the base, so base + s·B·A is not its "
                 "model: convert it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), or merge "

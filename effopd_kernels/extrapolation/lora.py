@@ -32,8 +32,9 @@ __all__ = ["COMPANION", "LoraWeights", "is_lora_name"]
 
 COMPANION = "effopd"
 BASE = "base_model.model."  # where a PeftModel holds the model that its configs speak of
-# Initialisations that subtract the first r ranks from the base weights, and do so again wherever the adapter is loaded.
-TIED_TO_RANK = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that first change the base weights, most by taking the first r ranks out of them, and do so again
+# wherever the adapter is loaded (eva, orthogonal, gaussian and mica leave them alone).
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (E, r, in), s·B (E, out, r)), fp32
 
@@ -157,7 +158,7 @@ class LoraWeights:
         if not terms:
             return False
         config = self.model.peft_config[self.adapter]
-        if str(config.init_lora_weights).startswith(TIED_TO_RANK):
+        if str(config.init_lora_weights).startswith(CHANGES_BASE):
             raise ValueError(
                 f"an adapter with init_lora_weights={config.init_lora_weights!r} must keep its rank, so the jumps stay "
                 f"in the adapter {COMPANION!r}: load both, from the folder and from its subfolder of that name"
