@@ -1,5 +1,6 @@
 """Tests of what needs an extra are left out, and named at the top, where the extra is not installed."""
 
+import signal
 from importlib.util import find_spec
 
 NEEDS = {
@@ -12,6 +13,9 @@ NEEDS = {
 }
 MISSING = {path: [name for name in names if find_spec(name) is None] for path, names in NEEDS.items()}
 collect_ignore = [path for path, names in MISSING.items() if names]
+
+# A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():
