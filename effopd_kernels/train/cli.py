@@ -138,22 +138,24 @@ def resolve_checkpoint(args: OPDConfig) -> None:
         raise UserError(f"--resume_from_checkpoint: {wrong}")
 
 
-def check_output_dir(args: OPDConfig, student: str | None) -> None:
+def check_output_dir(folder: Path, write_over: bool, go_on: str = "") -> None:
     """A folder in use is resumed or overwritten on request, never by accident; one that cannot be written is said now,
-    not when there is something to write."""
-    folder = Path(args.output_dir)
+    not when there is something to write. `go_on`: how to resume a run in it, if that can be."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"--output_dir '{folder}' cannot be written: '{there}' is "
             + ("read-only" if there.is_dir() else "not a folder")
         )
-    asked = args.resume_from_checkpoint or args.overwrite_output_dir
-    if not asked and folder.is_dir() and any(folder.iterdir()):
+    if not write_over and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
-            f"--output_dir '{folder}' exists and is not empty; pass --resume_from_checkpoint to go on with it, "
-            "--overwrite_output_dir to write over it, or another folder"
+            f"--output_dir '{folder}' exists and is not empty; pass {go_on}--overwrite_output_dir to write over it, or "
+            "another folder"
         )
+
+
+def check_models_stay(args: OPDConfig, student: str | None) -> None:
+    """Raises UserError where writing over an earlier run would remove a model that this one begins with."""
     for model in (student, args.teacher_model_name_or_path) if args.overwrite_output_dir else ():
         if model and any(c.resolve() in (p := Path(model).resolve(), *p.parents) for c in _abandoned(args)):
             raise UserError(f"--overwrite_output_dir would remove '{model}': choose another --output_dir")
@@ -261,7 +263,12 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     """Train, then write the student, summary.json and curves.png into `output_dir`."""
     resolve_checkpoint(args)
     if PartialState().is_main_process:
-        check_output_dir(args, model_args.model_name_or_path)
+        check_output_dir(
+            Path(args.output_dir),
+            write_over=bool(args.resume_from_checkpoint or args.overwrite_output_dir),
+            go_on="--resume_from_checkpoint to go on with it, ",
+        )
+        check_models_stay(args, model_args.model_name_or_path)
     trainer = build_trainer(data, args, model_args)
     if PartialState().is_main_process and args.overwrite_output_dir:
         for checkpoint in _abandoned(args):

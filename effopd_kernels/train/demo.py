@@ -133,13 +133,11 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
         raise UserError("--demo runs in one process; torchrun is for runs of your own models")
     # "trainer_output" is what transformers fills in when no output_dir was given.
     output = Path("outputs/demo" if args.output_dir == "trainer_output" else args.output_dir)
-    if not args.overwrite_output_dir and any((output / m).exists() for m in NAMES):
-        raise UserError(
-            f"'{output}' holds a demo already; pass --overwrite_output_dir to run it again, or another --output_dir"
-        )
+    if args.resume_from_checkpoint:
+        raise UserError("--demo runs from its beginning: pass --overwrite_output_dir, not --resume_from_checkpoint")
+    cli.check_output_dir(output, args.overwrite_output_dir)
     torch.set_num_threads(1)  # matrices 64 wide: threads cost more to wake than they do, far more on a busy machine
     build_world(output / "world", args.seed)
-    given = [a for a in argv if a != "--demo"]
     world = {
         "model_name_or_path": output / "world/student",
         "teacher_model_name_or_path": output / "world/teacher",
@@ -150,9 +148,7 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
     runs = []
     for method in NAMES:
         own = {"output_dir": output / method, "effopd_enabled": method == "effopd"}
-        flags = (
-            [f"--{k}={v}" for k, v in {**DEFAULTS, **world}.items()] + given + [f"--{k}={v}" for k, v in own.items()]
-        )
+        flags = [f"--{k}={v}" for k, v in {**DEFAULTS, **world}.items()] + argv + [f"--{k}={v}" for k, v in own.items()]
         print(f"\n{NAMES[method]}")
         runs.append(run_summary(cli.run(*cli.parse(flags))))
     summary = compare(*runs)

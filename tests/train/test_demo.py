@@ -29,4 +29,18 @@ def test_demo(tmp_path, capsys):
         assert (tmp_path / name).is_file(), name
     assert "To OPD's final score" in capsys.readouterr().out
     assert main(argv) == 2  # a second demo does not overwrite the first unasked
-    assert "holds a demo already" in capsys.readouterr().err
+    assert f"--output_dir '{tmp_path}' exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_demos_folder_is_checked_as_any_runs(tmp_path, capsys):
+    """Before anything is built in it."""
+    (tmp_path / "summary.json").write_text("of another run")
+    for flags, says in (
+        (["--output_dir", tmp_path], f"--output_dir '{tmp_path}' exists and is not empty; pass --overwrite_output_dir"),
+        (["--output_dir", tmp_path / "summary.json" / "demo"], f"cannot be written: '{tmp_path}/summary.json' is not"),
+        (["--output_dir", tmp_path, "--resume_from_checkpoint"], "--demo runs from its beginning"),
+    ):
+        assert main(["--demo", *map(str, flags)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("effopd-train: error: ") and says in line
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("summary.json", "of another run")]
