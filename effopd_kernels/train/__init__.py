@@ -2,12 +2,13 @@
 
 from importlib.util import find_spec
 
+from .errors import NonFiniteLossError, NotInstalledError, UserError
+
 if missing := [name for name in ("trl", "peft", "matplotlib", "rich") if find_spec(name) is None]:
-    raise ImportError(f"effopd_kernels.train needs {', '.join(missing)}: pip install effopd-kernels[train]")
+    raise NotInstalledError(f"effopd_kernels.train needs {', '.join(missing)}: pip install effopd-kernels[train]")
 
 from .callback import EffOPDCallback
 from .config import OPDConfig
-from .errors import NonFiniteLossError, UserError
 from .loss import FusedLoss, restore_trl_loss, use_fused_loss
 from .trainer import OPDTrainer
 
@@ -15,6 +16,7 @@ __all__ = [
     "EffOPDCallback",
     "FusedLoss",
     "NonFiniteLossError",
+    "NotInstalledError",
     "OPDConfig",
     "OPDTrainer",
     "UserError",

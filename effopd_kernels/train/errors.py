@@ -1,8 +1,12 @@
-"""The two ways a run ends early that are nobody's bug."""
+"""The ways a run ends early that are nobody's bug."""
 
 from ..errors import UserError
 
-__all__ = ["NonFiniteLossError", "UserError"]
+__all__ = ["NonFiniteLossError", "NotInstalledError", "UserError"]
+
+
+class NotInstalledError(ImportError, UserError):
+    """A package of the extra `train` is missing."""
 
 
 class NonFiniteLossError(FloatingPointError):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,15 @@ def test_interrupted_before_training_nothing_is_said_of_resuming(world, tmp_path
     monkeypatch.setattr(cli, "build_trainer", interrupted)
     assert cli.main(flags(world, tmp_path / "out")) == 130
     assert capsys.readouterr().err == "effopd-train: interrupted\n"
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    """A package whose entry in `sys.modules` is None is not found, as if it were not installed."""
+    (script,) = re.findall(r'(?m)^effopd-train = "(.*):main"$', (HERE.parents[1] / "pyproject.toml").read_text())
+    code = f"import sys; sys.modules.update(trl=None, rich=None); from {script} import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = "effopd-train: error: effopd_kernels.train needs trl, rich: pip install effopd-kernels[train]\n"
+    assert (run.returncode, run.stderr) == (2, said)
 
 
 def test_help_is_readable(world):
