@@ -12,7 +12,6 @@ Scores are computed on the same prompts with the same random numbers for every c
 alone. All it takes of an engine is a list of named tensors and a function that scores the current weights.
 """
 
-import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -26,7 +25,7 @@ from .event import Event
 from .interrupts import Deferred
 from .masters import reset_before_next_step, reset_state
 from .records import EffOPDEvent
-from .schedules import schedule_of
+from .schedules import alphas_of, schedule_of
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
 from .weights import weights_of
 
@@ -95,12 +94,7 @@ class EffOPDController:
         process_group=None,
         report_s: float = 60.0,
     ):
-        try:
-            self.alphas = tuple(float(a) for a in alphas)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error
-        if not self.alphas or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in self.alphas):
-            raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")
+        self.alphas = alphas_of(alphas)
         if search not in ("candidates", "gradient"):
             raise ValueError(f'search must be "candidates" or "gradient", got {search!r}')
         if search == "gradient" and loss_fn is None:

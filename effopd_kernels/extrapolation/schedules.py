@@ -1,9 +1,10 @@
-"""At which global steps EffOPD acts."""
+"""At which global steps EffOPD acts, and which step sizes it then tries."""
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 
-__all__ = ["schedule_of"]
+__all__ = ["alphas_of", "schedule_of"]
 
 
 def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int], bool]:
@@ -20,3 +21,14 @@ def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int], bool]:
         if steps and all(isinstance(step, Integral) and step > 0 for step in steps):
             return frozenset(steps).__contains__
     raise ValueError(f'schedule must be "pow2", a positive int, or a collection of steps >= 1, got {schedule!r}')
+
+
+def alphas_of(alphas: Sequence[float]) -> tuple[float, ...]:
+    """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1)."""
+    try:
+        values = tuple(float(a) for a in alphas)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error
+    if not values or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in values):
+        raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")
+    return values

@@ -8,6 +8,8 @@ import torch
 import trl
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
+from ..extrapolation.acceptance import acceptance_rule
+from ..extrapolation.schedules import alphas_of
 from ..extrapolation.selection import compiled
 from .errors import UserError
 from .loss import divergence_from_beta
@@ -189,6 +191,11 @@ class OPDConfig(trl.DistillationConfig):
         if self.effopd_score == "loss" and self.effopd_search != "gradient":
             raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
         parse_schedule(self.effopd_schedule)
+        try:  # what the controller would refuse, once the models are loaded
+            alphas_of(self.effopd_alphas[: self.effopd_max_candidates])
+            acceptance_rule(self.effopd_acceptance, self.effopd_min_delta, self.effopd_confidence)
+        except ValueError as e:
+            raise UserError(f"--effopd_{e}") from e
         for name in ("effopd_include", "effopd_exclude"):
             try:
                 compiled(f"--{name}", getattr(self, name) or [])

@@ -94,6 +94,12 @@ def broken_worlds(world, tmp):
         "NaN teacher": (case(teacher_model_name_or_path=tmp / "nan"), "the teacher's logits are not finite at step 1"),
         "bad schedule": (case(effopd_schedule="sometimes"), "--effopd_schedule 'sometimes' is not"),
         "score of no search": (case(effopd_score="loss"), "--effopd_score loss needs --effopd_search gradient"),
+        "no step": (
+            case(effopd_alphas=1),
+            "--effopd_alphas must be finite and neither 0 nor 1, at least one, got [1.0]",
+        ),
+        "worse is accepted": (case(effopd_min_delta=-0.1), "--effopd_min_delta must be >= 0, got -0.1"),
+        "too sure": (case(effopd_confidence=84), "--effopd_confidence must be in [0.5, 1), got 84.0"),
         "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
         "unknown flag": ([*case(), "--learning_rates=1"], "unknown option --learning_rates; --learning_rate?"),
         "unknown key": (["--config", tmp / "typo.yaml"], "--learning_rat in the --config file; --learning_rate?"),
@@ -146,7 +152,8 @@ CASES = [
     "NaN teacher", "bad schedule", "score of no search", "bad divergence", "unknown flag", "bad config file",
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
-    "bad value", "bad pattern", "text and chat", "no checkpoint",
+    "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
+    "too sure",
 ]  # fmt: skip
 
 
