@@ -54,6 +54,36 @@ def test_works_without_the_extension_and_says_so_once():
     assert said.count("installed without its C++ extension") == 1
 
 
+def test_a_warning_made_an_error_does_not_keep_the_package_from_working():
+    run(
+        """
+        import sys, warnings
+        sys.modules["effopd_kernels._C"] = None
+        import torch, effopd_kernels as ek
+        warnings.simplefilter("error")
+        try:
+            ek.reverse_kl_loss(torch.zeros(2, 5), torch.eye(2, 5))
+        except RuntimeWarning as warning:
+            assert "installed without its C++ extension" in str(warning)
+        else:
+            raise AssertionError("said nothing")
+        assert ek.reverse_kl_loss(torch.zeros(2, 5), torch.eye(2, 5)) > 0
+        """
+    )
+
+
+def test_tests_are_collected_without_the_extension():
+    tests = [str(Path(__file__).parent / idea) for idea in ("divergence", "extrapolation", "lowrank")]
+    run(
+        f"""
+        import sys
+        sys.modules["effopd_kernels._C"] = None
+        import pytest
+        assert pytest.main(["--collect-only", "-q", "--no-header", *{tests!r}]) == 0
+        """
+    )
+
+
 def test_the_trainer_names_what_is_missing_before_any_training():
     run(
         """

@@ -42,7 +42,7 @@ def _reference(student, teacher, *args, grad_out, with_stats):
     rows = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
     loss, grad, stats = reference.divergence_rows(*rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
     if grad_out is not None:
-        grad_out.copy_(grad.view(student.shape))
+        grad_out.data.copy_(grad.view(student.shape))  # .data, since a raised version takes a view out of its graph
     return loss, stats if with_stats else loss.new_empty(0)
 
 

@@ -9,7 +9,7 @@ import torch
 from effopd_kernels.divergence import ops, reverse_kl_loss
 
 module = ops.native()
-pytestmark = pytest.mark.skipif(not hasattr(module, "fresh_rows"), reason="pages are kept on Linux only")
+pytestmark = pytest.mark.skipif(not hasattr(module, "fresh_rows"), reason="needs the C++ extension on Linux")
 N, V = 64, 50_000  # 12.8 MB in fp32
 
 

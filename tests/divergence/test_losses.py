@@ -329,10 +329,11 @@ def test_views(view, reduction, teacher_as):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in C++, and in the reference
 @pytest.mark.parametrize("view", ["dropped last", "slice", "batch of batches", "sliced twice", "strided batch"])
-def test_in_place_writes_into_views(view):
+def test_in_place_writes_into_views(view, dtype):
     view = (VIEWS | {"strided batch": lambda x: x[::2]})[view]
-    base, teacher = random(4, 6, 64), view(random(4, 6, 64, seed=1))
+    base, teacher = random(4, 6, 64).to(dtype), view(random(4, 6, 64, seed=1)).to(dtype)
     logits = view(base.clone().requires_grad_() * 1)
     expected = torch.autograd.grad(divergence_loss(logits, teacher), logits)[0]
     memory = logits.data_ptr()

@@ -116,6 +116,7 @@ def test_sums_of_squares_out_of_range_of_fp32():
         assert abs(ops.stats([a], [], False)[0, ops.SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
 
 
+@pytest.mark.skipif(not native(), reason="needs the C++ extension")
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("pair", [True, False])
