@@ -23,7 +23,7 @@ from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
 from .errors import NonFiniteLossError, UserError
-from .report import MetricsFile, run_summary, write_report
+from .report import MetricsFile, run_summary, saved_step, write_report
 from .trainer import OPDTrainer
 
 logger = logging.getLogger(__name__)
@@ -274,13 +274,15 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
         for checkpoint in _abandoned(args):
             shutil.rmtree(checkpoint)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.eval_dataset is not None and trainer.last_evaluated != trainer.state.global_step:
+    last = trainer.state.global_step
+    if trainer.eval_dataset is not None and trainer.last_evaluated != last == saved_step(trainer):
         trainer.evaluate()
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))
-        logger.info("student, metrics.jsonl, summary.json and curves.png are in %s", args.output_dir)
+        student = f"student (of step {saved_step(trainer)})"
+        logger.info("%s, metrics.jsonl, summary.json and curves.png are in %s", student, args.output_dir)
     return trainer
 
 

@@ -165,7 +165,13 @@ class OPDConfig(trl.DistillationConfig):
             self.dataloader_pin_memory = False
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        best, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
+        if self.metric_for_best_model is not None:  # where none was given, transformers' is the loss: not measured here
+            self.metric_for_best_model = metric = (best or self.eval_metric).removeprefix("eval_")
+            self.greater_is_better = metric == "accuracy" if greater is None else greater
+            if metric not in EVAL_METRICS:
+                raise UserError(f"--metric_for_best_model {metric!r} is not one of {', '.join(EVAL_METRICS)}")
         for name, allowed in {
             "eval_metric": EVAL_METRICS,
             "overlong_prompts": ("error", "drop"),

@@ -25,8 +25,15 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
+def saved_step(trainer) -> int:
+    """The step whose weights the model has when training is over: not the last one's under `load_best_model_at_end`."""
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    return trainer.state.global_step if best is None else int(Path(best).name.rpartition("-")[2])
+
+
 def run_summary(trainer) -> dict[str, Any]:
-    """One run as data. `score` is the held-out `eval_metric`, higher is better (minus the KL for teacher_kl)."""
+    """One run as data. `score` is the held-out `eval_metric`, higher is better (minus the KL for teacher_kl);
+    `final_score` is the last step's, `saved_score` that of the model in the folder (None where it was not scored)."""
     args, sign = trainer.args, 1 if trainer.args.eval_metric == "accuracy" else -1
     key = f"eval_{args.eval_metric}"
     points = {r["step"]: r for r in trainer.state.log_history if key in r}  # one per step, the last one written
@@ -47,6 +54,8 @@ def run_summary(trainer) -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "eval_metric": args.eval_metric,
         "final_score": curve[-1]["score"] if curve else None,
+        "saved_step": (saved := saved_step(trainer)),
+        "saved_score": next((p["score"] for p in curve if p["step"] == saved), None),
         "curve": curve,
         "events": [
             {

@@ -246,6 +246,13 @@ class OPDTrainer(trl.DistillationTrainer):
                 raise KeyboardInterrupt
             return output
 
+    def _run_epoch(self, *args, **kwargs):
+        """Resumed at its end, a run is over: transformers would train one step more before it looks."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The trained adapter is loaded here too: beside EffOPD's, which lies in a folder of its own, transformers 5.17
         passes it over, and training would go on from a fresh one."""
@@ -287,11 +294,12 @@ class OPDTrainer(trl.DistillationTrainer):
                 self._staging = None
             if self.effopd is not None:
                 self.effopd.save(staged, self.state.global_step)
+            best = checkpoint_name(self.state.best_global_step)
+            if best == name or (run_dir / best).is_dir():  # super() looked for it in the staging folder
+                self.state.best_model_checkpoint = str(run_dir / best)
             if self.args.should_save:
                 (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
-                if self.state.best_global_step:  # super() looked for it in the staging folder
-                    self.state.best_model_checkpoint = str(run_dir / checkpoint_name(self.state.best_global_step))
-                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
             for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):
                 self.accelerator.wait_for_everyone()

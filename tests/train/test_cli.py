@@ -100,6 +100,10 @@ def broken_worlds(world, tmp):
         ),
         "worse is accepted": (case(effopd_min_delta=-0.1), "--effopd_min_delta must be >= 0, got -0.1"),
         "too sure": (case(effopd_confidence=84), "--effopd_confidence must be in [0.5, 1), got 84.0"),
+        "best by no metric": (
+            case(metric_for_best_model="loss"),
+            "--metric_for_best_model 'loss' is not one of accuracy, teacher_kl",
+        ),
         "bad divergence": (case(divergence="tv"), "--divergence 'tv' is not one of"),
         "unknown flag": ([*case(), "--learning_rates=1"], "unknown option --learning_rates; --learning_rate?"),
         "unknown key": (["--config", tmp / "typo.yaml"], "--learning_rat in the --config file; --learning_rate?"),
@@ -153,7 +157,7 @@ CASES = [
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
     "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
-    "too sure",
+    "too sure", "best by no metric",
 ]  # fmt: skip
 
 
@@ -211,6 +215,22 @@ def test_overwriting_drops_the_earlier_runs_checkpoints(world, tmp_path, capsys)
     assert (out / "checkpoint-3").is_dir()
     assert cli.main(flags(world, out, **again)) == 0
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("eval_steps", "saved"), [(2, 2), (1, 4)])
+def test_the_summary_says_which_steps_model_was_saved_and_its_score(world, tmp_path, eval_steps, saved):
+    """The KL falls, so the step of the greatest is the first that was evaluated: step 1 has no checkpoint to load."""
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "save_strategy": "steps", "save_steps": 2}
+    best |= {"eval_steps": eval_steps, "max_steps": 4, "learning_rate": 5e-3, "effopd_enabled": False}
+    for again in (None, "true"):  # then nothing is left to train, and the model that is loaded is not the last step's
+        assert cli.main(flags(world, tmp_path / "out", **best, resume_from_checkpoint=again)) == 0
+        (run,) = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+        scores = {p["step"]: p["score"] for p in run["curve"]}
+        assert list(scores) == list(range(eval_steps, 5, eval_steps)) and sorted(scores.values()) == [*scores.values()]
+        assert (run["final_score"], run["saved_step"], run["saved_score"]) == (scores[4], saved, scores[saved])
+    folders = tmp_path / "out", tmp_path / "out" / f"checkpoint-{saved}"
+    student, checkpoint = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(student[name], checkpoint[name]) for name in student)
 
 
 def test_interrupted_before_training_nothing_is_said_of_resuming(world, tmp_path, monkeypatch, capsys):
