@@ -256,12 +256,13 @@ class OPDTrainer(trl.DistillationTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """The trained adapter is loaded here too: beside EffOPD's, which lies in a folder of its own, transformers 5.17
         passes it over, and training would go on from a fresh one."""
+        student = self.model if model is None else model
+        _check_rank(resume_from_checkpoint, student)
         with _fitting(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            model = self.model if model is None else model
             trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-            if trained.is_file() and COMPANION in getattr(model, "peft_config", {}):
-                model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+            if trained.is_file() and COMPANION in getattr(student, "peft_config", {}):
+                student.load_adapter(resume_from_checkpoint, student.active_adapters[0], is_trainable=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _fitting(checkpoint):
@@ -314,6 +315,20 @@ class OPDTrainer(trl.DistillationTrainer):
                     best_model_checkpoint=self.state.best_model_checkpoint,
                     use_mtime=False,
                 )
+
+
+def _check_rank(checkpoint: str, student: torch.nn.Module) -> None:
+    """Raises UserError where the student's adapter is not as long as the checkpoint's: when training ends, it takes up
+    its jumps (`EffOPDController.fold_`), and what was saved before does not fit any more."""
+    config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
+    if not adapters or not config.is_file():
+        return
+    there, here = json.loads(config.read_text()).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
+    if there != here:
+        raise UserError(
+            f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
+            "it longer when training ended, resume with model and trainer constructed anew"
+        )
 
 
 @contextmanager

@@ -367,6 +367,10 @@ def test_a_lora_student(world, tmp_path):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
         torch.testing.assert_close(loaded(ids).logits, trained, rtol=1e-4, atol=1e-4)
 
+    with pytest.raises(UserError, match=r"checkpoint-3' has an adapter of rank 4, .* trainer constructed anew"):
+        whole.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(whole), after)
+
 
 def test_messages_go_through_the_chat_template(world, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]} for r in tiny.problems()]
