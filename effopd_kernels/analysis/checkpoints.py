@@ -70,8 +70,11 @@ class Checkpoint:
         self.shapes = {name: self._file.shapes[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in fresh memory."""
-        return self._file.read(self._stored[name])
+        """One tensor, in fresh memory. Raises UserError where the file has been cut short since it was opened."""
+        try:
+            return self._file.read(self._stored[name])
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
         """(a, b) with ΔW = a − b; b None stands for zero. ``base`` is the base's tensor of that name."""

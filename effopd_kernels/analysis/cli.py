@@ -1,7 +1,8 @@
 """`effopd-analyze`: what training did to the weights, from checkpoints on disk.
 
-Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (nothing was written, or, with
-`interventions`, what was done is kept and the same command goes on).
+Exit codes: 0 done; 2 something given was wrong or could not be read or written (one sentence on stderr); 130
+interrupted. After either nothing was written, or, with `interventions`, what was done is kept and the same command goes
+on.
 """
 
 import os
@@ -41,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise UserError(f"unknown command '{command}'; the commands are updates and interventions")
         run(arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:  # the latter: a file that is gone or not for this user
         from ..extrapolation.distributed import first_to_say
 
-        if first_to_say(str(error)):
-            print(f"effopd-analyze: error: {error}", file=sys.stderr)
+        known = isinstance(error, OSError) and error.filename and error.strerror
+        said = f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split())
+        if first_to_say(said):
+            print(f"effopd-analyze: error: {said}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # all ranks were, and one speaks for them

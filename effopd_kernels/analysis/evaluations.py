@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .edits import EditableModel
+from .output import written
 from .plans import Trial
 
 FILE = "evaluations.jsonl"
@@ -73,18 +74,19 @@ class Evaluations:
         self._intact = sum(map(len, whole))
 
     def add(self, key: str, evaluation: Evaluation, write: bool) -> None:
-        """write: whether this process is the one that keeps the file."""
+        """write: whether this process is the one that keeps the file. Raises UserError where the disk is full."""
         self.done[key] = evaluation
         if not write:
             return
         text = "" if self._intact else json.dumps(self.settings) + "\n"
         text += json.dumps([key, *evaluation]) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
-            file.truncate(self._intact)
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with written(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.truncate(self._intact)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
         self._intact += len(text.encode())
 
 

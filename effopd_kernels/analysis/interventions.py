@@ -26,7 +26,7 @@ from .checkpoints import Comparison, compare, listed
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
-from .output import check_free, not_left_empty
+from .output import check_free, not_left_empty, written
 from .plans import INTERVENTIONS, Plan, Trial
 from .roles import role_of
 from .scoring import Validate, estimate
@@ -282,14 +282,18 @@ def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], 
     missing = {name: edit for name, edit in named.items() if fresh or not (folder / name).exists()}
     first, partial = trainer.is_world_process_zero(), folder / ".partial"
     missing = broadcast_object_list([missing])[0]  # every process must save the same
-    for name, edit in missing.items():
+    try:
+        for name, edit in missing.items():
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            with model.edited(edit), written(folder):
+                trainer.save_model(str(partial))
+            if first:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                partial.replace(folder / name)
+    finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
-        with model.edited(edit):
-            trainer.save_model(str(partial))
-        if first:
-            shutil.rmtree(folder / name, ignore_errors=True)
-            partial.replace(folder / name)
 
 
 def model_name(trial: Trial) -> str:
@@ -305,10 +309,11 @@ def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, co
     compared = ", ".join(f"{t} ({len(c)} checkpoints)" for t, c in comparison.trajectories.items())
     lead = f"{compared}, from {comparison.base.label}: each edited in place, scored on the same prompts, and restored."
     try:
-        intervention_report.write(staging, rows, metric, settings, lead, notes)
-        for part in staging.iterdir():
-            if (folder / part.name).is_dir():
-                shutil.rmtree(folder / part.name)
-            part.replace(folder / part.name)
+        with written(folder):
+            intervention_report.write(staging, rows, metric, settings, lead, notes)
+            for part in staging.iterdir():
+                if (folder / part.name).is_dir():
+                    shutil.rmtree(folder / part.name)
+                part.replace(folder / part.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import UserError
 from ..extrapolation.lora import COMPANION
 
@@ -41,21 +43,38 @@ def not_left_empty(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, or never made
-            for path in made:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty, or never made
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def written(output_dir: str | Path) -> Iterator[None]:
+    """What the system refuses in the block, such as room on a full disk, is a UserError that names ``output_dir``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"--output_dir '{output_dir}' could not be written: {why}") from error
 
 
 @contextlib.contextmanager
 def whole_folder(output_dir: str | Path) -> Iterator[Path]:
     """A temporary folder: it becomes ``output_dir`` when the block ends well and is removed when not. A folder that is
     there stays and changes its content, for it may be a link, a mounted disk or where the user is.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
     """
-    folder = Path(output_dir).absolute()
+    with written(output_dir), not_left_empty(output_dir):
+        yield from _whole_folder(Path(output_dir).absolute())
+
+
+def _whole_folder(folder: Path) -> Iterator[Path]:
     filled, name = folder.is_dir(), f".{folder.name}.{os.getpid()}.partial"
     partial = folder / name if filled else folder.with_name(name)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         if not filled:
             os.replace(partial, folder)

@@ -1,5 +1,6 @@
 """What can be opened, what is refused and in which words."""
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from effopd_kernels.analysis import cli
 from effopd_kernels.analysis.checkpoints import compare
 from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
+from effopd_kernels.lowrank import checkpoints as files
 
 Q, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 
@@ -327,6 +329,16 @@ def test_bad_input_is_one_sentence_before_any_work(base, tmp_path, capsys):
         said = capsys.readouterr().err
         assert sentence in said and said.startswith("effopd-analyze: error: ") and said.count("\n") == 1, (label, said)
         assert "Traceback" not in said and sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_a_file_that_may_not_be_read_is_named(base, tmp_path, monkeypatch, capsys):
+    def refused(path, *_, **__):  # root may read anything
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open", refused, raising=False)
+    arguments = ["updates", "--base", base, "--checkpoints", base, "--output_dir", tmp_path / "out"]
+    assert cli.main([*map(str, arguments)]) == 2
+    assert capsys.readouterr().err == f"effopd-analyze: error: {base}/model.safetensors: Permission denied\n"
 
 
 def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """`effopd-analyze interventions` on tiny real trajectories: what it plans, what it writes, stopping and going on."""
 
+import errno
 import json
 import math
 import os
@@ -144,6 +145,22 @@ def test_evaluations_survive_a_line_cut_short(tmp_path):
     with pytest.raises(UserError, match=r"another seed \(0, now 1\)"):
         Evaluations(tmp_path, {"seed": 1})
     assert not Evaluations(tmp_path, {"seed": 1}, fresh=True).done
+
+
+def test_a_full_disk_loses_no_evaluation_that_was_noted(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    one, two = Evaluation([1.0], [0.25], 3, 0.5), Evaluation([0.0], None, 3, 0.5)
+    evaluations = Evaluations(tmp_path / "out", {"seed": 0})
+    evaluations.add("one", one, write=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"out' could not be written: No space left on device"):
+            evaluations.add("two", two, write=True)
+    again = Evaluations(tmp_path / "out", {"seed": 0})
+    again.add("two", two, write=True)
+    assert Evaluations(tmp_path / "out", {"seed": 0}).done == {"one": one, "two": two}
 
 
 @pytest.mark.parametrize("text", ["garbage\n", "[1, 2]\n", '{"seed": 0}\n7\n', '{"seed": 0}\n["key", 1]\n'])

@@ -1,8 +1,10 @@
 """`effopd-analyze updates` on checkpoints whose updates are known by construction."""
 
 import csv
+import errno
 import html
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
 
 from effopd_kernels.analysis import cli, figures, updates
+from effopd_kernels.analysis.checkpoints import compare
 from effopd_kernels.analysis.output import whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
@@ -27,6 +30,13 @@ from effopd_kernels.analysis.tables import read_table
 def undrawn(monkeypatch):
     """Runs whose figures nobody looks at."""
     monkeypatch.setattr(figures, "save", planted.save_blank)
+
+
+def raising(error):
+    def function(*_, **__):
+        raise error
+
+    return function
 
 
 def rows(out, table, **wanted):
@@ -234,14 +244,34 @@ def test_tokens_that_are_not_finite_have_not_moved_most(undrawn, folders, tmp_pa
     assert math.isinf(second["shift"]) and math.isnan(second["cosine"])
 
 
-def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(updates, "write_report", interrupted)
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "out' could not be written: No space left on device"),
+        (OSError("[errno 28] No space left"), 2, "out' could not be written: [errno 28] No space left"),  # pyarrow's
+    ],
+)
+def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatch, capsys, error, code, said):
+    monkeypatch.setattr(updates, "write_report", raising(error))
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 130
-    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "new" / "out")]) == code
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err.endswith(said + "\n")
+
+
+def test_a_file_that_goes_while_it_is_read_is_named(undrawn, folders, tmp_path, monkeypatch, capsys):
+    """Gone, or cut short, between the look at its header and the reading of its tensors."""
+    file = shutil.copytree(folders / "rl" / "saved1", tmp_path / "run") / "model.safetensors"
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", file.parent, "--output_dir", tmp_path / "out"]
+    for spoil, said in (
+        (lambda: os.truncate(file, file.stat().st_size // 2), f"{file}: the file ended inside tensor"),
+        (file.unlink, f"{file}: No such file or directory"),
+    ):
+        whole = file.read_bytes()
+        monkeypatch.setattr(updates, "compare", lambda *given, spoil=spoil: (compare(*given), spoil())[0])
+        assert cli.main([*map(str, arguments)]) == 2
+        assert f"effopd-analyze: error: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+        file.write_bytes(whole)
 
 
 def test_exact_spectra_are_announced_and_agree(undrawn, folders, out, tmp_path, capsys):
@@ -298,10 +328,7 @@ def test_replaced_only_when_whole(undrawn, folders, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.html").write_text("old")
 
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(updates, "write_report", interrupted)
+    monkeypatch.setattr(updates, "write_report", raising(KeyboardInterrupt()))
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 130
     assert (tmp_path / "out" / "report.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
