@@ -13,7 +13,7 @@ alone. All it takes of an engine is a list of named tensors and a function that 
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class EffOPDController:
 
     def __init__(
         self,
-        params: nn.Module | Mapping[str, Tensor] | Collection[tuple[str, Tensor]],
+        params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         score_fn: Callable[[], Any] | None,
         *,
         schedule: str | int | Collection[int] = "pow2",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .shards import local
 
 __all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
 
+Alpha = float | Sequence[float] | Tensor
+
 
 class ExtrapolationStats(NamedTuple):
     """Per tensor, fp32, on the parameters' device, of the local shards; reading one is what synchronises."""
@@ -23,12 +25,36 @@ class ExtrapolationStats(NamedTuple):
     nonfinite: Tensor  # (L,) elements of W that are inf or NaN
 
 
+@overload
+def extrapolate_(
+    params: Iterable[Tensor],
+    anchors: Iterable[Tensor],
+    currents: Iterable[Tensor],
+    alpha: Alpha,
+    *,
+    masters: Iterable[Tensor | None] | None = None,
+    stats: Literal[True] = True,
+) -> ExtrapolationStats: ...
+
+
+@overload
+def extrapolate_(
+    params: Iterable[Tensor],
+    anchors: Iterable[Tensor],
+    currents: Iterable[Tensor],
+    alpha: Alpha,
+    *,
+    masters: Iterable[Tensor | None] | None = None,
+    stats: bool,
+) -> ExtrapolationStats | None: ...
+
+
 @torch.no_grad()
 def extrapolate_(
     params: Iterable[Tensor],
     anchors: Iterable[Tensor],
     currents: Iterable[Tensor],
-    alpha: float | Sequence[float] | Tensor,
+    alpha: Alpha,
     *,
     masters: Iterable[Tensor | None] | None = None,
     stats: bool = True,
@@ -66,6 +92,14 @@ def extrapolate_(
             if stats:
                 out[index] = part.to(out.device)
     return ExtrapolationStats(*out.unbind(1)) if stats else None
+
+
+@overload
+def extrapolate(w0: Tensor, delta: Tensor, alpha: float | Tensor) -> Tensor: ...
+
+
+@overload
+def extrapolate(w0: Sequence[Tensor], delta: Sequence[Tensor], alpha: Alpha) -> list[Tensor]: ...
 
 
 def extrapolate(w0, delta, alpha):

@@ -112,6 +112,14 @@ def test_schedules(schedule, steps):
     assert [e.step for e in controller.events] == steps
 
 
+def test_named_tensors_in_any_form():
+    """A generator too, which can be gone through once."""
+    for params in (lambda n: n.named_parameters(), lambda n: list(n.named_parameters()), lambda n: snapshot(n)):
+        net = model()
+        controller = EffOPDController(params(net), lambda: 0.0)
+        assert controller.weights.names == [n for n in snapshot(net) if not n.startswith("norm")]
+
+
 def test_an_exception_leaves_the_weights_of_the_step_and_the_event_can_be_repeated():
     for failing in range(6):
         net = model()
