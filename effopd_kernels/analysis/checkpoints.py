@@ -59,7 +59,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.label = Path(path), Path(path).name or str(path)
+        self.path, self.label = Path(path), printable(Path(path).name or path)
         self.config = read_json(self.path / "config.json")
         self.step = _step(self.path)
         try:
@@ -142,6 +142,11 @@ def listed(names: Sequence[str]) -> str:
     """The first ten, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def printable(text: str | Path) -> str:
+    """With bytes of a path or argument that are no text, which no table, figure or terminal takes, as \\udcff."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
 from . import intervention_report
-from .checkpoints import Comparison, compare, listed
+from .checkpoints import Comparison, compare, listed, printable
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
@@ -164,7 +164,7 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
         write_report(folder, rows, args.eval_metric, settings, comparison, notes_on(comparison, plan))
-        print(f"tables, figures and report.html are in {folder}")
+        print(f"tables, figures and report.html are in {printable(folder)}")
 
 
 def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig) -> None:

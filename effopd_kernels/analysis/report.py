@@ -118,6 +118,7 @@ def write_report(
     path.write_text(
         _PAGE.format(title=_text(title), style=_STYLE.read_text("utf-8"), body="\n".join(p for p in parts if p)),
         "utf-8",
+        "backslashreplace",  # paths may hold bytes that are no text
     )
     return path
 

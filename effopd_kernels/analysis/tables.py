@@ -23,12 +23,14 @@ def write_table(folder: str | Path, name: str, rows: Rows) -> None:
     table = pyarrow.table(dict(rows))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    csv.write_csv(table, folder / f"{name}.csv")
-    parquet.write_table(table, folder / f"{name}.parquet")
+    for write, suffix in ((csv.write_csv, "csv"), (parquet.write_table, "parquet")):
+        with open(folder / f"{name}.{suffix}", "wb") as file:  # opened here: Arrow takes no path that is not UTF-8
+            write(table, file)
 
 
 def read_table(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """The rows that :func:`write_table` wrote."""
     from pyarrow import parquet
 
-    return parquet.read_table(Path(folder) / f"{name}.parquet").to_pylist()
+    with open(Path(folder) / f"{name}.parquet", "rb") as file:
+        return parquet.read_table(file).to_pylist()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..extrapolation.distributed import Ranks, leave_process_group
 from .analyse import analyse, estimate
-from .checkpoints import FLOATS, Comparison, compare, listed
+from .checkpoints import FLOATS, Comparison, compare, listed, printable
 from .findings import Findings
 from .measure import Options
 from .output import check_free, whole_folder
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> Path:
         with whole_folder(args.output_dir) as folder:
             write_all(found, folder, {"seconds to read and measure": round(seconds, 1), "ranks": ranks.size})
     path = Path(args.output_dir) / REPORT_NAME
-    print(path)
+    print(printable(path))
     return path
 
 
@@ -93,6 +93,7 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
     out: dict[str, list[str]] = {}
     for text in named:
         name, _, folders = text.partition("=")
+        name = printable(name)
         paths = [path for path in folders.split(",") if path]
         if not name or not paths:
             raise UserError(f"--trajectory '{text}' must be NAME=DIR,DIR")

@@ -244,6 +244,19 @@ def test_tokens_that_are_not_finite_have_not_moved_most(undrawn, folders, tmp_pa
     assert math.isinf(second["shift"]) and math.isnan(second["cosine"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_of_bytes_that_are_no_text(undrawn, folders, tmp_path, capsys):
+    place = tmp_path / os.fsdecode(b"\xff")
+    shutil.copytree(folders / "rl" / "saved1", place / os.fsdecode(b"run\xfe"))
+    run = os.fsdecode(b"opd\xfd=") + str(place / os.fsdecode(b"run\xfe"))
+    arguments = ["updates", "--base", folders / "base", "--trajectory", run, "--output_dir", place / "out"]
+    assert cli.main([*map(str, arguments), "--rank", "4"]) == 0
+    (row,) = rows(place / "out", "totals")
+    assert (row["trajectory"], row["checkpoint"]) == (r"opd\udcfd", r"run\udcfe")
+    assert r"\udcff/run\udcfe</dd>" in (place / "out" / "report.html").read_text()
+    assert capsys.readouterr().out.endswith("\\udcff/out/report.html\n")
+
+
 @pytest.mark.parametrize(
     "error, code, said",
     [
