@@ -79,7 +79,7 @@ HELP = {
 
 def print_help(parser: trl.TrlParser) -> None:
     """The sixty options a run is made of, grouped; `--help_all` lists every one of TRL's and transformers'."""
-    actions = {a.dest: a for a in parser._actions}
+    actions = {a.dest: a for a in reversed(parser._actions)}  # --option, not the --no_option that may follow it
     print("usage: effopd-train [--config run.yaml] [--option value ...]      flags override the YAML file\n")
     print("  effopd-train --demo                                              a complete run in a few minutes")
     print("  effopd-train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\")
@@ -294,6 +294,8 @@ def _first_sentence(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):  # a character that its encoding lacks is a ?: α in --demo, √ in --help_all
+        sys.stdout.reconfigure(errors="replace")
     # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     args = None

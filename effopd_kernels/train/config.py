@@ -94,12 +94,12 @@ class OPDConfig(trl.DistillationConfig):
         },
     )
     eval_at_powers_of_two: bool = field(
-        default=False, metadata={"help": "Evaluate at steps 1, 2, 4, 8, … too, beside every eval_steps."}
+        default=False, metadata={"help": "Evaluate at steps 1, 2, 4, 8 and so on too, beside every eval_steps."}
     )
     effopd_enabled: bool = field(default=True, metadata={"help": "Extrapolate (EffOPD). False: plain OPD."})
     effopd_alphas: list[float] = field(
         default_factory=lambda: [3, 5, 7, 9, 11],
-        metadata={"help": "Candidate step sizes α in W = anchor + α·(W_t − anchor), in the order tried."},
+        metadata={"help": "Candidate step sizes alpha in W = anchor + alpha * (W_t - anchor), in order."},
     )
     effopd_max_candidates: int = field(default=5, metadata={"help": "Most candidates tried at one event."})
     effopd_schedule: str = field(
@@ -122,15 +122,15 @@ class OPDConfig(trl.DistillationConfig):
     effopd_search: str = field(
         default="candidates",
         metadata={
-            "help": "'candidates': try effopd_alphas in turn (published). 'gradient': find α ≤ max(effopd_alphas) from "
-            "the slope of the teacher KL on fixed completions, then score that one."
+            "help": "'candidates': try effopd_alphas in turn (published). 'gradient': find alpha <= max(effopd_alphas) "
+            "from the slope of the teacher KL on fixed completions, then score that one."
         },
     )
     effopd_score: str = field(
         default="eval_metric",
         metadata={
-            "help": "What an accepted α must improve: 'eval_metric', or, with effopd_search 'gradient', 'loss': the "
-            "very loss the search descends, so that nothing is generated beside its one batch. Recommended, with "
+            "help": "What an accepted alpha must improve: 'eval_metric', or, with effopd_search 'gradient', 'loss': "
+            "the very loss the search descends, so that nothing is generated beside its one batch. Recommended, with "
             "effopd_alphas 3 64, for small learning rates."
         },
     )

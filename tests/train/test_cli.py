@@ -1,5 +1,6 @@
 """The command as a user meets it, in processes of its own."""
 
+import io
 import itertools
 import json
 import math
@@ -261,6 +262,19 @@ def test_help_is_readable(world):
     assert len(short["stdout"].splitlines()) < 200 < len(full["stdout"].splitlines())
     for name in ("--model_name_or_path", "--effopd_alphas", "--eval_metric", "--resume_from_checkpoint", "--help_all"):
         assert name in short["stdout"], name
+
+
+def test_help_in_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([option])
+        assert stopped.value.code == 0
+    out.flush()
+    short, _, full = out.buffer.getvalue().decode("ascii").partition("--help_all")
+    assert "--effopd_enabled [EFFOPD_ENABLED]" in short and "--no_effopd_enabled" not in short
+    assert "?" not in short and "lora_alpha/?r" in full
 
 
 def test_ctrl_c_exits_130_with_a_checkpoint_to_resume_from(world, tmp_path):
