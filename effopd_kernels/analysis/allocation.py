@@ -9,7 +9,7 @@ from .findings import CHECKPOINT, Findings, Row, grouped, norms, share
 from .report import FIGURES, TABLES, Headline, Section, shown
 from .tables import write_table
 
-THIRDS = ("outside", "bottom", "middle", "top")
+THIRDS = ("outside", "whole", "bottom", "middle", "top")
 
 
 def allocation(found: Findings, folder: Path) -> tuple[list[Section], list[Headline]]:

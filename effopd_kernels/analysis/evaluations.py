@@ -126,7 +126,8 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
     """One row per trial: means over prompts with their standard errors, and the gain over the base.
 
     `gain` is of the score (accuracy, or minus the KL); `recovered` is the gain over that of the trajectory's final
-    model, None where that gained nothing. Both compare the same prompts, and so do their errors.
+    model, None where that gained nothing, or no more than other prompts might take away. Both compare the same prompts,
+    and so do their errors.
     """
     trials = list(trials)
     base = evaluations.done["base"].score(metric)
@@ -151,9 +152,9 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
 
 def ratio(values: list[float], reference: list[float] | None) -> tuple[float | None, float | None]:
     """mean(values) / mean(reference) and its standard error, both to first order (delta method); None where the
-    reference is not positive, of which nothing can be a share.
+    reference is not positive, or its interval of 95 % reaches 0: a share of that could be any number.
     """
-    if not reference or mean(reference) <= 0:
+    if not reference or mean(reference) <= 0 or mean(reference) <= Z * standard_error(reference):
         return None, None
     share = mean(values) / mean(reference)
     return share, standard_error([v - share * r for v, r in zip(values, reference, strict=True)]) / mean(reference)

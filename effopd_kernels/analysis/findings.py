@@ -52,7 +52,7 @@ class Findings:
         broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))
         notes = [f"NaN or infinite in the base, so left out of all numbers: {listed(list(broken))}."] if broken else []
         self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
-        self.middle = self.layers >= 3 and any(row["third"] == "middle" for row in self.rows)
+        self.middle = any(row["third"] == "middle" for row in self.rows)
 
     def last(self, trajectory: str, rows: Sequence[Row] | None = None) -> list[Row]:
         """The rows of a trajectory's last checkpoint."""

@@ -112,13 +112,23 @@ class View:
         )
 
     def losses(self) -> list[str]:
-        """A sentence for every final model that gained nothing."""
-        return [
-            f"The final model of {t} scores no better than the base ({LABELS[self.metric]}: {shown(row[self.metric])}, "
-            f"the base's {shown(self.base[self.metric])}): there is no gain, so none of its edits recovers a share."
-            for t, row in self.finals.items()
-            if row["recovered"] is None
-        ]
+        """A sentence for every final model that gained nothing, or no more than the choice of prompts explains."""
+        out = []
+        for t, row in self.finals.items():
+            scores = f"{LABELS[self.metric]}: {shown(row[self.metric])}, the base's {shown(self.base[self.metric])}"
+            gain = self.interval(row, MEASURED)
+            if row["recovered"] is None and gain.value <= 0:
+                out.append(
+                    f"The final model of {t} scores no better than the base ({scores}): there is no gain, so none of "
+                    "its edits recovers a share."
+                )
+            elif row["recovered"] is None:
+                out.append(
+                    f"The final model of {t} scores better than the base ({scores}) by no more than the choice of "
+                    f"prompts explains, {shown(gain)}: what its edits recover of that has no meaning and is left out; "
+                    "score on more prompts."
+                )
+        return out
 
     def table(self, own: Sequence[Row], across: str | None) -> list[dict[str, Any]]:
         """The metric, one row per setting and one column for each value of `across`, or one column."""

@@ -95,5 +95,9 @@ def _first(rules: list[tuple[str, str]], path: str) -> str | None:
 
 
 def third(layer: int | None, layers: int) -> str:
-    """Which third of the depth the middle of a layer is in: bottom, middle or top; "outside" for what is in none."""
-    return "outside" if layer is None else ("bottom", "middle", "top")[(2 * layer + 1) * 3 // (2 * layers)]
+    """Which third of the depth the middle of a layer is in: bottom, middle or top; "outside" for what is in no layer,
+    "whole" for an only one.
+    """
+    if layer is None:
+        return "outside"
+    return "whole" if layers == 1 else ("bottom", "middle", "top")[(2 * layer + 1) * 3 // (2 * layers)]

@@ -159,11 +159,25 @@ def scored(folder, score):
 
 def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", planted.save_blank)
-    right = {None: 2, "a": 1, "b": 3}  # of four prompts: a is worse than the base
-    rows, page = scored(tmp_path, lambda edit: [float(i < right[edit.trajectory]) for i in range(4)])
+    right = {None: 4, "a": 2, "b": 8}  # of eight prompts: a is worse than the base
+    rows, page = scored(tmp_path, lambda edit: [float(i < right[edit.trajectory]) for i in range(8)])
     assert all((row["recovered"] is None) == (row["trajectory"] != "b") for row in rows)
     assert "The final model of a scores no better than the base (accuracy: 0.25, the base's 0.5)" in page
     assert "The final model of b" not in page and re.search(r"best α recovers: b 100% \(α = 0.25\)\.", page)
+
+
+def test_nothing_is_a_share_of_noise(tmp_path, monkeypatch):
+    """One answer more of eight is right, which an edit that gains three would have recovered threefold."""
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+
+    def score(edit):
+        right = {None: 4, "a": 5, "b": 8}[edit.trajectory] if edit.alpha != 0.5 else 7
+        return [float(i < right) for i in range(8)]
+
+    rows, page = scored(tmp_path, score)
+    assert all((row["recovered"] is None) == (row["trajectory"] != "b") for row in rows)
+    assert "The final model of a scores better than the base (accuracy: 0.625, the base's 0.5) by no more than" in page
+    assert "0.125 [−0.12, 0.37]" in page and "a 300%" not in page and "The final model of b" not in page
 
 
 def test_intervals_of_right_and_wrong_answers():

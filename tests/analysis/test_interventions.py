@@ -109,15 +109,15 @@ def test_rows_compare_the_same_prompts(tmp_path):
     final, half = Edit("opd", 1, ("a",)), Edit("opd", 1, ("a",), alpha=0.5)
     trials = [Trial("base", Edit(), {}), Trial("final", final, {}), Trial("scale", half, {"alpha": 0.5})]
     evaluations = Evaluations(tmp_path, {})
-    scores = {"base": [0.0, 0.0, 1.0, 0.0], final.key(): [1.0, 1.0, 1.0, 0.0], half.key(): [1.0, 0.0, 1.0, 0.0]}
+    scores = {"base": [0.0, 0.0, 0.0, 1.0], final.key(): [1.0, 1.0, 1.0, 1.0], half.key(): [1.0, 1.0, 0.0, 1.0]}
     for key, values in scores.items():
         evaluations.add(key, Evaluation(values, None, 4, 1.0), write=False)
     base, whole, row = rows_of(trials, evaluations, "accuracy")
     assert (base["gain"], base["accuracy"], whole["recovered"], whole["recovered_se"]) == (0, 0.25, 1, 0)
-    assert row["alpha"] == 0.5 and row["gain"] == 0.25 and row["recovered"] == 0.5
-    assert row["gain_se"] == pytest.approx(statistics.stdev([1, 0, 0, 0]) / 2)
+    assert row["alpha"] == 0.5 and row["gain"] == 0.5 and row["recovered"] == 2 / 3
+    assert row["gain_se"] == pytest.approx(statistics.stdev([1, 1, 0, 0]) / 2)
     # ratio of means, to first order: the spread of g − r·G over |mean G|
-    assert row["recovered_se"] == pytest.approx(statistics.stdev([0.5, -0.5, 0, 0]) / 2 / 0.5)
+    assert row["recovered_se"] == pytest.approx(statistics.stdev([1 / 3, 1 / 3, -2 / 3, 0]) / 2 / 0.75)
 
 
 def test_a_gain_of_nothing_has_no_share(tmp_path):

@@ -82,6 +82,7 @@ def test_thirds_of_the_depth():
     assert [third(i, 6) for i in range(6)] == ["bottom"] * 2 + ["middle"] * 2 + ["top"] * 2
     assert [third(i, 4) for i in range(4)] == ["bottom", "middle", "middle", "top"]
     assert [third(i, 2) for i in range(2)] == ["bottom", "top"] and third(None, 6) == "outside"
+    assert third(0, 1) == "whole" and third(None, 1) == "outside"
 
 
 def test_a_stack_of_biases_is_no_matrix():
