@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .autograd import DivergenceStats, Spec
+from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
 
 
@@ -79,7 +79,7 @@ def row_factor(
     if mask is not None:
         mask = mask.reshape(-1)
     if weight is not None:
-        weight = weight.detach().reshape(-1).to(dtype)
+        weight = keepable(weight.detach().reshape(-1).to(dtype))
         weight = weight if mask is None else weight.masked_fill(~mask, 0)
     if reduction != "mean":
         return mask, weight

@@ -53,6 +53,16 @@ def apply(function: type[torch.autograd.Function], *args):
     return function.apply(*args) if wanted or not torch.compiler.is_compiling() else function.forward(*args)
 
 
+def keepable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or where it was made in inference mode, as a teacher's logits may have been, another on its memory: a
+    graph refuses to keep the former. torch.compile cannot trace the question; there the refusal, which says what to do,
+    stays.
+    """
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)
+
+
 class _DifferentiableOnce(torch.autograd.Function):
     """The identity, in a graph that refuses to be differentiated: silence would mean a second derivative of 0."""
 
@@ -144,7 +154,7 @@ def reduced_loss(
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
-        rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *tensors)
+        rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
         return rows if scale_N is None else rows * scale_N, rows.detach(), stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_float, gathered
-from .autograd import apply, differentiable_once
+from .autograd import apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import MIB, check_side, compute_dtype, pieces
 from .logits import divergence_loss
@@ -103,7 +103,8 @@ def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
     # the logits, their fp32 form, its exponentials and two gradients live at a time
     chunk_rows = chunk_bytes // (weight.shape[0] * 5 * 4)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return apply(_LinearRows, flat, weight, bias, ids.reshape(flat.shape[0], -1), rows, options, dtype, chunk_rows)
+    tensors = map(keepable, (flat, weight, bias, ids.reshape(flat.shape[0], -1)))
+    return apply(_LinearRows, *tensors, rows, options, dtype, chunk_rows)
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:

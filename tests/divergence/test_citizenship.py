@@ -143,6 +143,47 @@ def test_compiles_with_inductor():
     torch.testing.assert_close(student.grad, expected.grad)
 
 
+# ---- inference mode
+
+
+INFERENCE = (CASES | LINEAR) | {
+    "logits, weighted per row": (
+        lambda s, t, **o: divergence_loss(s, t, weight=t[:, 0].exp(), reduction="none").sum(),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INFERENCE)
+def test_what_was_made_in_inference_mode_is_a_constant(case):
+    """A teacher's results are as good from there; and so is a student's, of whom nobody wants a gradient."""
+    function, options = INFERENCE[case]
+    inputs = [random(N, V), random(N, V, seed=1)] if case not in LINEAR else heads()
+    half = len(inputs) // 2
+    results = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            made, alone = [x.clone() for x in inputs], function(*inputs, **options)
+            options = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        leaves = [x.clone().requires_grad_() for x in inputs[:half]]
+        loss = function(*leaves, *made[half:], **options)
+        loss.backward()
+        results.append((loss.detach(), alone, function(*made, **options), *(x.grad for x in leaves)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_a_frozen_head_may_be_made_in_inference_mode():
+    h, w, *_ = heads()
+    with torch.inference_mode():
+        frozen = w.clone()
+    grads = []
+    for weight in (w, frozen):
+        hidden = h.clone().requires_grad_()
+        linear_token_logprobs(hidden, weight, torch.arange(N)).sum().backward()
+        grads.append(hidden.grad)
+    assert torch.equal(*grads)
+
+
 # ---- autocast
 
 
