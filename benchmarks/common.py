@@ -1,5 +1,7 @@
 """What benchmarks share: the device's name and measured ceilings, contenders timed in turns, peak memory, tables."""
 
+import datetime
+import importlib.metadata
 import platform
 import re
 import statistics
@@ -9,6 +11,7 @@ import time
 
 import torch
 
+PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -24,6 +27,13 @@ def device_name() -> str:
             model = platform.machine()
         name = f"cpu {model} {torch.get_num_threads()}cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def when_and_with_what() -> dict[str, str]:
+    """The date and the versions that a result belongs to."""
+    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": date} | {name: installed[name] for name in PEERS if name in installed}
 
 
 def seconds(function) -> float:

@@ -3,8 +3,6 @@
 pytest benchmarks/ --benchmark-only [--quick] [--save-results]
 """
 
-import datetime
-import importlib.metadata
 import json
 import pathlib
 import sys
@@ -14,9 +12,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for common.py
 
-from common import device_name, table
-
-PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
+from common import device_name, table, when_and_with_what
 
 _tables: list[tuple[str, str, list[dict]]] = []
 
@@ -30,12 +26,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.benchmark_only:  # which the default options, made for the tests, would contradict
         config.option.benchmark_disable = False
-
-
-def when_and_with_what() -> dict[str, str]:
-    installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {"date": date} | {name: installed[name] for name in PEERS if name in installed}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import device_name, when_and_with_what
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
@@ -269,7 +270,8 @@ def main() -> None:
     if args.without_seconds:
         for row in rows:
             del row["seconds"]
-    (folder / "acceleration.json").write_text(json.dumps({"steps": args.steps, "rows": rows}, indent=1) + "\n")
+    about = {"device": device_name(), "written": when_and_with_what(), "steps": args.steps}
+    (folder / "acceleration.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     (folder / "acceleration.md").write_text(table(rows))
     figure(runs, folder / "acceleration.png")
     print(table(rows))
