@@ -1,10 +1,53 @@
-"""What the public functions share: checks before any work, the reduction's factor per row, the answer's shape."""
+"""What the public functions share: checks before any work, the reduction's factor per row, the answer's shape.
+
+The options are listed once more for type checkers: whether a loss comes alone or in a pair hangs on `return_stats`, and
+that takes an overload for each case.
+"""
+
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
+
+
+class TokenOptions(TypedDict, total=False):
+    mask: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    num_tokens: int | float | Tensor | None
+
+
+class LogitsOptions(TokenOptions, total=False):
+    temperature: float
+    teacher_temperature: float | None
+    inplace: bool
+
+
+class LinearOptions(TokenOptions, total=False):
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    temperature: float
+    teacher_temperature: float | None
+    chunk_bytes: int | None
+    logits_dtype: torch.dtype | None
+    num_valid: int | None
+
+
+class TopKOptions(TokenOptions, total=False):
+    student_weight: Tensor | None
+    student_bias: Tensor | None
+    student_logit_scale: float
+    student_softcap: float | None
+    tail: bool
+    temperature: float
+    chunk_bytes: int | None
 
 
 def gathered(tensor: Tensor | None) -> Tensor | None:

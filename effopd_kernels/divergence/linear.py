@@ -12,14 +12,18 @@ are needed one tile at a time. Both sizes come from one budget in bytes: more ch
 """
 
 import itertools
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import answer, check_float, gathered, make_spec, row_factor
-from .autograd import reduced_loss
+from .arguments import LinearOptions, answer, check_float, gathered, make_spec, row_factor
+from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MIB = 1 << 20
 
@@ -227,6 +231,21 @@ def _check_num_valid(mask_N: Tensor, num_valid: int) -> None:
         raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
+@overload
+def linear_divergence_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    divergence: Divergence = ..., *, return_stats: Literal[False] = False, **options: "Unpack[LinearOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_divergence_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    divergence: Divergence = ..., *, return_stats: Literal[True], **options: "Unpack[LinearOptions]",
+) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
+@overload
+def linear_divergence_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
+    divergence: Divergence = ..., *, return_stats: bool, **options: "Unpack[LinearOptions]",
+) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def linear_divergence_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -318,6 +337,21 @@ def linear_divergence_loss(
     return answer(loss, rows, stats, shape, reduction, return_stats)
 
 
+@overload
+def linear_reverse_kl_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    return_stats: Literal[False] = False, **options: "Unpack[LinearOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_reverse_kl_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    return_stats: Literal[True], **options: "Unpack[LinearOptions]",
+) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
+@overload
+def linear_reverse_kl_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    return_stats: bool, **options: "Unpack[LinearOptions]",
+) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def linear_reverse_kl_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **options
 ):

@@ -1,12 +1,17 @@
 """Divergences from logits. N tokens, V vocabulary."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
-from .arguments import answer, check_float, gathered, make_spec, row_factor
-from .autograd import reduced_loss
+from .arguments import LogitsOptions, answer, check_float, gathered, make_spec, row_factor
+from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _rows(tensors, row_scale, spec, needs, with_stats):
@@ -49,6 +54,21 @@ def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x.reshape(-1, x.shape[-1]) for x in pair)
 
 
+@overload
+def divergence_loss(
+    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
+    return_stats: Literal[False] = False, **options: "Unpack[LogitsOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def divergence_loss(
+    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
+    return_stats: Literal[True], **options: "Unpack[LogitsOptions]",
+) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
+@overload
+def divergence_loss(
+    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
+    return_stats: bool, **options: "Unpack[LogitsOptions]",
+) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def divergence_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -105,6 +125,21 @@ def divergence_loss(
     return answer(loss, rows, stats, shape, reduction, return_stats)
 
 
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    return_stats: Literal[False] = False, **options: "Unpack[LogitsOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    return_stats: Literal[True], **options: "Unpack[LogitsOptions]",
+) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
+@overload
+def reverse_kl_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    return_stats: bool, **options: "Unpack[LogitsOptions]",
+) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, **options):
     """KL(student ‖ teacher): `divergence_loss` with REVERSE_KL, and its options."""
     return divergence_loss(student_logits, teacher_logits, REVERSE_KL, **options)

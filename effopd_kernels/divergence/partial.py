@@ -5,14 +5,19 @@ on both sides, so that what is compared are two distributions over k + 1 outcome
 that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
 """
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
 
-from .arguments import check_float, gathered
-from .autograd import apply, differentiable_once, keepable
+from .arguments import TopKOptions, check_float, gathered
+from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import MIB, check_side, compute_dtype, pieces
 from .logits import divergence_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _transformed(logits_NV: Tensor, temperature: float, scale: float, softcap: float | None) -> Tensor:
@@ -122,6 +127,21 @@ def _check_range(name: str, ids: Tensor, V: int) -> None:
                 raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
 
 
+@overload
+def topk_divergence_loss(
+    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
+    return_stats: Literal[False] = False, **options: "Unpack[TopKOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def topk_divergence_loss(
+    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
+    return_stats: Literal[True], **options: "Unpack[TopKOptions]",
+) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
+@overload
+def topk_divergence_loss(
+    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
+    return_stats: bool, **options: "Unpack[TopKOptions]",
+) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def topk_divergence_loss(
     student: Tensor,
     teacher_logprobs: Tensor,
