@@ -1,15 +1,12 @@
 // W ← A + α·(C − A) over a list of tensors, on the CPU, in one pass with its statistics.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
 
-#include "cpu.h"
-
-namespace nb = nanobind;
+#include "tensors.h"
 
 namespace {
 
@@ -33,23 +30,33 @@ struct Span {
 
 const auto kRuns = supported(CLONES(run_spans));
 
-// Per tensor: addresses (masters empty, or 0 for none), number of elements, dtypes as w | a << 2 | c << 4 | m << 6.
-// alphas: fp64 (L,). stats: fp32 (L, 3), or 0 for none. All tensors contiguous; a param may be its anchor or its current.
-void extrapolate(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& anchors, const std::vector<uintptr_t>& currents,
-                 const std::vector<uintptr_t>& masters, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-                 uintptr_t alphas, uintptr_t stats, int threads, int instruction_set) {
+// Lists of L torch.Tensors (masters may be empty). alphas: fp64 (L,). stats: fp32 (L, 3), or 0 for none. A param may be its
+// anchor or its current. False, with nothing done, if a tensor is not contiguous or its dtype is not one of ours.
+bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::list currents, nb::list masters, uintptr_t alphas,
+                 uintptr_t stats, int threads, int instruction_set) {
+    const Exchange& api = Exchange::of(exchange);
     const int64_t L = int64_t(params.size());
     int64_t elements = 0, bytes = 0;
-    std::vector<Span> spans;
+    std::vector<Span> tensors(L), spans;
     std::vector<int64_t> first(L + 1, 0);  // of a tensor's spans
-    for (int64_t i = 0; i < L; ++i) elements += sizes[i], bytes += sizes[i] * size_of(dtypes[i] & 3);
     for (int64_t i = 0; i < L; ++i) {
-        Span s{reinterpret_cast<char*>(params[i]), reinterpret_cast<const char*>(anchors[i]), reinterpret_cast<const char*>(currents[i]),
-               masters.empty() ? nullptr : reinterpret_cast<char*>(masters[i]), dtypes[i] & 3, dtypes[i] >> 2 & 3, dtypes[i] >> 4 & 3,
-               dtypes[i] >> 6 & 3, float(reinterpret_cast<const double*>(alphas)[i]), false, 0, 0};
+        DLTensor t[4];
+        for (int k = 0; k < (masters.size() ? 4 : 3); ++k) {
+            const nb::list& column = k == 0 ? params : k == 1 ? anchors : k == 2 ? currents : masters;
+            if (api.view(PyList_GetItem(column.ptr(), i), &t[k])) throw nb::python_error();
+            if (t[k].dtype() < 0 || !t[k].contiguous()) return false;
+        }
+        const bool master = masters.size();
+        tensors[i] = {t[0].address(), t[1].address(), t[2].address(), master ? t[3].address() : nullptr, t[0].dtype(),
+                      t[1].dtype(), t[2].dtype(), master ? t[3].dtype() : 0, float(reinterpret_cast<const double*>(alphas)[i]),
+                      false, 0, t[0].size()};
+        elements += tensors[i].end, bytes += tensors[i].end * size_of(tensors[i].w_dtype);
+    }
+    for (int64_t i = 0; i < L; ++i) {
+        Span s = tensors[i];
         s.stream = bytes >= kLarge && s.param != s.anchor && s.param != s.current;  // else its lines are in the caches
-        for (; s.begin < sizes[i]; s.begin = s.end) {
-            s.end = std::min(s.begin + kSpan, sizes[i]);
+        for (s.end = 0; s.begin < tensors[i].end; s.begin = s.end) {
+            s.end = std::min(s.begin + kSpan, tensors[i].end);
             spans.push_back(s);
         }
         first[i + 1] = int64_t(spans.size());
@@ -72,8 +79,40 @@ void extrapolate(const std::vector<uintptr_t>& params, const std::vector<uintptr
             for (int64_t j = first[i]; j < first[i + 1]; ++j) total += sums[3 * j + k];
             reinterpret_cast<float*>(stats)[3 * i + k] = float(total);
         }
+    return true;
+}
+
+// Whether four equally long lists hold plain tensors (of one of `types`, masters all or none None), floating, all on one
+// device and those of a row of one shape. False too where that cannot be told.
+bool alike(nb::handle exchange, nb::tuple types, nb::list params, nb::list anchors, nb::list currents, nb::list masters) {
+    const Exchange& api = Exchange::of(exchange);
+    const size_t L = params.size();
+    if (!L || anchors.size() != L || currents.size() != L || masters.size() != L) return false;
+    const bool no_masters = nb::handle(PyList_GetItem(masters.ptr(), 0)).is_none();
+    DLTensor first{};
+    for (size_t i = 0; i < L; ++i) {
+        DLTensor param{};
+        for (const nb::list* column : {&params, &anchors, &currents, &masters}) {
+            const nb::handle tensor = PyList_GetItem(column->ptr(), Py_ssize_t(i));
+            if (column == &masters && no_masters) {
+                if (!tensor.is_none()) return false;
+                continue;
+            }
+            if (!tensor.type().is(types[0]) && !tensor.type().is(types[1])) return false;
+            DLTensor t;
+            if (api.view(tensor.ptr(), &t)) return PyErr_Clear(), false;
+            if (column == &params) param = t, first = i ? first : t;
+            if (!t.floating() || t.device_type != first.device_type || t.device_id != first.device_id || t.ndim != param.ndim ||
+                !std::equal(t.shape, t.shape + t.ndim, param.shape))
+                return false;
+        }
+    }
+    return true;
 }
 
 }  // namespace
 
-void bind_extrapolation(nb::module_& m) { m.def("extrapolate", &extrapolate); }
+void bind_extrapolation(nb::module_& m) {
+    m.def("extrapolate", &extrapolate);
+    m.def("alike", &alike);
+}

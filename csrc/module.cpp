@@ -1,5 +1,6 @@
 // The one extension module. Each idea binds its own kernels: csrc/<idea>.cpp defines bind_<idea>.
-// No libtorch here: kernels take addresses, sizes and a thread count, so one build serves every torch version.
+// No libtorch here: kernels take addresses, sizes and a thread count, or read tensors by DLPack (tensors.h), so one build
+// serves every torch version.
 #include <nanobind/nanobind.h>
 
 namespace nb = nanobind;

@@ -10,26 +10,28 @@ from torch import Tensor
 
 from ..native import DTYPES, native
 from .reference import wide
+from .shards import PLAIN
 
+# How the kernel reads a list of tensors, at a tenth of what their attributes take in Python (csrc/tensors.h).
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 BLOCK = 1 << 18  # elements: three fp32 blocks fit the second-level caches of two cores
 
 
 def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats: bool, instruction_set=-1) -> Tensor:
     """The CPU backend of `reference.extrapolate_`. instruction_set: the kernel's, −1 the best; None for torch.lerp."""
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
-    lists = [params, anchors, currents, *([masters] if masters else [])]
-    if instruction_set is None or native() is None:
-        fits = [False] * len(params)
-    elif all({t.dtype for t in column} <= DTYPES.keys() and all(t.is_contiguous() for t in column) for column in lists):
-        _cpp(*lists, alphas=alphas, stats=stats, instruction_set=instruction_set)
-        return stats
-    else:
-        fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in zip(*lists, strict=True)]
-    if any(fits):
-        chosen = ([t for t, fit in zip(column, fits, strict=True) if fit] for column in lists)
+    lists = [params, anchors, currents, masters]
+    fits = [False] * len(params)
+    if instruction_set is not None and EXCHANGE is not None and native() is not None:
+        if _cpp(*lists, alphas, stats, instruction_set):
+            return stats
+        rows = zip(*filter(None, lists), strict=True)
+        fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in rows]
+        chosen = ([t for t, fit in zip(column, fits, strict=False) if fit] for column in lists)
         where = torch.tensor(fits, device="cpu")
         some = stats.new_empty((sum(fits) if with_stats else 0, 3))
-        _cpp(*chosen, alphas=alphas[where], stats=some, instruction_set=instruction_set)
+        done = _cpp(*chosen, alphas[where], some, instruction_set)
+        assert done
         if with_stats:
             stats[where] = some
     for i, (alpha, anchor, current, param) in enumerate(zip(alphas.tolist(), anchors, currents, params, strict=True)):
@@ -43,14 +45,18 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
     return stats
 
 
-def _cpp(params, anchors, currents, masters=(), *, alphas: Tensor, stats: Tensor, instruction_set: int) -> None:
-    columns = (params, anchors, currents, *([masters] if masters else []))
-    codes = [[DTYPES[t.dtype] << 2 * k for t in column] for k, column in enumerate(columns)]
-    dtypes = list(map(sum, zip(*codes, strict=True)))
-    addresses = [[t.data_ptr() for t in column] for column in (params, anchors, currents, masters)]
+def alike(params: list, anchors: list, currents: list, masters: list) -> bool:
+    """Whether these, equally long, are plain floating tensors on the CPU (masters: or all None), those of a row of one
+    shape. False also where only a look at each can tell."""
+    here = params and type(params[0]) in PLAIN and params[0].is_cpu and EXCHANGE is not None and native() is not None
+    return bool(here) and native().alike(EXCHANGE, PLAIN, params, anchors, currents, masters)
+
+
+def _cpp(params, anchors, currents, masters, alphas: Tensor, stats: Tensor, instruction_set: int) -> bool:
+    """False, with nothing done, if a tensor is not contiguous or of another dtype than the kernel's."""
     alphas = alphas.to(torch.float64).contiguous()
-    native().extrapolate(
-        *addresses, [t.numel() for t in params], dtypes, alphas.data_ptr(), stats.data_ptr() if len(stats) else 0,
+    return native().extrapolate(
+        EXCHANGE, params, anchors, currents, masters, alphas.data_ptr(), stats.data_ptr() if len(stats) else 0,
         torch.get_num_threads(), instruction_set,
     )  # fmt: skip
 

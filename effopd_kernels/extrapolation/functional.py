@@ -1,6 +1,5 @@
 """The two functions users import: `extrapolate_` for a list of weights in place, `extrapolate` with gradients."""
 
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Literal, NamedTuple, overload
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
+from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .shards import local
 
 __all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
@@ -79,9 +78,12 @@ def extrapolate_(
     params, anchors, currents = list(params), list(anchors), list(currents)
     masters = [None] * len(params) if masters is None else list(masters)
     alphas = _one_alpha_per_tensor(alpha, len(params))
-    columns = [[None if t is None else local(t) for t in ts] for ts in (params, anchors, currents, masters)]
-    _check(*columns)
-    groups = _groups(columns[0], masters)
+    columns = [params, anchors, currents, masters]
+    groups = [range(len(params))]
+    if not cpu.alike(*columns):
+        columns = [[None if t is None else local(t) for t in ts] for ts in columns]
+        _check(*columns)
+        groups = _groups(columns[0], masters)
     if len(groups) == 1:
         out = _call(*columns, alphas, stats)
     else:
@@ -150,12 +152,15 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
         return alpha.detach().to(torch.float64).expand(count)
-    values = [float(alpha)] * count if isinstance(alpha, Real) else [float(x) for x in alpha]
-    if len(values) != count:
-        raise ValueError(f"{len(values)} alphas for {count} tensors")
-    if not all(map(math.isfinite, values)):
+    if isinstance(alpha, Real):
+        alphas = torch.full((count,), float(alpha), dtype=torch.float64, device="cpu")
+    else:
+        alphas = torch.tensor([float(x) for x in alpha], dtype=torch.float64, device="cpu")
+    if len(alphas) != count:
+        raise ValueError(f"{len(alphas)} alphas for {count} tensors")
+    if not alphas.isfinite().all():
         raise ValueError(f"alpha must be finite, got {alpha}")
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+    return alphas
 
 
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:

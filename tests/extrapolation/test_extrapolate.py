@@ -224,6 +224,51 @@ class TestPublicFunction:
         assert all(map(torch.equal, arguments["params"], before))
 
 
+LISTS_ARE_READ = pytest.mark.skipif(
+    cpu.EXCHANGE is None or native() is None, reason="lists are read by C++, from DLPack"
+)
+
+
+@LISTS_ARE_READ
+def test_lists_that_need_no_look_at_each_tensor():
+    """Every kind of mistake, in whichever row and list, is left to the checks that name it."""
+    plain = [torch.zeros(3, 2), torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)), torch.zeros(9)[2:5],
+             torch.zeros(3, 4).t(), torch.zeros(0), torch.zeros(())]  # fmt: skip
+    wide = [torch.zeros(t.shape, dtype=torch.float64) for t in plain]
+    lists = [plain, wide, plain, wide]
+    assert cpu.alike(*lists) and cpu.alike(*lists[:3], [None] * 6)
+    assert not cpu.alike([], [], [], []) and not cpu.alike(plain[:5], *lists[1:])
+    wrong = [torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.complex64), torch.zeros(2, 2), None]
+    wrong += [
+        torch.zeros(3),
+        torch.zeros(4, device="meta"),
+        torch.zeros(4).to_sparse(),
+        torch.nn.UninitializedParameter(),
+    ]
+    for column in range(4):
+        for tensor in wrong:
+            changed = [[*ts[:1], tensor, *ts[2:]] if k == column else ts for k, ts in enumerate(lists)]
+            assert not cpu.alike(*changed), (column, tensor)
+
+
+@LISTS_ARE_READ
+def test_views_are_written_where_they_are():
+    """With an offset into their storage, or an odd stride along a side of one."""
+    for view in (lambda t: t[5:11], lambda t: t.as_strided((6, 1), (1, 9), 3)):
+        storage, anchor, current = torch.full((20,), -1.0), torch.randn(20), torch.randn(20)
+        extrapolate_([view(storage)], [view(anchor)], [view(current)], 3.0)
+        expected = torch.full((20,), -1.0)
+        torch.lerp(view(anchor), view(current), 3.0, out=view(expected))
+        torch.testing.assert_close(storage, expected)
+
+
+def test_a_torch_whose_lists_cannot_be_read(monkeypatch):
+    monkeypatch.setattr(cpu, "EXCHANGE", None)
+    param, anchor, current = triple((300,), (torch.bfloat16, torch.float32, torch.float32))
+    stats = extrapolate_([param], [anchor], [current], 3.0)
+    assert torch.equal(param, torch.lerp(anchor, current, 3.0).bfloat16()) and stats.nonfinite.item() == 0
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # imports of torch.compile's and of forward mode's own
 class TestDifferentiable:
     @pytest.mark.parametrize("shape", [(), (5,), (3, 0), (2, 3, 4)], ids=str)
