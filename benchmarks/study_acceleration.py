@@ -28,6 +28,7 @@ from effopd_kernels.train.demo import build_world
 PROMPT, ANSWER = 6, 4  # tokens: "07+85=", and three digits with the end token
 BATCH = 128
 KL = dict(score="kl", accept="paired")
+LOSS = dict(score="loss", search="gradient", alphas=(3, 64))
 METHODS = {
     "opd": ("OPD", None),
     "published": ("candidates by accuracy, strict > (published)", dict(score="accuracy")),
@@ -37,7 +38,8 @@ METHODS = {
         "gradient, α ≤ 64; −KL, paired, 97.5 %",
         dict(**KL, confidence=0.975, search="gradient", alphas=(3, 64)),
     ),
-    "gradient-loss": ("gradient, α ≤ 64; the loss itself", dict(score="loss", search="gradient", alphas=(3, 64))),
+    "gradient-loss": ("gradient, α ≤ 64; the loss itself", LOSS),
+    "adaptive": ("gradient, α ≤ 64; the loss itself; adaptive schedule", dict(**LOSS, schedule="adaptive")),
 }
 
 

@@ -43,7 +43,8 @@ class EffOPDController:
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
             or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
             ranks each scores its `share` of the prompts and all take the same decision.
-        schedule: "pow2" (published), an int n for every n-th step, or a collection of steps.
+        schedule: "pow2" (published), "adaptive" (more often while jumps pay, see `schedules`), an int n for every n-th
+            step, or a collection of steps.
         alphas: candidates in the order they are tried.
         include, exclude: regular expressions on parameter names; the default moves attention and MLP weights.
         min_delta: a candidate's mean score must exceed the best by more than this.
@@ -127,7 +128,7 @@ class EffOPDController:
         Raises whatever score_fn or on_weights_changed raises, Ctrl-C included; the weights are then W_t, bit for bit,
         and the controller as if the step had not been called.
         """
-        if global_step <= self.last_step or not self.due(global_step):
+        if global_step <= self.last_step or not self.due(global_step, self.events):
             return None
         with Deferred() as signals:
             event = Event(self, global_step, signals)

@@ -4,23 +4,42 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 
+from .records import EffOPDEvent
+
 __all__ = ["alphas_of", "schedule_of"]
 
+LEAST_WAIT = 4  # steps from one event of the adaptive schedule to the next: an event costs as much as a few steps
 
-def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int], bool]:
-    """step → bool for "pow2" (1, 2, 4, 8, ..., published), an int n (n, 2n, 3n, ...) or a collection of steps.
+
+def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int, Sequence[EffOPDEvent]], bool]:
+    """(step, the events so far) → bool for "pow2" (1, 2, 4, 8, ..., published), an int n (n, 2n, 3n, ...), a collection
+    of steps, or "adaptive", which tries more often where jumps pay and hardly ever where they do not.
 
     Raises ValueError for anything else, an empty collection, or steps below 1.
     """
     if isinstance(schedule, str) and schedule == "pow2":
-        return lambda step: step > 0 and step & (step - 1) == 0
+        return lambda step, events: step > 0 and step & (step - 1) == 0
+    if isinstance(schedule, str) and schedule == "adaptive":
+        return _adaptive
     if isinstance(schedule, Integral) and not isinstance(schedule, bool) and schedule > 0:
-        return lambda step: step > 0 and step % schedule == 0
+        return lambda step, events: step > 0 and step % schedule == 0
     if isinstance(schedule, Collection) and not isinstance(schedule, str):
         steps = list(schedule)
         if steps and all(isinstance(step, Integral) and step > 0 for step in steps):
-            return frozenset(steps).__contains__
-    raise ValueError(f'schedule must be "pow2", a positive int, or a collection of steps >= 1, got {schedule!r}')
+            listed = frozenset(steps)
+            return lambda step, events: step in listed
+    raise ValueError(
+        f'schedule must be "pow2", "adaptive", a positive int, or a collection of steps >= 1, got {schedule!r}'
+    )
+
+
+def _adaptive(step: int, events: Sequence[EffOPDEvent]) -> bool:
+    """A jump of α over n steps gains (α − 1)·n: if that is n or more, the next event comes after n/2 steps, else 2n."""
+    if not events:
+        return step >= LEAST_WAIT
+    *_, before, last = 0, *(event.step for event in events[-2:])
+    waited = last - before
+    return step >= last + (max(LEAST_WAIT, waited // 2) if events[-1].alpha >= 2 else 2 * waited)
 
 
 def alphas_of(alphas: Sequence[float]) -> tuple[float, ...]:

@@ -34,9 +34,9 @@ def parse_divergence(text: str) -> Divergence:
 
 
 def parse_schedule(text: str | int | list[int]) -> str | int | list[int]:
-    """`pow2`, `N` (every N steps) or `N,N,…` (exactly these steps; a list in YAML) as the controller's `schedule`."""
+    """`pow2`, `adaptive`, `N` (every N steps) or `N,N,…` (these; a list in YAML): the controller's `schedule`."""
     text = ",".join(map(str, text)) if isinstance(text, list) else str(text)
-    if text == "pow2":
+    if text in ("pow2", "adaptive"):
         return text
     try:
         steps = [int(part) for part in text.split(",")]
@@ -44,7 +44,9 @@ def parse_schedule(text: str | int | list[int]) -> str | int | list[int]:
             return steps if "," in text else steps[0]
     except ValueError:
         pass
-    raise UserError(f"--effopd_schedule {text!r} is not 'pow2', a number of steps, or a list of steps such as 1,2,4,8")
+    raise UserError(
+        f"--effopd_schedule {text!r} is not 'pow2', 'adaptive', a number of steps, or a list of steps such as 1,2,4,8"
+    )
 
 
 @dataclass
@@ -103,7 +105,11 @@ class OPDConfig(trl.DistillationConfig):
     )
     effopd_max_candidates: int = field(default=5, metadata={"help": "Most candidates tried at one event."})
     effopd_schedule: str = field(
-        default="pow2", metadata={"help": "Steps with an event: pow2, a number N (every N steps), or a list 1,2,4,8."}
+        default="pow2",
+        metadata={
+            "help": "Steps with an event: pow2 (published), adaptive (more often while jumps pay), a number N (every N "
+            "steps), or a list 1,2,4,8."
+        },
     )
     effopd_min_delta: float = field(
         default=0.0, metadata={"help": "Accept a candidate only if it beats the best score by more than this."}
@@ -131,7 +137,7 @@ class OPDConfig(trl.DistillationConfig):
         metadata={
             "help": "What an accepted alpha must improve: 'eval_metric', or, with effopd_search 'gradient', 'loss': "
             "the very loss the search descends, so that nothing is generated beside its one batch. Recommended, with "
-            "effopd_alphas 3 64, for small learning rates."
+            "effopd_alphas 3 64 and effopd_schedule adaptive, for small learning rates."
         },
     )
     effopd_include: list[str] | None = field(

@@ -112,6 +112,28 @@ def test_schedules(schedule, steps):
     assert [e.step for e in controller.events] == steps
 
 
+def test_the_adaptive_schedule_comes_back_soon_while_jumps_pay():
+    """Jumps of α = 3 gain more steps than they took, of 1.5 fewer, none nothing; resuming does not change when."""
+    net, jumps, scores = model(), {4: 3.0, 8: 1.5, 32: 3.0, 40: 3.0}, iter(())
+    controller = EffOPDController(net, lambda: next(scores), schedule="adaptive")
+    for step in range(1, 60):
+        train(net, step)
+        scores, controller.alphas = iter((0.0, float(step in jumps))), (jumps.get(step, 3.0),)
+        controller.step(step)
+        resumed = EffOPDController(net, controller.score_fn, schedule="adaptive")
+        resumed.load_state_dict(controller.state_dict())
+        controller = resumed
+    assert [(e.step, e.alpha) for e in controller.events] == [
+        (4, 3),
+        (8, 1.5),
+        (16, 1),
+        (32, 3),
+        (40, 3),
+        (44, 1),
+        (52, 1),
+    ]
+
+
 def test_named_tensors_in_any_form():
     """A generator too, which can be gone through once."""
     for params in (lambda n: n.named_parameters(), lambda n: list(n.named_parameters()), lambda n: snapshot(n)):

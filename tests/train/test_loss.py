@@ -143,6 +143,7 @@ def test_divergence_names():
 
 
 def test_options_as_yaml_types_them():
+    assert parse_schedule("adaptive") == "adaptive"
     assert parse_schedule(4) == 4 and parse_schedule([1, 2, 4]) == [1, 2, 4]
     assert OPDConfig(effopd_alphas=3).controller_args()["alphas"] == (3,)
     with pytest.raises(UserError, match="--divergence 3 is not one of"):
