@@ -8,7 +8,7 @@ from .records import EffOPDEvent
 
 __all__ = ["alphas_of", "schedule_of"]
 
-LEAST_WAIT = 4  # steps from one event of the adaptive schedule to the next: an event costs as much as a few steps
+LEAST_WAIT = 2  # steps between events of the adaptive schedule: what one costs that validates on two batches of prompts
 
 
 def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int, Sequence[EffOPDEvent]], bool]:

@@ -114,9 +114,9 @@ def test_schedules(schedule, steps):
 
 def test_the_adaptive_schedule_comes_back_soon_while_jumps_pay():
     """Jumps of α = 3 gain more steps than they took, of 1.5 fewer, none nothing; resuming does not change when."""
-    net, jumps, scores = model(), {4: 3.0, 8: 1.5, 32: 3.0, 40: 3.0}, iter(())
+    net, jumps, scores = model(), {2: 3.0, 4: 1.5, 16: 3.0, 20: 3.0}, iter(())
     controller = EffOPDController(net, lambda: next(scores), schedule="adaptive")
-    for step in range(1, 60):
+    for step in range(1, 30):
         train(net, step)
         scores, controller.alphas = iter((0.0, float(step in jumps))), (jumps.get(step, 3.0),)
         controller.step(step)
@@ -124,13 +124,13 @@ def test_the_adaptive_schedule_comes_back_soon_while_jumps_pay():
         resumed.load_state_dict(controller.state_dict())
         controller = resumed
     assert [(e.step, e.alpha) for e in controller.events] == [
-        (4, 3),
-        (8, 1.5),
-        (16, 1),
-        (32, 3),
-        (40, 3),
-        (44, 1),
-        (52, 1),
+        (2, 3),
+        (4, 1.5),
+        (8, 1),
+        (16, 3),
+        (20, 3),
+        (22, 1),
+        (26, 1),
     ]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from effopd_kernels.extrapolation import cpu, extrapolate, extrapolate_, reference
 from effopd_kernels.native import native
 
-INSTRUCTION_SETS = range(native().num_instruction_sets() if native() else 0)
+INSTRUCTION_SETS = range(native().num_instruction_sets() if native() and cpu.EXCHANGE else 0)
+IN_CPP = pytest.mark.skipif(not INSTRUCTION_SETS, reason="needs the C++ extension, and DLPack's exchange API in torch")
 IMPLEMENTATIONS = {
     "reference": reference.extrapolate_,
     "lerp": partial(cpu.extrapolate_, instruction_set=None),
@@ -116,7 +117,7 @@ def test_current_may_be_the_parameter_itself(backend):
     assert torch.equal(apart, together) and torch.equal(one, two)
 
 
-@pytest.mark.skipif(not INSTRUCTION_SETS, reason="needs the C++ extension")
+@IN_CPP
 def test_spans_of_several_threads_give_the_same_bits():
     """Larger than a span (2¹⁷), streamed, ragged; statistics summed in one order whoever did the spans."""
     param, anchor, current = triple((9 * 2**17 + 13,), (torch.float32,) * 3)
@@ -224,12 +225,7 @@ class TestPublicFunction:
         assert all(map(torch.equal, arguments["params"], before))
 
 
-LISTS_ARE_READ = pytest.mark.skipif(
-    cpu.EXCHANGE is None or native() is None, reason="lists are read by C++, from DLPack"
-)
-
-
-@LISTS_ARE_READ
+@IN_CPP
 def test_lists_that_need_no_look_at_each_tensor():
     """Every kind of mistake, in whichever row and list, is left to the checks that name it."""
     plain = [torch.zeros(3, 2), torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)), torch.zeros(9)[2:5],
@@ -251,7 +247,7 @@ def test_lists_that_need_no_look_at_each_tensor():
             assert not cpu.alike(*changed), (column, tensor)
 
 
-@LISTS_ARE_READ
+@IN_CPP
 def test_views_are_written_where_they_are():
     """With an offset into their storage, or an odd stride along a side of one."""
     for view in (lambda t: t[5:11], lambda t: t.as_strided((6, 1), (1, 9), 3)):
