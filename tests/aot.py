@@ -42,7 +42,7 @@ class Variant(NamedTuple):
 class Loop(NamedTuple):
     instructions: float  # per element
     special: float  # of these exp2, log2, reciprocal (a quarter of the rate or less)
-    memory: str  # "4×LDG.128 2×STG.128"
+    memory: str  # "4×LDG.128 2×STG.128"; LDGSTS copies to shared memory ahead, SHFL passes from thread to thread
 
 
 class Report(NamedTuple):
@@ -78,7 +78,7 @@ def _divergence(arch: str) -> Iterator[Variant]:
     ):
         aligned = "unaligned" not in name
         vector = 16 // max(size[student], size[teacher]) if aligned else 1
-        loads = launch.loads if aligned else launch.loads * tk.UNALIGNED_LOADS
+        loads, stages = (launch.loads, launch.stages) if aligned else (tk.UNALIGNED_LOADS, 1)
         arguments = {
             "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
             "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
@@ -88,11 +88,12 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("student_sequence", "teacher_sequence", "grad_sequence"), "i64"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
-            "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "SLICE": launch.slice, "S_POW2": 32,
+            "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
+            "SLICE": launch.slice, "S_POW2": 32, "LG2": arch != "gfx942",
         }  # fmt: skip
         sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]
         sizes = tuple(sizes) if aligned else ()
-        options, elements = launch.options(stats), loads * vector
+        options, elements = launch.options(stats, aligned), loads * vector
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):
         arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}
@@ -248,7 +249,8 @@ def _loop(block: list[str], elements: int) -> Loop:
     special = sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", op)) for op in opcodes)
     memory: dict[str, int] = {}
     for op in opcodes:
-        if found := re.match(r"(LDG|STG|LDL|STL|RED|ATOM)G?\b.*?(?:\.(64|128))?$|((?:global|buffer|scratch)_\w+)", op):
+        wanted = r"(LDGSTS|LDG|STG|LDL|STL|RED|ATOM|SHFL)G?\b.*?(?:\.(64|128))?$|((?:global|buffer|scratch)_\w+)"
+        if found := re.match(wanted, op):
             kind = found[3] or f"{found[1]}.{found[2] or 32}"
             memory[kind] = memory.get(kind, 0) + 1
     return Loop(len(opcodes) / elements, special / elements, " ".join(f"{n}×{kind}" for kind, n in memory.items()))

@@ -26,6 +26,20 @@ def test_no_configuration_spills_or_lacks_shared_memory():
     assert not bad, "\n".join(f"{r.name} on {r.arch}: {r.spilled} bytes spilled, {r.shared} shared" for r in bad)
 
 
+def test_hot_loops_copy_ahead_in_vectors_and_add_up_within_threads():
+    """Of the passes that are as fast as memory or not at all."""
+    passes = {"divergence reverse": 2, "divergence mixture": 3}
+    checked = 0
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        for variant in aot.variants(arch):
+            if variant.name in passes:
+                loops = [loop for loop in aot.report(variant, arch).loops if "LDGSTS" in loop.memory]
+                assert len(loops) == passes[variant.name]
+                assert all(set(re.findall(r"×(\S+)", loop.memory)) <= {"LDGSTS.128", "STG.128"} for loop in loops)
+                checked += 1
+    assert checked == 3 * len(passes)
+
+
 def narrow_uses_of_strides(variant) -> list[str]:
     """Where a 32-bit stride enters arithmetic without being widened first."""
     ir = aot.compile_variant(variant, "sm_90").asm["ttir"]

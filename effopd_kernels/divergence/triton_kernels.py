@@ -17,13 +17,17 @@ Legend: N rows, V shared vocabulary, Vs student columns, S slices per row.
 Traffic. A row of both tensors is 608 KB in bf16 at V = 151936, too large for one multiprocessor and, times every
 resident program, for the L2. So a row is cut in S slices, and the work is a queue of items (phase, row, slice) in which
 phase k of row r stands `skew` rows behind phase k−1, far enough that none has to wait: resident programs / (phases·S).
-On an H200 that is 21 rows of 19 slices: the second read comes 13 MB after the first and is meant to hit the L2, so that
+On an H200 that is 28 rows of 19 slices: the second read comes 17 MB after the first and is meant to hit the L2, so that
 device memory sees read s, read t, write ds and nothing else. An item waits only for items before it in the queue, and
 the queue is drawn in order from a counter, so the wait always ends however few programs fit on the device (and the
 sequential interpreter can run it).
 
-Instructions per element, reverse KL in bf16 for sm_90 (`python tests/aot.py`): 16.0 and 11.5, of which 2.1 and 1.0 are
-exp2. At 4 per clock and 32 lanes on 132 multiprocessors, 27.5 take 1.2 ms for 8192 rows where the memory takes 1.7 ms.
+Latency. An item of 8192 columns lasts a few microseconds, several of which are waits: for its place in the queue, for
+memory, for its count to be seen. So tiles are copied to shared memory several turns ahead, all but the last before the
+first is used, and few registers are taken, so that eight programs share a multiprocessor.
+
+Instructions per element, reverse KL in bf16 for sm_90 (`python tests/aot.py`): 20.0 and 14.0, of which 2.2 and 1.0 are
+exp2. At 4 per clock and 32 lanes on 132 multiprocessors, 34 take 1.4 ms for 8192 rows where the memory takes 1.7 ms.
 
 Every sum has a fixed order (the last slice to arrive adds all S partial results by index): results are bitwise
 repeatable. No autotuning: the gradient may overwrite the student, so a trial launch would destroy the input.
@@ -52,24 +56,26 @@ RECORD = tl.constexpr(7)  # floats per row: Ms ls Mt lt, A/lx or Σw, stand-in f
 class Launch(NamedTuple):
     warps: int
     lanes: int  # threads of a program: warps × warp size
-    loads: int  # 16-byte loads in flight per thread and tensor
+    loads: int  # 16-byte loads of a thread from each tensor in a turn
+    stages: int  # turns that overlap: all but one of their tiles are under way while one is used
     slice: int  # columns per work item
     resident: int  # programs per multiprocessor; sets how many rows are under way
     registers: int | None = None  # a cap that makes `resident` programs fit
-    registers_stats: int | None = None  # the same with statistics, which hold twice as many sums
 
-    def options(self, stats: bool) -> dict[str, int]:
-        cap = self.registers_stats if stats else self.registers
-        return {"num_warps": self.warps} | ({"maxnreg": cap} if cap else {})
+    def options(self, stats: bool, aligned: bool) -> dict[str, int]:
+        if not self.registers:
+            return {"num_warps": self.warps}
+        # statistics hold twice as many sums, and rows that are not aligned an address for every element
+        return {"num_warps": self.warps, "maxnreg": self.registers + 32 * (stats + (not aligned))}
 
 
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
-UNALIGNED_LOADS = 4  # single elements in flight for each 16 bytes where rows are not aligned: as many as spill nothing
+UNALIGNED_LOADS = 8  # of single elements, where rows are not aligned: as many as spill nothing
 LAUNCH = {
-    "sm_80": Launch(4, 128, loads=2, slice=8192, resident=5, registers=96, registers_stats=128),
-    "sm_90": Launch(4, 128, loads=2, slice=8192, resident=6, registers=80, registers_stats=112),
-    "sm_100": Launch(8, 256, loads=2, slice=16384, resident=2),
-    "gfx942": Launch(4, 256, loads=2, slice=8192, resident=3),
+    "sm_80": Launch(4, 128, loads=1, stages=5, slice=8192, resident=8, registers=64),
+    "sm_90": Launch(4, 128, loads=1, stages=6, slice=8192, resident=8, registers=64),
+    "sm_100": Launch(4, 128, loads=1, stages=6, slice=8192, resident=8, registers=64),
+    "gfx942": Launch(4, 256, loads=2, stages=1, slice=8192, resident=3),
 }
 
 
@@ -98,6 +104,13 @@ def _load(row_ptr, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, POL
     if MASKED:
         x = tl.where(cols < V, x, PAD)
     return x
+
+
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr):
+    """A tile as it is loaded, (loads, lanes·vector), as (loads, lanes, vector): a lane's elements are one thread's.
+    Triton 3.6 would spread a tile that is loaded in three dimensions over threads in another order."""
+    return tl.reshape(x, (x.shape[0], LANES, x.shape[1] // LANES))
 
 
 @triton.jit
@@ -141,7 +154,7 @@ def _reduce(mx, lx, my, ly, a, c, bx, by):
 def _statistics(
     x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
     EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Online pass over columns [begin, end) of a row, partial sums into its slot; False if an infinity spoiled them."""
     zero = tl.zeros([LANES], tl.float32)
@@ -151,10 +164,11 @@ def _statistics(
     arg_x, arg_y = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
     whole = begin if EXACT else begin + tl.maximum(end - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):  # whole tiles, then the row's tail
-        for start in range(whole if MASKED else begin, end if MASKED else whole, TILE):
+        first, last = whole if MASKED else begin, end if MASKED else whole
+        for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
             cols = start + cols0
-            x = _load(x_row, cols, V, pre_x, CAP_X, MASKED, POLICY)
-            y = _load(y_row, cols, V, pre_y, CAP_Y, MASKED, POLICY)
+            x = _by_lane(_load(x_row, cols, V, pre_x, CAP_X, MASKED, POLICY), LANES)
+            y = _by_lane(_load(y_row, cols, V, pre_y, CAP_Y, MASKED, POLICY), LANES)
             top_x = _tile_max(x)
             top_y = _tile_max(y)
             new_mx = tl.maximum(mx, top_x * kx)
@@ -177,8 +191,8 @@ def _statistics(
             if STATS:
                 bx += _tile_sum(eu * u)
                 by += _tile_sum(ev * v)
-                arg_x = tl.where(top_x > best_x, _argmax(x, cols, top_x), arg_x)
-                arg_y = tl.where(top_y > best_y, _argmax(y, cols, top_y), arg_y)
+                arg_x = tl.where(top_x > best_x, _argmax(x, _by_lane(cols, LANES), top_x), arg_x)
+                arg_y = tl.where(top_y > best_y, _argmax(y, _by_lane(cols, LANES), top_y), arg_y)
                 best_x, best_y = tl.maximum(best_x, top_x), tl.maximum(best_y, top_y)
     mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, a, c, bx, by)
     tl.store(slot, mx1)
@@ -204,16 +218,16 @@ def _statistics(
 def _slice_statistics(
     x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
     PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Infinities are rare: only a slice that meets one is read again with the care they need."""
     if not _statistics(
         x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-        False, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, POLICY,
+        False, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, STAGES, POLICY,
     ):  # fmt: skip
         _statistics(
             x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-            True, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, POLICY,
+            True, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, STAGES, POLICY,
         )  # fmt: skip
 
 
@@ -279,31 +293,45 @@ def _finish_statistics(slots, k, ok, S, record, loss_ptr, stats_ptr, N, a, b, KI
 
 
 @triton.jit
-def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, pi):
-    """q, p, share and the two log-ratios in bits, of m = π·p + (1−π)·q with 0 < π < 1."""
+def _log2(x, APPROXIMATE: tl.constexpr):
+    """With lg2.approx, the unit that has exp2, in 1 instruction for 18, to 2⁻²² of 1 and of the result: what a logit is
+    rounded to."""
+    if APPROXIMATE:
+        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, LG2: tl.constexpr):
+    """q, φ and w in bits, of m = π·p + (1−π)·q with 0 < π < 1."""
     lq = tl.maximum(tl.fma(x, ks, -u_ref) - log_ls, NEVER, propagate_nan=tl.PropagateNan.ALL)
     lp = tl.maximum(tl.fma(y, kt, -v_ref) - log_lt, NEVER, propagate_nan=tl.PropagateNan.ALL)
     q = tl.exp2(lq)
     p = tl.exp2(lp)
-    m = tl.maximum(pi * p + (1 - pi) * q, 1e-37)
-    lm = tl.log2(m)
-    return q, p, (1 - pi) * tl.exp2(lq - lm), lq - lm, lp - lm
+    lm = _log2(tl.maximum(pi * p + (1 - pi) * q, 1e-37), LG2)
+    ap, bq = a * p, b * q
+    share = ((1 - pi) * LOG2E) * tl.exp2(lq - lm)
+    of_student = bq * (lq - lm)
+    return q, tl.fma(ap, lp - lm, of_student), tl.fma(-share, ap + bq, of_student)
 
 
 @triton.jit
 def _gradient(
     s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor, ms, ls, mt, lt, mean, floor,
     EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
     whole = begin if EXACT else begin + tl.maximum(tl.minimum(end, V) - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):
-        for start in range(whole if MASKED else begin, end if MASKED else whole, TILE):
+        first, last = whole if MASKED else begin, end if MASKED else whole
+        for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
             cols = start + cols0
             x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, "evict_first")
             y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, "evict_first")
             if KIND == MIXTURE:
-                q, p, share, rq, _ = _mixture(x, y, ms, mt, ks, kt, ls, lt, pi)
-                g = (b * q * rq - mean * q) * (factor * LN2) - share * (a * p + b * q) * factor
+                q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, LG2)
+                g = tl.fma(-mean, q, w) * (factor * LN2)
             else:
                 u = tl.fma(x, ks, -ms)
                 v = tl.fma(y, kt, -mt)
@@ -320,9 +348,9 @@ def _gradient(
                 g *= 1 - x * x
             g = g.to(g_row.dtype.element_ty)
             if MASKED:
-                tl.store(g_row + cols, tl.where(cols < V, g, 0.0), mask=cols < Vs)
+                tl.store(g_row + cols, tl.where(cols < V, g, 0.0), mask=cols < Vs, eviction_policy="evict_first")
             else:
-                tl.store(g_row + cols, g)
+                tl.store(g_row + cols, g, eviction_policy="evict_first")  # the L2 is for rows yet to be read again
 
 
 @triton.jit(do_not_specialize=["N", "T", "S", "skew"])  # N changes at every step, and a compilation takes seconds
@@ -333,7 +361,8 @@ def _divergence_kernel(
     student_sequence, teacher_sequence, grad_sequence, skew,
     ks, kt, pre_s, pre_t, a, b, pi, chain,
     KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, SLICE: tl.constexpr, S_POW2: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, STAGES: tl.constexpr, SLICE: tl.constexpr,
+    S_POW2: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
     """One item of the queue. `chain` is scale/temperature, the factor of d loss / d logit that no row changes."""
     MIXED: tl.constexpr = KIND == MIXTURE
@@ -359,9 +388,7 @@ def _divergence_kernel(
     begin = piece * SLICE
     stop = tl.minimum(begin + SLICE, V)
 
-    i = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR)
-    j = tl.arange(0, LANES)[None, :, None] * VECTOR
-    cols0 = i + j + tl.arange(0, VECTOR)[None, None, :]
+    cols0 = tl.arange(0, LOADS)[:, None] * (LANES * VECTOR) + tl.arange(0, LANES * VECTOR)[None, :]
 
     if phase == 0:
         if live:
@@ -369,12 +396,12 @@ def _divergence_kernel(
             if KIND == FORWARD:
                 _slice_statistics(
                     t_row, s_row, cols0, begin, stop, V, kt, ks, pre_t, pre_s, slots + piece, S,
-                    True, STATS, CAP_T, CAP_S, LANES, TILE, KEEP,
+                    True, STATS, CAP_T, CAP_S, LANES, TILE, STAGES, KEEP,
                 )  # fmt: skip
             else:
                 _slice_statistics(
                     s_row, t_row, cols0, begin, stop, V, ks, kt, pre_s, pre_t, slots + piece, S,
-                    not MIXED, STATS, CAP_S, CAP_T, LANES, TILE, KEEP,
+                    not MIXED, STATS, CAP_S, CAP_T, LANES, TILE, STAGES, KEEP,
                 )  # fmt: skip
             if _arrive(count_ptr + 1 + row) == S - 1:
                 k = tl.arange(0, S_POW2)
@@ -392,14 +419,16 @@ def _divergence_kernel(
             ms, log_ls, mt, log_lt = tl.load(record), tl.load(record + 1), tl.load(record + 2), tl.load(record + 3)
             phi = tl.zeros([LANES], tl.float32)
             sum_w = tl.zeros([LANES], tl.float32)
-            for start in range(begin, stop, TILE):
-                cols = start + cols0
-                x = _load(s_row, cols, V, pre_s, CAP_S, True, KEEP)
-                y = _load(t_row, cols, V, pre_t, CAP_T, True, KEEP)
-                q, p, share, rq, rp = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, pi)
-                bq = b * q * rq
-                phi += _tile_sum(a * p * rp + bq)
-                sum_w += _tile_sum(bq - share * (a * p + b * q) / LN2)
+            whole = begin + tl.maximum(stop - begin, 0) // TILE * TILE
+            for MASKED in tl.static_range(2):
+                first, last = whole if MASKED else begin, stop if MASKED else whole
+                for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
+                    cols = start + cols0
+                    x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, KEEP)
+                    y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, KEEP)
+                    _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, LG2)
+                    phi += _tile_sum(_by_lane(phi_here, LANES))
+                    sum_w += _tile_sum(_by_lane(w, LANES))
             slots = partial_ptr + row64 * (PARTIALS * S)
             tl.store(slots + piece, tl.sum(phi, 0))
             tl.store(slots + S + piece, tl.sum(sum_w, 0))
@@ -423,7 +452,7 @@ def _divergence_kernel(
                 if infinities == EXACT:
                     _gradient(
                         s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor,
-                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE,
+                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE, STAGES, LG2,
                     )  # fmt: skip
         else:
             for start in range(begin, end, TILE):
@@ -498,10 +527,11 @@ def launch_divergence_rows(
 
     rows = [student, teacher, grad_out] if grad else [student, teacher]
     strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
-    if all(stride % 16 == 0 for pair in strides for stride in pair) and all(t.data_ptr() % 16 == 0 for t in rows):
-        loads, vector = launch.loads, 16 // max(t.element_size() for t in rows)
+    aligned = all(stride % 16 == 0 for pair in strides for stride in pair) and all(t.data_ptr() % 16 == 0 for t in rows)
+    if aligned:
+        loads, vector, stages = launch.loads, 16 // max(t.element_size() for t in rows), launch.stages
     else:  # neighbouring threads take neighbouring elements: vectors would be loaded one element at a time, strided
-        loads, vector = UNALIGNED_LOADS * launch.loads, 1
+        loads, vector, stages = UNALIGNED_LOADS, 1, 1
     ks, pre_s = constants(student_scale, student_temperature, student_softcap)
     kt, pre_t = constants(teacher_scale, teacher_temperature, teacher_softcap)
     with torch.cuda.device(student.device) if student.is_cuda else nullcontext():
@@ -510,8 +540,9 @@ def launch_divergence_rows(
             N, T, V, Vs, S, *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
-            LANES=launch.lanes, VECTOR=vector, LOADS=loads, SLICE=launch.slice, S_POW2=triton.next_power_of_2(S),
-            **launch.options(with_stats),
+            LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=launch.slice,
+            S_POW2=triton.next_power_of_2(S), LG2=student.is_cuda and not torch.version.hip,
+            **launch.options(with_stats, aligned),
         )  # fmt: skip
     return loss, stats
 
