@@ -76,32 +76,28 @@ def check_float(**tensors: Tensor) -> None:
             raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
 
 
+def check_positive(**numbers: float | None) -> None:
+    """Raise ValueError for a number that is given and not above zero."""
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{name} must be positive, got {number}")
+
+
 def make_spec(divergence: Divergence, temperature: float, teacher_temperature: float | None, **model: float) -> Spec:
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a Divergence such as REVERSE_KL or jsd(0.5), got {divergence!r}")
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
     for side in ("student", "teacher"):
-        scale, softcap = model.get(f"{side}_scale", 1.0), model.get(f"{side}_softcap", 0.0)
-        if not scale > 0:
-            raise ValueError(f"{side}_logit_scale must be positive, got {scale}")
-        if not softcap >= 0:
-            raise ValueError(f"{side}_softcap must be positive or None, got {softcap}")
+        check_positive(**{f"{side}_logit_scale": model.get(f"{side}_scale")})
+        check_positive(**{f"{side}_softcap": model.get(f"{side}_softcap") or None})
     pair = float(temperature), float(teacher_temperature)
     return Spec(float(divergence.a), float(divergence.b), float(divergence.pi), *pair, **model)
 
 
-def row_factor(
-    tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask (N,) and each row's factor in the loss (N,), either None where it has no effect.
-
-    tokens (..., anything) gives shape, device and, if wider than fp32, the factor's dtype.
-    Raises ValueError or TypeError for a mask, weight, reduction or num_tokens that does not fit.
-    """
-    shape, device, dtype = tokens.shape[:-1], tokens.device, torch.promote_types(tokens.dtype, torch.float32)
+def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens) -> None:
+    """Raise ValueError or TypeError for a mask, weight, reduction or num_tokens that does not fit tokens (..., any)."""
+    shape, device = tokens.shape[:-1], tokens.device
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_tokens is not None and reduction != "mean":
@@ -119,6 +115,17 @@ def row_factor(
             raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
+
+
+def row_factor(
+    tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask (N,) and each row's factor in the loss (N,), either None where it has no effect.
+
+    tokens (..., any) gives shape, device and, if wider than fp32, the factor's dtype. Raises as `check_tokens`.
+    """
+    check_tokens(tokens, mask, weight, reduction, num_tokens)
+    shape, device, dtype = tokens.shape[:-1], tokens.device, torch.promote_types(tokens.dtype, torch.float32)
     if mask is not None:
         mask = mask.reshape(-1)
     if weight is not None:

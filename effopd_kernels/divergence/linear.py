@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import LinearOptions, answer, check_float, gathered, make_spec, row_factor
+from .arguments import LinearOptions, answer, check_float, check_positive, gathered, make_spec, row_factor
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 
@@ -42,6 +42,10 @@ def pieces(total: int, limit: int) -> list[slice]:
     count = -(-total // max(limit, 1))
     edges = [total * i // count for i in range(count + 1)] if count else [0]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    return (208 if device.type == "cpu" else 1024) * MIB
 
 
 def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
@@ -306,8 +310,7 @@ def linear_divergence_loss(
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
     if logits_dtype is not None and not logits_dtype.is_floating_point:
         raise TypeError(f"logits_dtype must be floating point, got {logits_dtype}")
-    if chunk_bytes is not None and not chunk_bytes > 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    check_positive(chunk_bytes=chunk_bytes)
     spec = make_spec(
         divergence, temperature, teacher_temperature,
         student_scale=float(student_logit_scale), teacher_scale=float(teacher_logit_scale),
@@ -316,8 +319,6 @@ def linear_divergence_loss(
     mask_N, scale_N = row_factor(student_hidden, mask, weight, reduction, num_tokens)
     if num_valid is not None:
         _check_num_valid(mask_N, num_valid)
-    if chunk_bytes is None:
-        chunk_bytes = (208 if student_hidden.device.type == "cpu" else 1024) * MIB
     dtypes = (
         compute_dtype("student", student_hidden, student_weight),
         compute_dtype("teacher", teacher_hidden, teacher_weight),
@@ -328,7 +329,7 @@ def linear_divergence_loss(
         _rows,
         (*student, *teacher, mask_N),
         3,
-        (*spec, dtypes, logits_dtype, chunk_bytes, num_valid),
+        (*spec, dtypes, logits_dtype, chunk_bytes or default_chunk_bytes(student_hidden.device), num_valid),
         scale_N,
         reduction == "none",
         return_stats,

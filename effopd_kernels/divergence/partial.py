@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import TopKOptions, check_float, gathered
+from .arguments import TopKOptions, check_float, check_positive, check_tokens, gathered, make_spec
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
-from .linear import MIB, check_side, compute_dtype, pieces
+from .linear import check_side, compute_dtype, default_chunk_bytes, pieces
 from .logits import divergence_loss
 
 if TYPE_CHECKING:
@@ -103,10 +103,8 @@ def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
     check_float(student_hidden=hidden, student_weight=weight)
     check_side("student", hidden, weight, bias)
     dtype = compute_dtype("student", hidden, weight)
-    if chunk_bytes is None:
-        chunk_bytes = (208 if hidden.device.type == "cpu" else 1024) * MIB
     # the logits, their fp32 form, its exponentials and two gradients live at a time
-    chunk_rows = chunk_bytes // (weight.shape[0] * 5 * 4)
+    chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 5 * 4)
     flat = hidden.reshape(-1, hidden.shape[-1])
     tensors = map(keepable, (flat, weight, bias, ids.reshape(flat.shape[0], -1)))
     return apply(_LinearRows, *tensors, rows, options, dtype, chunk_rows)
@@ -153,9 +151,13 @@ def topk_divergence_loss(
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     tail: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
     temperature: float = 1.0,
+    reduction: str = "mean",
+    num_tokens: int | float | Tensor | None = None,
+    return_stats: bool = False,
     chunk_bytes: int | None = None,
-    **options,
 ):
     """Divergence from a teacher of whom k log-probabilities per token are known.
 
@@ -164,22 +166,25 @@ def topk_divergence_loss(
         distribution, at whatever temperature it was asked at, and their token ids, all different within a token. Where
         fewer than k < V are known the log-probability is −inf, whatever the id: such an entry stands for no token.
     tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead.
-    temperature: of the student. options: mask, weight, reduction, num_tokens, return_stats, as in `divergence_loss`;
-        the stats are those of the k + 1 outcomes.
+    temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
+        are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`.
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit.
     """
-    shape = student.shape[:-1]
     check_float(student=student, teacher_logprobs=teacher_logprobs)
+    shape = student.shape[:-1]
     V = student.shape[-1] if student_weight is None else student_weight.shape[0]
     if teacher_logprobs.shape[:-1] != shape or not 0 < teacher_logprobs.shape[-1] <= V:
         raise ValueError(
             f"teacher_logprobs must be {tuple(shape)} + (k,) with 0 < k <= {V}, got {tuple(teacher_logprobs.shape)}"
         )
     _check_ids("teacher_ids", teacher_ids, teacher_logprobs.shape)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if student_weight is None and student_bias is not None:
+        raise ValueError("student_bias belongs to the head of student_weight, got it without one")
+    make_spec(divergence, temperature, None, student_scale=student_logit_scale, student_softcap=student_softcap or 0.0)
+    check_positive(chunk_bytes=chunk_bytes)
+    check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
     transform = (tail, temperature, student_logit_scale, student_softcap)
@@ -195,7 +200,10 @@ def topk_divergence_loss(
     if tail:
         rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
         known = torch.cat([known, rest.log().to(known.dtype)], -1)
-    return divergence_loss(buckets.reshape(known.shape), known, divergence, **options)
+    return divergence_loss(
+        buckets.reshape(known.shape), known, divergence, mask=mask, weight=weight, reduction=reduction,
+        num_tokens=num_tokens, return_stats=return_stats,
+    )  # fmt: skip
 
 
 def linear_token_logprobs(
@@ -215,8 +223,7 @@ def linear_token_logprobs(
     """
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
     options = (temperature, logit_scale, softcap)
     rows = _linear_rows(hidden, weight, bias, ids.long(), _token_rows, options, chunk_bytes)
     return rows.reshape(ids.shape)
@@ -229,6 +236,7 @@ def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: st
     and its gradient is an unbiased estimate of the divergence's; "k3" is e^(−d) − 1 + d, unbiased and never negative,
     whose gradient estimates that of KL(teacher ‖ student) (J. Schulman, "Approximating KL divergence", 2020). The
     gradient of "k1" is zero on average: use it as a reward. The teacher is a constant.
+    Raises ValueError for shapes that differ or another estimator.
     """
     if student_logprobs.shape != teacher_logprobs.shape:
         raise ValueError(

@@ -11,6 +11,7 @@ from effopd_kernels.divergence import (
     jsd,
     linear_divergence_loss,
     linear_token_logprobs,
+    partial,
     sampled_kl,
     topk_divergence_loss,
 )
@@ -171,6 +172,20 @@ def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
         assert (samples.mean() - full).abs() < 4 * samples.std() / 4000**0.5
 
 
+def topk(**options):
+    return topk_divergence_loss(random(N, V), *teacher(3)[1:], **options)
+
+
+def test_topk_refuses_before_it_projects(monkeypatch):
+    def project(*_):
+        raise AssertionError("projected")
+
+    monkeypatch.setattr(partial, "_linear_rows", project)
+    for wrong in ({"reduction": "average"}, {"mask": torch.ones(N + 1, dtype=torch.bool)}, {"divergence": "jsd"}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+            topk(student_weight=random(V, V), **wrong)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -183,6 +198,13 @@ def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
         (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.full((N, 3), V)), "0 to 96, got 97"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.full((N,), -100)), "0 to 96, got -100"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), temperature=0), "temperature"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), softcap=-1), "softcap"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), chunk_bytes=-1), "chunk_bytes"),
+        (lambda: topk(student_bias=random(V)), "student_bias"),
+        (lambda: topk(student_logit_scale=0.0), "student_logit_scale must be positive"),
+        (lambda: topk(student_weight=random(V, V), chunk_bytes=0), "chunk_bytes"),
+        (lambda: topk(teacher_temperature=2.0), "teacher_temperature"),
+        (lambda: topk(inplace=True), "inplace"),
         (lambda: sampled_kl(random(3), random(4)), "(4,)"),
         (lambda: sampled_kl(random(3), random(3), "k4"), "k4"),
     ],
