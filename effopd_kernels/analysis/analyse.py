@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..extrapolation.distributed import Ranks
-from .checkpoints import Comparison
+from .comparison import Comparison
 from .findings import Findings
 from .measure import Measured, Options, measure
 from .roles import role_of, token_embedding

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import Comparison, listed
+from .checkpoints import listed
+from .comparison import Comparison
 from .measure import Measured, Options, relative
 from .report import Interval
 from .roles import TYPES, third

@@ -22,7 +22,8 @@ from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
 from . import intervention_report
-from .checkpoints import Comparison, compare, listed, printable
+from .checkpoints import listed, printable
+from .comparison import Comparison, compare
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable

@@ -23,7 +23,8 @@ from ..lowrank.metrics import measured
 from ..lowrank.routes import choose
 from ..lowrank.slq import Spectrum
 from ..lowrank.types import least_rounding
-from .checkpoints import Checkpoint, Comparison
+from .checkpoints import Checkpoint
+from .comparison import Comparison
 from .roles import Role, role_of
 
 OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it costs is inside the error bars

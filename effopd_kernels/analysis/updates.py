@@ -18,7 +18,8 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..extrapolation.distributed import Ranks, leave_process_group
 from .analyse import analyse, estimate
-from .checkpoints import FLOATS, Comparison, compare, listed, printable
+from .checkpoints import FLOATS, listed, printable
+from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
 from .output import check_free, whole_folder

@@ -13,7 +13,7 @@ from analysis import planted
 from safetensors.torch import save_file
 
 from effopd_kernels.analysis import cli
-from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
 from effopd_kernels.lowrank import checkpoints as files

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from effopd_kernels.analysis import edits
-from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel, live_tensors
 from effopd_kernels.analysis.loaded import readable
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan

@@ -19,8 +19,8 @@ from torchrun import torchrun
 from train import world as tiny
 
 from effopd_kernels.analysis import cli as analysis_cli
-from effopd_kernels.analysis.checkpoints import compare
 from effopd_kernels.analysis.cli import main
+from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TITLES

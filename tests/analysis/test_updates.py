@@ -19,7 +19,7 @@ from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
 
 from effopd_kernels.analysis import cli, figures, updates
-from effopd_kernels.analysis.checkpoints import compare
+from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
