@@ -1,8 +1,7 @@
 """The console script `effopd-train`, outside the folder that cannot be imported without its extra: where it is not
 installed, that is one sentence and exit code 2, not the ImportError that `import effopd_kernels.train` is."""
 
-import sys
-
+from .commands import refused
 from .errors import UserError
 
 
@@ -11,6 +10,5 @@ def main() -> int:
     try:
         from .train.cli import main as train
     except UserError as error:
-        print(f"effopd-train: error: {error}", file=sys.stderr)
-        return 2
+        return refused("effopd-train", str(error))
     return train()

@@ -9,9 +9,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, refused
 from ..errors import UserError
-
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
        effopd-analyze interventions ... --dataset_name NAME --eval_metric accuracy|teacher_kl
@@ -43,13 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"unknown command '{command}'; the commands are updates and interventions")
         run(arguments)
     except (UserError, OSError) as error:  # the latter: a file that is gone or not for this user
-        from ..extrapolation.distributed import first_to_say
-
         known = isinstance(error, OSError) and error.filename and error.strerror
-        said = f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split())
-        if first_to_say(said):
-            print(f"effopd-analyze: error: {said}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        why = f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split())
+        return refused("effopd-analyze", why)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # all ranks were, and one speaks for them
             print("effopd-analyze: interrupted", file=sys.stderr)

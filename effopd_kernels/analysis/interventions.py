@@ -16,8 +16,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
+from ..commands import leave_process_group
 from ..errors import UserError
-from ..extrapolation.distributed import leave_process_group
 from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from ..commands import leave_process_group
 from ..errors import UserError
-from ..extrapolation.distributed import Ranks, leave_process_group
+from ..extrapolation.distributed import Ranks
 from .analyse import analyse, estimate
 from .checkpoints import FLOATS, listed, printable
 from .comparison import Comparison, compare

@@ -5,10 +5,7 @@ can say so while the others are still on their way to the exchange. Shapes: R ra
 """
 
 import contextlib
-import os
 import threading
-import time
-import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -17,7 +14,7 @@ import torch.distributed as dist
 
 from .records import Scores
 
-__all__ = ["Ranks", "first_to_say", "leave_process_group", "share", "something_was_said"]
+__all__ = ["Ranks", "share"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # for the slowest rank's share of the prompts
@@ -105,37 +102,3 @@ def share(items: Sequence[T], rank: int | None = None, size: int | None = None) 
         ranks = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
     return items[rank * len(items) // size : (rank + 1) * len(items) // size]
-
-
-def first_to_say(message: str) -> bool:
-    """Whether no other rank has asked this of `message`: what all ranks find wrong is said once, and what one of them
-    finds is said too. Asked of the launcher's store, for the other ranks may be waiting for this one anywhere."""
-    try:
-        store = _store()
-        store.add("effopd said", 1)
-        return store.add(f"effopd said {zlib.crc32(message.encode())}", 1) == 1
-    except Exception:  # alone, or the store went with its host: twice is better than never
-        return True
-
-
-def something_was_said() -> bool:
-    """Whether a rank has asked `first_to_say`: an error of the network is then only what that rank left behind."""
-    try:
-        return _store().add("effopd said", 0) > 0
-    except Exception:
-        return False
-
-
-def _store() -> "dist.Store":
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        raise RuntimeError("alone")
-    return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
-
-
-def leave_process_group() -> None:
-    """Ends a command that succeeded on several ranks. A gloo worker drops its last tensors a moment after the last
-    collective, which needs the interpreter alive: else the run ends in SIGABRT (pytorch/pytorch#179291)."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        time.sleep(0.2)

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from ..extrapolation.distributed import first_to_say, leave_process_group, something_was_said
+from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, leave_process_group, refused, something_was_said
 from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -27,8 +27,6 @@ from .report import MetricsFile, run_summary, saved_step, write_report
 from .trainer import OPDTrainer
 
 logger = logging.getLogger(__name__)
-
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 @dataclass
@@ -311,9 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run(data, args, model_args)
     except (UserError, NonFiniteLossError) as e:
-        if first_to_say(str(e)):
-            print(f"effopd-train: error: {e}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return refused("effopd-train", str(e))
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))

@@ -1,0 +1,52 @@
+"""How the two commands end: their exit codes, one sentence for an error however many ranks find it, a quiet way out."""
+
+import os
+import sys
+import time
+import zlib
+from datetime import timedelta
+
+import torch.distributed as dist
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def refused(command: str, why: str) -> int:
+    """Say on stderr what was wrong with what was given, on one rank of those that found it; returns the exit code."""
+    if _first_to_say(why):
+        print(f"{command}: error: {why}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether no other rank has asked this of `message`: what all ranks find wrong is said once, and what one of them
+    finds is said too. Asked of the launcher's store, for the other ranks may be waiting for this one anywhere."""
+    try:
+        store = _store()
+        store.add("effopd said", 1)
+        return store.add(f"effopd said {zlib.crc32(message.encode())}", 1) == 1
+    except Exception:  # alone, or the store went with its host: twice is better than never
+        return True
+
+
+def something_was_said() -> bool:
+    """Whether a rank has asked `_first_to_say`: an error of the network is then only what that rank left behind."""
+    try:
+        return _store().add("effopd said", 0) > 0
+    except Exception:
+        return False
+
+
+def _store() -> "dist.Store":
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise RuntimeError("alone")
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+
+
+def leave_process_group() -> None:
+    """Ends a command that succeeded on several ranks. A gloo worker drops its last tensors a moment after the last
+    collective, which needs the interpreter alive: else the run ends in SIGABRT (pytorch/pytorch#179291)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        time.sleep(0.2)
