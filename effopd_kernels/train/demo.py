@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
+from . import cli
 from .config import OPDConfig
 from .errors import UserError
 from .report import compare, run_summary, write_report
@@ -127,8 +128,6 @@ def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, row
 
 def run_demo(argv: list[str], args: OPDConfig) -> dict:
     """Build the world, run OPD and EffOPD in it, print and write the comparison. Returns the summary."""
-    from . import cli  # cli imports this module's caller
-
     if args.distributed_state.num_processes > 1:
         raise UserError("--demo runs in one process; torchrun is for runs of your own models")
     # "trainer_output" is what transformers fills in when no output_dir was given.
