@@ -10,6 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..device_cache import device_cache
+
 PER_ROW = 8  # does for any L
 
 
@@ -27,7 +29,7 @@ def sparse(seed: int, rows: int, columns: int) -> Tensor:
     return (column << 1 | drawn & 1).int()
 
 
-@functools.lru_cache(maxsize=8)
+@device_cache(maxsize=8)
 def dense(seed: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same as a matrix (rows, columns) of −1, 0 and 1, to be read only."""
     places = sparse(seed, rows, columns).long().to(device)

@@ -15,13 +15,13 @@ fp64 is left to the reference.
 """
 
 from contextlib import nullcontext
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_cache import device_cache
 from . import reference, signs
 
 SPAN = 2048  # columns that one program multiplies
@@ -285,19 +285,10 @@ def _jacobi_kernel(w_ptr, value_ptr, L, SWEEPS, tolerance, HALF: tl.constexpr, B
         tl.store(value_ptr + tl.program_id(0) * L + r, value, mask=r < L)
 
 
-_captured: list[Tensor] = []  # of caches, read by a CUDA graph whenever it is replayed
-
-
-@lru_cache(maxsize=256)
+@device_cache(maxsize=256)
 def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Cached, so that products with the same matrices again copy nothing and wait for nothing."""
-    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def _kept(cached: Tensor) -> Tensor:
-    if cached.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(cached)
-    return cached
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def _guard(device: torch.device):
@@ -310,7 +301,7 @@ class _Pair:
     def __init__(self, x: list[Tensor], base: list[Tensor]):
         tensors = [*x, *base]
         self.device = x[0].device
-        self.addresses = _kept(_on_device(tuple(t.data_ptr() for t in tensors), self.device))
+        self.addresses = _on_device(tuple(t.data_ptr() for t in tensors), self.device)
         self.strides = (*x[0].stride(), *(base[0].stride() if base else (0, 0)))
         self.constants = {
             "X": _TL_DTYPE[x[0].dtype],
@@ -375,7 +366,7 @@ def launch_sketch(
     """(X_bᵀ (X_b Ω) of the unscaled differences, Ω (M, columns) of :mod:`signs`; their statistics as in
     :func:`launch_stats`) from two readings."""
     B, M = len(x), x[0].shape[1]
-    q = _kept(signs.dense(seed, M, columns, x[0].device)).expand(B, M, columns)
+    q = signs.dense(seed, M, columns, x[0].device).expand(B, M, columns)
     if not _served(x, base, q) or q.numel() == 0:
         return reference.sketch(x, base, columns, seed, full, fast)
     y, statistics = _multiply(x, base, q, None, fast, True, full)
