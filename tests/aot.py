@@ -105,18 +105,23 @@ def _extrapolation(arch: str) -> Iterator[Variant]:
 
     from effopd_kernels.extrapolation import triton_kernels as tk
 
-    options = tk.HIP if arch.startswith("gfx") else tk.CUDA
+    options, in_vectors = (tk.HIP, (2, 1)) if arch.startswith("gfx") else (tk.CUDA, (1, 4))
     block = tk.LANES * tk.PER_THREAD
     lists = {"table_ptr": "*i64", "alpha_ptr": "*fp32", "partial_ptr": "*fp32", "L": "i32"}
-    for name, dtypes, master, vector in (
-        ("bf16", (tl.bfloat16, tl.bfloat16, tl.bfloat16), False, 8),
-        ("bf16 and fp32 masters", (tl.bfloat16, tl.bfloat16, tl.float32), True, 4),
+    for name, dtypes, master, aligned in (
+        ("bf16", (tl.bfloat16, tl.bfloat16, tl.bfloat16), False, True),
+        ("bf16 and fp32 masters", (tl.bfloat16, tl.bfloat16, tl.float32), True, True),
+        ("fp32", (tl.float32, tl.float32, tl.float32), False, True),
+        ("bf16 unaligned", (tl.bfloat16, tl.bfloat16, tl.bfloat16), False, False),
     ):
+        widest = 4 if tl.float32 in dtypes else 2
+        loads, stages = in_vectors if aligned else (tk.UNALIGNED_LOADS, 1)
+        vector = 16 // widest if aligned else 1
         constants = {
-            **dict(zip("PAC", dtypes, strict=True)), "MASTER": master, "STATS": True, "ALIGNED": True,
-            "CHUNK": tk.CHUNK, "LOADS": tk.PER_THREAD // vector, "LANES": tk.LANES, "VECTOR": vector, "L_POW2": 512,
+            **dict(zip("PAC", dtypes, strict=True)), "MASTER": master, "STATS": True, "ALIGNED": aligned,
+            "CHUNK": tk.CHUNK, "LOADS": loads, "LANES": tk.LANES, "VECTOR": vector, "STAGES": stages, "L_POW2": 512,
         }  # fmt: skip
-        yield Variant(f"extrapolate_ {name}", tk._extrapolate_kernel, lists | constants, (), options, tk.PER_THREAD)
+        yield Variant(f"extrapolate_ {name}", tk._extrapolate_kernel, lists | constants, (), options, loads * vector)
     chunk_sums = {"row_ptr": "*i64", "stats_ptr": "*fp32", "chunks": "i32", "BLOCK": 1024}
     yield Variant("extrapolate_ sums", tk._sum_chunks_kernel, lists | chunk_sums, (), {"num_warps": 4}, 1024 // 128)
     pointers = {

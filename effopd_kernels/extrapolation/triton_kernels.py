@@ -4,14 +4,15 @@
 
 Legend: L tensors in a list, cut in chunks of CHUNK elements; one program serves one chunk.
 
-Traffic in bf16: read A, read C, write W, 6 bytes and ~14 instructions per element (fp32 masters: 4 bytes more). At the
+Traffic in bf16: read A, read C, write W, 6 bytes and ~21 instructions per element (fp32 masters: 4 bytes more). At the
 4.3 TB/s an H200 copies at, 41 instructions per element would fit in that time, so the statistics are free: they
 need no further read. The partial sums are 12 bytes per chunk. Statistics are added in a fixed order (chunk sums, then
-one program per tensor over its chunks), never by float atomics: they repeat bit for bit.
+one program per tensor over its chunks), never by float atomics: they repeat bit for bit. Tiles are copied to shared
+memory some turns ahead, so that memory is always busy; a turn's tile is read before any later one is written, which is
+what lets the parameters be their own currents.
 """
 
 from contextlib import nullcontext
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -19,16 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_cache import device_cache
 from . import reference
 
 CHUNK = 32768
 LANES = 256  # threads of a program: 8 warps, or 4 waves of 64
-CUDA, HIP = {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4}
+CUDA, HIP = {"num_warps": 8}, {"num_warps": 4}
 LAUNCH = HIP if torch.version.hip else CUDA
-PER_THREAD = 16  # elements per thread and turn: two 16-byte loads of bf16 from each tensor
+# 16-byte loads of a thread from each tensor in a turn; turns that overlap: all tiles but one are under way while one is
+# used. Where addresses are no multiples of 16, loads are of single elements.
+LOADS, STAGES = (2, 1) if torch.version.hip else (1, 4)
+UNALIGNED_LOADS = 8
+PER_THREAD = 16  # elements of the differentiable form
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_captured: list[tuple[Tensor, Tensor]] = []  # tables that a CUDA graph reads, whenever it is replayed
+
+
+@triton.jit
+def _sum_by_lane(x, LANES: tl.constexpr):
+    """Sum of each thread's own elements of a (loads, lanes·vector) tile: no communication."""
+    return tl.sum(tl.sum(tl.reshape(x, (x.shape[0], LANES, x.shape[1] // LANES)), 2), 0)
 
 
 @triton.jit
@@ -36,9 +47,9 @@ def _extrapolate_kernel(
     table_ptr, alpha_ptr, partial_ptr, L,
     P: tl.constexpr, A: tl.constexpr, C: tl.constexpr, MASTER: tl.constexpr, STATS: tl.constexpr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, LOADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    L_POW2: tl.constexpr,
+    STAGES: tl.constexpr, L_POW2: tl.constexpr,
 ):  # fmt: skip
-    """table (6, L) int64: first chunk, elements, then the addresses of parameter, anchor, current and master."""
+    """table (7, L) int64: first chunk, elements, addresses of parameter, anchor, current and master, row."""
     pid = tl.program_id(0)
     index = tl.arange(0, L_POW2)
     first_chunks = tl.load(table_ptr + index, mask=index < L, other=9223372036854775807)
@@ -55,16 +66,15 @@ def _extrapolate_kernel(
         master = tl.multiple_of(master, 16)
     alpha = tl.load(alpha_ptr + i)
     length = tl.minimum(numel, CHUNK).to(tl.int32)
-    # each thread adds up its own elements: the tile's outer and inner dimensions are both within a thread
-    tile = tl.arange(0, LOADS)[:, None, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, :, None] * VECTOR
-    tile += tl.arange(0, VECTOR)[None, None, :]
+    tile = tl.arange(0, LOADS)[:, None] * (LANES * VECTOR) + tl.arange(0, LANES * VECTOR)[None, :]
     BLOCK: tl.constexpr = LOADS * LANES * VECTOR
     delta_sq = tl.zeros([LANES], tl.float32)
     weight_sq = tl.zeros([LANES], tl.float32)
     broken = tl.zeros([LANES], tl.int32)
     whole = length // BLOCK * BLOCK
     for MASKED in tl.static_range(2):  # whole blocks, then the tail
-        for begin in range(whole if MASKED else 0, length if MASKED else whole, BLOCK):
+        first, last = whole if MASKED else 0, length if MASKED else whole
+        for begin in tl.range(first, last, BLOCK, num_stages=1 if MASKED else STAGES):
             at = begin + tile
             if MASKED:
                 a = tl.load(anchor + at, mask=at < length, other=0.0)
@@ -88,9 +98,9 @@ def _extrapolate_kernel(
                 tl.store(param + at, w)
             if STATS:
                 written = w.to(tl.float32)
-                delta_sq += tl.sum(tl.sum(delta * delta, 2), 0)
-                weight_sq += tl.sum(tl.sum(written * written, 2), 0)
-                broken += tl.sum(tl.sum((tl.abs(written) < float("inf")).to(tl.int32) ^ 1, 2), 0)
+                delta_sq += _sum_by_lane(delta * delta, LANES)
+                weight_sq += _sum_by_lane(written * written, LANES)
+                broken += _sum_by_lane((tl.abs(written) < float("inf")).to(tl.int32) ^ 1, LANES)
     if STATS:
         tl.store(partial_ptr + 3 * pid, tl.sum(delta_sq, 0))
         tl.store(partial_ptr + 3 * pid + 1, tl.sum(weight_sq, 0))
@@ -142,15 +152,13 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@lru_cache(maxsize=16)
-def _table(entries: tuple[tuple[int, ...], ...], rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The device's copy of a list's chunks and addresses, and its tensors' rows in alphas and statistics.
+@device_cache(maxsize=16)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The device's copy (7, L) of a list's first chunks, sizes, addresses and rows in alphas and statistics.
 
     Cached: extrapolating a list again copies nothing, so any launch but the first can be captured in a CUDA graph.
     """
-    counts = [triton.cdiv(numel, CHUNK) for numel, *_ in entries]
-    table = torch.tensor([[0, *accumulate(counts[:-1])], *zip(*entries, strict=True)], dtype=torch.int64)
-    return table.to(device, non_blocking=True), torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(columns, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def _mix_of_all(params, anchors, currents, masters) -> tuple | None:
@@ -203,19 +211,19 @@ def launch_extrapolate(
                 stats_out[i] = row[0]
 
     for (p, a, c, aligned), group in groups.items():
-        columns = [[t[i].data_ptr() for i in group] for t in (params, anchors, currents, masters or params)]
-        sizes = [params[i].numel() for i in group]
-        table, rows = _table(tuple(zip(sizes, *columns, strict=True)), tuple(group), alphas.device)
-        if alphas.is_cuda and torch.cuda.is_current_stream_capturing():
-            _captured.append((table, rows))
-        chunks = sum(triton.cdiv(size, CHUNK) for size in sizes)
+        addresses = [tuple(t[i].data_ptr() for i in group) for t in (params, anchors, currents, masters or params)]
+        sizes = tuple(params[i].numel() for i in group)
+        *first_chunks, chunks = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
+        table = _table((tuple(first_chunks), sizes, *addresses, tuple(group)), alphas.device)
+        rows = table[6]
         partial = alphas.new_empty(3 * chunks if stats_out is not None else 0)
-        vector = 16 // max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))
+        widest = max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))
+        loads, vector, stages = (LOADS, 16 // widest, STAGES) if aligned else (UNALIGNED_LOADS, 1, 1)
         with _on(alphas):
             _extrapolate_kernel[(chunks,)](
                 table, alphas if len(group) == len(params) else alphas[rows], partial, len(group),
                 P=_TL_DTYPE[p], A=_TL_DTYPE[a], C=_TL_DTYPE[c], MASTER=bool(masters), STATS=stats_out is not None,
-                ALIGNED=aligned, CHUNK=CHUNK, LOADS=PER_THREAD // vector, LANES=LANES, VECTOR=vector,
+                ALIGNED=aligned, CHUNK=CHUNK, LOADS=loads, LANES=LANES, VECTOR=vector, STAGES=stages,
                 L_POW2=triton.next_power_of_2(len(group)), **LAUNCH,
             )  # fmt: skip
             if stats_out is not None:
