@@ -2,29 +2,17 @@
 // it: the system clears it, and on a virtual machine the host may as well. So pages that were freed are kept for the next
 // buffer of about their size, as a GPU's caching allocator does: each step of a training loop asks for the same ones.
 // Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. A few are kept at most.
-#include <nanobind/nanobind.h>
+#include "tensors.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <mutex>
 #include <vector>
 
-namespace nb = nanobind;
-
 namespace {
 
-// The part of the DLPack ABI (https://dmlc.github.io/dlpack, version 0.8) that hands memory over to torch.from_dlpack.
-struct DLTensor {
-    void* data;
-    int32_t device_type, device_id;
-    int32_t ndim;
-    uint8_t code, bits;
-    uint16_t lanes;
-    int64_t *shape, *strides;
-    uint64_t byte_offset;
-};
+// What torch.from_dlpack takes memory over by: the unversioned one of dlpack.h (https://dmlc.github.io/dlpack).
 struct DLManagedTensor {
     DLTensor tensor;
     void* context;
@@ -128,5 +116,5 @@ void bind_buffers(nb::module_& m) {
 }
 
 #else
-void bind_buffers(nanobind::module_&) {}
+void bind_buffers(nb::module_&) {}
 #endif
