@@ -13,7 +13,8 @@ from torch import Tensor
 from .arguments import TopKOptions, check_float, check_positive, check_tokens, gathered, make_spec
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
-from .linear import check_side, compute_dtype, default_chunk_bytes, pieces
+from .linear import check_side, compute_dtype
+from .linear_rows import default_chunk_bytes, pieces
 from .logits import divergence_loss
 
 if TYPE_CHECKING:

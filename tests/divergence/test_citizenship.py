@@ -17,6 +17,7 @@ from effopd_kernels.divergence import (
     jsd,
     linear,
     linear_divergence_loss,
+    linear_rows,
     linear_token_logprobs,
     ops,
     topk_divergence_loss,
@@ -367,7 +368,7 @@ def test_four_gemm_units_at_most(needs, gemms):
     h_s, w_s, h_t, w_t = heads()
     spec, dtypes = list(NUMBERS), (torch.float32, torch.float32)
     with Spy() as spy:
-        linear._linear_rows(
+        linear_rows._linear_rows(
             (h_s, w_s, None), (h_t, w_t, None), MASK, None, spec, dtypes, None, 1 << 20, None, (*needs, False), False
         )
     products = [args for func, args in spy.calls if "mm" in func.__name__]  # the operands stand last
@@ -401,7 +402,7 @@ def test_no_host_synchronisation(call, allowed, monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.effopd.linear_divergence_rows.default:
                 with self:
-                    return linear.linear_divergence_rows(*args)
+                    return linear_rows.linear_divergence_rows(*args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     with Inside() as spy:

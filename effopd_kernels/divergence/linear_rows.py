@@ -1,0 +1,194 @@
+"""The op under the losses from hidden states: divergences and gradients by chunks of rows, without N×V logits.
+
+N tokens, V vocabulary (the shared prefix), D hidden size (student and teacher may differ). Rows are taken in chunks:
+
+    for each chunk      s = h_s·W_sᵀ (V wide)                                               1 GEMM unit
+                        for each tile of it    t = h_t·W_tᵀ                                 1 GEMM unit
+                                               the row kernel overwrites s by g = dloss/ds
+                        dh = g·W_s,  dW_s += gᵀ·h_s                                         2 GEMM units
+
+Four GEMM units in all and none in backward. The student's chunk lives until its gradient GEMMs; the teacher's logits
+are needed one tile at a time. Both sizes come from one budget in bytes: more chunks would only read W and dW again.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+MIB = 1 << 20
+
+torch.library.define(
+    "effopd::linear_divergence_rows",
+    "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    f"Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, {ops.ARGS}, "
+    "ScalarType student_dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int chunk_bytes, int? num_valid, "
+    "bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)",
+)
+
+
+def pieces(total: int, limit: int) -> list[slice]:
+    """[0, total) in the fewest near-equal slices of at most `limit` (at least 1) each."""
+    count = -(-total // max(limit, 1))
+    edges = [total * i // count for i in range(count + 1)] if count else [0]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def default_chunk_bytes(device: torch.device) -> int:
+    return (208 if device.type == "cpu" else 1024) * MIB
+
+
+def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+    """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
+    if out_NV.dtype == hidden_ND.dtype:
+        torch.mm(hidden_ND, weight_VD.T, out=out_NV)
+    elif out_NV.device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
+        torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
+    else:  # no GEMM of these dtypes: in the wider of them, a slice of the head at a time
+        wide = torch.promote_types(out_NV.dtype, hidden_ND.dtype)
+        hidden = hidden_ND.to(wide)
+        for cols in pieces(weight_VD.shape[0], 16 * MIB // (4 * weight_VD.shape[1])):
+            out_NV[:, cols] = hidden @ weight_VD[cols].to(wide).T
+    if bias_V is not None:
+        out_NV += bias_V
+
+
+def _add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
+    """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
+    beta = 0 if first else 1  # 0 leaves unread what stood there
+    if acc_VD.dtype == grad_NV.dtype:
+        acc_VD.addmm_(grad_NV.T, hidden_ND, beta=beta)
+    elif acc_VD.device.type == "cuda":
+        torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
+    else:
+        hidden = hidden_ND.to(acc_VD.dtype)
+        for cols in pieces(grad_NV.shape[1], 16 * MIB // (4 * grad_NV.shape[0])):
+            acc_VD[cols].addmm_(grad_NV[:, cols].to(acc_VD.dtype).T, hidden, beta=beta)
+
+
+def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
+    """Indices of the tokens that count and, where `num_valid` promises how many, which of the indices are real."""
+    if num_valid is None:
+        return mask_N.nonzero().squeeze(1), None  # on a GPU the one synchronisation
+    index = torch.nonzero_static(mask_N, size=num_valid, fill_value=0).squeeze(1)
+    return index, torch.arange(num_valid, device=mask_N.device) < mask_N.sum()
+
+
+def linear_divergence_rows(
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale,
+    *args,
+):  # fmt: skip
+    *spec, student_dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, stats_ = args
+    with torch.amp.autocast(student_hidden.device.type, enabled=False):
+        return _linear_rows(
+            (student_hidden, student_weight, student_bias),
+            (teacher_hidden, teacher_weight, teacher_bias),
+            mask, row_scale, spec, (student_dtype, teacher_dtype), logits_dtype, chunk_bytes, num_valid,
+            (grad_h, grad_w, grad_b), stats_,
+        )  # fmt: skip
+
+
+def _linear_rows(
+    student, teacher, mask_N, row_scale_N, spec, dtypes, logits_dtype, chunk_bytes, num_valid, needs, with_stats
+):
+    N, (full_V, D), device = student[0].shape[0], student[1].shape, student[0].device
+    V = min(full_V, teacher[1].shape[0])
+    index = valid = None
+    if mask_N is not None:
+        index, valid = _compact(mask_N, num_valid)
+        row_scale_N = None if row_scale_N is None else row_scale_N[index]
+
+    def operands(hidden, weight, bias, dtype):
+        hidden = (hidden if index is None else hidden[index]).to(dtype)
+        if valid is not None:  # promised but absent tokens: rows of zeros, masked for the kernel
+            hidden = hidden.masked_fill(~valid[:, None], 0)
+        return hidden, weight[:V].to(dtype), None if bias is None else bias[:V].to(dtype)
+
+    h_s, w_s, b_s = operands(*student, dtypes[0])
+    h_t, w_t, b_t = operands(*teacher, dtypes[1])
+    n, with_grad = h_s.shape[0], any(needs)
+    s_dtype, t_dtype = logits_dtype or dtypes[0], logits_dtype or dtypes[1]
+    student_bytes = chunk_bytes * 3 // 4 if with_grad else chunk_bytes // 2
+    chunks = pieces(n, student_bytes // (V * s_dtype.itemsize))
+    tile_rows = max(1, (chunk_bytes - student_bytes) // (V * t_dtype.itemsize))
+    chunk_rows = max((c.stop - c.start for c in chunks), default=0)
+
+    loss = torch.zeros(
+        n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)
+    )
+    stats = loss.new_zeros(3, n) if with_stats else loss.new_empty(0)
+    s_buf = ops.empty_rows(chunk_rows, V, h_s, s_dtype)
+    t_buf = ops.empty_rows(min(tile_rows, chunk_rows), V, h_s, t_dtype)
+    acc_dtype = torch.promote_types(dtypes[0], torch.float32)
+    grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
+    grad_w = _weight_gradient(student[1], V, len(chunks), dtypes[0], acc_dtype) if needs[1] else None
+    grad_b = torch.zeros(full_V, device=device, dtype=acc_dtype) if needs[2] else None
+
+    for chunk in chunks:
+        s_chunk = s_buf[: chunk.stop - chunk.start]
+        _project(s_chunk, h_s[chunk], w_s, b_s)
+        for tile in pieces(s_chunk.shape[0], tile_rows):
+            rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
+            s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
+            _project(t_tile, h_t[rows], w_t, b_t)
+            row_scale = None if row_scale_N is None else row_scale_N[rows]
+            loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
+                s_tile, t_tile, None if valid is None else valid[rows], row_scale, *spec, with_grad, with_stats
+            )
+            if with_stats:
+                stats[:, rows] = tile_stats
+        if not with_grad:
+            continue
+        g = s_chunk.to(dtypes[0])
+        if grad_h is not None:
+            grad_h[chunk] = g @ w_s
+        if grad_w is not None:
+            _add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
+        if grad_b is not None:
+            grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
+
+    def spread(rows, full):  # index_add, for absent tokens repeat index 0 (with zeros)
+        return (
+            rows
+            if index is None or rows is None
+            else full.index_add_(full.ndim - 1 if rows is stats else 0, index, rows)
+        )
+
+    grads = (
+        spread(grad_h, student[0].new_zeros(student[0].shape)) if needs[0] else student[0].new_empty(0),
+        grad_w.to(student[1].dtype) if needs[1] else student[1].new_empty(0),
+        grad_b.to(student[2].dtype) if needs[2] else student[1].new_empty(0),
+    )
+    return spread(loss, loss.new_zeros(N)), *grads, spread(stats, stats.new_zeros(3, N)) if with_stats else stats
+
+
+def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
+    """Where dW is gathered: fp32 unless one product, rounded once, is all there is. What no product reaches is zero."""
+    grad = ops.empty_rows(
+        *weight.shape, weight, weight.dtype if num_chunks == 1 and weight.dtype == dtype else acc_dtype
+    )
+    grad[V if num_chunks else 0 :] = 0
+    return grad
+
+
+torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)
+
+
+@torch.library.register_fake("effopd::linear_divergence_rows")
+def _(
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale, *args
+):
+    *_, student_dtype, teacher_dtype, logits_dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
+    N = student_hidden.shape[0]
+    dtype = torch.promote_types(logits_dtype or torch.promote_types(student_dtype, teacher_dtype), torch.float32)
+    loss = student_hidden.new_empty(N, dtype=dtype)
+    return (
+        loss,
+        student_hidden.new_empty(student_hidden.shape if grad_h else 0),
+        student_weight.new_empty(student_weight.shape if grad_w else 0),
+        student_bias.new_empty(student_bias.shape) if grad_b else student_weight.new_empty(0),
+        loss.new_empty((3, N) if with_stats else 0),
+    )
