@@ -21,7 +21,7 @@ from ..lowrank import RSVD, Flag, batched_rsvd, ops, principal_cosines, subspace
 from ..lowrank.decompose import Settings
 from ..lowrank.metrics import measured
 from ..lowrank.routes import choose
-from ..lowrank.slq import Spectrum
+from ..lowrank.slq import Sampling, Spectrum
 from ..lowrank.types import least_rounding
 from .checkpoints import Checkpoint
 from .comparison import Comparison
@@ -158,8 +158,8 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     exact = options.exact or choose(n, m, options.rank, width, a.device) == "exact"
     top = math.ceil(options.top_fraction * m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
-    method = "exact" if exact else "slq"
-    spectrum, metrics = measured(a, b, top, method, PROBES, steps, MOST_STEPS, options.seed, svd)
+    sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
+    spectrum, metrics = measured(a, b, top, sampling, svd)
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:

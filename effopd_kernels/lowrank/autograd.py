@@ -96,7 +96,7 @@ def _saved(ctx) -> tuple[bool, list[Tensor], list[Tensor], Tensor, Tensor, Tenso
 
 def _to_pair(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     """Ā to a and −Ā to base, each in its dtype and orientation."""
-    a, base = ctx.saved_tensors[: 1 + ctx.has_base] if ctx.has_base else (ctx.saved_tensors[0], None)
+    a, base = ctx.saved_tensors[0], ctx.saved_tensors[1] if ctx.has_base else None
     gradient = gradient if a.shape[-2] >= a.shape[-1] else gradient.mT
     for_a = gradient.to(a.dtype) if ctx.needs_input_grad[0] else None
     for_base = -gradient.to(base.dtype) if ctx.needs_input_grad[1] else None

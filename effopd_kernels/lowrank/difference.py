@@ -1,7 +1,5 @@
 """A group of equally shaped differences X = scale · (x − base), and the products that are taken with it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +23,7 @@ class Difference:
         return torch.promote_types(self.x[0].dtype, torch.float32)
 
     @property
-    def mT(self) -> Difference:
+    def mT(self) -> "Difference":
         return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base])
 
     def apply(self, q: Tensor, fast: bool = False) -> Tensor:

@@ -21,12 +21,13 @@ from . import ops
 from .decompose import oriented, power_of_two
 from .difference import Difference
 from .rsvd import as_batch, check_pair
-from .slq import Spectrum, sampled_spectrum
+from .slq import Sampling, Spectrum, sampled_spectrum
 from .types import RSVD
 from .workers import without_autocast
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
 LEAST_STEPS = 4  # of Lanczos; fewer make a poor bound on the rest
+SAMPLED = ("effective_rank", "participation_ratio", "rank_above_noise")  # metrics that "slq" only estimates
 LIMITED = 0.1  # share of Σσ below the noise edge from which a spectrum is called quantisation-limited
 
 
@@ -46,9 +47,7 @@ class SpectralMetrics(NamedTuple):
     noise_edge: Tensor  # spectral norm that rounding ``a`` to its dtype alone would give
     rank_above_noise: Tensor  # int64, σ that noise passes in fewer than one matrix in a thousand
     unchanged_fraction: Tensor  # entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise
-    quantisation_limited: (
-        Tensor  # bool, a tenth or more of Σσ lies below the edge: the effective rank counts rounding noise
-    )
+    quantisation_limited: Tensor  # bool, a tenth or more of Σσ is below the edge: the effective rank counts rounding
     # Of the sampled metrics (method="slq" only): the jackknife's over probes, and what the quadrature lacks.
     standard_error: "dict[str, Tensor] | None" = None
 
@@ -89,28 +88,19 @@ def spectral_metrics(
         raise ValueError(f"at least two probes and one step are needed, not {probes} and {steps}")
     top = math.ceil(top_fraction * min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
-    rows = []
-    for x, y in zip(as_batch(a), bases, strict=True):
-        rows.append(measured(x, y, top, method, probes, min(LEAST_STEPS, steps), steps, seed)[1])
-    return _stacked(rows, a, method == "slq")
+    sampling = Sampling(probes, min(LEAST_STEPS, steps), steps, seed) if method == "slq" else None
+    rows = [measured(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]
+    return _stacked(rows, a, sampling is not None)
 
 
 @without_autocast
 def measured(
-    x: Tensor,
-    y: Tensor | None,
-    top: int,
-    method: str,
-    probes: int,
-    least: int,
-    most: int,
-    seed: int,
-    svd: RSVD | None = None,
+    x: Tensor, y: Tensor | None, top: int, sampling: Sampling | None = None, svd: RSVD | None = None
 ) -> tuple[Spectrum, dict[str, Tensor]]:
     """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
 
-    With method "slq" the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
-    sampled.
+    With ``sampling`` the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
+    sampled; without, every σ is exact.
     """
     tall = x.shape[0] >= x.shape[1]
     difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
@@ -118,13 +108,13 @@ def measured(
     usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
     if not usable:
         spectrum = Spectrum(statistics.new_zeros(0))
-    elif method == "exact":
+    elif sampling is None:
         spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
     else:
         if svd is not None and not tall:
             svd = svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)
-        spectrum = sampled_spectrum(difference, max(top, 16), probes, least, most, seed, svd)
-    return spectrum, _metrics(spectrum, statistics, x, top, method == "slq")
+        spectrum = sampled_spectrum(difference, max(top, 16), sampling, svd)
+    return spectrum, _metrics(spectrum, statistics, x, top, sampling is not None)
 
 
 def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:
@@ -196,9 +186,6 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sample
             lacks = spectrum.quadrature_error(lambda s, name=name: from_sums(sums_of(s).mean(0))[name])
             values[name + " error"] = torch.hypot(jackknife, lacks)
     return values
-
-
-SAMPLED = ("effective_rank", "participation_ratio", "rank_above_noise")
 
 
 def _stacked(rows: list[dict[str, Tensor]], a: Tensor, sampled: bool) -> SpectralMetrics:

@@ -28,6 +28,15 @@ from .types import RSVD, least_rounding
 FAILURE = 1e-9  # probability that `Spectrum.rest_norm` is not a bound
 
 
+class Sampling(NamedTuple):
+    """How a spectrum is sampled."""
+
+    probes: int
+    least: int  # steps, at least and at most
+    most: int
+    seed: int
+
+
 class Spectrum(NamedTuple):
     """Singular values known one by one, and the rest as one weighted set of nodes per probe."""
 
@@ -67,13 +76,11 @@ class Spectrum(NamedTuple):
         return float(largest * (moments.amax() / smallest**2) ** (1 / (2 * degree)))
 
 
-def sampled_spectrum(
-    x: Difference, k: int, probes: int, least: int, most: int, seed: int, svd: RSVD | None = None
-) -> Spectrum:
-    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M), from at least and at
-    most so many steps. With ``svd``, of that difference, its triplets are the leading ones.
+def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None = None) -> Spectrum:
+    """The k leading σ, and quadrature nodes of the rest of the spectrum of one difference (N, M). With ``svd``, of that
+    difference, its triplets are the leading ones.
     """
-    m = x.x[0].shape[1]
+    m, (probes, least, most, seed) = x.x[0].shape[1], sampling
     if svd is None:
         found, _ = decompose_group(x.x, x.base, Settings(min(k, m), None, 2, None, seed, None))
         svd = RSVD(*(field[0] for field in found))
