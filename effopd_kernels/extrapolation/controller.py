@@ -151,7 +151,7 @@ class EffOPDController:
         """Put a LoRA student's jumps into its trained adapter, when training is over: what to call before saving it.
 
         During training they are in a second adapter, "effopd", and whoever loads the trained one alone misses them.
-        What the model computes stays; the rank grows to at most r·(jumps + 2); the optimizer starts afresh with the
+        What the model computes stays; the rank grows, to at most r·(jumps + 2); the optimizer starts afresh with the
         longer factors. Other students have their jumps in the weights themselves: nothing to do.
 
         Raises ValueError for an adapter that must keep its rank (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).

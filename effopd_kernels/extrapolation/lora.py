@@ -7,8 +7,8 @@ would not extrapolate P. What has to be added to the weight to make it W_A + α(
 
 and F goes into a second, frozen adapter, the companion, by concatenation of ranks. The trained adapter keeps its
 factors, its shape and its optimizer state, as the published rule asks of every weight. Over events F = Σ c_j·P_j, where
-an event adds one product and changes the coefficient of another, so the companion's rank is at most
-r·(accepted events + 1).
+an event adds one product and changes the coefficient of another. Of more than `MOST_TERMS` the sum is taken as one,
+of the least rank that is within rounding, so the companion's rank does not grow with the number of events.
 
 The alternatives lose something: folding F into the base weights rounds it to their dtype, fails on quantised ones, and
 makes the saved adapter wrong on the published base; truncating to rank r is not the extrapolation; lengthening the
@@ -21,9 +21,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .adapters import CHANGES_BASE, COMPANION, Adapters, Factors, Term, as_in_peft, counts
+from .adapters import CHANGES_BASE, COMPANION, Adapters, Factors, Term, as_in_peft, counts, shortened
 
 __all__ = ["CHANGES_BASE", "COMPANION", "LoraWeights", "is_lora_name"]
+
+MOST_TERMS = 8  # of the companion, before they become one
 
 
 def is_lora_name(name: str) -> bool:
@@ -89,7 +91,10 @@ class LoraWeights:
         """The anchor becomes the current weights: the companion keeps F, and δ counts from P_t."""
         coefficient = 0.0 if self.offered is self.settled else self.offered[-1].coefficient
         others = self.offered if self.offered is self.settled else self.offered[:-1]
-        self.settled = [*filter(counts, others), Term(coefficient, self.held)]
+        others = list(filter(counts, others))
+        if len(others) > MOST_TERMS:
+            others = [shortened(others)]
+        self.settled = [*others, Term(coefficient, self.held)]
         self.held, self.offered = None, self.settled
         self.adapters.install(self.settled)
 

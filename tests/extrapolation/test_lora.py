@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from effopd_kernels.extrapolation import EffOPDController
-from effopd_kernels.extrapolation.lora import COMPANION
+from effopd_kernels.extrapolation.adapters import TOLERANCE, Term, shortened
+from effopd_kernels.extrapolation.lora import COMPANION, MOST_TERMS
 
 peft = pytest.importorskip("peft")
 
@@ -90,6 +91,50 @@ def test_effective_weight_is_the_dense_extrapolation(options):
     dense = Net()
     dense.load_state_dict(copy.deepcopy(model).merge_and_unload().state_dict())
     torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["linear", "experts"])
+def test_the_companion_does_not_grow_with_the_number_of_events(of):
+    model = lora() if of == "linear" else experts()
+    effective = (lambda: list(merged(model).values())) if of == "linear" else (lambda: products(model))
+    controller = EffOPDController(model, scripted(*[0, 1] * 40), schedule=1)
+    anchor, ranks = effective(), []
+    for event in range(1, 31):
+        train(model, event)
+        current = effective()
+        controller.alphas = (alpha := 2.0 + event % 3,)
+        assert controller.step(event).alpha == alpha
+        for weight, was, moved in zip(effective(), anchor, current, strict=True):
+            expected = was + alpha * (moved - was)
+            assert (weight - expected).norm() <= TOLERANCE * expected.norm()
+        anchor = effective()
+        ranks.append(model.peft_config[COMPANION].r)
+    assert ranks[: MOST_TERMS + 1] == [2 * event for event in range(1, MOST_TERMS + 2)]  # exact until then
+    assert max(ranks) <= 7 + 2 * (MOST_TERMS + 1)  # 7: the longest of the short sides
+
+
+def test_a_sum_of_products_is_shortened_to_its_rank():
+    """Rank 3 in one expert and 2 in the other, of terms of rank 4 that cancel but for a little noise."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 40, generator=g), torch.randn(2, 60, 3, generator=g)
+    b[1, :, 2] = 0
+    far_a, far_b = torch.randn(2, 4, 40, generator=g), torch.randn(2, 60, 4, generator=g)
+    noise = 1e-6 * torch.randn(2, 60, 4, generator=g)
+    zero = torch.zeros(1, 2, 9), torch.zeros(1, 5, 2)
+    terms = [
+        Term(2.0, {"x": (a, b), "zero": zero}),
+        Term(-3.0, {"x": (far_a, far_b), "zero": zero}),
+        Term(3.0, {"x": (far_a, far_b + noise), "zero": zero}),
+    ]
+    short = shortened(terms)
+    assert {name: (a.shape, b.shape) for name, (a, b) in short.factors.items()} == {
+        "x": ((2, 3, 40), (2, 60, 3)),
+        "zero": ((1, 1, 9), (1, 5, 1)),
+    }
+    exact = sum(t.coefficient * (t.factors["x"][1].double() @ t.factors["x"][0].double()) for t in terms)
+    found = short.coefficient * (short.factors["x"][1].double() @ short.factors["x"][0].double())
+    assert (found - exact).norm() <= TOLERANCE * exact.norm()
+    assert not any(t.any() for t in short.factors["zero"])
 
 
 class Experts(torch.nn.Module):
