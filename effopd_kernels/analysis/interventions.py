@@ -106,18 +106,11 @@ EVALUATION = {  # options of effopd-train that matter here, and what they mean h
 
 
 def print_help(parser: TrlParser) -> None:
-    actions = {a.dest: a for a in parser._actions}
     print("usage: effopd-analyze interventions --base DIR --checkpoints DIR [DIR ...] --dataset_name eval.jsonl \\")
     print("           --eval_metric accuracy|teacher_kl [--teacher_model_name_or_path DIR] --output_dir OUT")
     print("       torchrun --nproc_per_node 8 -m effopd_kernels.analysis.cli interventions ...\n")
-    for name, text in EVALUATION.items():
-        actions[name].help = text or actions[name].help
-    formatter = parser._get_formatter()
-    for title, names in (("what to try", list(InterventionArguments.__dataclass_fields__)), ("evaluation", EVALUATION)):
-        formatter.start_section(title)
-        formatter.add_arguments([actions[n] for n in names])
-        formatter.end_section()
-    print(formatter.format_help())
+    sections = {"what to try": InterventionArguments.__dataclass_fields__, "evaluation": EVALUATION}
+    print(cli.options_help(parser, sections, EVALUATION))
     print(
         "The same command goes on where it was interrupted. Options of effopd-train, and its YAML as --config, apply."
     )

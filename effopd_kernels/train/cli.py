@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,18 +78,25 @@ HELP = {
 
 def print_help(parser: trl.TrlParser) -> None:
     """The sixty options a run is made of, grouped; `--help_all` lists every one of TRL's and transformers'."""
-    actions = {a.dest: a for a in reversed(parser._actions)}  # --option, not the --no_option that may follow it
     print("usage: effopd-train [--config run.yaml] [--option value ...]      flags override the YAML file\n")
     print("  effopd-train --demo                                              a complete run in a few minutes")
     print("  effopd-train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\")
     print("      --dataset_name train.jsonl --eval_steps 50 --output_dir out\n")
-    formatter = parser._get_formatter()
-    for title, names in HELP.items():
-        formatter.start_section(title)
-        formatter.add_arguments([actions[n] for n in names])
-        formatter.end_section()
-    print(formatter.format_help())
+    print(options_help(parser, HELP, {}))
     print("  --help_all   every option of TRL's DistillationConfig and transformers' TrainingArguments")
+
+
+def options_help(parser: trl.TrlParser, sections: Mapping[str, Iterable[str]], texts: Mapping[str, str | None]) -> str:
+    """The options of each section, with the text given for one in place of its own help."""
+    actions = {a.dest: a for a in reversed(parser._actions)}  # --option, not the --no_option that may follow it
+    formatter = parser._get_formatter()
+    for title, names in sections.items():
+        formatter.start_section(title)
+        for name in names:
+            actions[name].help = texts.get(name) or actions[name].help
+            formatter.add_argument(actions[name])
+        formatter.end_section()
+    return formatter.format_help()
 
 
 def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
