@@ -172,11 +172,11 @@ def _lowrank(arch: str) -> Iterator[Variant]:
     elements = tk.STATS_ROWS * 256 // (4 * TARGETS[arch].warp_size)
     yield Variant("lowrank statistics bf16", tk._stats_kernel, arguments, sizes, {"num_warps": 4}, elements)
     jacobi = {"w_ptr": "*fp64", "value_ptr": "*fp64", "L": "i32", "SWEEPS": "i32", "tolerance": "fp32"}
-    elements = tk.JACOBI_TILE // (8 * TARGETS[arch].warp_size)
-    for half in (tk.JACOBI_LIMIT // 4, tk.JACOBI_LIMIT // 2):
+    elements = tk.JACOBI_TILE // (tk.JACOBI_WARPS * TARGETS[arch].warp_size)
+    for half in (tk.JACOBI_LIMIT // 8, tk.JACOBI_LIMIT // 4, tk.JACOBI_LIMIT // 2):
         tile = {"HALF": half, "BLOCK": tk.JACOBI_TILE // half}
         name = f"lowrank eigh fp64, up to {2 * half}"
-        yield Variant(name, tk._jacobi_kernel, jacobi | tile, (), {"num_warps": 8}, elements)
+        yield Variant(name, tk._jacobi_kernel, jacobi | tile, (), {"num_warps": tk.JACOBI_WARPS}, elements)
 
 
 def _is_type(argument) -> bool:

@@ -31,6 +31,7 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(kernels, "GRAM_TILE", 32)
         monkeypatch.setattr(kernels, "HALF_DTYPE", torch.float16)
         monkeypatch.setattr(kernels, "STATS_ROWS", 64)
+        monkeypatch.setattr(kernels, "JACOBI_TILE", 16)
         config = {name: {**launch, "BLOCK": 64} for name, launch in kernels.CONFIG.items()}
         monkeypatch.setattr(kernels, "CONFIG", config)
 
@@ -213,6 +214,16 @@ def test_eigh(dtype, size):
     assert (residual.abs().amax((1, 2)) <= near * largest).all()
     eye = torch.eye(size, dtype=dtype, device=DEVICE)
     assert (vectors.mT @ vectors - eye).abs().max() <= near
+
+
+@needs_kernels
+def test_large_eigenproblems_are_left_to_the_reference_unless_they_are_many(monkeypatch):
+    g = torch.diag(torch.arange(1.0, 6)).to(DEVICE).expand(2, 5, 5)
+    monkeypatch.setattr(kernels, "JACOBI_ALONE", 2)
+    monkeypatch.setattr(kernels, "_jacobi_kernel", None)
+    assert kernels.launch_eigh(g)[0].tolist() == [[5, 4, 3, 2, 1]] * 2
+    with pytest.raises(TypeError):
+        kernels.launch_eigh(g.repeat(2, 1, 1))
 
 
 @needs_gpu
