@@ -1,4 +1,5 @@
-"""How the two commands end: their exit codes, one sentence for an error however many ranks find it, a quiet way out."""
+"""What the two commands share: output on any terminal, exit codes, one sentence for an error however many ranks find
+it, a quiet way out."""
 
 import os
 import sys
@@ -9,6 +10,12 @@ from datetime import timedelta
 import torch.distributed as dist
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def print_anywhere() -> None:
+    """A character that the encoding of stdout lacks is printed as a ?, not refused: an α in a help, an é in a path."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def refused(command: str, why: str) -> int:

@@ -9,7 +9,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, refused
+from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, print_anywhere, refused
 from ..errors import UserError
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
@@ -25,6 +25,7 @@ effopd-analyze updates --help and effopd-analyze interventions --help list the o
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    print_anywhere()
     command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         if command in ("-h", "--help"):

@@ -19,7 +19,14 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, leave_process_group, refused, something_was_said
+from ..commands import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    leave_process_group,
+    print_anywhere,
+    refused,
+    something_was_said,
+)
 from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -300,8 +307,7 @@ def _first_sentence(error: BaseException) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if hasattr(sys.stdout, "reconfigure"):  # a character that its encoding lacks is a ?: α in --demo, √ in --help_all
-        sys.stdout.reconfigure(errors="replace")
+    print_anywhere()
     # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     args = None

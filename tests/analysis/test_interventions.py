@@ -1,12 +1,14 @@
 """`effopd-analyze interventions` on tiny real trajectories: what it plans, what it writes, stopping and going on."""
 
 import errno
+import io
 import json
 import math
 import os
 import shutil
 import signal
 import statistics
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +395,15 @@ def test_without_trl_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(analysis_cli, "find_spec", lambda name: None if name == "trl" else find_spec(name))
     assert main(["interventions"]) == 2
     assert "trl must be installed: pip install effopd-kernels[analysis,train]" in capsys.readouterr().err
+
+
+def test_help_in_ascii(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as stopped:
+        main(["interventions", "--help"])
+    out.flush()
+    assert stopped.value.code == 0 and "? of `scale`" in out.buffer.getvalue().decode("ascii")
 
 
 def test_other_settings_do_not_mix(finished, trained, capfd):
