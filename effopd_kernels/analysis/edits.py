@@ -9,7 +9,6 @@ this formula with other arguments.
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..extrapolation import buffers, extrapolate, extrapolate_
 from ..extrapolation.interrupts import Deferred
 from ..lowrank import RSVD, batched_rsvd, low_rank_update
+from ..lowrank.types import triplets
 from .checkpoints import Checkpoint
 from .roles import is_matrix
 
@@ -155,7 +155,7 @@ class EditableModel:
 
     @staticmethod
     def _rank(matrix: Tensor, fraction: float) -> int:
-        return math.ceil(fraction * min(matrix.shape[-2:]))
+        return triplets(fraction, min(matrix.shape[-2:]))
 
     def _pair(self, place: tuple[str, int], name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
         """(a, b) with ΔW = a − b, b None for zero, on the device of the base's tensor."""

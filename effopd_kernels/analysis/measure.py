@@ -22,7 +22,7 @@ from ..lowrank.decompose import Settings
 from ..lowrank.metrics import measured
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
-from ..lowrank.types import least_rounding
+from ..lowrank.types import least_rounding, triplets
 from .checkpoints import Checkpoint
 from .comparison import Comparison
 from .roles import Role, role_of
@@ -156,7 +156,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     svd = batched_rsvd(a, options.rank, base=b, oversample=OVERSAMPLE, seed=options.seed, clip_rank=True)
     width = Settings(min(options.rank, m), OVERSAMPLE, 2, None, 0, None).width(m)
     exact = options.exact or choose(n, m, options.rank, width, a.device) == "exact"
-    top = math.ceil(options.top_fraction * m)
+    top = triplets(options.top_fraction, m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
     spectrum, metrics = measured(a, b, top, sampling, svd)
@@ -198,11 +198,6 @@ def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) 
         return min(math.sqrt(head + min(gap + count * rest, beyond)), norm) + rounding
 
     return max(float(s[0]) - rounding, 0.0), upper(1), upper(top)
-
-
-def triplets(fraction: float, m: int) -> int:
-    """How many make a part of the rank m: whole ones, rounded up, but 28 of 100 for 0.28, whose product is above 28."""
-    return math.ceil(fraction * m - 1e-9)
 
 
 def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:

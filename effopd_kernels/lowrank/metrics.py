@@ -22,7 +22,7 @@ from .decompose import oriented, power_of_two
 from .difference import Difference
 from .rsvd import as_batch, check_pair
 from .slq import Sampling, Spectrum, sampled_spectrum
-from .types import RSVD
+from .types import RSVD, triplets
 from .workers import without_autocast
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
@@ -86,7 +86,7 @@ def spectral_metrics(
         raise ValueError(f"a has no entries per matrix: shape {tuple(a.shape)}")
     if probes < 2 or steps < 1:
         raise ValueError(f"at least two probes and one step are needed, not {probes} and {steps}")
-    top = math.ceil(top_fraction * min(a.shape[-2:]))
+    top = triplets(top_fraction, min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     sampling = Sampling(probes, min(LEAST_STEPS, steps), steps, seed) if method == "slq" else None
     rows = [measured(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]

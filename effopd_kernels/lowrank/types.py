@@ -1,5 +1,6 @@
 """What a truncated SVD comes back as: factors, error bounds, flags."""
 
+import math
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -13,6 +14,11 @@ BIASED = 32  # ε ‖A‖_F by which σ̃ may be off where roundings do not aver
 def least_rounding(norm: Tensor, dtype: torch.dtype) -> Tensor:
     """What the rounding of products in ``dtype`` may do to numbers from a matrix of this Frobenius norm."""
     return ROUNDING * torch.finfo(dtype).eps * norm
+
+
+def triplets(fraction: float, rank: int) -> int:
+    """How many make a part of a rank: whole ones, rounded up, but 28 of 100 for 0.28, whose product is above 28."""
+    return math.ceil(fraction * rank - 1e-9)
 
 
 class Flag(IntFlag):

@@ -127,6 +127,18 @@ def test_the_biases_of_all_experts_have_no_rank(tmp_path):
         torch.testing.assert_close(experts.down_proj_bias.detach(), weight)
 
 
+def test_seven_per_cent_of_a_rank_of_a_hundred_are_seven_triplets(tmp_path):
+    up = torch.nn.Linear(100, 100, bias=False)
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": up})])})
+    name, base = "layers.0.mlp.weight", up.weight.detach().clone()
+    for folder, weight in (("base", base), ("checkpoint-1", torch.randn(100, 100))):
+        (tmp_path / folder).mkdir()
+        save_file({name: weight}, tmp_path / folder / "model.safetensors")
+    model = EditableModel(net, compare(tmp_path / "base", {"opd": [tmp_path / "checkpoint-1"]}).trajectories)
+    with model.edited(Edit("opd", 0, (name,), part="top", fraction=0.07)):
+        assert torch.linalg.matrix_rank(up.weight.detach() - base, atol=1e-2) == 7
+
+
 def test_norms(world):
     _, model, weights = world
     for (trajectory, i), moved in ((k, v) for k, v in weights.items() if k is not None):

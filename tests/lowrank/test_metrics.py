@@ -34,6 +34,14 @@ def test_exact_metrics_in_fp32(name, shape):
     assert not metrics.quantisation_limited and metrics.unchanged_fraction == (a == 0).double().mean()
 
 
+def test_the_top_of_a_hundred_triplets_is_the_per_cent_asked_for():
+    """In floating point 0.07 · 100 is above 7 and 0.28 · 100 above 28."""
+    a = torch.diag(torch.arange(100.0, 0, -1))
+    for count in range(1, 101):
+        ratio = spectral_metrics(a, top_fraction=count / 100).top_fraction_norm_ratio
+        assert ratio == pytest.approx(float(a[:count].norm() / a.norm()), rel=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3])
 def test_exact_metrics_of_bf16_pairs(ratio):
     current, base = bf16_pair(150, 220, 6, ratio)
