@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 
 from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, print_anywhere, refused
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
        effopd-analyze interventions ... --dataset_name NAME --eval_metric accuracy|teacher_kl
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         run(arguments)
     except (UserError, OSError) as error:  # the latter: a file that is gone or not for this user
         known = isinstance(error, OSError) and error.filename and error.strerror
-        why = f"{error.filename}: {error.strerror}" if known else " ".join(str(error).split())
+        why = f"{error.filename}: {error.strerror}" if known else one_line(error)
         return refused("effopd-analyze", why)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # all ranks were, and one speaks for them

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
 from ..commands import leave_process_group
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         ours, data, args, model_args = parse(list(argv))
     except (ValueError, OSError) as error:  # HfArgumentParser, TrainingArguments and the YAML reader
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     with Interrupts(immediate=True).installed(), not_left_empty(args.output_dir):
         run(ours, data, args, model_args)
     leave_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..extrapolation.lora import COMPANION
 
 
@@ -54,7 +54,7 @@ def written(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        why = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"--output_dir '{output_dir}' could not be written: {why}") from error
 
 

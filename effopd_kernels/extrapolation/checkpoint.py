@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .distributed import Ranks
 
-__all__ = ["CheckpointError", "check", "load", "newest_intact", "save"]
+__all__ = ["CheckpointError", "check", "crc32", "load", "newest_intact", "save"]
 
 INDEX = "effopd.json"
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def save(directory: str | os.PathLike, anchor: Mapping[str, Tensor], scalars: di
         path = directory / f"anchor-{token}-{ranks.rank:05d}-of-{count:05d}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in anchor.items()}, path)
         _flush(path)
-        return {"file": path.name, "bytes": path.stat().st_size, "crc32": _crc32(path)}
+        return {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32(path)}
 
     shards = [e for e in ranks.attempt(write_shard) if e is not None]
 
@@ -123,12 +123,13 @@ def _intact(directory: Path, shard: dict) -> Path:
         raise CheckpointError(f"{path} does not exist")
     if path.stat().st_size != shard["bytes"]:
         raise CheckpointError(f"{path} is truncated: {path.stat().st_size} of {shard['bytes']} bytes")
-    if _crc32(path) != shard["crc32"]:
+    if crc32(path) != shard["crc32"]:
         raise CheckpointError(f"{path} is corrupted: its checksum is not the one saved with it")
     return path
 
 
-def _crc32(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """Of a file's content."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):

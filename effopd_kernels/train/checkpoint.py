@@ -9,11 +9,11 @@ import json
 import logging
 import re
 import shutil
-import zlib
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..extrapolation.checkpoint import crc32
 from .errors import UserError
 
 MANIFEST = "manifest.json"
@@ -29,7 +29,7 @@ def checkpoint_name(step: int | str) -> str:
 def publish(staged: Path, final: Path) -> None:
     """Give `staged` its manifest and the name `final`, which may exist and is then replaced."""
     files = [p for p in sorted(staged.rglob("*")) if p.is_file() and p.name != MANIFEST]
-    manifest = {str(p.relative_to(staged)): [p.stat().st_size, _crc32(p)] for p in files}
+    manifest = {str(p.relative_to(staged)): [p.stat().st_size, crc32(p)] for p in files}
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if final.exists():
         aside = final.with_name(final.name + REPLACED)
@@ -54,7 +54,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"'{file}' is missing"
         if file.stat().st_size != size:
             return f"'{file}' has {file.stat().st_size} bytes instead of {size}"
-        if _crc32(file) != crc:
+        if crc32(file) != crc:
             return f"'{file}' was altered"
     return None
 
@@ -72,11 +72,3 @@ def newest_intact(output_dir: Path) -> Path:
             return checkpoint
         logger.warning("%s; going on from the checkpoint before it", wrong)
     raise UserError(f"--resume_from_checkpoint: '{output_dir}' holds no {'intact ' if steps else ''}checkpoint")
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc

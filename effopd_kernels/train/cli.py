@@ -27,6 +27,7 @@ from ..commands import (
     refused,
     something_was_said,
 )
+from ..errors import one_line
 from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -184,14 +185,14 @@ def _load_tokenizer(name: str, **kwargs):
     try:
         return AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
     except (OSError, ValueError) as e:
-        raise UserError(f"no tokenizer can be loaded from '{name}': {_first_sentence(e)}") from e
+        raise UserError(f"no tokenizer can be loaded from '{name}': {one_line(e, 400)}") from e
 
 
 def _load_config(name: str, **kwargs):
     try:
         return AutoConfig.from_pretrained(name, **kwargs).get_text_config()
     except (OSError, ValueError) as e:
-        raise UserError(f"no model can be loaded from '{name}': {_first_sentence(e)}") from e
+        raise UserError(f"no model can be loaded from '{name}': {one_line(e, 400)}") from e
 
 
 def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
@@ -269,7 +270,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     except SafetensorError as e:  # of the student: the teacher's names it
         raise UserError(f"the weights of '{student}' cannot be read: {e}") from e
     except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
-        raise UserError(_first_sentence(e)) from e
+        raise UserError(one_line(e, 400)) from e
 
 
 def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
@@ -299,11 +300,6 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     return trainer
 
 
-def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:397] + "..."
-
-
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -315,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             data, args, model_args = parse(argv)
         except (ValueError, OSError, ImportError, yaml.YAMLError) as e:  # HfArgumentParser, TrainingArguments, YAML
-            raise UserError(_first_sentence(e)) from e
+            raise UserError(one_line(e, 400)) from e
         if data.demo:
             from .demo import run_demo
 

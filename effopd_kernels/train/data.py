@@ -10,6 +10,7 @@ import datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import one_line
 from .errors import UserError
 
 PROMPT_NAMES = ("prompt", "problem", "question")
@@ -55,7 +56,7 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
 def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:

@@ -23,6 +23,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..divergence import REVERSE_KL
+from ..errors import one_line
 from ..extrapolation import Scores
 from ..extrapolation.lora import COMPANION
 from .callback import EffOPDCallback
@@ -337,7 +338,7 @@ def _fitting(checkpoint: str | None):
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        what = " ".join(str(e).split())[:300]
+        what = one_line(e, 300)
         raise UserError(f"checkpoint '{checkpoint}' was made with another model or other settings: {what}") from e
 
 
