@@ -11,6 +11,15 @@ import oracle
 import torch
 from torch import Tensor
 
+from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd, skew_forward_kl, skew_reverse_kl
+
+MEMBERS = {  # by the names of oracle.FAMILY
+    "reverse": REVERSE_KL,
+    "forward": FORWARD_KL,
+    "jsd(0.3)": jsd(0.3),
+    "skew_forward(0.1)": skew_forward_kl(0.1),
+    "skew_reverse(0.1)": skew_reverse_kl(0.1),
+}
 PLAIN = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # temperatures, scales, soft caps: student, teacher
 EPS = torch.finfo(torch.float32).eps
 

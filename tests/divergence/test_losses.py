@@ -5,6 +5,7 @@ import math
 import oracle
 import pytest
 import torch
+from divergence.criterion import MEMBERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,13 +23,6 @@ from effopd_kernels.divergence import (
     skew_reverse_kl,
 )
 
-MEMBERS = {
-    "reverse": REVERSE_KL,
-    "forward": FORWARD_KL,
-    "jsd(0.3)": jsd(0.3),
-    "skew_forward(0.1)": skew_forward_kl(0.1),
-    "skew_reverse(0.1)": skew_reverse_kl(0.1),
-}
 every_member = pytest.mark.parametrize("member", MEMBERS)
 
 
