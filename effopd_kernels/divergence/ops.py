@@ -114,13 +114,11 @@ if importlib.util.find_spec("triton") is not None:
     _register("CUDA", _triton)
 
 
-@torch.library.impl("effopd::scale_", "CompositeExplicitAutograd")
-def scale_(x: Tensor, factor: Tensor) -> None:
+def _scale(x: Tensor, factor: Tensor) -> None:
     """x ·= factor, a scalar tensor. Where the factor is 1, as in a plain backward, nothing is read or written."""
     x.mul_(factor)
 
 
-@torch.library.impl("effopd::scale_", "CPU")
 def _scale_cpu(x, factor):
     if factor.item() != 1:
         x.mul_(factor)
@@ -128,14 +126,16 @@ def _scale_cpu(x, factor):
 
 def _scale_triton(x, factor):
     if x.dtype not in DTYPES or not x.is_contiguous():
-        return scale_(x, factor)
+        return _scale(x, factor)
     from .triton_kernels import launch_scale
 
     return launch_scale(x, factor)
 
 
+torch.library.impl("effopd::scale_", "CompositeExplicitAutograd", _scale)
+torch.library.impl("effopd::scale_", "CPU", _scale_cpu)
 if importlib.util.find_spec("triton") is not None:
-    torch.library.impl("effopd::scale_", "CUDA")(_scale_triton)
+    torch.library.impl("effopd::scale_", "CUDA", _scale_triton)
 
 
 @torch.library.register_fake("effopd::divergence_rows_")

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from divergence.criterion import PLAIN, assert_accurate, definition
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
 
-from effopd_kernels.divergence import triton_kernels
+from effopd_kernels.divergence import ops, triton_kernels
 from effopd_kernels.divergence.triton_kernels import launch_divergence_rows
 
 FAMILY = {  # a, b, π
@@ -268,6 +268,12 @@ def test_scaling_in_place(monkeypatch, dtype, factor):
     triton_kernels.launch_scale(x, torch.tensor(factor, device=DEVICE))
     # the interpreter truncates to bf16 where a GPU rounds: one unit in the last place
     torch.testing.assert_close(x, want, rtol=0 if ON_GPU else torch.finfo(dtype).eps, atol=0)
+
+
+def test_scaling_leaves_fp64_and_strided_tensors_to_pytorch():
+    for x in (torch.ones(3, 4, dtype=torch.float64, device=DEVICE), torch.ones(4, 3, device=DEVICE).T):
+        ops._scale_triton(x, torch.tensor(0.5, device=DEVICE))
+        assert (x == 0.5).all()
 
 
 @needs_gpu
