@@ -49,23 +49,29 @@ struct Job {
 
 const auto kRuns = supported(CLONES(run_rows));
 
-Side make_side(uintptr_t data, int64_t row_stride, int64_t sequence_stride, int dtype, double temperature, double scale, double softcap) {
+Side make_side(uintptr_t data, int64_t row_stride, int64_t sequence_stride, int dtype, double temperature, double scale,
+               double softcap) {
     const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
     const double c = (softcap != 0 ? softcap : scale) / temperature * kLog2e;
-    return {reinterpret_cast<const char*>(data), row_stride * size_of(dtype), sequence_stride * size_of(dtype), dtype, pre, float(c)};
+    const int64_t size = size_of(dtype);
+    return {reinterpret_cast<const char*>(data), row_stride * size, sequence_stride * size, dtype, pre, float(c)};
 }
 
 // Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
 // instruction_set: an index below num_instruction_sets(), or −1 for the best.
-void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_sequence, int student_dtype, uintptr_t teacher,
-                     int64_t teacher_stride, int64_t teacher_sequence, int teacher_dtype, int64_t N, int64_t T, int64_t V,
-                     uintptr_t mask, uintptr_t row_scale, double a, double b, double pi, double student_temperature,
-                     double teacher_temperature, double student_scale, double teacher_scale, double student_softcap,
-                     double teacher_softcap, uintptr_t grad, int64_t grad_stride, int64_t grad_sequence, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads, int instruction_set) {
+void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_sequence, int student_dtype,
+                     uintptr_t teacher, int64_t teacher_stride, int64_t teacher_sequence, int teacher_dtype, int64_t N,
+                     int64_t T, int64_t V, uintptr_t mask, uintptr_t row_scale, double a, double b, double pi,
+                     double student_temperature, double teacher_temperature, double student_scale, double teacher_scale,
+                     double student_softcap, double teacher_softcap, uintptr_t grad, int64_t grad_stride,
+                     int64_t grad_sequence, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads,
+                     int instruction_set) {
     const int64_t size = size_of(student_dtype);
     Job job{};
-    job.student = make_side(student, student_stride, student_sequence, student_dtype, student_temperature, student_scale, student_softcap);
-    job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature, teacher_scale, teacher_softcap);
+    job.student = make_side(student, student_stride, student_sequence, student_dtype, student_temperature, student_scale,
+                            student_softcap);
+    job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature, teacher_scale,
+                            teacher_softcap);
     job.mask = reinterpret_cast<const uint8_t*>(mask);
     job.row_scale = reinterpret_cast<const float*>(row_scale);
     job.loss = reinterpret_cast<float*>(loss);

@@ -235,7 +235,9 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
 
 template <bool holes>
 static Part part_of(const Sums& s, const Block& x, const Block& y, int count, bool stats) {
-    if (x.dtype == kFloat32) return stats ? part_of<kFloat32, holes, true>(s, x.z, y.z, count) : part_of<kFloat32, holes, false>(s, x.z, y.z, count);
+    if (x.dtype == kFloat32)
+        return stats ? part_of<kFloat32, holes, true>(s, x.z, y.z, count)
+                     : part_of<kFloat32, holes, false>(s, x.z, y.z, count);
     return stats ? part_of<kBFloat16, holes, true>(s, x.z, y.z, count) : part_of<kBFloat16, holes, false>(s, x.z, y.z, count);
 }
 
@@ -333,8 +335,11 @@ static void reverse_as(const char* x, const char* y, char* g, int count, const S
 }
 
 static void reverse_block(const Block& x, const Block& y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
-    if (x.dtype == kFloat32) return s.holes ? reverse_as<kFloat32, true>(x.z, y.z, g, count, s, mean, floor, factor) : reverse_as<kFloat32, false>(x.z, y.z, g, count, s, mean, floor, factor);
-    return s.holes ? reverse_as<kBFloat16, true>(x.z, y.z, g, count, s, mean, floor, factor) : reverse_as<kBFloat16, false>(x.z, y.z, g, count, s, mean, floor, factor);
+    if (x.dtype == kFloat32)
+        return s.holes ? reverse_as<kFloat32, true>(x.z, y.z, g, count, s, mean, floor, factor)
+                       : reverse_as<kFloat32, false>(x.z, y.z, g, count, s, mean, floor, factor);
+    return s.holes ? reverse_as<kBFloat16, true>(x.z, y.z, g, count, s, mean, floor, factor)
+                   : reverse_as<kBFloat16, false>(x.z, y.z, g, count, s, mean, floor, factor);
 }
 
 // x = teacher, y = student. q − p.
