@@ -17,15 +17,18 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
     subspaces agree; :func:`principal_cosines` does not.
 
     Args:
-        u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale.
+        u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale; arithmetic is fp32, or fp64 for fp64.
+
+    Raises:
+        ValueError: shapes that differ in more than the number of columns, or k beyond the fewer of them.
     """
     u, u_final = _leading(u, u_final, k)
     return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().clamp_max(1).mean(-1)
 
 
 def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
-    """Cosines of the principal angles between span(u) and span(v), (..., k) descending; the columns must be
-    orthonormal.
+    """Cosines of the principal angles between span(u) and span(v), (..., k) descending, of columns (..., D, ≥ k), which
+    must be orthonormal; k defaults to the fewer columns. Raises as `subspace_alignment`.
     """
     k = min(u.shape[-1], v.shape[-1]) if k is None else k
     u, v = _leading(u, v, k)
@@ -33,8 +36,8 @@ def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
 
 
 def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
-    """‖UᵀV‖_F² / k, the mean squared principal cosine: a smooth, gauge-invariant function for losses on subspaces.
-    (...).
+    """‖UᵀV‖_F² / k (...), k the fewer columns: the mean squared principal cosine of orthonormal u (..., D, K) and
+    v (..., D, K′), a smooth, gauge-invariant function for losses on subspaces.
     """
     u, v = _promoted(u, v)
     return (u.mT @ v).square().sum((-2, -1)) / min(u.shape[-1], v.shape[-1])

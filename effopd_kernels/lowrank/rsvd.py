@@ -80,7 +80,8 @@ def low_rank_part(
     route: str | None = None,
     clip_rank: bool = False,
 ) -> Tensor:
-    """The best approximation of rank k to every matrix of ``a − base``, (..., m, n); arguments as `batched_rsvd`.
+    """The best approximation of rank k to every matrix of ``a − base``, (..., m, n); arguments and errors as
+    `batched_rsvd`.
 
     It has a gradient wherever σ_k > σ_{k+1}, clusters of equal σ inside the rank included, where one through
     ``reconstruct(batched_rsvd(a, k))`` does not exist.
