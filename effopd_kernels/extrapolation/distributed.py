@@ -97,8 +97,8 @@ class Ranks:
 
 
 def share(items: Sequence[T], rank: int | None = None, size: int | None = None) -> Sequence[T]:
-    """This rank's contiguous part of items, maybe empty: merged scores then come in their order, as on one process. rank
-    and size are torch.distributed's by default."""
+    """This rank's contiguous part of items, maybe empty: merged scores then come in their order, as on one process.
+    rank and size are torch.distributed's by default."""
     if rank is None or size is None:
         ranks = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
