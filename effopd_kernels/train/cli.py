@@ -85,7 +85,7 @@ HELP = {
 
 
 def print_help(parser: trl.TrlParser) -> None:
-    """The sixty options a run is made of, grouped; `--help_all` lists every one of TRL's and transformers'."""
+    """The options a run is made of, grouped; `--help_all` lists every one of TRL's and transformers'."""
     print("usage: effopd-train [--config run.yaml] [--option value ...]      flags override the YAML file\n")
     print("  effopd-train --demo                                              a complete run in a few minutes")
     print("  effopd-train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\")
