@@ -22,9 +22,9 @@ device memory sees read s, read t, write ds and nothing else. An item waits only
 the queue is drawn in order from a counter, so the wait always ends however few programs fit on the device (and the
 sequential interpreter can run it).
 
-Latency. An item of 8192 columns lasts a few microseconds, several of which are waits: for its place in the queue, for
-memory, for its count to be seen. So tiles are copied to shared memory several turns ahead, all but the last before the
-first is used, and few registers are taken, so that eight programs share a multiprocessor.
+Latency. An item of 16 KB of each tensor lasts a few microseconds, and waits for most of them: for its place in the queue,
+for memory, for its count to be seen. So tiles are copied to shared memory several turns ahead, and few registers are
+taken, so that eight programs share a multiprocessor.
 
 Instructions per element, reverse KL in bf16 for sm_90 (`python tests/aot.py`): 20.0 and 14.0, of which 2.2 and 1.0 are
 exp2. At 4 per clock and 32 lanes on 132 multiprocessors, 34 take 1.4 ms for 8192 rows where the memory takes 1.7 ms.
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
     lanes: int  # threads of a program: warps × warp size
     loads: int  # 16-byte loads of a thread from each tensor in a turn
     stages: int  # turns that overlap: all but one of their tiles are under way while one is used
-    slice: int  # columns per work item
+    slice: int  # bytes of each tensor per work item: what is under way must fit the L2 whatever the dtype
     resident: int  # programs per multiprocessor; sets how many rows are under way
     registers: int | None = None  # a cap that makes `resident` programs fit
 
@@ -72,10 +72,10 @@ class Launch(NamedTuple):
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
 UNALIGNED_LOADS = 8  # of single elements, where rows are not aligned: as many as spill nothing
 LAUNCH = {
-    "sm_80": Launch(4, 128, loads=1, stages=5, slice=8192, resident=8, registers=64),
-    "sm_90": Launch(4, 128, loads=1, stages=6, slice=8192, resident=8, registers=64),
-    "sm_100": Launch(4, 128, loads=1, stages=6, slice=8192, resident=8, registers=64),
-    "gfx942": Launch(4, 256, loads=2, stages=1, slice=8192, resident=3),
+    "sm_80": Launch(4, 128, loads=1, stages=5, slice=16384, resident=8, registers=64),
+    "sm_90": Launch(4, 128, loads=1, stages=6, slice=16384, resident=8, registers=64),
+    "sm_100": Launch(4, 128, loads=1, stages=6, slice=16384, resident=8, registers=64),
+    "gfx942": Launch(4, 256, loads=2, stages=1, slice=16384, resident=3),
 }
 
 
@@ -513,7 +513,10 @@ def launch_divergence_rows(
     kind = REVERSE if pi == 1 else FORWARD if pi == 0 else MIXTURE
     grad = grad_out is not None
     phases = 1 + (kind is MIXTURE) + grad
-    S = triton.cdiv(Vs if grad else V, launch.slice)
+    rows = [student, teacher, grad_out] if grad else [student, teacher]
+    itemsize = max(t.element_size() for t in rows)
+    columns = launch.slice // itemsize
+    S = triton.cdiv(Vs if grad else V, columns)
     skew = triton.cdiv(launch.resident * processors, phases * S) + 1
     # partial results, one record a row, and zeroed counters: the queue's, then one a row for each phase waited for
     partial = torch.empty(N * S * PARTIALS.value, dtype=torch.float32, device=student.device)
@@ -525,11 +528,10 @@ def launch_divergence_rows(
             return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
         return LOG2E.value * scale / temperature, 0.0
 
-    rows = [student, teacher, grad_out] if grad else [student, teacher]
     strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
     aligned = all(stride % 16 == 0 for pair in strides for stride in pair) and all(t.data_ptr() % 16 == 0 for t in rows)
     if aligned:
-        loads, vector, stages = launch.loads, 16 // max(t.element_size() for t in rows), launch.stages
+        loads, vector, stages = launch.loads, 16 // itemsize, launch.stages
     else:  # neighbouring threads take neighbouring elements: vectors would be loaded one element at a time, strided
         loads, vector, stages = UNALIGNED_LOADS, 1, 1
     ks, pre_s = constants(student_scale, student_temperature, student_softcap)
@@ -540,7 +542,7 @@ def launch_divergence_rows(
             N, T, V, Vs, S, *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
-            LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=launch.slice,
+            LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
             S_POW2=triton.next_power_of_2(S), LG2=student.is_cuda and not torch.version.hip,
             **launch.options(with_stats, aligned),
         )  # fmt: skip

@@ -34,7 +34,7 @@ def test_in_interpreter():
 def small_slices(monkeypatch):
     """The interpreter crosses slices and tiles with short rows; a GPU runs what is shipped."""
     if not ON_GPU:
-        launch = triton_kernels.LAUNCH["sm_90"]._replace(lanes=128, slice=2048, resident=3)
+        launch = triton_kernels.LAUNCH["sm_90"]._replace(lanes=128, slice=4096, resident=3)
         monkeypatch.setattr(triton_kernels, "launch_for", lambda device: (launch, 2))
 
 
