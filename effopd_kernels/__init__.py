@@ -9,11 +9,14 @@ from .divergence import (
     jsd,
     linear_divergence_loss,
     linear_reverse_kl_loss,
+    linear_token_logprobs,
     reverse_kl_loss,
+    sampled_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    topk_divergence_loss,
 )
-from .extrapolation import EffOPDController, EffOPDEvent, Scores, extrapolate, extrapolate_
+from .extrapolation import EffOPDController, EffOPDEvent, Losses, Scores, extrapolate, extrapolate_, share
 from .lowrank import (
     RSVD,
     SpectralMetrics,
@@ -34,6 +37,7 @@ __all__ = [
     "DivergenceStats",
     "EffOPDController",
     "EffOPDEvent",
+    "Losses",
     "Scores",
     "SpectralMetrics",
     "batched_rsvd",
@@ -43,11 +47,15 @@ __all__ = [
     "jsd",
     "linear_divergence_loss",
     "linear_reverse_kl_loss",
+    "linear_token_logprobs",
     "low_rank_update",
     "reverse_kl_loss",
+    "sampled_kl",
+    "share",
     "skew_forward_kl",
     "skew_reverse_kl",
     "spectral_metrics",
     "subspace_alignment",
+    "topk_divergence_loss",
     "update_svd",
 ]
