@@ -30,7 +30,7 @@ pytestmark = needs_gpu
 
 MEMBERS = {"reverse": REVERSE_KL, "forward": FORWARD_KL, "jsd(0.3)": jsd(0.3)}
 every_member = pytest.mark.parametrize("member", MEMBERS)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 N, V, D = 96, 5003, 64
 NUMBERS = (0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # reverse KL; temperatures, scales, soft caps
 
@@ -67,7 +67,7 @@ def assert_near(found, expected, relative):
 
 
 @every_member
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_from_logits(member, dtype, inplace):
     s, t, kept = random(N, V, spread=3, dtype=dtype), random(N, V + 61, seed=1, spread=3, dtype=dtype), mask()
@@ -216,7 +216,7 @@ def test_on_a_stream_of_its_own():
 @pytest.mark.parametrize("masters", [False, True])
 def test_lists_of_weights(masters):
     """Of mixed dtypes, with and without masters in one list, as on the CPU."""
-    dtypes = [BF16, FP32, FP16, torch.float64, BF16]
+    dtypes = [BF16, FP32, FP16, FP64, BF16]
     sides = [[(random(37, 41 + i, seed=9 * k + i) + 0.1).to(dtype) for i, dtype in enumerate(dtypes)] for k in range(3)]
     wide = [w.float() if masters and i % 2 == 0 else None for i, w in enumerate(sides[0])]
     on_cpu = [[None if w is None else w.cpu() for w in side] for side in (*sides, wide)]

@@ -227,6 +227,18 @@ def test_large_eigenproblems_are_left_to_the_reference_unless_they_are_many(monk
 
 
 @needs_gpu
+def test_another_stream_reads_addresses_that_the_first_has_yet_to_copy():
+    first, second, addresses = torch.cuda.Stream(), torch.cuda.Stream(), tuple(range(2**40, 2**40 + 50))
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(10**9)  # cycles: half a second
+        kernels._on_device(addresses, torch.device(DEVICE, 0))
+    with torch.cuda.stream(second):
+        found = kernels._on_device(addresses, torch.device(DEVICE, 0)).clone()
+    second.synchronize()
+    assert found.tolist() == list(addresses)
+
+
+@needs_gpu
 def test_launches_are_captured_in_a_cuda_graph():
     x, base, _ = batch()
     want = kernels.launch_sketch(x, base, L, 0, False, True)
