@@ -249,6 +249,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     transformers_logging.disable_progress_bar()
+    device = device_name()
     torch.set_num_threads(1)  # a 100,000-parameter model: a second thread only waits
     todo = [(m, r, s) for s in args.seeds for r in args.learning_rates for m in args.methods]
     runs, world = {}, None
@@ -272,7 +273,7 @@ def main() -> None:
     if args.without_seconds:
         for row in rows:
             del row["seconds"]
-    about = {"device": device_name(), "written": when_and_with_what(), "steps": args.steps}
+    about = {"device": device, "written": when_and_with_what(), "steps": args.steps}
     (folder / "acceleration.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     (folder / "acceleration.md").write_text(table(rows))
     figure(runs, folder / "acceleration.png")
