@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _transformed(logits_NV: Tensor, temperature: float, scale: float, softcap: float | None) -> Tensor:
+def _transformed(
+    logits_NV: Tensor, temperature: float, scale: float, softcap: float | None, masked_N: Tensor | None = None
+) -> Tensor:
     z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * scale
+    if masked_N is not None:  # here, where it takes no memory; a NaN times their gradient of 0 would be NaN in backward
+        z.masked_fill_(masked_N[:, None], 0)
     return (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
 
 
@@ -107,7 +111,7 @@ def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
     # the logits, their fp32 form, its exponentials and two gradients live at a time
     chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 5 * 4)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    tensors = map(keepable, (flat, weight, bias, ids.reshape(flat.shape[0], -1)))
+    tensors = map(keepable, (flat, weight, bias, ids.reshape(-1, ids.shape[-1])))
     return apply(_LinearRows, *tensors, rows, options, dtype, chunk_rows)
 
 
@@ -168,7 +172,8 @@ def topk_divergence_loss(
         fewer than k < V are known the log-probability is −inf, whatever the id: such an entry stands for no token.
     tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead.
     temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
-        are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`.
+        are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`. A masked token may hold
+        anything, in the student, the teacher and the ids.
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit.
@@ -190,12 +195,18 @@ def topk_divergence_loss(
     tail = tail and k < V
     transform = (tail, temperature, student_logit_scale, student_softcap)
     absent = teacher_logprobs == -torch.inf if k < V else torch.zeros_like(teacher_ids, dtype=torch.bool)
+    masked = None if mask is None else ~mask
+    if masked is not None:
+        absent = absent | masked[..., None]
     _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V)
     ids = teacher_ids.long().masked_fill(absent, -1)
     if student_weight is None:
         student = gathered(student)
-        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform)
+        masked_N = None if masked is None else masked.reshape(-1)
+        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform, masked_N)
     else:
+        if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
+            student = gathered(student).masked_fill(masked[..., None], 0)
         buckets = _linear_rows(student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes)
     known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
     if tail:
@@ -226,7 +237,7 @@ def linear_token_logprobs(
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
     options = (temperature, logit_scale, softcap)
-    rows = _linear_rows(hidden, weight, bias, ids.long(), _token_rows, options, chunk_bytes)
+    rows = _linear_rows(hidden, weight, bias, ids.long()[..., None], _token_rows, options, chunk_bytes)
     return rows.reshape(ids.shape)
 
 

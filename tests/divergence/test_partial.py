@@ -172,6 +172,40 @@ def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
         assert (samples.mean() - full).abs() < 4 * samples.std() / 4000**0.5
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("k", [3, V])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_what_masked_tokens_hold_does_not_matter(garbage, k, softcap):
+    """Student, teacher and ids alike; the gradients are those of the other tokens."""
+    head, kept = random(V, D, seed=4), torch.arange(N) != 2
+    _, known, ids = teacher(k)
+    ids[~kept], known[~kept] = -100, garbage
+
+    def loss_and_grads(rows, weight, mask):
+        leaves = [x.clone().requires_grad_() for x in (rows, weight) if x is not None]
+        options = {"student_weight": leaves[-1], "chunk_bytes": 4000} if weight is not None else {}
+        t = (known, ids) if mask is not None else (known[kept], ids[kept])
+        loss = topk_divergence_loss(leaves[0], *t, student_softcap=softcap, mask=mask, **options)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    for student, weight in ((random(N, V), None), (random(N, D), head)):
+        student[~kept] = garbage
+        loss, grad, *rest = loss_and_grads(student, weight, kept)
+        assert (grad[~kept] == 0).all()
+        torch.testing.assert_close((loss, grad[kept], *rest), loss_and_grads(student[kept], weight, None))
+
+
+def test_no_tokens_at_all():
+    hidden, head = random(2, 0, D).requires_grad_(), random(V, D).requires_grad_()
+    ids = torch.zeros(2, 0, 3, dtype=torch.long)
+    loss = topk_divergence_loss(hidden, random(2, 0, 3), ids, student_weight=head)
+    logprobs = linear_token_logprobs(hidden, head, ids[..., 0])
+    assert loss == 0 and logprobs.shape == (2, 0)
+    for value in (loss, logprobs.sum()):
+        grads = torch.autograd.grad(value, (hidden, head))
+        assert grads[0].shape == hidden.shape and torch.equal(grads[1], torch.zeros_like(head))
+
+
 def topk(**options):
     return topk_divergence_loss(random(N, V), *teacher(3)[1:], **options)
 
