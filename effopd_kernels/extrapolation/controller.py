@@ -39,7 +39,7 @@ class EffOPDController:
 
     Args:
         params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
-            students and FSDP2. The anchor W_0 is taken here: construct the controller before the first training step.
+            students and FSDP2. Name every trained tensor: include and exclude say which move. The anchor W_0 is taken here: construct the controller before the first training step.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
             or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
             ranks each scores its `share` of the prompts and all take the same decision.
@@ -53,8 +53,8 @@ class EffOPDController:
         search: "candidates" (published), or "gradient": α from the slope of loss_fn, see `line_minimum`, then tried
             against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
         loss_fn: () → differentiable scalar of a fixed validation batch, an iterable of them (micro-batches), or
-            `Losses`. Gradients in place before the event are there again afterwards. Without score_fn, −loss is the
-            score.
+            `Losses`. The gradients that all of params had before the event are there again afterwards. Without
+            score_fn, −loss is the score.
         max_gradients: forward-backward passes per event of search="gradient".
         optimizer: to find fp32 masters in, and for optimizer_policy.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the

@@ -10,7 +10,7 @@ from .distributed import RankFailed
 from .interrupts import Deferred
 from .randomness import SameRandomness
 from .records import Candidate, EffOPDEvent, Losses, Scores
-from .search import Point, backward, gradients_aside, line_minimum
+from .search import Point, gradients_aside, line_minimum, summed
 
 if TYPE_CHECKING:
     from .controller import EffOPDController
@@ -152,7 +152,7 @@ class Event:
             param.grad = None
         with self.signals.open(), self.randomness.rewound(), torch.enable_grad():
             losses = Losses.of(self.controller.loss_fn())
-            loss, count = backward(losses.values)
+            loss, count = summed(losses.values, backward=True)
         slope = self.weights.slope(self.ranks.size)
         loss, slope, tokens = self.ranks.sum([loss / count / self.ranks.size, slope / count, losses.tokens])
         self.tokens += int(tokens)
@@ -161,5 +161,5 @@ class Event:
     @torch.no_grad()
     def _negative_loss(self) -> Scores:
         losses = Losses.of(self.controller.loss_fn())
-        total, count = backward(losses.values)
+        total, count = summed(losses.values, backward=False)
         return Scores((-total / count,), losses.tokens)

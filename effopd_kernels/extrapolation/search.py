@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Point", "backward", "gradients_aside", "line_minimum"]
+__all__ = ["Point", "gradients_aside", "line_minimum", "summed"]
 
 
 class Point(NamedTuple):
@@ -89,14 +89,20 @@ def gradients_aside(params: Iterable[Tensor]):
             p.grad = grad
 
 
-def backward(losses: Tensor | Iterable[Tensor]) -> tuple[float, int]:
-    """Backpropagate the sum of one scalar or of several; returns it and how many they were.
+def summed(losses: Tensor | Iterable[Tensor], backward: bool) -> tuple[float, int]:
+    """The sum of one scalar or of several, and how many they were; with `backward`, backpropagated too.
 
-    Several may come from an iterator that computes each when asked: then only one graph is alive at a time.
+    Several may come from an iterator that computes each when asked: then only one graph is alive at a time. Raises
+    TypeError for what is no scalar, ValueError where there is none, or none to backpropagate.
     """
     total, count = 0.0, 0
-    for loss in [losses] if isinstance(losses, Tensor) else losses:
-        if loss.requires_grad:
+    for loss in losses if isinstance(losses, Iterable) and not isinstance(losses, Tensor) else [losses]:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return a scalar tensor, an iterable of them or Losses, got {what}")
+        if backward and not loss.requires_grad:
+            raise ValueError("loss_fn returned a loss without a gradient: compute it from the weights, not detached")
+        if backward:
             loss.backward()
         total, count = total + float(loss.detach()), count + 1
     if not count:

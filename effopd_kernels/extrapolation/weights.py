@@ -4,7 +4,8 @@ Every candidate is computed from A and W_t directly, so nothing is compounded, a
 is W_t bit for bit. Where an optimizer keeps fp32 masters, A and W_t are the masters' values and both are written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,14 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         if dense:
             raise ValueError(f"{dense[0]} is trained beside LoRA adapters: exclude it, or train without LoRA")
         return lora
+    # Named tensors that do not move are trained too, and a validation loss must not leave them its gradients.
+    trained = named.values if module is None else module.parameters
+    dense = partial(DenseWeights, chosen, place=place, directory=directory, module=module, trained=trained)
     if masters is not None:
-        return DenseWeights(chosen, lambda: given_masters(chosen, masters), place, directory, module)
+        return dense(find_masters=lambda: given_masters(chosen, masters))
     if optimizer is not None:
-        return DenseWeights(chosen, lambda: find_masters(chosen, optimizer), place, directory, module)
-    return DenseWeights(chosen, place=place, directory=directory, module=module)
+        return dense(find_masters=lambda: find_masters(chosen, optimizer))
+    return dense()
 
 
 class DenseWeights:
@@ -60,6 +64,7 @@ class DenseWeights:
             first step.
         place, directory: where the two buffers are kept, see `buffers.allocate`.
         module: whose parameters they are, where FSDP2 may have gathered copies of them.
+        trained: () → every tensor that a backward pass may give a gradient; `named` ones by default.
     """
 
     def __init__(
@@ -69,11 +74,12 @@ class DenseWeights:
         place: str = "device",
         directory=None,
         module: nn.Module | None = None,
+        trained: Callable[[], Iterable[Tensor]] | None = None,
     ):
         self.names, self.tensors = list(named), list(named.values())
         self.masters: list[Tensor | None] = [None] * len(named)
         self._find_masters, self._place, self._directory = find_masters, place, directory
-        self._module = module
+        self._module, self._trained = module, trained or named.values
         self.anchors = self._copy()
         self.currents: list[Tensor] | None = None
 
@@ -133,7 +139,7 @@ class DenseWeights:
 
     def trained(self) -> list[Tensor]:
         """Every parameter that a backward pass may give a gradient."""
-        return self.tensors if self._module is None else list(self._module.parameters())
+        return list(self._trained())
 
     def restore(self) -> None:
         """W ← W_t, and forget W_t."""

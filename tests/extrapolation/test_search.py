@@ -76,6 +76,41 @@ def test_alpha_is_the_minimum_along_the_line_and_gradients_are_as_they_were():
     assert net["mlp"].weight.grad is kept
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_no_parameter_keeps_a_gradient_of_the_validation_loss(named):
+    """Moved or not, and though loss_fn itself enables gradients: the next step would train on the validation set."""
+    net, _, _, loss, train = world()
+    kept = net["norm"].bias.grad = torch.ones(4)
+
+    @torch.enable_grad()
+    def whole():
+        return loss() + sum(p.square().sum() for p in net["norm"].parameters())
+
+    controller = EffOPDController(net.named_parameters() if named else net, None, search="gradient", loss_fn=whole)
+    train()
+    assert controller.step(1).alpha > 1
+    assert [n for n, p in net.named_parameters() if p.grad is not None] == ["norm.bias"]
+    assert net["norm"].bias.grad is kept and torch.equal(kept, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "wrong, error, words",
+    [
+        (lambda loss: loss.detach(), ValueError, "without a gradient"),
+        (lambda loss: loss * torch.ones(3), TypeError, r"a tensor of shape \(3,\)"),
+        (lambda loss: [1.0], TypeError, "got float"),
+        (lambda loss: loss.item(), TypeError, "got float"),
+        (lambda loss: None, TypeError, "got NoneType"),
+    ],
+)
+def test_what_loss_fn_must_not_return(wrong, error, words):
+    net, _, _, loss, train = world()
+    controller = EffOPDController(net, None, search="gradient", loss_fn=lambda: wrong(loss()))
+    train()
+    with pytest.raises(error, match=f"loss_fn .*{words}"):
+        controller.step(1)
+
+
 def test_slope_is_the_derivative_along_the_line():
     net, start, _, loss, train = world()
     controller = EffOPDController(net, lambda: 0.0, search="gradient", loss_fn=loss)
