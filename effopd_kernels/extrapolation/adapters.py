@@ -8,6 +8,7 @@ A layer's product is P = s·B·A (s scaling, A (r, in), B (out, r)). E experts i
 from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +120,14 @@ class Adapters:
         with _trainability_kept(self.model):
             if not terms:
                 if self.has_companion():
+                    for layer in self.all_layers.values():
+                        vars(layer).pop("set_adapter", None)
                     self.model.delete_adapter(COMPANION)
                 return
             rank = _rank(terms)
             if not self.has_companion():
                 self._add_companion(rank)
-            self._activate_companion()
+            self._activate_companion(slope)
         for name, layer in self.all_layers.items():
             if COMPANION in layer.lora_A:
                 a, b = self._concatenated(name, terms, rank)
@@ -196,13 +199,15 @@ class Adapters:
             config.target_parameters = trained.target_parameters
         self.model.add_adapter(COMPANION, config, low_cpu_mem_usage=True)
 
-    def _activate_companion(self) -> None:
-        """Both adapters add to the forward pass. Only LoRA layers are told: peft's wrappers of trained embeddings and
-        of `modules_to_save`, which the companion has no part in, take one adapter at a time."""
-        active = [*(name for name in self.model.active_adapters if name != COMPANION), COMPANION]
+    def _activate_companion(self, slope: bool) -> None:
+        """Both adapters add to the forward pass, whoever activates the trained one again (peft after adding an adapter,
+        trainers after a pass of the reference). Only LoRA layers are told: peft's wrappers of trained embeddings and of
+        `modules_to_save`, which the companion has no part in, take one adapter at a time."""
+        active = self.model.active_adapters
         for layer in self.all_layers.values():
+            layer.set_adapter = partial(_set_adapter, layer, self.model.peft_config, self.trained, slope)
             layer.set_adapter(active)
-        self.model.base_model.active_adapter = active
+        self.model.base_model.active_adapter = layer.active_adapters
 
     def _check_companion(self) -> None:
         for name, layer in self.all_layers.items():
@@ -230,6 +235,19 @@ def _key(name: str, layer: nn.Module) -> str:
     """What `rank_pattern` and `alpha_pattern` call a layer."""
     name = name.removeprefix(BASE).replace(".base_layer", "")
     return f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name
+
+
+def _set_adapter(layer, configs, trained: str, slope: bool, adapter_names: str | list[str], **options) -> None:
+    """A layer's own `set_adapter`, after which the companion is active if the trained adapter is, and has gradients
+    only for a slope. A partial of the layer, so that a copy of the model has its own."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    names = [name for name in names if name != COMPANION] or names
+    if trained in names and COMPANION in configs:
+        names = [*names, COMPANION]
+    type(layer).set_adapter(layer, names, **options)
+    if COMPANION in layer.lora_A:
+        layer.lora_A[COMPANION].requires_grad_(False)
+        layer.lora_B[COMPANION].requires_grad_(slope)
 
 
 def counts(term: Term) -> bool:

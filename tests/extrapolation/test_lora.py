@@ -252,6 +252,65 @@ def test_another_adapter_that_is_active_stays_so():
     assert torch.equal(merged(model)[name], before[name]) and not any(".other." in n for n in trained(model))
 
 
+def test_the_jumps_are_active_whenever_the_trained_adapter_is():
+    """Trainers with a reference adapter switch to it and back, or disable all."""
+    model = lora(init_lora_weights=False)
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"]))
+    controller.step(1)
+    x, whole, names = torch.randn(4, 6), merged(model), trained(model).keys()
+    out = model(x)
+    base = Net()
+    base.load_state_dict(copy.deepcopy(model).unload().state_dict())
+
+    def back_in(some):
+        """Whether the model is whole, and whether it is with the reference alone and with nothing."""
+        some.set_adapter("ref")  # whose B is 0
+        torch.testing.assert_close(some(x), base(x))
+        some.set_adapter("default")
+        with some.disable_adapter():
+            torch.testing.assert_close(some(x), base(x))
+        return torch.equal(some(x), out) and torch.equal(some.base_model.model.self_attn["q_proj"](x), q)
+
+    q = model.base_model.model.self_attn["q_proj"](x)
+    assert back_in(model) and trained(model).keys() == names
+    assert all(torch.equal(weight, whole[n]) for n, weight in merged(model).items() if n in whole)
+    other = copy.deepcopy(model)
+    assert back_in(other) and back_in(torch.compile(other, backend="aot_eager"))
+    other.delete_adapter(COMPANION)
+    other.set_adapter("default")
+    with other.disable_adapter():
+        torch.testing.assert_close(other(x), base(x))
+    assert back_in(model)
+    controller.fold_()
+    torch.testing.assert_close(model(x), out)
+    model.set_adapter("ref")
+    model.set_adapter("default")
+    assert model.active_adapters == ["default"]
+    assert not any("set_adapter" in vars(layer) for layer in model.modules())
+
+
+def test_a_slope_is_measured_of_a_loss_that_switches_adapters():
+    model = lora(init_lora_weights=False)
+    model.add_adapter("ref", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    controller = EffOPDController(model, lambda: 0.0)
+    train(model, 0)
+    controller.weights.hold()
+    x, slopes = torch.randn(16, 6), []
+    for switching in (False, True):
+        model.zero_grad()
+        controller.weights.write_for_slope(2.0)
+        if switching:
+            model.set_adapter("ref")
+            model.set_adapter("default")
+            with model.disable_adapter():
+                model(x)
+        model(x).square().mean().backward()
+        slopes.append(controller.weights.slope(1))
+    assert slopes[0] == slopes[1] != 0.0
+
+
 def test_candidates_are_on_the_line_when_they_are_scored():
     model = lora()
     anchor, seen = merged(model), []
