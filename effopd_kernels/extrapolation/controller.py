@@ -14,6 +14,7 @@ alone. All it takes of an engine is a list of named tensors and a function that 
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .event import Event
 from .interrupts import Deferred
 from .masters import reset_before_next_step, reset_state
 from .records import EffOPDEvent
-from .schedules import alphas_of, schedule_of
+from .schedules import alphas_of, budget_of, schedule_of
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
 from .weights import weights_of
 
@@ -39,7 +40,8 @@ class EffOPDController:
 
     Args:
         params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
-            students and FSDP2. Name every trained tensor: include and exclude say which move. The anchor W_0 is taken here: construct the controller before the first training step.
+            students and FSDP2. Name every trained tensor: include and exclude say which move. The anchor W_0 is taken
+            here: construct the controller before the first training step.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
             or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
             ranks each scores its `share` of the prompts and all take the same decision.
@@ -49,13 +51,14 @@ class EffOPDController:
         include, exclude: regular expressions on parameter names; the default moves attention and MLP weights.
         min_delta: a candidate's mean score must exceed the best by more than this.
         accept, confidence: "mean", or "paired" differences per prompt, see `acceptance_rule`.
-        max_val_tokens: over the whole run; an evaluation that would exceed it, judged by the last one, is not started.
+        max_val_tokens: over the whole run, at least 1. An evaluation that would exceed it, judged by the last one, is
+            not started, nor an event that could not afford to score W_t and a candidate, judged by the last event.
         search: "candidates" (published), or "gradient": α from the slope of loss_fn, see `line_minimum`, then tried
             against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
         loss_fn: () → differentiable scalar of a fixed validation batch, an iterable of them (micro-batches), or
             `Losses`. The gradients that all of params had before the event are there again afterwards. Without
             score_fn, −loss is the score.
-        max_gradients: forward-backward passes per event of search="gradient".
+        max_gradients: most forward-backward passes of an event of search="gradient", at least 2.
         optimizer: to find fp32 masters in, and for optimizer_policy.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
             parameters that moved (moments, step counts).
@@ -95,13 +98,17 @@ class EffOPDController:
         process_group=None,
         report_s: float = 60.0,
     ):
-        self.alphas = alphas_of(alphas)
         if search not in ("candidates", "gradient"):
             raise ValueError(f'search must be "candidates" or "gradient", got {search!r}')
+        self.alphas = alphas_of(alphas, search)
         if search == "gradient" and loss_fn is None:
             raise ValueError('search="gradient" needs loss_fn')
         if search == "candidates" and score_fn is None:
             raise ValueError('search="candidates" needs score_fn')
+        if accept == "paired" and score_fn is None:
+            raise ValueError('accept="paired" needs score_fn, one score per prompt: loss_fn gives one number')
+        if not (isinstance(max_gradients, Integral) and max_gradients >= 2):
+            raise ValueError(f"max_gradients must be an int >= 2, got {max_gradients!r}")
         if optimizer_policy not in ("keep", "reset"):
             raise ValueError(f'optimizer_policy must be "keep" or "reset", got {optimizer_policy!r}')
         if optimizer_policy == "reset" and optimizer is None:
@@ -109,7 +116,7 @@ class EffOPDController:
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
         self.score_fn, self.loss_fn = score_fn, loss_fn
-        self.search, self.max_gradients, self.max_val_tokens = search, max_gradients, max_val_tokens
+        self.search, self.max_gradients, self.max_val_tokens = search, max_gradients, budget_of(max_val_tokens)
         self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed
         self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Event"]
 
 FP32_EPS = 2.0**-23
+SPENT = "max_val_tokens is spent"
 
 
 class Event:
@@ -47,12 +48,14 @@ class Event:
             self.skipped = "the weights are not finite"
         elif self.delta_norm <= FP32_EPS * weight_norm:
             self.skipped = "the weights have not moved by more than rounding since the last event"
-        elif not self._affordable(0):
-            self.skipped = "max_val_tokens is spent"
+        elif not self._affordable(self._least_cost()):
+            self.skipped = SPENT
         elif self.controller.search == "gradient":
             self.slope_alpha = self._line_minimum()
             if self.slope_alpha == 1.0:
-                self.skipped = "the loss does not fall beyond the current weights"
+                self.skipped = self._why_no_jump()
+            elif not self._affordable(0):
+                self.skipped = SPENT
         return self.skipped is None
 
     def score_initial(self) -> None:
@@ -136,11 +139,28 @@ class Event:
 
     def _affordable(self, next_cost: int) -> bool:
         limit = self.controller.max_val_tokens
-        return limit is None or self.controller.val_tokens + self.tokens + next_cost < limit
+        return limit is None or self.controller.val_tokens + self.tokens + max(next_cost, 1) <= limit
+
+    def _least_cost(self) -> int:
+        """Tokens of scoring W_t and one candidate, as the last event that scored found them; 0 where none has."""
+        scored = [event for event in self.controller.events if event.score_initial is not None]
+        if not scored:
+            return 0
+        if not scored[-1].num_candidates:
+            return 2 * scored[-1].val_tokens
+        return scored[-1].val_tokens - sum(c.tokens for c in scored[-1].candidates[1:])
+
+    def _why_no_jump(self) -> str:
+        first = self.points[0]
+        if not (math.isfinite(first.loss) and math.isfinite(first.slope)):
+            return "the validation loss or its slope is not finite at the current weights"
+        if first.slope >= 0.0:
+            return "the loss does not fall beyond the current weights"
+        return f"no lower loss was found beyond the current weights, in {len(self.points)} gradients"
 
     def _line_minimum(self) -> float:
         """The α of least loss along the line; W_t is in place again afterwards."""
-        alphas = self.controller.alphas
+        alphas = [alpha for alpha in self.controller.alphas if alpha > 1]
         with gradients_aside(self.weights.trained()):
             self.points = line_minimum(self._point, max(alphas), min(alphas), self.controller.max_gradients)
         self.weights.write(1.0)

@@ -1,4 +1,4 @@
-"""At which global steps EffOPD acts, and which step sizes it then tries."""
+"""At which global steps EffOPD acts, which step sizes it then tries, and how many tokens it may spend on them."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -6,7 +6,7 @@ from numbers import Integral
 
 from .records import EffOPDEvent
 
-__all__ = ["alphas_of", "schedule_of"]
+__all__ = ["alphas_of", "budget_of", "schedule_of"]
 
 LEAST_WAIT = 2  # steps between events of the adaptive schedule: what one costs that validates on two batches of prompts
 
@@ -42,12 +42,23 @@ def _adaptive(step: int, events: Sequence[EffOPDEvent]) -> bool:
     return step >= last + (max(LEAST_WAIT, waited // 2) if events[-1].alpha >= 2 else 2 * waited)
 
 
-def alphas_of(alphas: Sequence[float]) -> tuple[float, ...]:
-    """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1)."""
+def alphas_of(alphas: Sequence[float], search: str = "candidates") -> tuple[float, ...]:
+    """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1), and for
+    search="gradient", which looks between 1 and the largest, if none is above 1."""
     try:
         values = tuple(float(a) for a in alphas)
     except (TypeError, ValueError) as error:
         raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error
     if not values or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in values):
         raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")
+    if search == "gradient" and max(values) < 1:
+        raise ValueError(f"alphas must reach above 1 for a gradient search, got {alphas}")
     return values
+
+
+def budget_of(max_val_tokens: int | None) -> int | None:
+    """Tokens of the whole run, None for no limit. Raises ValueError for anything else but a positive int."""
+    whole = isinstance(max_val_tokens, Integral) and not isinstance(max_val_tokens, bool)
+    if max_val_tokens is None or (whole and max_val_tokens > 0):
+        return max_val_tokens
+    raise ValueError(f"max_val_tokens must be a positive int, or None for no limit, got {max_val_tokens!r}")

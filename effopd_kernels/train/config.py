@@ -9,7 +9,7 @@ import trl
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
 from ..extrapolation.acceptance import acceptance_rule
-from ..extrapolation.schedules import alphas_of
+from ..extrapolation.schedules import alphas_of, budget_of
 from ..extrapolation.selection import compiled
 from .errors import UserError
 from .loss import divergence_from_beta
@@ -202,9 +202,15 @@ class OPDConfig(trl.DistillationConfig):
             self.effopd_alphas = [self.effopd_alphas]
         if self.effopd_score == "loss" and self.effopd_search != "gradient":
             raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
+        if self.effopd_score == "loss" and self.effopd_acceptance == "paired":
+            raise UserError(
+                "--effopd_acceptance paired needs a score per prompt, and --effopd_score loss is one number: use "
+                "--effopd_score eval_metric, or --effopd_acceptance mean"
+            )
         parse_schedule(self.effopd_schedule)
         try:  # what the controller would refuse, once the models are loaded
-            alphas_of(self.effopd_alphas[: self.effopd_max_candidates])
+            alphas_of(self.effopd_alphas[: self.effopd_max_candidates], self.effopd_search)
+            budget_of(self.effopd_max_val_tokens)
             acceptance_rule(self.effopd_acceptance, self.effopd_min_delta, self.effopd_confidence)
         except ValueError as e:
             raise UserError(f"--effopd_{e}") from e

@@ -225,11 +225,31 @@ def test_tokens_seconds_and_budget():
     assert (event.val_tokens, event.num_candidates, event.alpha) == (300, 2, 5.0)
     assert [c.seconds for c in event.candidates] == [2.0, 2.0]
     train(net, 2)
-    controller.score_fn = Script(net, Scores([1], tokens=100))
-    assert controller.step(2).num_candidates == 0 and controller.val_tokens == 400
-    train(net, 3)
-    skipped = controller.step(4)
+    skipped = controller.step(2)  # W_t could be scored, no candidate beside it
     assert skipped.skipped == "max_val_tokens is spent" and skipped.score_initial is None
+    assert len(controller.score_fn.scores) == 3 and controller.val_tokens == 300
+
+
+@pytest.mark.parametrize(
+    "limit, costs",
+    [
+        (100, [100, 0, 0]),  # scoring W_t once is all it allows
+        (199, [100, 0, 0]),
+        (200, [200, 0, 0]),
+        (399, [200, 0, 0]),
+        (400, [200, 200, 0]),  # to the last token
+        (10_000, [200, 200, 200]),
+    ],
+)
+def test_the_budget_is_never_exceeded(limit, costs):
+    """By a score that costs 100, in events whose first candidate is no better."""
+    net = model()
+    controller = EffOPDController(net, lambda: Scores([0.0], tokens=100), max_val_tokens=limit)
+    for step in (1, 2, 4):
+        train(net, step)
+        controller.step(step)
+    assert [e.val_tokens for e in controller.events] == costs
+    assert all((e.skipped == "max_val_tokens is spent") == (e.val_tokens == 0) for e in controller.events)
 
 
 def test_weights_that_did_not_move_are_not_scored():
@@ -335,13 +355,20 @@ def test_state_of_other_weights_is_refused():
         (dict(min_delta=float("nan")), "min_delta"),
         (dict(accept="median"), "accept"),
         (dict(accept="paired", confidence=1.0), "confidence"),
+        (dict(max_val_tokens=0), "max_val_tokens must be a positive int"),
+        (dict(max_val_tokens=-5), "max_val_tokens"),
+        (dict(max_val_tokens=1e6), "max_val_tokens"),
+        (dict(max_val_tokens="1000"), "max_val_tokens"),
+        (dict(max_gradients=1), "max_gradients must be an int >= 2"),
+        (dict(alphas=(0.5, -1), search="gradient", loss_fn=float), "alphas must reach above 1"),
+        (dict(score_fn=None, accept="paired", search="gradient", loss_fn=float), 'accept="paired" needs score_fn'),
         (dict(include="nothing"), "no parameter to extrapolate"),
     ],
     ids=str,
 )
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
-        EffOPDController(model(), lambda: 0.0, **options)
+        EffOPDController(model(), **{"score_fn": lambda: 0.0, **options})
 
 
 @pytest.mark.parametrize("array", [torch.tensor, np.array])

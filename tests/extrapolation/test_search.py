@@ -179,6 +179,40 @@ def test_a_loss_that_rises_costs_one_pass_and_no_score():
     assert torch.equal(net["mlp"].weight, current)
 
 
+@pytest.mark.parametrize(
+    "factor, options, words",
+    [
+        (math.nan, {}, "not finite at the current weights"),
+        (
+            1.0,
+            dict(alphas=(64,), max_gradients=2),
+            "no lower loss was found beyond the current weights, in 2 gradients",
+        ),
+        (1.0, dict(max_val_tokens=4), "max_val_tokens is spent"),
+    ],
+)
+def test_why_an_event_was_skipped(factor, options, words):
+    net, _, _, loss, train = world()
+
+    def costly():
+        return Losses(factor * loss(), tokens=2)
+
+    controller = EffOPDController(net, lambda: pytest.fail("scored"), search="gradient", loss_fn=costly, **options)
+    train()
+    current = net["mlp"].weight.detach().clone()
+    assert words in controller.step(1).skipped
+    assert torch.equal(net["mlp"].weight, current)
+
+
+def test_alphas_below_one_do_not_lead_the_search_backwards():
+    net, _, _, loss, train = world()
+    controller = EffOPDController(net, None, search="gradient", loss_fn=loss, alphas=(-1, 11))
+    train()
+    seen, write = [], controller.weights.write_for_slope
+    controller.weights.write_for_slope = lambda alpha: (seen.append(alpha), write(alpha))
+    assert controller.step(1).alpha == pytest.approx(6.0, rel=1e-4) and min(seen) == 1.0
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_an_exception_in_the_loss_restores_weights_and_gradients(failing):
     net, _, _, loss, train = world()

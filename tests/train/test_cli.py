@@ -100,6 +100,15 @@ def broken_worlds(world, tmp):
             "--effopd_alphas must be finite and neither 0 nor 1, at least one, got [1.0]",
         ),
         "worse is accepted": (case(effopd_min_delta=-0.1), "--effopd_min_delta must be >= 0, got -0.1"),
+        "paired losses": (
+            case(effopd_score="loss", effopd_search="gradient", effopd_acceptance="paired"),
+            "--effopd_acceptance paired needs a score per prompt",
+        ),
+        "no budget": (case(effopd_max_val_tokens=0), "--effopd_max_val_tokens must be a positive int"),
+        "no jump": (
+            case(effopd_search="gradient", effopd_alphas=0.5),
+            "--effopd_alphas must reach above 1 for a gradient search",
+        ),
         "too sure": (case(effopd_confidence=84), "--effopd_confidence must be in [0.5, 1), got 84.0"),
         "best by no metric": (
             case(metric_for_best_model="loss"),
@@ -158,7 +167,7 @@ CASES = [
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
     "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
-    "too sure", "best by no metric",
+    "too sure", "best by no metric", "paired losses", "no budget", "no jump",
 ]  # fmt: skip
 
 
