@@ -7,6 +7,7 @@ A layer's product is P = s·B·A (s scaling, A (r, in), B (out, r)). E experts i
 
 from collections.abc import Collection
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -153,6 +154,8 @@ class Adapters:
         rank = _rank(terms)
         alpha = rank**0.5 if config.use_rslora else rank  # scaling 1
         self.install([])
+        # peft keeps the very LoraConfig that the model was made with, and others may be made with it
+        config = self.model.peft_config[self.trained] = copy(config)
         for name, layer in self.layers.items():
             factors = layer.lora_A[self.trained].weight, layer.lora_B[self.trained].weight
             for factor, longer in zip(factors, self._concatenated(name, terms, rank), strict=True):

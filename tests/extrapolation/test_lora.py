@@ -448,6 +448,19 @@ def test_folded_it_is_one_adapter_that_trains_on(options, exclude, tmp_path):
     assert controller.step(4).alpha == 3.0
 
 
+def test_folding_leaves_the_config_that_the_model_was_made_with():
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], rank_pattern={"q_proj": 3})
+    model = peft.get_peft_model(Net(), config)
+    before = config.to_dict()
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    controller.step(1)
+    controller.fold_()
+    assert config.to_dict() == before
+    for holder in (model, model.base_model, model.base_model.model):
+        assert holder.peft_config["default"].r == 6
+
+
 def test_folding_experts(tmp_path):
     model = experts()
     controller = EffOPDController(model, scripted(0, 1, 0, 0, 1, 0))
