@@ -28,7 +28,8 @@ class EffOPDCallback(TrainerCallback):
     Args:
         score_fn: no arguments; returns per-prompt scores of the model's current weights, higher is better, as
             `EffOPDController` takes them. Called with the model as training left it.
-        log: receives a dict of `effopd/*` metrics after each event; pass `trainer.log`.
+        log: receives a dict of `effopd/*` metrics after each event, of one that was skipped with the reason as text in
+            place of scores; pass `trainer.log`.
         controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
 
     The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
@@ -48,7 +49,7 @@ class EffOPDCallback(TrainerCallback):
         self,
         score_fn: Callable[[], Any] | None,
         *,
-        log: Callable[[dict[str, float]], None] | None = None,
+        log: Callable[[dict[str, float | str]], None] | None = None,
         **controller_args: Any,
     ):
         self.score_fn = score_fn
@@ -89,18 +90,19 @@ class EffOPDCallback(TrainerCallback):
         event = self.controller.step(state.global_step)
         if event is not None and self.log is not None:
             due = control.should_log
-            self.log(
-                {
-                    "effopd/score_initial": event.score_initial,
-                    "effopd/score_best": event.score_best,
-                    "effopd/alpha_accepted": event.alpha,
-                    "effopd/num_candidates": event.num_candidates,
-                    "effopd/delta_norm": event.delta_norm,
-                    "effopd/val_tokens": event.val_tokens,
-                    "effopd/overhead_s": event.seconds,
-                    "effopd/virtual_step": event.virtual_step,
-                }
-            )
+            record = {
+                "effopd/score_initial": event.score_initial,
+                "effopd/score_best": event.score_best,
+                "effopd/skipped": event.skipped,
+                "effopd/alpha_accepted": event.alpha,
+                "effopd/num_candidates": event.num_candidates,
+                "effopd/delta_norm": event.delta_norm,
+                "effopd/val_tokens": event.val_tokens,
+                "effopd/overhead_s": event.seconds,
+                "effopd/virtual_step": event.virtual_step,
+            }
+            # A skipped event has a reason in place of scores; loggers take numbers and text, and complain of None.
+            self.log({name: value for name, value in record.items() if value is not None})
             control.should_log = due  # logging clears it, and the step's own record is still to come
 
     def on_train_end(self, args, state, control, **kwargs):

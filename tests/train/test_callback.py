@@ -131,6 +131,15 @@ def test_nothing_to_move_is_said_before_training(world, tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_a_skipped_event_logs_why_in_place_of_scores(world, tmp_path):
+    trainer = plain_trainer(world, tmp_path, max_steps=1, learning_rate=0.0)
+    trainer.add_callback(EffOPDCallback(lambda: [0.0], log=trainer.log))
+    trainer.train()
+    (record,) = (r for r in trainer.state.log_history if "effopd/alpha_accepted" in r)
+    assert "the weights have not moved" in record["effopd/skipped"] and "effopd/score_best" not in record
+    assert all(isinstance(value, (int, float, str)) for value in record.values())
+
+
 def test_what_a_lora_student_saves_is_what_it_was(world, tmp_path):
     """One adapter, with the jumps in it; of the last step, or of the best with that step's jumps."""
     trainer, effopd = with_effopd(lora_trainer, world, tmp_path / "last")
