@@ -42,19 +42,16 @@ class Adapters:
         chosen: names of the factors that move. A layer moves if its A or its B does.
 
     Raises:
-        ValueError: not a PeftModel; several trained adapters; DoRA or another variant that is not W + s·B·A; adapter
-            bias; sharded factors; trainable_token_indices; the companion of an earlier run on other layers.
+        ValueError: not a PeftModel; another kind of adapter than LoRA; several trained adapters; DoRA or another
+            variant that is not W + s·B·A; adapter bias; sharded factors; trainable_token_indices; the companion of an
+            earlier run on other layers.
 
     Attributes:
         trained: name of the trained adapter. tensors: its factors that move. layers: those they belong to, by name.
     """
 
     def __init__(self, model: nn.Module, chosen: Collection[str]):
-        while not hasattr(model, "peft_config") and hasattr(model, "module"):
-            model = model.module
-        if not hasattr(model, "peft_config") or not hasattr(model, "base_model"):
-            raise ValueError("LoRA parameters outside a peft.PeftModel: pass the PeftModel itself as params")
-        self.model = model = getattr(model, "_orig_mod", model)
+        self.model = model = _peft_model(model)
         self.all_layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")}
         trained = {
             adapter
@@ -238,6 +235,29 @@ def _key(name: str, layer: nn.Module) -> str:
     """What `rank_pattern` and `alpha_pattern` call a layer."""
     name = name.removeprefix(BASE).replace(".base_layer", "")
     return f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name
+
+
+def _peft_model(model: nn.Module) -> nn.Module:
+    """What is in the wrappers: the `PeftModel`, of LoRA adapters."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        PeftModel = ()
+    given = type(model).__name__
+    while not isinstance(model, PeftModel):
+        wrapper = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+        if wrapper is None:
+            raise ValueError(
+                f"LoRA parameters in a {given}, outside a peft.PeftModel: pass the PeftModel itself as params "
+                "(get_peft_model makes one; a model's own add_adapter does not)"
+            )
+        model = getattr(model, wrapper)
+    for name, config in model.peft_config.items():
+        if config.peft_type != "LORA":
+            raise ValueError(
+                f"EffOPD moves LoRA adapters, and {name!r} is of {type(config).__name__}: use a LoraConfig"
+            )
+    return model
 
 
 def _set_adapter(layer, configs, trained: str, slope: bool, adapter_names: str | list[str], **options) -> None:

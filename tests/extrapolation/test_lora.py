@@ -543,6 +543,18 @@ def test_bf16_adapters_keep_fp32_products():
     assert model(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_wrapped_peft_model_is_found():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    model = lora()
+    compiled, both = (torch.compile(m, backend="eager") for m in (model, Wrapper(model)))
+    for wrapped in (compiled, both, Wrapper(model), Wrapper(compiled)):
+        assert EffOPDController(wrapped, lambda: 0.0).weights.adapters.model is model
+
+
 def trained_parameters(model):
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -550,8 +562,16 @@ def trained_parameters(model):
 def test_what_cannot_be_extrapolated_is_refused():
     with pytest.raises(ValueError, match="pass the PeftModel as params"):
         EffOPDController(lora().named_parameters(), lambda: 0.0)
-    with pytest.raises(ValueError, match="pass the PeftModel itself"):
-        EffOPDController(lora().base_model.model, lambda: 0.0)
+    for inner in (
+        lora().base_model,
+        lora().base_model.model,
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), Net()),
+    ):
+        with pytest.raises(ValueError, match=f"in a {type(inner).__name__}, .* pass the PeftModel itself"):
+            EffOPDController(inner, lambda: 0.0)
+    adalora = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=20, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="'default' is of AdaLoraConfig: use a LoraConfig"):
+        EffOPDController(peft.get_peft_model(Net(), adalora), lambda: 0.0)
     with pytest.raises(ValueError, match="not plain linear LoRA"):
         EffOPDController(lora(use_dora=True), lambda: 0.0)
     with pytest.raises(ValueError, match="trained LoRA bias"):
