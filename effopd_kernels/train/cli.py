@@ -17,7 +17,8 @@ import trl
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import (
     EXIT_INTERRUPTED,
@@ -28,6 +29,7 @@ from ..commands import (
     something_was_said,
 )
 from ..errors import one_line
+from ..extrapolation.lora import COMPANION
 from .checkpoint import checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -171,14 +173,43 @@ def check_output_dir(folder: Path, write_over: bool, go_on: str = "") -> None:
 def check_models_stay(args: OPDConfig, student: str | None) -> None:
     """Raises UserError where writing over an earlier run would remove a model that this one begins with."""
     for model in (student, args.teacher_model_name_or_path) if args.overwrite_output_dir else ():
-        if model and any(c.resolve() in (p := Path(model).resolve(), *p.parents) for c in _abandoned(args)):
+        if not model:
+            continue
+        folder = Path(model).resolve()
+        if any(p.resolve() in (folder, *folder.parents) or p.parent.resolve() == folder for p in _abandoned(args)):
             raise UserError(f"--overwrite_output_dir would remove '{model}': choose another --output_dir")
 
 
+SAVED_MODEL = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
+    *(f"{f}adapter_{n}" for f in ("", f"{COMPANION}/") for n in ("config.json", "model.safetensors", "model.bin")),
+)  # fmt: skip
+
+
 def _abandoned(args: OPDConfig) -> list[Path]:
-    """Checkpoints of an earlier run that is written over. Its steps may lie beyond this run's: resuming and
-    `save_total_limit` would take them for the newer ones."""
-    return [] if args.resume_from_checkpoint else list(Path(args.output_dir).glob(checkpoint_name("*")))
+    """What goes of an earlier run that is written over. Its checkpoints: their steps may lie beyond this run's, and
+    resuming and `save_total_limit` would take them for the newer ones. Its saved model: an adapter beside new weights,
+    or shards beside a single file, would be loaded with them or in their place."""
+    patterns = () if args.resume_from_checkpoint else (checkpoint_name("*"), *SAVED_MODEL)
+    return [path for pattern in patterns for path in Path(args.output_dir).glob(pattern)]
+
+
+class _WriteOver(TrainerCallback):
+    """Removes what an earlier run left: when training begins, after all that can be refused has been."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            for path in _abandoned(args):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_trackers(report_to: list[str]) -> None:
+    """Raises UserError for a tracker that is not installed: transformers would say so once the models are loaded."""
+    installed = get_available_reporting_integrations()
+    for name in report_to:
+        if name not in (*installed, "azure_ml", "flyte"):  # these two it does not list, or not always
+            raise UserError(f"--report_to {name}: it is not installed; there is {', '.join(['none', *installed])}")
 
 
 def _load_tokenizer(name: str, **kwargs):
@@ -208,6 +239,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     }.items():
         if value is None:
             raise UserError(f"--{name} is required (or --demo, which needs nothing)")
+    check_trackers(args.report_to)
     student, teacher = model_args.model_name_or_path, args.teacher_model_name_or_path
     with PartialState().main_process_first():  # the others read what the first has downloaded
         train = load_prompts(data.dataset_name, config=data.dataset_config, split=data.dataset_train_split)
@@ -232,6 +264,8 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
         )
     if args.eval_metric == "accuracy":
         for kind in held_out:
+            if kind == "val" and args.effopd_score != "eval_metric":
+                continue  # its prompts are completed, and the completions' loss taken
             require_answers(sets.get(kind, train), getattr(data, f"{kind}_dataset_name") or data.dataset_name)
     for kind, (name, size) in held_out.items():
         if name is None:
@@ -284,9 +318,8 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
         )
         check_models_stay(args, model_args.model_name_or_path)
     trainer = build_trainer(data, args, model_args)
-    if PartialState().is_main_process and args.overwrite_output_dir:
-        for checkpoint in _abandoned(args):
-            shutil.rmtree(checkpoint)
+    if args.overwrite_output_dir:
+        trainer.add_callback(_WriteOver())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     last = trainer.state.global_step
     if trainer.eval_dataset is not None and trainer.last_evaluated != last == saved_step(trainer):

@@ -65,7 +65,8 @@ class OPDTrainer(trl.DistillationTrainer):
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`; a checkpoint to resume from that is another model's.
+        UserError: see `OPDConfig` and `EffOPDCallback`; options that no optimizer or schedule can be made with, when
+            training begins; a checkpoint to resume from that is another model's.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -113,9 +114,10 @@ class OPDTrainer(trl.DistillationTrainer):
         if eval_dataset is not None:
             self._validators["eval"] = self._evaluator(eval_dataset)
         if args.effopd_enabled:
-            self._validators["val"] = self._validator(val_dataset, (args.eval_metric,))
+            scored = args.effopd_score == "eval_metric"
+            self._validators["val"] = self._validator(val_dataset, (args.eval_metric,) * scored)
             self.effopd = EffOPDCallback(
-                self._score if args.effopd_score == "eval_metric" else None,
+                self._score if scored else None,
                 log=self.log,
                 on_weights_changed=self._weights_changed,
                 loss_fn=TeacherLoss(self._validators["val"]) if args.effopd_search == "gradient" else None,
@@ -247,6 +249,14 @@ class OPDTrainer(trl.DistillationTrainer):
                 raise KeyboardInterrupt
             return output
 
+    def create_optimizer(self, *args, **kwargs):
+        with _as_given("the optimizer"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        with _as_given("the learning rate schedule"):
+            return super().create_scheduler(*args, **kwargs)
+
     def _run_epoch(self, *args, **kwargs):
         """Resumed at its end, a run is over: transformers would train one step more before it looks."""
         if self.state.global_step < self.state.max_steps:
@@ -330,6 +340,15 @@ def _check_rank(checkpoint: str, student: torch.nn.Module) -> None:
             f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
             "it longer when training ended, resume with model and trainer constructed anew"
         )
+
+
+@contextmanager
+def _as_given(what: str):
+    """What torch and transformers raise for an optimizer's or a schedule's options, as a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as e:
+        raise UserError(f"{what} cannot be made with the options given: {one_line(e, 300)}") from e
 
 
 @contextmanager

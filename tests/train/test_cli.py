@@ -1,5 +1,6 @@
 """The command as a user meets it, in processes of its own."""
 
+import importlib.util
 import io
 import itertools
 import json
@@ -304,3 +305,58 @@ def test_ctrl_c_exits_130_with_a_checkpoint_to_resume_from(world, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(checkpoint)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["global_step"] == int(checkpoint.name.split("-")[1]) >= 3
+
+
+def test_overwriting_drops_the_earlier_runs_saved_model_and_nothing_else(world, tmp_path, capsys):
+    """Its adapter would be put on the weights of a full run, its shards loaded in place of one file."""
+    run = {"max_steps": 1, "eval_steps": None, "effopd_enabled": False, "overwrite_output_dir": True}
+    lora = ["--use_peft=true", "--lora_r=2", "--lora_target_modules", "q_proj", "v_proj"]
+    out = tmp_path / "out"
+    assert cli.main(flags(world, out, **run) + lora) == 0
+    assert (out / "adapter_config.json").is_file()
+    shutil.copytree(out, out / "effopd", ignore=lambda _, names: [n for n in names if not n.startswith("adapter_")])
+    shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    others = ["thesis.txt", "probe.safetensors", "effopd/notes.txt"]
+    for name in shards + others:
+        (out / name).write_text("x")
+    before = set(out.rglob("*"))
+    for name, value in {"learning_rate": -1, "optim": "adamw_bnb_8bit", "effopd_enabled": True}.items():
+        refused = {**run, name: value, "effopd_include": "no_such_parameter"}
+        if name != "optim" or importlib.util.find_spec("bitsandbytes") is None:
+            assert cli.main(flags(world, out, **refused)) == 2
+    assert before <= set(out.rglob("*"))
+    assert cli.main(flags(world, out, **run)) == 0
+    assert not list(out.rglob("adapter_*")) and not any((out / name).exists() for name in shards)
+    assert all((out / name).is_file() for name in others)
+    assert cli.main(flags(world, out, **run, model_name_or_path=out)) == 2
+    assert f"--overwrite_output_dir would remove '{out}'" in capsys.readouterr().err
+    assert cli.main(flags(world, out, **run) + lora) == 0
+    assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("learning_rate", -1, "the optimizer cannot be made with the options given: Invalid learning rate: -1.0"),
+        ("adam_beta1", 2, "the optimizer cannot be made with the options given: Invalid beta parameter at index 0: 2"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "the learning rate schedule cannot be made with the options given"),
+        ("optim", "adamw_bnb_8bit", "`bitsandbytes`"),
+        ("report_to", "wandb", "--report_to wandb: it is not installed; there is none"),
+        ("report_to", "wand", "--report_to wand: it is not installed; there is none"),
+    ],
+)
+def test_what_torch_and_transformers_refuse_is_one_sentence(world, tmp_path, capsys, option, value, says):
+    if importlib.util.find_spec({"adamw_bnb_8bit": "bitsandbytes"}.get(value, str(value))):
+        pytest.skip("installed")
+    assert cli.main(flags(world, tmp_path / "out", **{option: value})) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert says in line
+
+
+def test_candidates_scored_by_their_loss_need_no_answers(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "val.jsonl").read_text().splitlines()]
+    unlabelled = tiny.write_jsonl(tmp_path / "unlabelled.jsonl", [{"prompt": r["prompt"]} for r in rows])
+    by_loss = {"effopd_search": "gradient", "effopd_score": "loss", "eval_metric": "accuracy", "max_steps": 2}
+    assert cli.main(flags(world, tmp_path / "out", **by_loss, val_dataset_name=unlabelled)) == 0
+    (run,) = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+    assert run["eval_metric"] == "accuracy" and run["curve"] and [e["step"] for e in run["events"]] == [1, 2]
