@@ -89,9 +89,17 @@ class DenseWeights:
         return any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
 
     def hold(self) -> None:
-        """Keep W_t. Raises ValueError for a parameter that moved though the optimizer steps no copy of it we can see:
-        its next step would undo a jump."""
+        """Keep W_t. Raises ValueError for a parameter that is no longer the model's, and for one that moved though the
+        optimizer steps no copy of it we can see: its next step would undo a jump."""
         reshard(self._module)
+        if self._module is not None:
+            there = named_tensors(self._module)
+            replaced = [n for n, t in zip(self.names, self.tensors, strict=True) if there.get(n) is not t]
+            if replaced:
+                raise ValueError(
+                    f"{replaced[0]} ({len(replaced)} of {len(self.names)}) is not the model's parameter any more: make "
+                    "the controller after what replaces parameters (fully_shard, accelerate.prepare, resizing)"
+                )
         masters, strangers = self._find_masters()
         for name, tensor, anchor in zip(self.names, self.tensors, self.anchors, strict=True):
             if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device)):

@@ -348,3 +348,12 @@ def test_optimizer_policy_resets_only_after_a_jump():
     other = SimpleNamespace(param_groups=optimizer.param_groups, state={})
     with pytest.raises(TypeError, match=r'"reset" needs a torch\.optim\.Optimizer, not a SimpleNamespace'):
         EffOPDController(net, lambda: 0.0, optimizer=other, optimizer_policy="reset")
+
+
+def test_replaced_parameters_are_named():
+    """As fully_shard replaces them: the controller would look at tensors that nobody trains."""
+    net = torch.nn.ModuleDict({"self_attn": torch.nn.Linear(3, 3), "mlp": torch.nn.Linear(3, 3)})
+    controller = EffOPDController(net, lambda: 0.0)
+    net["mlp"].weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"mlp.weight \(1 of 4\) is not the model's parameter any more: make the"):
+        controller.step(1)
