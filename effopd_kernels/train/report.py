@@ -64,6 +64,7 @@ def run_summary(trainer) -> dict[str, Any]:
                 "score_initial": e.score_initial,
                 "score_best": e.score_best,
                 "num_candidates": e.num_candidates,
+                "skipped": e.skipped,
             }
             for e in events
         ],
