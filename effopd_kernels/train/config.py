@@ -78,7 +78,8 @@ class OPDConfig(trl.DistillationConfig):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Write into a non-empty output_dir. An earlier run's checkpoints go, its other files may remain."
+            "help": "Write into a non-empty output_dir. An earlier run's checkpoints and saved model (weights, "
+            "adapter) go, its other files may remain."
         },
     )
     eval_metric: str = field(
