@@ -7,7 +7,8 @@ The demo's world (two-digit addition, students of about 50 % exact, teachers of 
 loop around `EffOPDController`, the same student, prompts and seeds for every method. The curve is exact match on 1,024
 held-out problems, which no method ever sees; validation uses 256 others. Costs of a method count every token it
 generated, validation included; seconds are CPU seconds of its one thread, so that neighbours do not count. For each
-learning rate and seed, the target is what plain OPD ends at.
+learning rate and seed, the target is what plain OPD ends at; "for good" counts to the step from which the score stays
+there or above.
 """
 
 import argparse
@@ -161,18 +162,25 @@ def cost_to(curve: list[dict], target: float) -> dict | None:
     }
 
 
+def steps_for_good(curve: list[dict], target: float) -> int | None:
+    """The first step from which on no point of the curve is below target; None if the last one is."""
+    below = [i for i, p in enumerate(curve) if p["score"] < target]
+    return next((p["step"] for p in curve[below[-1] + 1 if below else 0 :] if p["step"] > 0), None)
+
+
 def summarize(runs: dict[tuple[str, float, int], dict]) -> list[dict]:
     """Per learning rate and method: how many times fewer steps, tokens and seconds than OPD, over seeds."""
     rows = []
     for method, rate in sorted({(m, r) for m, r, _ in runs}, key=lambda k: (k[1], list(METHODS).index(k[0]))):
-        factors = {"steps": [], "tokens": [], "seconds": []}
+        factors = {"steps": [], "tokens": [], "seconds": [], "steps for good": []}
         finals, gaps = [], []
         for seed in sorted({s for m, r, s in runs if (m, r) == (method, rate)}):
             own, opd = runs[method, rate, seed]["curve"], runs["opd", rate, seed]["curve"]
             target = opd[-1]["score"]
-            base, reached = cost_to(opd, target), cost_to(own, target)
+            base, reached = cost_to(opd, target), cost_to(own, target) or {}
+            base["steps for good"], reached["steps for good"] = (steps_for_good(c, target) for c in (opd, own))
             for key, values in factors.items():
-                values.append(round(base[key] / reached[key], 2) if reached else None)
+                values.append(round(base[key] / reached[key], 2) if reached.get(key) else None)
             finals.append(own[-1]["score"])
             gaps.append(round(own[-1]["score"] - target, 4))
         rows.append({"learning_rate": rate, "method": method, **factors, "final": finals, "final - OPD": gaps})
@@ -186,7 +194,7 @@ def spread(values: list[float | None]) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    costs = [key for key in ("steps", "tokens", "seconds") if key in rows[0]]
+    costs = [key for key in ("steps", "tokens", "seconds", "steps for good") if key in rows[0]]
     head = ["learning rate", "method", *(f"× fewer {key}" for key in costs), "final", "worst final − OPD"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:

@@ -14,6 +14,8 @@ from .shards import local
 __all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
 
 Alpha = float | Sequence[float] | Tensor
+Tensors = Iterable[Tensor]
+Masters = Iterable[Tensor | None] | None
 
 
 class ExtrapolationStats(NamedTuple):
@@ -26,36 +28,21 @@ class ExtrapolationStats(NamedTuple):
 
 @overload
 def extrapolate_(
-    params: Iterable[Tensor],
-    anchors: Iterable[Tensor],
-    currents: Iterable[Tensor],
-    alpha: Alpha,
-    *,
-    masters: Iterable[Tensor | None] | None = None,
-    stats: Literal[True] = True,
-) -> ExtrapolationStats: ...
-
-
+    params: Tensors, anchors: Tensors, currents: Tensors, alpha: Alpha, *,
+    masters: Masters = None, stats: Literal[True] = True,
+) -> ExtrapolationStats: ...  # fmt: skip
 @overload
 def extrapolate_(
-    params: Iterable[Tensor],
-    anchors: Iterable[Tensor],
-    currents: Iterable[Tensor],
-    alpha: Alpha,
-    *,
-    masters: Iterable[Tensor | None] | None = None,
-    stats: bool,
-) -> ExtrapolationStats | None: ...
-
-
-@torch.no_grad()
+    params: Tensors, anchors: Tensors, currents: Tensors, alpha: Alpha, *,
+    masters: Masters = None, stats: bool,
+) -> ExtrapolationStats | None: ...  # fmt: skip
 def extrapolate_(
-    params: Iterable[Tensor],
-    anchors: Iterable[Tensor],
-    currents: Iterable[Tensor],
+    params: Tensors,
+    anchors: Tensors,
+    currents: Tensors,
     alpha: Alpha,
     *,
-    masters: Iterable[Tensor | None] | None = None,
+    masters: Masters = None,
     stats: bool = True,
 ) -> ExtrapolationStats | None:
     """Write ``anchor + alpha * (current - anchor)`` into every parameter of a list, in place.
