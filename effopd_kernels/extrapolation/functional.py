@@ -36,6 +36,7 @@ def extrapolate_(
     params: Tensors, anchors: Tensors, currents: Tensors, alpha: Alpha, *,
     masters: Masters = None, stats: bool,
 ) -> ExtrapolationStats | None: ...  # fmt: skip
+@torch.no_grad()
 def extrapolate_(
     params: Tensors,
     anchors: Tensors,

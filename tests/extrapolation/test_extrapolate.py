@@ -265,6 +265,23 @@ def test_a_torch_whose_lists_cannot_be_read(monkeypatch):
     assert torch.equal(param, torch.lerp(anchor, current, 3.0).bfloat16()) and stats.nonfinite.item() == 0
 
 
+@pytest.mark.parametrize("in_cpp", [True, False], ids=["as-installed", "lerp"])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "transposed"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 3.0])
+def test_trained_parameters_are_written_outside_the_graph(monkeypatch, in_cpp, contiguous, alpha):
+    """Whichever backend, and whichever of the three requires gradients: no graph, and no error of a leaf's."""
+    if not in_cpp:
+        monkeypatch.setattr(cpu, "native", lambda: None)
+    param, anchor, current = (torch.randn(6, 4) if contiguous else torch.randn(4, 6).t() for _ in range(3))
+    leaves = [torch.nn.Parameter(t) for t in (param, anchor, current)]
+    expected = {0.0: anchor, 1.0: current}.get(alpha, torch.lerp(anchor, current, alpha)).clone()
+    for stats in (True, False):
+        out = extrapolate_(*([leaf] for leaf in leaves), torch.tensor(alpha, requires_grad=True), stats=stats)
+        assert leaves[0].is_leaf
+        torch.testing.assert_close(leaves[0].detach(), expected)
+        assert out is None or not any(x.requires_grad for x in out)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # imports of torch.compile's and of forward mode's own
 class TestDifferentiable:
     @pytest.mark.parametrize("shape", [(), (5,), (3, 0), (2, 3, 4)], ids=str)
