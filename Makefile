@@ -15,8 +15,9 @@ $(VENV)/.installed: $(SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/effopd-train --demo --overwrite_output_dir
 
+# Files side by side; passive: a thread that waits for its team must not keep a core from another file's tests.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
