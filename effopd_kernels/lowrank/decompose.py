@@ -9,6 +9,7 @@ Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K′ of
 """
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,10 @@ class Rest(NamedTuple):
 def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD, Rest]:
     """Factor a (B, m, n) − base. On CPU side by side, so that none depends on its batch; elsewhere as one group."""
     if not len(a):
-        return _blank(a, settings)
+        m, n = a.shape[-2:]
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        svd, rest = _blank(0, max(m, n), min(m, n), settings, dtype, a.device)
+        return svd if m >= n else svd.mT, rest
     x, y = a.detach(), None if base is None else base.detach()
     size = 1 if a.device.type == "cpu" else len(a)
     groups = [(list(x[i : i + size]), [] if y is None else list(y[i : i + size])) for i in range(0, len(x), size)]
@@ -73,51 +77,55 @@ def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> 
     if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
         return _in_double(x, base, settings)
     tall = x[0].shape[0] >= x[0].shape[1]
-    difference = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base])
-    (n, m), k = difference.x[0].shape, settings.rank
-    width = settings.width(m)
-    route = settings.route or routes.choose(n, m, k, width, x[0].device)
+    svd, rest = _decompose_tall(Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base]), settings)
+    return with_signs(svd if tall else svd.mT), rest
 
-    like = difference.x[0].new_empty(0, dtype=difference.dtype)
+
+def _decompose_tall(x: Difference, settings: Settings) -> tuple[RSVD, Rest]:
+    """As `decompose_group`; those that are zero or not finite are set apart."""
+    (n, m), k = x.x[0].shape, settings.rank
+    route = settings.route or routes.choose(n, m, k, settings.width(m), x.x[0].device)
     start = None
     if k and route == "subspace" and settings.power_iters:
-        start, statistics = ops.sketch(difference.x, difference.base, width, settings.seed, False, True)
+        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, False, True)
     else:
-        statistics = ops.stats(difference.x, difference.base, False)
-
+        statistics = ops.stats(x.x, x.base, False)
     frobenius, largest = statistics[:, ops.SUM_SQUARES].sqrt(), statistics[:, ops.MAX_ABS]
     bad = (statistics[:, ops.NON_FINITE] > 0) | ~largest.isfinite()
     zero = ~bad & (largest == 0)
-    plain = ~bad & ~zero
+    if k and not (bad | zero).any():
+        return _factor(x, start, frobenius, largest, route, settings)
 
-    found = None
-    if k and plain.any():
-        index = plain.nonzero()[:, 0]
-        scale = power_of_two(largest[index])
-        chosen = Difference(
-            *([group[i] for i in index.tolist() if group] for group in (difference.x, difference.base)), scale
-        )
-        if start is not None:
-            start = None if (scale != 1).any() else start if plain.all() else start[index]
-        q = _first_basis(chosen, start, width, route, settings)
-        found = _triplets(chosen, q, frobenius[index] * scale, settings, may_iterate=route != "exact")
-        found = _unscaled(*found, scale, settings.kept(width) - k)
-    if found is not None and len(index) == len(x):
-        svd, rest = found
-    else:
-        svd, rest = _blank_oriented(len(x), n, m, k, settings.kept(width), like)
-        svd.frobenius_norm.copy_(frobenius)
-        if found is not None:
-            for fields, values in ((svd, found[0]), (rest, found[1])):
-                for field, value in zip(fields, values, strict=True):
-                    field[index] = value
-        if not k:
-            svd.residual_norm.copy_(frobenius)
-        svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
-        for field in svd[:-1]:
-            field[bad] = float("nan")
-        svd.flags[bad] = int(Flag.NON_FINITE)
-    return with_signs(svd if tall else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
+    svd, rest = _blank(len(x.x), n, m, settings, x.dtype, frobenius.device)
+    svd.frobenius_norm.copy_(frobenius)
+    if not k:
+        svd.residual_norm.copy_(frobenius)
+    svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
+    for field in svd[:-1]:
+        field[bad] = float("nan")
+    svd.flags[bad] = int(Flag.NON_FINITE)
+    index = (~bad & ~zero).nonzero()[:, 0]
+    if k and len(index):
+        some = Difference(*([group[i] for i in index.tolist() if group] for group in (x.x, x.base)))
+        start = None if start is None else start[index]
+        found = _factor(some, start, frobenius[index], largest[index], route, settings)
+        for fields, values in zip((svd, rest), found, strict=True):
+            for field, value in zip(fields, values, strict=True):
+                field[index] = value
+    return svd, rest
+
+
+def _factor(
+    x: Difference, start: Tensor | None, frobenius: Tensor, largest: Tensor, route: str, settings: Settings
+) -> tuple[RSVD, Rest]:
+    """The SVD of nonzero, finite x, scaled to where fp32 can square entries."""
+    scale = power_of_two(largest)
+    if (scale != 1).any():
+        start = None  # was taken of the unscaled ones
+    x = replace(x, scale=scale)
+    q = _first_basis(x, start, route, settings)
+    svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=route != "exact")
+    return _unscaled(svd, rest, scale, settings.kept(settings.width(x.x[0].shape[1])) - settings.rank)
 
 
 def with_signs(svd: RSVD) -> RSVD:
@@ -152,7 +160,8 @@ def power_of_two(largest: Tensor) -> Tensor:
     return torch.where(exponent.abs() > _SCALE_BEYOND, torch.exp2(-exponent), 1.0)
 
 
-def _first_basis(x: Difference, start: Tensor | None, width: int, route: str, settings: Settings) -> Tensor:
+def _first_basis(x: Difference, start: Tensor | None, route: str, settings: Settings) -> Tensor:
+    width = settings.width(x.x[0].shape[1])
     kept, iterations = settings.kept(width), settings.power_iters
     if route == "exact":
         return routes.exact(x, kept)
@@ -240,24 +249,19 @@ def _unscaled(svd: RSVD, rest: Rest, scale: Tensor, further: int) -> tuple[RSVD,
     return svd, Rest(rest.s[:, :further] / column.to(rest.s.dtype), rest.v[..., :further])
 
 
-def _blank_oriented(count: int, n: int, m: int, k: int, kept: int, like: Tensor) -> tuple[RSVD, Rest]:
-    """The answer for zero matrices, (N, M) oriented: columns of the identity and zeros."""
-    norm = torch.zeros(count, dtype=torch.float64, device=like.device)
+def _blank(
+    count: int, n: int, m: int, settings: Settings, dtype: torch.dtype, device: torch.device
+) -> tuple[RSVD, Rest]:
+    """The answer for zero matrices (n, m), n ≥ m: columns of the identity and zeros."""
+    k, further = settings.rank, settings.kept(settings.width(m)) - settings.rank
+    like, norm = torch.empty(0, dtype=dtype, device=device), torch.zeros(count, dtype=torch.float64, device=device)
     svd = RSVD(
-        torch.eye(n, k, dtype=like.dtype, device=like.device).repeat(count, 1, 1),
+        torch.eye(n, k, dtype=dtype, device=device).repeat(count, 1, 1),
         like.new_zeros(count, k),
-        torch.eye(k, m, dtype=like.dtype, device=like.device).repeat(count, 1, 1),
+        torch.eye(k, m, dtype=dtype, device=device).repeat(count, 1, 1),
         norm,
         norm.clone(),
         norm.new_zeros(count, k),
         norm.new_zeros(count, dtype=torch.int32),
     )
-    return svd, Rest(like.new_zeros(count, kept - k), like.new_zeros(count, m, kept - k))
-
-
-def _blank(a: Tensor, settings: Settings) -> tuple[RSVD, Rest]:
-    m, n = a.shape[-2:]
-    like = a.new_empty(0, dtype=torch.promote_types(a.dtype, torch.float32))
-    kept = settings.kept(settings.width(min(m, n)))
-    svd, rest = _blank_oriented(len(a), max(m, n), min(m, n), settings.rank, kept, like)
-    return (svd if m >= n else svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)), rest
+    return svd, Rest(like.new_zeros(count, further), like.new_zeros(count, m, further))

@@ -111,9 +111,8 @@ def measured(
     elif sampling is None:
         spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
     else:
-        if svd is not None and not tall:
-            svd = svd._replace(U=svd.Vh.mT, Vh=svd.U.mT)
-        spectrum = sampled_spectrum(difference, max(top, 16), sampling, svd)
+        oriented_svd = svd if tall or svd is None else svd.mT
+        spectrum = sampled_spectrum(difference, max(top, 16), sampling, oriented_svd)
     return spectrum, _metrics(spectrum, statistics, x, top, sampling is not None)
 
 

@@ -43,6 +43,11 @@ class RSVD(NamedTuple):
     triplet_residual: Tensor  # (..., k) fp64, at least ‖A v_i − σ_i u_i‖ and ‖Aᵀ u_i − σ_i v_i‖
     flags: Tensor  # (...) int32, bits of `Flag`
 
+    @property
+    def mT(self) -> "RSVD":
+        """The same decomposition, of Aᵀ."""
+        return self._replace(U=self.Vh.mT, Vh=self.U.mT)
+
     def rounding(self) -> Tensor:
         """(...) fp64, by how much rounding may have moved any σ̃: usually as little as the residual leaves room for."""
         least = least_rounding(self.frobenius_norm, self.S.dtype)

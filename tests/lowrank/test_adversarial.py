@@ -18,6 +18,7 @@ from effopd_kernels.lowrank import (
     update_svd,
     workers,
 )
+from effopd_kernels.lowrank.decompose import Settings, decompose_group
 
 ROUTES = ("subspace", "gram", "exact")
 
@@ -42,6 +43,25 @@ def test_poisoned_matrix_is_flagged_and_harms_no_other(route, poison):
     for before, after in zip(clean[:-1], svd[:-1], strict=True):
         assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
         assert after[1].isnan().all()
+
+
+@pytest.mark.parametrize("rank, small", [(0, 1e-3), (4, 1e-3), (4, 1e-30)])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)], ids=["tall", "wide"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_group_is_each_of_its_matrices(route, shape, rank, small):
+    """A group, as a GPU takes them: zero, poisoned and small ones beside usual ones."""
+    base = spectrum("polynomial", *shape).float().repeat(5, 1, 1)
+    a = base + torch.stack([spectrum("polynomial", *shape, seed).float() for seed in range(5)])
+    a[1], a[3, 7, 9] = base[1], torch.nan
+    a[4], base[4] = base[4] * small, 0
+    settings = Settings(rank, None, 2, None, 0, route)
+    together, _ = decompose_group(list(a), list(base), settings)
+    for i in range(5):
+        alone, _ = decompose_group([a[i]], [base[i]], settings)
+        norm = float(alone.frobenius_norm.nan_to_num()) or 1.0
+        for name, x, y in zip(together._fields, together, alone, strict=True):
+            unit = 1.0 if name in ("U", "Vh", "flags") else norm
+            torch.testing.assert_close(x[i] / unit, y[0] / unit, rtol=0, atol=1e-4, equal_nan=True, msg=f"{name} {i}")
 
 
 @pytest.mark.parametrize("route", ROUTES)
