@@ -112,8 +112,8 @@ class Adapters:
 
     @torch.no_grad()
     def install(self, terms: list[Term], slope: bool = False) -> None:
-        """Make the companion Σ coefficient·P, ranks concatenated; no companion if that is nothing. It has gradients
-        only while a slope is measured, and what else is trained stays so."""
+        """Make the companion Σ coefficient·P, ranks concatenated and filled up with zeros to a power of two; no companion
+        if that is nothing. It has gradients only while a slope is measured, and what else is trained stays so."""
         terms = terms if slope else list(filter(counts, terms))
         with _trainability_kept(self.model):
             if not terms:
@@ -122,7 +122,7 @@ class Adapters:
                         vars(layer).pop("set_adapter", None)
                     self.model.delete_adapter(COMPANION)
                 return
-            rank = _rank(terms)
+            rank = 1 << (_rank(terms) - 1).bit_length()  # few sizes: a compiled student is compiled anew for each
             if not self.has_companion():
                 self._add_companion(rank)
             self._activate_companion(slope)
