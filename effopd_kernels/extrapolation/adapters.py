@@ -112,8 +112,9 @@ class Adapters:
 
     @torch.no_grad()
     def install(self, terms: list[Term], slope: bool = False) -> None:
-        """Make the companion Σ coefficient·P, ranks concatenated and filled up with zeros to a power of two; no companion
-        if that is nothing. It has gradients only while a slope is measured, and what else is trained stays so."""
+        """Make the companion Σ coefficient·P, ranks concatenated and filled up with zeros to a power of two;
+        no companion if that is nothing. It has gradients only while a slope is measured; what else is trained stays so.
+        """
         terms = terms if slope else list(filter(counts, terms))
         with _trainability_kept(self.model):
             if not terms:
