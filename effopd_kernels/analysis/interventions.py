@@ -174,12 +174,12 @@ def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig)
     if unknown:
         raise UserError(f"--interventions '{unknown[0]}' is not one of {', '.join(INTERVENTIONS)}")
     if not all(0 < f <= 1 for f in ours.rank_fractions):
-        raise UserError(f"--rank_fractions must lie in (0, 1], not {ours.rank_fractions}")
+        raise UserError(f"--rank_fractions must lie in (0, 1], got {ours.rank_fractions}")
     if not all(map(math.isfinite, ours.alphas)):
-        raise UserError(f"--alphas must be finite, not {ours.alphas}")
+        raise UserError(f"--alphas must be finite, got {ours.alphas}")
     for name in ("window", "stride", "max_prompts"):
         if (value := getattr(ours, name)) is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+            raise UserError(f"--{name} must be at least 1, got {value}")
 
 
 def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args: ModelConfig) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> Path:
         raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis]")
     trajectories = trajectories_of(args.checkpoints, args.trajectory)
     if args.rank < 1 or min(args.ks) < 1:
-        raise UserError(f"--rank and --ks must be positive, not {args.rank} and {args.ks}")
+        raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
     ks = tuple(sorted({min(k, args.rank) for k in args.ks}))
     options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=args.device)
     with _ranks() as ranks:

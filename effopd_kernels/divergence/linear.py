@@ -22,24 +22,28 @@ def _rows(tensors, row_scale, spec, needs, with_stats):
     return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
 
 
-def compute_dtype(side: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(prefix: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the products. prefix: of the arguments' names, in the error."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
-        raise TypeError(f"{side}_hidden is {hidden.dtype} but {side}_weight {weight.dtype}: cast one, or use autocast")
+        raise TypeError(
+            f"{prefix}hidden is {hidden.dtype} but {prefix}weight {weight.dtype}: cast one, or use autocast"
+        )
     return hidden.dtype
 
 
-def check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_side(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{side}_hidden (..., D) and {side}_weight (V, D) do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}"
+            f"{prefix}hidden (..., D) and {prefix}weight (V, D) do not fit: "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)}"
         )
     if 0 in weight.shape:
-        raise ValueError(f"{side}_weight is empty: {tuple(weight.shape)}")
+        raise ValueError(f"{prefix}weight is empty: {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{side}_bias must be ({weight.shape[0]},) as {side}_weight has it, got {tuple(bias.shape)}")
+        raise ValueError(f"{prefix}bias must be ({weight.shape[0]},) as {prefix}weight has it, got {tuple(bias.shape)}")
 
 
 def _check_num_valid(mask_N: Tensor, num_valid: int) -> None:
@@ -111,8 +115,8 @@ def linear_divergence_loss(
         teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
         **{name: bias for name, bias in biases.items() if bias is not None},
     )  # fmt: skip
-    check_side("student", student_hidden, student_weight, student_bias)
-    check_side("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    check_side("student_", student_hidden, student_weight, student_bias)
+    check_side("teacher_", teacher_hidden, teacher_weight, teacher_bias)
     shape = student_hidden.shape[:-1]
     if teacher_hidden.shape[:-1] != shape:
         raise ValueError(
@@ -133,8 +137,8 @@ def linear_divergence_loss(
     if num_valid is not None:
         _check_num_valid(mask_N, num_valid)
     dtypes = (
-        compute_dtype("student", student_hidden, student_weight),
-        compute_dtype("teacher", teacher_hidden, teacher_weight),
+        compute_dtype("student_", student_hidden, student_weight),
+        compute_dtype("teacher_", teacher_hidden, teacher_weight),
     )
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]).detach(), teacher_weight.detach(), teacher_bias

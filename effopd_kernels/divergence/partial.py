@@ -103,11 +103,12 @@ class _LinearRows(torch.autograd.Function):
         return grad_h, grad_w, grad_b
 
 
-def _linear_rows(hidden, weight, bias, ids, rows, options, chunk_bytes):
+def _linear_rows(prefix, hidden, weight, bias, ids, rows, options, chunk_bytes):
+    """rows(logits, ids, *options) of the head's logits. prefix: of the arguments' names, in errors."""
     hidden, weight, bias = map(gathered, (hidden, weight, bias))
-    check_float(student_hidden=hidden, student_weight=weight)
-    check_side("student", hidden, weight, bias)
-    dtype = compute_dtype("student", hidden, weight)
+    check_float(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
+    check_side(prefix, hidden, weight, bias)
+    dtype = compute_dtype(prefix, hidden, weight)
     # the logits, their fp32 form, its exponentials and two gradients live at a time
     chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 5 * 4)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -207,7 +208,9 @@ def topk_divergence_loss(
     else:
         if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
             student = gathered(student).masked_fill(masked[..., None], 0)
-        buckets = _linear_rows(student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes)
+        buckets = _linear_rows(
+            "student_", student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes
+        )
     known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
     if tail:
         rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
@@ -237,7 +240,7 @@ def linear_token_logprobs(
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
     options = (temperature, logit_scale, softcap)
-    rows = _linear_rows(hidden, weight, bias, ids.long()[..., None], _token_rows, options, chunk_bytes)
+    rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], _token_rows, options, chunk_bytes)
     return rows.reshape(ids.shape)
 
 

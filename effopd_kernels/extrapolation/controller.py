@@ -12,6 +12,7 @@ Scores are computed on the same prompts with the same random numbers for every c
 alone. All it takes of an engine is a list of named tensors and a function that scores the current weights.
 """
 
+import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -135,6 +136,7 @@ class EffOPDController:
         Raises whatever score_fn or on_weights_changed raises, Ctrl-C included; the weights are then W_t, bit for bit,
         and the controller as if the step had not been called.
         """
+        global_step = operator.index(global_step)
         if global_step <= self.last_step or not self.due(global_step, self.events):
             return None
         with Deferred() as signals:

@@ -54,7 +54,7 @@ class MappingCheckpoint:
     def __init__(self, tensors: Mapping[str, Tensor], label: str):
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"{label}[{name!r}] must be a tensor, not {type(tensor).__name__}")
+                raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(tensor).__name__}")
         self._tensors, self.label = tensors, label
         self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
@@ -112,7 +112,7 @@ def open_checkpoint(source: "Mapping[str, Tensor] | str | Path", label: str) -> 
     if isinstance(source, str | Path):
         return FileCheckpoint(source)
     raise TypeError(
-        f"{label} must be a mapping of names to tensors or the path of safetensors files, not {type(source).__name__}"
+        f"{label} must be a mapping of names to tensors or the path of safetensors files, got {type(source).__name__}"
     )
 
 

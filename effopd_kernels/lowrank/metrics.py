@@ -79,13 +79,13 @@ def spectral_metrics(
     """
     check_pair(a, base)
     if not 0 < top_fraction <= 1:
-        raise ValueError(f"top_fraction must be in (0, 1], not {top_fraction}")
+        raise ValueError(f"top_fraction must be in (0, 1], got {top_fraction}")
     if method not in ("exact", "slq"):
-        raise ValueError(f'method must be "exact" or "slq", not {method!r}')
+        raise ValueError(f'method must be "exact" or "slq", got {method!r}')
     if min(a.shape[-2:]) == 0:
         raise ValueError(f"a has no entries per matrix: shape {tuple(a.shape)}")
     if probes < 2 or steps < 1:
-        raise ValueError(f"at least two probes and one step are needed, not {probes} and {steps}")
+        raise ValueError(f"at least two probes and one step are needed, got {probes} and {steps}")
     top = triplets(top_fraction, min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     sampling = Sampling(probes, min(LEAST_STEPS, steps), steps, seed) if method == "slq" else None

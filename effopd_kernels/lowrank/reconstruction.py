@@ -43,13 +43,13 @@ def low_rank_update(
         ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k.
     """
     if not w0.is_floating_point():
-        raise TypeError(f"w0 must be floating, not {w0.dtype}")
+        raise TypeError(f"w0 must be floating, got {w0.dtype}")
     k = svd.S.shape[-1]
     if rank is not None and tail is not None:
         raise ValueError("give rank or tail, not both")
     for name, value in (("rank", rank), ("tail", tail)):
         if value is not None and not 0 <= value <= k:
-            raise ValueError(f"{name} must be between 0 and the {k} triplets at hand, not {value}")
+            raise ValueError(f"{name} must be between 0 and the {k} triplets at hand, got {value}")
     shape = (*svd.U.shape[:-1], svd.Vh.shape[-1])
     if w0.shape != shape:
         raise ValueError(f"w0 is {tuple(w0.shape)}, the factors make {tuple(shape)}")
@@ -58,7 +58,7 @@ def low_rank_update(
 
     if isinstance(match_norm, Tensor) and match_norm.shape not in ((), shape[:-2]):
         raise ValueError(
-            f"match_norm must be a number or one for each matrix, {shape[:-2]}, not {tuple(match_norm.shape)}"
+            f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
         )
 
     part = slice(tail, None) if tail is not None else slice(0, rank)

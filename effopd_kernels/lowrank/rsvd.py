@@ -119,9 +119,9 @@ def check_pair(a: Tensor, base: Tensor | None, name: str = "a", base_name: str =
             continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, not {found}")
+            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, got {found}")
         if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, not {tensor.dtype}")
+            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, got {tensor.dtype}")
         if tensor.ndim < 2:
             raise ValueError(
                 f"{label} must be a matrix or a batch of matrices (..., m, n), not of shape {tuple(tensor.shape)}"
@@ -142,13 +142,13 @@ def check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank) ->
         ("power_iters", power_iters),
     ):
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an integer ≥ 0, not {value!r}")
+            raise ValueError(f"{name} must be an integer ≥ 0, got {value!r}")
     if rank > min(m, n) and not clip_rank:
         raise ValueError(
             f"rank {rank} exceeds min(m, n) = {min(m, n)} of a {m} × {n} matrix; clip_rank=True takes that instead"
         )
     if tol is not None and not tol > 0:
-        raise ValueError(f"tol must be positive, not {tol}")
+        raise ValueError(f"tol must be positive, got {tol}")
     if route not in (None, *routes.ROUTES):
-        raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, not {route!r}")
+        raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {route!r}")
     return min(rank, m, n)

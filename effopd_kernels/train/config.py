@@ -196,9 +196,9 @@ class OPDConfig(trl.DistillationConfig):
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None or not value > 0:
-                raise UserError(f"--{name} must be positive, not {value}")
+                raise UserError(f"--{name} must be positive, got {value}")
         if self.eval_temperature is not None and not self.eval_temperature >= 0:
-            raise UserError(f"--eval_temperature must be positive, or 0 for greedy, not {self.eval_temperature}")
+            raise UserError(f"--eval_temperature must be positive, or 0 for greedy, got {self.eval_temperature}")
         if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
             self.effopd_alphas = [self.effopd_alphas]
         if self.effopd_score == "loss" and self.effopd_search != "gradient":

@@ -227,7 +227,10 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: topk_divergence_loss(random(N, V), random(N, V + 1), torch.zeros(N, V + 1).long()), "k <= 97"),
         (lambda: topk_divergence_loss(random(N, V), random(5, 3), torch.zeros(5, 3).long()), "(5, 3)"),
         (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.zeros(N, 3)), "int64"),
-        (lambda: linear_token_logprobs(random(N, D), random(V, 9), torch.zeros(N).long()), "(97, 9)"),
+        (
+            lambda: linear_token_logprobs(random(N, D), random(V, 9), torch.zeros(N).long()),
+            "hidden (..., D) and weight",
+        ),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.zeros(5).long()), "(6,)"),
         (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.full((N, 3), V)), "0 to 96, got 97"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.full((N,), -100)), "0 to 96, got -100"),

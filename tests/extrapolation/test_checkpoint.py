@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ def controller():
     out = EffOPDController(net, lambda: 0.0)
     with torch.no_grad():
         net["mlp"].weight.mul_(1.5)
-    out.step(1)
+    out.step(np.int64(1))
     return out
 
 

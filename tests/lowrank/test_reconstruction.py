@@ -88,7 +88,7 @@ def test_bad_input(case):
     with pytest.raises(TypeError, match="int64"):
         low_rank_update(w0.long(), svd)
     for options, words in (
-        ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), not \(3,\)"),
+        ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), got \(3,\)"),
         ({"rank": 1, "tail": 1}, "not both"),
         ({"rank": 11}, "rank must be between 0 and the 10"),
         ({"tail": -1}, "tail must be between"),

@@ -137,7 +137,7 @@ def broken_worlds(world, tmp):
         ),
         "fewer prompts than a step": (case(per_device_train_batch_size=64), "a step takes 64 prompts"),
         "nothing held out": (case(eval_dataset_name=None, eval_size=0), "cannot hold out 0 prompts for evaluation"),
-        "greedy rollouts": (case(temperature=0), "--temperature must be positive, not 0.0"),
+        "greedy rollouts": (case(temperature=0), "--temperature must be positive, got 0.0"),
         "colder than greedy": (case(eval_temperature=-1), "--eval_temperature must be positive, or 0"),
         "endless completions": (case(max_completion_length="None"), "--max_completion_length must be positive"),
         "no deepspeed": (case(deepspeed="none.json"), "deepspeed"),
