@@ -1,6 +1,7 @@
-"""The C++ extension, where it was built."""
+"""What the kernels are written in, where it is there: the C++ extension and Triton."""
 
 import warnings
+from importlib.util import find_spec
 
 import torch
 
@@ -16,6 +17,8 @@ except ImportError as error:
     )
 else:
     _unsaid = iter(())
+
+TRITON = find_spec("triton") is not None  # found, not imported: that takes a second, and only CUDA needs it
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # those of the kernels, in the order of csrc/cpu.h
 

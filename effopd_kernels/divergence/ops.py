@@ -7,12 +7,10 @@ device or dtype, or a backend that is not there: the reference. The ops themselv
 functions are.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, native
+from ..native import DTYPES, TRITON, native
 from . import reference
 
 ARGS = (
@@ -110,7 +108,7 @@ def _register(device: str, launch):
 
 _register("CompositeExplicitAutograd", _reference)
 _register("CPU", _cpp)
-if importlib.util.find_spec("triton") is not None:
+if TRITON:
     _register("CUDA", _triton)
 
 
@@ -134,7 +132,7 @@ def _scale_triton(x, factor):
 
 torch.library.impl("effopd::scale_", "CompositeExplicitAutograd", _scale)
 torch.library.impl("effopd::scale_", "CPU", _scale_cpu)
-if importlib.util.find_spec("triton") is not None:
+if TRITON:
     torch.library.impl("effopd::scale_", "CUDA", _scale_triton)
 
 

@@ -5,11 +5,10 @@ effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA 
 effopd::extrapolate_backward  its two reductions in one pass
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ..native import TRITON
 from . import cpu, reference
 
 LIBRARY = torch.library.Library("effopd", "FRAGMENT")
@@ -49,7 +48,7 @@ def _triton_backward(grad, delta, alpha):
     return (reference.extrapolate_backward if wide else launch_extrapolate_backward)(grad, delta, alpha)
 
 
-if importlib.util.find_spec("triton") is not None:
+if TRITON:
     LIBRARY.impl("extrapolate_", _triton_in_place, "CUDA")
     LIBRARY.impl("extrapolate", _triton_forward, "CUDA")
     LIBRARY.impl("extrapolate_backward", _triton_backward, "CUDA")

@@ -12,12 +12,12 @@ The PyTorch reference serves every device, Triton CUDA where it is installed. Th
 `torch.library.custom_op`, whose first call imports torch._dynamo, a second or two.
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..native import TRITON
 from . import reference
 
 LIBRARY = torch.library.Library("effopd", "FRAGMENT")
@@ -35,7 +35,7 @@ def _operator(function: Callable) -> torch._ops.OpOverload:
 
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    if importlib.util.find_spec("triton") is not None:
+    if TRITON:
         LIBRARY.impl(name, launch, "CUDA")
     return getattr(torch.ops.effopd, name).default
 
