@@ -29,6 +29,7 @@ bench: $(VENV)/.bench
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
 clean:
 	rm -rf $(VENV) build outputs

@@ -1,8 +1,8 @@
 // Compiles the file named by KERNEL, after vectors.h, once per x86-64 level, each in a namespace of its own; elsewhere
 // once. supported(CLONES(f)) lists those of f that this machine runs, the best last.
 //
-// X86_LEVEL is the level a clone is compiled for: g++ reads the whole file before it acts on the target pragmas, so that
-// __FMA__ and __AVX512F__ would tell of the baseline only.
+// X86_LEVEL is the level a clone is compiled for: g++ reads the whole file before it acts on the target pragmas, so
+// that __FMA__ and __AVX512F__ would tell of the baseline only.
 
 #define X86_LEVEL 1
 namespace baseline {

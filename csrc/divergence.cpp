@@ -18,10 +18,10 @@ namespace {
 enum Kind { kReverse, kForward, kMixture };
 
 constexpr int kStep = 2 * kLanes;  // of the inner loops
-constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
+constexpr int kBlock = 1024;       // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr double kFloor = -1e4 * kLog2e;               // FLOOR of effopd_kernels/divergence/reference.py, in bits
-constexpr int64_t kWorkPerThread = int64_t(1) << 16;   // logits worth starting a thread for
+constexpr double kFloor = -1e4 * kLog2e;              // FLOOR of effopd_kernels/divergence/reference.py, in bits
+constexpr int64_t kWorkPerThread = int64_t(1) << 16;  // logits worth starting a thread for
 
 // One side's logits. With a soft cap (pre != 0) the kernel reads tanh(pre·x) in their place; c takes either to base 2.
 struct Side {
@@ -68,10 +68,10 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
                      int instruction_set) {
     const int64_t size = size_of(student_dtype);
     Job job{};
-    job.student = make_side(student, student_stride, student_sequence, student_dtype, student_temperature, student_scale,
-                            student_softcap);
-    job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature, teacher_scale,
-                            teacher_softcap);
+    job.student = make_side(student, student_stride, student_sequence, student_dtype, student_temperature,
+                            student_scale, student_softcap);
+    job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature,
+                            teacher_scale, teacher_softcap);
     job.mask = reinterpret_cast<const uint8_t*>(mask);
     job.row_scale = reinterpret_cast<const float*>(row_scale);
     job.loss = reinterpret_cast<float*>(loss);

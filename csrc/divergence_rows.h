@@ -1,9 +1,9 @@
 // The row kernel of the divergences, included once per instruction set (csrc/clones.h) after csrc/vectors.h.
 //
-// Rows are taken in blocks. Where both sides are fp32 or both bf16, the two hot loops read them as they lie; whatever else
-// (fp16, soft caps, sides of different dtypes, a row's ragged end) is first widened to fp32 in the L1 cache (`stage`).
-// Logarithms are in base 2 throughout: with c = scale·log2(e)/temperature and u, v the c·logits of sides x and y relative
-// to a reference near the largest so far, one pass gathers
+// Rows are taken in blocks. Where both sides are fp32 or both bf16, the two hot loops read them as they lie; whatever
+// else (fp16, soft caps, sides of different dtypes, a row's ragged end) is first widened to fp32 in the L1 cache
+// (`stage`). Logarithms are in base 2 throughout: with c = scale·log2(e)/temperature and u, v the c·logits of sides x
+// and y relative to a reference near the largest so far, one pass gathers
 //
 //     X = Σ 2^u,  Y = Σ 2^v,  G = Σ 2^u·(u − v)        KL(x‖y) = G/X − log2 X + log2 Y, in bits
 //
@@ -14,8 +14,9 @@
 // Mixtures take a pass more in between: Σφ and Σw of the family's definition (effopd_kernels/divergence/reference.py).
 // Sums run in fp32 within a block and in fp64 across blocks.
 //
-// Infinities: the fp32 sum G over a block holding −inf comes out NaN or inf, and only then is the block taken again with
-// the comparisons that −inf needs. `hole` = Σ 2^u over entries with v = −inf, whose log-probability counts as kFloor.
+// Infinities: the fp32 sum G over a block holding −inf comes out NaN or inf, and only then is the block taken again
+// with the comparisons that −inf needs. `hole` = Σ 2^u over entries with v = −inf, whose log-probability counts as
+// kFloor.
 
 // No include here: this file stands inside a namespace.
 
@@ -128,8 +129,10 @@ static const float* stage(const Side& side, const char* row, int64_t start, int 
     const char* p = row + start * size_of(side.dtype);
     const bool capped = side.pre != 0;
     if (side.dtype == kFloat32 && !capped && count % kStep == 0) return (const float*)p;
-    if (side.dtype == kFloat32) capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
-    else if (side.dtype == kBFloat16) capped ? stage_as(side, p, count, out, kBFloat16, true) : stage_as(side, p, count, out, kBFloat16, false);
+    if (side.dtype == kFloat32)
+        capped ? stage_as(side, p, count, out, kFloat32, true) : stage_as(side, p, count, out, kFloat32, false);
+    else if (side.dtype == kBFloat16)
+        capped ? stage_as(side, p, count, out, kBFloat16, true) : stage_as(side, p, count, out, kBFloat16, false);
     else capped ? stage_as(side, p, count, out, kFloat16, true) : stage_as(side, p, count, out, kFloat16, false);
     return out;
 }
@@ -211,7 +214,8 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
     for (int i = 0; i < count; i += kStep) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
-        vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)}, e[4];
+        vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)},
+           e[4];
         exp2_(z, e);
         for (int k = 0; k < 4; k += 2) {
             vf u = z[k], v = z[k + 1];
@@ -230,7 +234,8 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
             }
         }
     }
-    return {sum(X), sum(Y), sum(gap), holes ? sum(hole) : 0, stats ? sum(xu) : 0, stats ? sum(yv) : 0, largest(max_(X, Y))};
+    return {
+        sum(X), sum(Y), sum(gap), holes ? sum(hole) : 0, stats ? sum(xu) : 0, stats ? sum(yv) : 0, largest(max_(X, Y))};
 }
 
 template <bool holes>
@@ -238,7 +243,8 @@ static Part part_of(const Sums& s, const Block& x, const Block& y, int count, bo
     if (x.dtype == kFloat32)
         return stats ? part_of<kFloat32, holes, true>(s, x.z, y.z, count)
                      : part_of<kFloat32, holes, false>(s, x.z, y.z, count);
-    return stats ? part_of<kBFloat16, holes, true>(s, x.z, y.z, count) : part_of<kBFloat16, holes, false>(s, x.z, y.z, count);
+    return stats ? part_of<kBFloat16, holes, true>(s, x.z, y.z, count)
+                 : part_of<kBFloat16, holes, false>(s, x.z, y.z, count);
 }
 
 static void rebase(Sums& s, float x0, float y0) {
@@ -275,7 +281,8 @@ struct Argmax {
     }
 };
 
-static Sums online(const Side& side_x, const Side& side_y, const char* row_x, const char* row_y, int64_t V, bool stats) {
+static Sums online(const Side& side_x, const Side& side_y, const char* row_x, const char* row_y, int64_t V,
+                   bool stats) {
     // A reference may lag behind the largest logit as long as u stays small: its rounding is u·2⁻²⁴. A lane sums
     // kBlock / kLanes = 2⁶ entries, so this bounds u by 8.
     constexpr float kLag = 256;
@@ -315,7 +322,8 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
 
 // x = student, y = teacher. q·(u − v − mean) with q = 2^u / X. Writes the blocks' dtype.
 template <int dtype, bool holes>
-static void reverse_as(const char* x, const char* y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
+static void reverse_as(const char* x, const char* y, char* g, int count, const Sums& s, float mean, float floor,
+                       float factor) {
     constexpr int size = size_of(dtype);
     for (int i = 0; i < count; i += kStep) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
@@ -334,7 +342,8 @@ static void reverse_as(const char* x, const char* y, char* g, int count, const S
     }
 }
 
-static void reverse_block(const Block& x, const Block& y, char* g, int count, const Sums& s, float mean, float floor, float factor) {
+static void reverse_block(const Block& x, const Block& y, char* g, int count, const Sums& s, float mean, float floor,
+                          float factor) {
     if (x.dtype == kFloat32)
         return s.holes ? reverse_as<kFloat32, true>(x.z, y.z, g, count, s, mean, floor, factor)
                        : reverse_as<kFloat32, false>(x.z, y.z, g, count, s, mean, floor, factor);
@@ -343,7 +352,8 @@ static void reverse_block(const Block& x, const Block& y, char* g, int count, co
 }
 
 // x = teacher, y = student. q − p.
-INLINE void forward_block(const float* x, const float* y, float* g, int count, const Sums& s, float factor_p, float factor_q) {
+INLINE void forward_block(const float* x, const float* y, float* g, int count, const Sums& s, float factor_p,
+                          float factor_q) {
     for (int i = 0; i < count; i += kLanes)
         *(vf*)(g + i) = exp2_(at(y, i, s.cy, s.y0)) * factor_q - exp2_(at(x, i, s.cx, s.x0)) * factor_p;
 }
@@ -358,7 +368,8 @@ INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
 }
 
 // φ (in bits) and w of one block; with e = 2^(−|lp − lq|), every quotient is of numbers in [0, 1], and none is 0/0.
-INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum, double& w_sum) {
+INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum,
+                          double& w_sum) {
     vf phis{}, ws{};
     for (int i = 0; i < count; i += kLanes) {
         const vf lq = log_prob(x, i, m.cx, m.x0, m.log_x), lp = log_prob(y, i, m.cy, m.y0, m.log_y);
@@ -378,7 +389,8 @@ INLINE void mixture_block(const Mixture& m, const float* x, const float* y, floa
     w_sum += sum(ws);
 }
 
-INLINE void mixture_gradient(const Mixture& m, const float* x, const float* w, float* g, int count, float w_sum, float factor) {
+INLINE void mixture_gradient(const Mixture& m, const float* x, const float* w, float* g, int count, float w_sum,
+                             float factor) {
     for (int i = 0; i < count; i += kLanes)
         *(vf*)(g + i) = (*(const vf*)(w + i) - exp2_(log_prob(x, i, m.cx, m.x0, m.log_x)) * w_sum) * factor;
 }
@@ -404,7 +416,8 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
         return;
     }
     const bool forward = job.kind == kForward;
-    const Sums s = forward ? online(teacher, student, row_t, row_s, V, job.stats) : online(student, teacher, row_s, row_t, V, job.stats);
+    const Sums s = forward ? online(teacher, student, row_t, row_s, V, job.stats)
+                           : online(student, teacher, row_s, row_t, V, job.stats);
     const double log_x = std::log2(s.x), log_y = std::log2(s.y), floor = kFloor + log_y;
     const double mean = (s.gap - s.hole * floor) / s.x;
     double loss = mean - log_x + log_y, w_sum = 0;
@@ -448,7 +461,9 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
         } else {
             const float* x = stage(student, row_s, start, count, x_block);
             if (job.kind == kMixture) mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
-            else forward_block(stage(teacher, row_t, start, count, y_block), x, g, count, s, float(job.a * factor / s.x), float(job.a * factor / s.y));
+            else
+                forward_block(stage(teacher, row_t, start, count, y_block), x, g, count, s, float(job.a * factor / s.x),
+                              float(job.a * factor / s.y));
             if (student.pre != 0) through_cap(x, g, count);
         }
         store(g, count, student.dtype, row_g, start, job.stream);
@@ -456,7 +471,8 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     memset(row_g + V * size, 0, (job.grad_columns - V) * size);
 }
 
-// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole vectors) is for mixtures.
+// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole vectors) is for
+// mixtures.
 static void run_rows(const Job& job, std::atomic<int64_t>& next, float* scratch) {
     for (int64_t begin; (begin = next.fetch_add(job.grain)) < job.N;)
         for (int64_t n = begin; n < job.N && n < begin + job.grain; ++n) one_row(job, n, scratch);

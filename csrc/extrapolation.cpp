@@ -10,9 +10,9 @@
 
 namespace {
 
-constexpr int kBlock = 1024;                      // elements whose results wait in the L1 cache for their store
-constexpr int64_t kSpan = int64_t(1) << 17;       // elements a thread takes at a time
-constexpr int64_t kWorkPerThread = 2 * kSpan;     // elements worth starting a thread for
+constexpr int kBlock = 1024;                   // elements whose results wait in the L1 cache for their store
+constexpr int64_t kSpan = int64_t(1) << 17;    // elements a thread takes at a time
+constexpr int64_t kWorkPerThread = 2 * kSpan;  // elements worth starting a thread for
 
 // Elements [begin, end) of one tensor.
 struct Span {
@@ -30,10 +30,10 @@ struct Span {
 
 const auto kRuns = supported(CLONES(run_spans));
 
-// Lists of L torch.Tensors (masters may be empty). alphas: fp64 (L,). stats: fp32 (L, 3), or 0 for none. A param may be its
-// anchor or its current. False, with nothing done, if a tensor is not contiguous or its dtype is not one of ours.
-bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::list currents, nb::list masters, uintptr_t alphas,
-                 uintptr_t stats, int threads, int instruction_set) {
+// Lists of L torch.Tensors (masters may be empty). alphas: fp64 (L,). stats: fp32 (L, 3), or 0 for none. A param may be
+// its anchor or its current. False, with nothing done, if a tensor is not contiguous or its dtype is not one of ours.
+bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::list currents, nb::list masters,
+                 uintptr_t alphas, uintptr_t stats, int threads, int instruction_set) {
     const Exchange& api = Exchange::of(exchange);
     const int64_t L = int64_t(params.size());
     int64_t elements = 0, bytes = 0;
@@ -47,9 +47,18 @@ bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::lis
             if (t[k].dtype() < 0 || !t[k].contiguous()) return false;
         }
         const bool master = masters.size();
-        tensors[i] = {t[0].address(), t[1].address(), t[2].address(), master ? t[3].address() : nullptr, t[0].dtype(),
-                      t[1].dtype(), t[2].dtype(), master ? t[3].dtype() : 0, float(reinterpret_cast<const double*>(alphas)[i]),
-                      false, 0, t[0].size()};
+        tensors[i] = {t[0].address(),
+                      t[1].address(),
+                      t[2].address(),
+                      master ? t[3].address() : nullptr,
+                      t[0].dtype(),
+                      t[1].dtype(),
+                      t[2].dtype(),
+                      master ? t[3].dtype() : 0,
+                      float(reinterpret_cast<const double*>(alphas)[i]),
+                      false,
+                      0,
+                      t[0].size()};
         elements += tensors[i].end, bytes += tensors[i].end * size_of(tensors[i].w_dtype);
     }
     for (int64_t i = 0; i < L; ++i) {
@@ -82,9 +91,10 @@ bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::lis
     return true;
 }
 
-// Whether four equally long lists hold plain tensors (of one of `types`, masters all or none None), floating, all on one
-// device and those of a row of one shape. False too where that cannot be told.
-bool alike(nb::handle exchange, nb::tuple types, nb::list params, nb::list anchors, nb::list currents, nb::list masters) {
+// Whether four equally long lists hold plain tensors (of one of `types`, masters all or none None), floating, all on
+// one device and those of a row of one shape. False too where that cannot be told.
+bool alike(nb::handle exchange, nb::tuple types, nb::list params, nb::list anchors, nb::list currents,
+           nb::list masters) {
     const Exchange& api = Exchange::of(exchange);
     const size_t L = params.size();
     if (!L || anchors.size() != L || currents.size() != L || masters.size() != L) return false;
@@ -102,8 +112,8 @@ bool alike(nb::handle exchange, nb::tuple types, nb::list params, nb::list ancho
             DLTensor t;
             if (api.view(tensor.ptr(), &t)) return PyErr_Clear(), false;
             if (column == &params) param = t, first = i ? first : t;
-            if (!t.floating() || t.device_type != first.device_type || t.device_id != first.device_id || t.ndim != param.ndim ||
-                !std::equal(t.shape, t.shape + t.ndim, param.shape))
+            if (!t.floating() || t.device_type != first.device_type || t.device_id != first.device_id ||
+                t.ndim != param.ndim || !std::equal(t.shape, t.shape + t.ndim, param.shape))
                 return false;
         }
     }

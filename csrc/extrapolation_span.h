@@ -9,12 +9,13 @@ INLINE void put(vf x, char* p, int dtype) {
     else *(vh_any*)p = dtype == kBFloat16 ? narrow(x, kBFloat16) : narrow(x, kFloat16);
 }
 
-// count ≤ kBlock elements at a, c and w; m null where there is no master. What is stored goes through a buffer in the L1
-// cache, from which it can be streamed. Whole vectors are read and written only where whole ones are.
-INLINE void block(const char* a, const char* c, char* w, char* m, int count, float alpha, const int a_dtype, const int c_dtype,
-                  const int w_dtype, const int m_dtype, bool stream, const bool stats, Sums& sums) {
+// count ≤ kBlock elements at a, c and w; m null where there is no master. What is stored goes through a buffer in the
+// L1 cache, from which it can be streamed. Whole vectors are read and written only where whole ones are.
+INLINE void block(const char* a, const char* c, char* w, char* m, int count, float alpha, const int a_dtype,
+                  const int c_dtype, const int w_dtype, const int m_dtype, bool stream, const bool stats, Sums& sums) {
     alignas(64) char out[kBlock * 4], master[kBlock * 4], a_rest[64] = {}, c_rest[64] = {};
-    const int64_t a_size = size_of(a_dtype), c_size = size_of(c_dtype), w_size = size_of(w_dtype), m_size = size_of(m_dtype);
+    const int64_t a_size = size_of(a_dtype), c_size = size_of(c_dtype), w_size = size_of(w_dtype),
+                  m_size = size_of(m_dtype);
     const bool at_a = alpha == 0, at_c = alpha == 1;
     vf delta_sq{}, weight_sq{};
     for (int i = 0; i < count; i += kLanes) {
@@ -49,17 +50,20 @@ INLINE void block(const char* a, const char* c, char* w, char* m, int count, flo
     if (end != w) copy_out(w, end, count * w_size, stream);
 }
 
-INLINE void span_as(const Span& s, const int a_dtype, const int c_dtype, const int w_dtype, const int m_dtype, const bool stats, Sums& sums) {
+INLINE void span_as(const Span& s, const int a_dtype, const int c_dtype, const int w_dtype, const int m_dtype,
+                    const bool stats, Sums& sums) {
     for (int64_t i = s.begin; i < s.end; i += kBlock) {
         const int count = int(s.end - i < kBlock ? s.end - i : kBlock);
         block(s.anchor + i * size_of(a_dtype), s.current + i * size_of(c_dtype), s.param + i * size_of(w_dtype),
-              s.master ? s.master + i * size_of(m_dtype) : nullptr, count, s.alpha, a_dtype, c_dtype, w_dtype, m_dtype, s.stream, stats, sums);
+              s.master ? s.master + i * size_of(m_dtype) : nullptr, count, s.alpha, a_dtype, c_dtype, w_dtype, m_dtype,
+              s.stream, stats, sums);
     }
 }
 
 template <bool stats>
 static void span_of(const Span& s, Sums& sums) {  // the usual mixes as constants
-    const bool wide_master = !s.master || s.m_dtype == kFloat32, alike = s.a_dtype == s.c_dtype && s.c_dtype == s.w_dtype && wide_master;
+    const bool wide_master = !s.master || s.m_dtype == kFloat32,
+               alike = s.a_dtype == s.c_dtype && s.c_dtype == s.w_dtype && wide_master;
     if (alike && s.w_dtype == kFloat32) span_as(s, kFloat32, kFloat32, kFloat32, kFloat32, stats, sums);
     else if (alike && s.w_dtype == kBFloat16) span_as(s, kBFloat16, kBFloat16, kBFloat16, kFloat32, stats, sums);
     else if (alike) span_as(s, kFloat16, kFloat16, kFloat16, kFloat32, stats, sums);

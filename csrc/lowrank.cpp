@@ -1,5 +1,5 @@
-// Panels scale · (x − b) of a difference with their first-pass statistics, the products taken with them, and those of the
-// bases that come of it: each on one thread, the callers' working side by side.
+// Panels scale · (x − b) of a difference with their first-pass statistics, the products taken with them, and those of
+// the bases that come of it: each on one thread, the callers' working side by side.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace nb = nanobind;
 namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
-constexpr int kBlock = 256;  // elements summed in fp32, 16 to a lane, before the sums go on in fp64
+constexpr int kBlock = 256;       // elements summed in fp32, 16 to a lane, before the sums go on in fp64
 
 struct Panel {
     const char *x, *b;  // b null for zero
@@ -32,8 +32,8 @@ const auto kWriters = supported(CLONES(write_panel));
 // Y = X q and Z += XᵀY over the panel's rows.
 struct Products {
     Panel x;
-    bool by_column;   // rows of X are columns of the panel's lines
-    const float* q;   // (M, L)
+    bool by_column;         // rows of X are columns of the panel's lines
+    const float* q;         // (M, L)
     const int32_t* places;  // or, of a q of `signs` ±1 in each row, their columns: column << 1 | negative
     int signs;
     int64_t columns;  // L
@@ -43,8 +43,9 @@ struct Products {
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
-constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: at most 1 MiB, what a core's own cache holds
-constexpr int64_t kTerms = 64, kPairs = 256;  // summed before the sums are: longer sums of equal terms are off by more than bounds allow
+constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: 1 MiB at most, a core's own cache
+// Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
+constexpr int64_t kTerms = 64, kPairs = 256;
 constexpr int64_t kBlockRows = 64;  // of a tall matrix, widened to fp64
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
@@ -67,26 +68,34 @@ bool has_products() { return false; }
 #endif
 
 // statistics: 5 doubles in the order of effopd_kernels/lowrank/ops.py, or 0; those of the unscaled difference.
-void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, uintptr_t out,
-                      int out_dtype, int64_t out_pitch, int64_t lines, int64_t length, float scale, uintptr_t statistics,
-                      bool full, int instruction_set) {
+void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
+                      uintptr_t out, int out_dtype, int64_t out_pitch, int64_t lines, int64_t length, float scale,
+                      uintptr_t statistics, bool full, int instruction_set) {
     const auto write = kWriters.at(instruction_set < 0 ? kWriters.size() - 1 : size_t(instruction_set));
     nb::gil_scoped_release release;
-    write({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out), x_dtype, b_dtype, out_dtype,
-           x_pitch, b_pitch, out_pitch, lines, length, scale},
+    write({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out), x_dtype,
+           b_dtype, out_dtype, x_pitch, b_pitch, out_pitch, lines, length, scale},
           reinterpret_cast<double*>(statistics), full);
 }
 
-// half: operands are rounded to bf16; then z is wanted and y is not to be had, and q may be given as places. Those, y, z, b
-// and statistics may be 0.
-void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
-                         int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns, uintptr_t places, uintptr_t y,
-                         uintptr_t z, uintptr_t statistics, int signs, bool full, bool half) {
+// half: operands are rounded to bf16; then z is wanted and y is not to be had, and q may be given as places. Those, y,
+// z, b and statistics may be 0.
+void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
+                         int64_t lines, int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns,
+                         uintptr_t places, uintptr_t y, uintptr_t z, uintptr_t statistics, int signs, bool full,
+                         bool half) {
     nb::gil_scoped_release release;
-    multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0, x_pitch, b_pitch, 0,
-               lines, length, scale},
-              by_column, reinterpret_cast<const float*>(q), reinterpret_cast<const int32_t*>(places), signs, columns,
-              reinterpret_cast<float*>(y), reinterpret_cast<float*>(z), reinterpret_cast<double*>(statistics), full},
+    multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
+               x_pitch, b_pitch, 0, lines, length, scale},
+              by_column,
+              reinterpret_cast<const float*>(q),
+              reinterpret_cast<const int32_t*>(places),
+              signs,
+              columns,
+              reinterpret_cast<float*>(y),
+              reinterpret_cast<float*>(z),
+              reinterpret_cast<double*>(statistics),
+              full},
              half);
 }
 
@@ -99,7 +108,8 @@ void gram_of_columns(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uin
 // y as above, w (L, K) fp64 → Y W (N, K) fp32.
 void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, int64_t k, uintptr_t out) {
     nb::gil_scoped_release release;
-    columns_times(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<const double*>(w), k, reinterpret_cast<float*>(out));
+    columns_times(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<const double*>(w), k,
+                  reinterpret_cast<float*>(out));
 }
 
 }  // namespace

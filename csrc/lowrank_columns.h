@@ -1,5 +1,6 @@
-// fp64 products of tall fp32 matrices with few columns: the Gram matrix YᵀY, one triangle of it computed, and Y W rounded
-// once. Rows are widened a block at a time and stay in cache. Included after vectors.h, where lowrank_products.h is.
+// fp64 products of tall fp32 matrices with few columns: the Gram matrix YᵀY, one triangle of it computed, and Y W
+// rounded once. Rows are widened a block at a time and stay in cache. Included after vectors.h, where
+// lowrank_products.h is.
 
 typedef double vd __attribute__((vector_size(64)));
 typedef double vd_any __attribute__((vector_size(64), aligned(8), may_alias));
@@ -9,7 +10,8 @@ constexpr int kWide = 8;  // lanes of a vector of doubles
 
 // R rows and C vectors of columns of A B; term k of A's row i at left[i · row + k · step]; store(i, c, sum).
 template <int R, int C, class Store>
-INLINE void wide_tile(const double* left, int64_t row, int64_t step, const double* right, int64_t pitch, int64_t terms, const Store& store) {
+INLINE void wide_tile(const double* left, int64_t row, int64_t step, const double* right, int64_t pitch, int64_t terms,
+                      const Store& store) {
     vd sums[R][C] = {};
     for (int64_t k = 0; k < terms; ++k, left += step, right += pitch) {
         vd columns[C];
@@ -28,8 +30,8 @@ INLINE void wide_tile(const double* left, int64_t row, int64_t step, const doubl
 
 // store(i, column, sum of kWide columns) for the first `rows` rows (a multiple of 8) and `width` columns.
 template <class Store>
-static void wide_product(const double* left, int64_t row, int64_t step, int64_t rows, const double* right, int64_t pitch, int64_t from,
-                         int64_t width, int64_t terms, const Store& store) {
+static void wide_product(const double* left, int64_t row, int64_t step, int64_t rows, const double* right,
+                         int64_t pitch, int64_t from, int64_t width, int64_t terms, const Store& store) {
     for (int64_t i = 0; i < rows; i += 8) {
         int64_t j = from;
         const double* const a = left + i * row;
@@ -46,7 +48,8 @@ static void widen(const float* y, int64_t y_pitch, int64_t rows, int64_t columns
             const float* const at = y + i * y_pitch + c;
             float rest[kWide] = {};
             if (columns - c < kWide) memcpy(rest, at, (columns - c) * 4);
-            *(vd_any*)(out + i * pitch + c) = __builtin_convertvector(*(const vf_half*)(columns - c < kWide ? rest : at), vd);
+            *(vd_any*)(out + i * pitch + c) =
+                __builtin_convertvector(*(const vf_half*)(columns - c < kWide ? rest : at), vd);
         }
 }
 
@@ -62,9 +65,8 @@ static void gram_of_columns(const float* y, int64_t y_pitch, int64_t n, int64_t 
         const int64_t rows = std::min(kBlockRows, n - start);
         widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
         for (int64_t i = 0; i < width; i += 8)  // the upper triangle
-            wide_product(block + i, 1, pitch, 8, block, pitch, i, width, rows, [&](int64_t r, int64_t c, vd sum) {
-                *(vd_any*)(sums + (i + r) * width + c) += sum;
-            });
+            wide_product(block + i, 1, pitch, 8, block, pitch, i, width, rows,
+                         [&](int64_t r, int64_t c, vd sum) { *(vd_any*)(sums + (i + r) * width + c) += sum; });
     }
     for (int64_t i = 0; i < columns; ++i)
         for (int64_t j = i; j < columns; ++j) g[i * columns + j] = g[j * columns + i] = sums[i * width + j];
@@ -82,10 +84,11 @@ static void times(const float* y, int64_t y_pitch, int64_t n, int64_t columns, c
     for (int64_t start = 0; start < n; start += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, n - start);
         widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
-        wide_product(block, pitch, 1, (rows + 7) / 8 * 8, right, width, 0, width, columns, [&](int64_t i, int64_t c, vd sum) {
-            if (i >= rows) return;
-            const vf_half narrow = __builtin_convertvector(sum, vf_half);
-            memcpy(out + (start + i) * k + c, &narrow, std::min<int64_t>(kWide, k - c) * 4);
-        });
+        wide_product(block, pitch, 1, (rows + 7) / 8 * 8, right, width, 0, width, columns,
+                     [&](int64_t i, int64_t c, vd sum) {
+                         if (i >= rows) return;
+                         const vf_half narrow = __builtin_convertvector(sum, vf_half);
+                         memcpy(out + (start + i) * k + c, &narrow, std::min<int64_t>(kWide, k - c) * 4);
+                     });
     }
 }

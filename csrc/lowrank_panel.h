@@ -4,7 +4,8 @@ struct Statistics {
     double squares = 0, largest = 0, unchanged = 0, ulp_squares = 0, nonfinite = 0;
 };
 
-// The power of two at or below |x|, 0 for numbers that are denormal in their dtype; times its eps, the distance to the next.
+// The power of two at or below |x|, 0 for numbers that are denormal in their dtype; times its eps, the distance to the
+// next.
 INLINE vf power(vf x, int dtype) {
     const vi size = bits(x) & 0x7f800000;
     return from_bits(dtype == kFloat16 ? (size < (113 << 23) ? vi{} : size) : size);
@@ -56,7 +57,9 @@ INLINE void block(const char* x, const char* b, char* out, int count, float scal
     }
     if (full) sums.unchanged += unchanged;
     const double square = sum(squares), ulp_square = sum(ulp_squares);
-    const auto held = [](float size, double square) { return square - square == 0 && (size == 0 || (size > 1e-12f && size < 1e12f)); };
+    const auto held = [](float size, double square) {
+        return square - square == 0 && (size == 0 || (size > 1e-12f && size < 1e12f));
+    };
     if (held(top, square) && held(top_step, ulp_square)) {
         sums.squares += square;
         sums.ulp_squares += ulp_square;
@@ -81,7 +84,8 @@ INLINE void prefetch(const char* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const int out_dtype, const bool stats, const bool full, Statistics& sums) {
+INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const int out_dtype, const bool stats,
+                     const bool full, Statistics& sums) {
     const int64_t x_size = size_of(x_dtype), b_size = size_of(b_dtype), out_size = size_of(out_dtype);
     const int64_t ahead = 1 + kAhead / (p.length * x_size);  // lines
     const bool apart = p.x_pitch != p.length;
@@ -94,7 +98,8 @@ INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const
                 prefetch(x + ahead * p.x_pitch * x_size, count * x_size);
                 if (b) prefetch(b + ahead * p.b_pitch * b_size, count * b_size);
             }
-            block(x, b, p.out ? p.out + (line * p.out_pitch + i) * out_size : nullptr, count, p.scale, x_dtype, b_dtype, out_dtype, stats, full, sums);
+            block(x, b, p.out ? p.out + (line * p.out_pitch + i) * out_size : nullptr, count, p.scale, x_dtype, b_dtype,
+                  out_dtype, stats, full, sums);
         }
 }
 

@@ -1,10 +1,11 @@
-// Y = X q and Z += XᵀY for some rows of a difference X, with operands in fp32 or rounded to bf16, and fp32 sums. Compiled
-// once, for processors with dot products of bf16 pairs (csrc/lowrank.cpp), after lowrank_panel.h.
+// Y = X q and Z += XᵀY for some rows of a difference X, with operands in fp32 or rounded to bf16, and fp32 sums.
+// Compiled once, for processors with dot products of bf16 pairs (csrc/lowrank.cpp), after lowrank_panel.h.
 //
-// Both products go through one tile: terms of the left operand along the contraction are broadcast, those of the right one
-// lie 16 columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the other. A
-// block of the pair is written once (in bf16 once for each order of pairs: along its lines, across them), its Y goes from
-// registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than a cache.
+// Both products go through one tile: terms of the left operand along the contraction are broadcast, those of the right
+// one lie 16 columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the
+// other. A block of the pair is written once (in bf16 once for each order of pairs: along its lines, across them), its
+// Y goes from registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than
+// a cache.
 
 typedef uint32_t vu_any __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -51,9 +52,11 @@ static void strip(Terms left, int64_t rows, const uint32_t* right, int64_t pitch
     int64_t i = 0;
     const auto from = [&](int64_t i) { return Terms{left.at + i * left.row, left.row, left.step}; };
     for (; i + R <= rows; i += R)
-        tile<half, R, C>(from(i), right, pitch, terms, [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
+        tile<half, R, C>(from(i), right, pitch, terms,
+                         [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
     for (; i < rows; i += 2)
-        tile<half, 2, C>(from(i), right, pitch, terms, [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
+        tile<half, 2, C>(from(i), right, pitch, terms,
+                         [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
 }
 
 // store(i, first vector of columns, sums of row i, of row i + 1, their vectors); rows are even.
@@ -76,7 +79,8 @@ static void product(Terms left, int64_t rows, const uint32_t* right, int64_t pit
 template <int size>
 INLINE void swap_quarters(vu x[kLanes]) {
     constexpr auto at = [](uint32_t i) { return i & size ? i - size + kLanes : i; };
-    const vu upper{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
+    const vu upper{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
+                   at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
         if (i & size) continue;
@@ -92,8 +96,8 @@ INLINE void transpose(vu x[kLanes]) {
 // Pairs of rows of XΩ in bf16 for an Ω of signs: as many additions an element of X as there are signs in a row of Ω, 32
 // rows at a time, whose sums stay in the first-level cache. Term k of pair p lies at pairs[k · pitch + p] (by_term) or
 // pairs[p · pitch + k]; pairs are padded to a multiple of 16 in `out` and by_term also in memory.
-static void signed_sums(const uint32_t* pairs, int64_t pitch, bool by_term, int64_t count, int64_t terms, const int32_t* places,
-                        int signs, int64_t width, vf* sums, uint32_t* out) {
+static void signed_sums(const uint32_t* pairs, int64_t pitch, bool by_term, int64_t count, int64_t terms,
+                        const int32_t* places, int signs, int64_t width, vf* sums, uint32_t* out) {
     for (int64_t p = 0; p < count; p += kLanes) {
         memset(sums, 0, 2 * width * sizeof(vf));
         for (int64_t k = 0; k < terms; k += kLanes) {
@@ -141,7 +145,8 @@ static void products_in(const Products& p) {
     const int64_t lines = p.by_column ? even_m : step, longest = ((p.by_column ? step : even_m) + kLine - 1) / kLine;
     const int64_t pitch = (longest | 1) * kLine;  // an odd number of cache lines, so that lines fall into all sets
     const int64_t per_term = half ? 2 : 1;
-    const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16, middle_size = ((step + step % 32) / per_term * width + 15) / 16 * 16;
+    const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16,
+                  middle_size = ((step + step % 32) / per_term * width + 15) / 16 * 16;
     const int64_t partial_size = half ? std::max<int64_t>(step, 32) * width : 0;
     uint32_t* const right = scratch(right_size + middle_size + partial_size + lines * pitch);
     uint32_t *const middle = right + right_size, *const partial = half ? middle + middle_size : middle;
@@ -170,7 +175,8 @@ static void products_in(const Products& p) {
             uint16_t* const pairs = (uint16_t*)along;
             if (block.lines % 2) memset(pairs + block.lines * pitch, 0, block.length * 2);
             if (block.length % 2)
-                for (int64_t line = 0; line < block.lines + block.lines % 2; ++line) pairs[line * pitch + block.length] = 0;
+                for (int64_t line = 0; line < block.lines + block.lines % 2; ++line)
+                    pairs[line * pitch + block.length] = 0;
             for (int64_t line = 0; line < block.lines; line += 2)
                 for (int64_t i = 0; i < block.length; i += kLanes) {
                     const uint16_t* const at = pairs + line * pitch + i;
@@ -182,9 +188,10 @@ static void products_in(const Products& p) {
         const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
 
         if (half && p.places)
-            signed_sums(p.by_column ? along : across, p.by_column ? pitch / 2 : pitch, p.by_column, even_rows / 2, m, p.places, p.signs,
-                        width, (vf*)partial, middle);
-        // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding small.
+            signed_sums(p.by_column ? along : across, p.by_column ? pitch / 2 : pitch, p.by_column, even_rows / 2, m,
+                        p.places, p.signs, width, (vf*)partial, middle);
+        // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding
+        // small.
         const int64_t all = half ? even_m / 2 : m, most = half ? kPairs : kTerms;
         for (int64_t k = 0; k < all && !p.places; k += most) {
             const int64_t terms = std::min(most, all - k);
@@ -197,7 +204,8 @@ static void products_in(const Products& p) {
                                   vf_any* const sums = (vf_any*)(partial + i * width + column);
                                   vf_any* const next = (vf_any*)(partial + (i + 1) * width + column);
                                   const vf a = k ? *sums + even[c] : even[c], b = k ? *next + odd[c] : odd[c];
-                                  if (half && k + terms == all) *(vu_any*)(middle + i / 2 * width + column) = interleaved(a, b);
+                                  if (half && k + terms == all)
+                                      *(vu_any*)(middle + i / 2 * width + column) = interleaved(a, b);
                                   else *sums = a, *next = b;
                               }
                           });

@@ -1,14 +1,14 @@
-// The one extension module. Each idea binds its own kernels: csrc/<idea>.cpp defines bind_<idea>.
-// No libtorch here: kernels take addresses, sizes and a thread count, or read tensors by DLPack (tensors.h), so one build
-// serves every torch version.
+// The one extension module. Each idea binds its own kernels: csrc/<idea>.cpp defines bind_<idea>. No libtorch here:
+// kernels take addresses, sizes and a thread count, or read tensors by DLPack (tensors.h), so one build serves every
+// torch version.
 #include <nanobind/nanobind.h>
 
 namespace nb = nanobind;
 
-void bind_buffers(nb::module_ &m);
-void bind_divergence(nb::module_ &m);
-void bind_extrapolation(nb::module_ &m);
-void bind_lowrank(nb::module_ &m);
+void bind_buffers(nb::module_& m);
+void bind_divergence(nb::module_& m);
+void bind_extrapolation(nb::module_& m);
+void bind_lowrank(nb::module_& m);
 
 NB_MODULE(_C, m) {
     m.doc() = "CPU kernels of effopd_kernels";

@@ -1,5 +1,6 @@
-// torch.Tensors without libtorch: DLPack's C exchange API, which torch offers as an attribute of the class, tells address,
-// dtype, device, shape and strides in one call of some 20 ns, where each attribute asked from Python takes 60 to 100.
+// torch.Tensors without libtorch: DLPack's C exchange API, which torch offers as an attribute of the class, tells
+// address, dtype, device, shape and strides in one call of some 20 ns, where each attribute asked from Python takes 60
+// to 100.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -31,7 +32,7 @@ struct DLTensor {
         return true;
     }
     bool floating() const { return (code == 2 || code == 4) && lanes == 1; }  // kDLFloat, kDLBfloat
-    int dtype() const {                                                      // a Dtype, or -1
+    int dtype() const {                                                       // a Dtype, or -1
         return !floating() ? -1 : bits == 16 ? (code == 4 ? kBFloat16 : kFloat16) : bits == 32 ? kFloat32 : -1;
     }
     char* address() const { return static_cast<char*>(data) + byte_offset; }
