@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from effopd_kernels.extrapolation.lora import COMPANION
 from effopd_kernels.train import EffOPDCallback, UserError, use_fused_loss
 from train import world as tiny
 
@@ -55,13 +57,17 @@ def distillation_trainer(world, out):
     return trainer
 
 
-def grpo_trainer(world, out):
+def grpo_trainer(world, out, lora=None):
     def even(completion_ids, **kwargs):
         return [float(sum(i % 2 == 0 for i in ids)) for ids in completion_ids]
 
-    args = trl.GRPOConfig(str(out), max_completion_length=6, num_generations=2, **{**FLAGS, "learning_rate": 1e-2})
+    flags = {**FLAGS, "learning_rate": 1e-2, "beta": 0.1 if lora else 0.0}
+    args = trl.GRPOConfig(str(out), max_completion_length=6, num_generations=2, **flags)
     train = tiny.load(world / "train.jsonl")
-    return trl.GRPOTrainer(str(world / "student"), even, args, train_dataset=train)
+    model = str(world / "student")
+    if lora is not None:
+        model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model), lora)
+    return trl.GRPOTrainer(model, even, args, train_dataset=train)
 
 
 def with_effopd(build, world, out):
@@ -108,6 +114,24 @@ def test_resumes_exactly(build, world, tmp_path):
     ]
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
+
+
+def test_jumps_stay_active_beside_a_reference(world, tmp_path):
+    """GRPO of a LoRA student scores its reference by switching adapters, there and back, in every step."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    trainer, effopd = with_effopd(partial(grpo_trainer, lora=lora), world, tmp_path)
+    effopd.score_fn = count().__next__  # every jump is taken
+    active = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            layers = [m for m in trainer.model.modules() if hasattr(m, "lora_A")]
+            active.append({COMPANION in layer.active_adapters for layer in layers})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert all(e.alpha > 1 for e in effopd.controller.events) and "ref" in trainer.model.peft_config
+    assert active == [{False}, {True}, {True}, {True}]
 
 
 def test_a_checkpoint_by_another_name_elsewhere(world, tmp_path):
