@@ -147,7 +147,7 @@ def _shares(found: Findings, folder: Path, by_third: dict, by_type: dict) -> Sec
     lead = "; ".join(
         f"{t} put {by_third[t]['middle']['share_of_update']:.0%} of ‖ΔW‖² into the middle third of the depth"
         for t in found.trajectories
-        if found.middle and by_third[t]["middle"]["update_norm"]
+        if found.middle and by_third[t]["middle"]["update_norm"] > 0
     )
     table = [
         {"trajectory": t, "part of the depth": name, "share of ‖ΔW‖²": rows[name]["share_of_update"],

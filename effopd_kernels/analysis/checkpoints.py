@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ class Checkpoint:
     def alias(self, name: str, source: str) -> None:
         """Let ``name`` be the tensor ``source``, as tied weights are."""
         self._stored[name], self.shapes[name] = self._stored[source], self.shapes[source]
+
+
+def counted(names: Collection, kind: str) -> str:
+    """How many there are of a kind of thing."""
+    return f"{len(names)} {kind}{'s' * (len(names) != 1)}"
 
 
 def listed(names: Sequence[str]) -> str:

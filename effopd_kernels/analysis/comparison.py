@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .adapters import Adapter, is_adapter
-from .checkpoints import FLOATS, Checkpoint, listed
+from .checkpoints import FLOATS, Checkpoint, counted, listed
 from .roles import role_of, token_embedding
 
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
@@ -123,7 +123,7 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
     for here, there in ((base, other), (other, base)):
         if missing := [name for name in there.shapes if name not in here.shapes]:
             raise UserError(
-                f"{len(missing)} tensors of {there.path} are not in {here.path}{why}: {listed(missing)}; checkpoints "
+                f"{here.path} lacks {counted(missing, 'tensor')} of {there.path}{why}: {listed(missing)}; checkpoints "
                 "must hold the same tensors as the base"
             )
     unequal = {name: shape for name, (shape, _) in other.shapes.items() if shape != base.shapes[name][0]}
@@ -134,7 +134,7 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
             rows = max(shape[0] for shape in unequal.values())
             todo = f"; resize the base's vocabulary first, with resize_token_embeddings({rows})"
         raise UserError(
-            f"{len(unequal)} tensors of {other.path} have other shapes than the base's{why}: {listed(each)}{todo}"
+            f"{other.path} has {counted(unequal, 'tensor')} of another shape than the base's{why}: {listed(each)}{todo}"
         )
 
 

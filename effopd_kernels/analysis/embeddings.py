@@ -57,8 +57,8 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
             "How many tokens' embeddings moved by how much: far to the left of what the layers moved means that "
             "training left the embedding alone.",
             table,
-            f"The tokens that moved most for their size; the first {MOST} are in tables/embedding_top, every token's "
-            "numbers in tables/embedding_tokens."
+            f"The tokens that moved most for their size; more, up to {MOST}, are in tables/embedding_top, the numbers "
+            "of every token in tables/embedding_tokens."
             + ("" if any(r["text"] for r in top) else " No tokenizer beside the models could be read, so no text."),
         )
     ]

@@ -68,8 +68,9 @@ class Evaluations:
         differ = [k for k in self.settings if found.get(k) != self.settings[k]]
         if differ:
             raise UserError(
-                f"'{self.path}' holds evaluations with another {differ[0]} ({found.get(differ[0])!r}, now "
-                f"{self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another --output_dir"
+                f"'{self.path}' holds evaluations with other settings ({differ[0]} was {found.get(differ[0])!r}, is "
+                f"now {self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another "
+                "--output_dir"
             )
         self._intact = sum(map(len, whole))
 

@@ -102,16 +102,18 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
 
 
 def norms(rows: Sequence[Row]) -> dict[str, Any]:
-    """Totals over tensors: counts add, norms add in squares. Tensors that are not finite are left out."""
+    """Totals over tensors: counts add, norms add in squares. Tensors that are not finite are left out; NaN, which
+    reports print as a dash, where none is left."""
     rows = [row for row in rows if finite(row)]
     parameters = sum(row["parameters"] for row in rows)
-    update, weight = (math.sqrt(sum(row[key] ** 2 for row in rows)) for key in ("update_norm", "weight_norm"))
+    sums = (sum(row[key] ** 2 for row in rows) if rows else math.nan for key in ("update_norm", "weight_norm"))
+    update, weight = map(math.sqrt, sums)
     return {
         "parameters": parameters,
         "update_norm": update,
         "weight_norm": weight,
         "relative_update": relative(update, weight),
-        "unchanged_fraction": sum(r["unchanged_fraction"] * r["parameters"] for r in rows) / max(1, parameters),
+        "unchanged_fraction": share(sum(r["unchanged_fraction"] * r["parameters"] for r in rows), parameters),
     }
 
 

@@ -22,7 +22,7 @@ from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
 from . import intervention_report
-from .checkpoints import listed, printable
+from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
@@ -300,7 +300,7 @@ def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, co
     staging = folder / ".unfinished"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    compared = ", ".join(f"{t} ({len(c)} checkpoints)" for t, c in comparison.trajectories.items())
+    compared = ", ".join(f"{t} ({counted(c, 'checkpoint')})" for t, c in comparison.trajectories.items())
     lead = f"{compared}, from {comparison.base.label}: each edited in place, scored on the same prompts, and restored."
     try:
         with written(folder):

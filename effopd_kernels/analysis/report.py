@@ -59,7 +59,8 @@ class Section:
 
 
 def shown(value: Any) -> str:
-    """A value as the report prints it: three significant digits, thousands separated, a dash for what is not there."""
+    """A value as the report prints it: three significant digits, more below 1 where they would make it 1, thousands
+    separated, a dash for what is not there."""
     if isinstance(value, Interval):
         return f"{shown(value.value)} [{shown(value.low)}, {shown(value.high)}]"
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -75,6 +76,8 @@ def shown(value: Any) -> str:
     size = abs(value)
     if size >= 999.5 and size < 1e7:
         text = f"{value:,.0f}"
+    elif 0.9995 <= value < 1 - 1e-6:  # a share of almost all
+        text = f"{value:.{math.ceil(-math.log10(1 - value))}f}"
     elif value == 0 or 1e-3 <= size < 999.5:
         text = f"{value:.3g}"
     else:

@@ -39,6 +39,7 @@ _IN_ATTENTION = [
     ("o", r"o|wo|o_\w*|out\w*|c_proj|dense|output\.dense"),
 ]
 _IN_MLP = [
+    ("up", r"densereludense\.wi"),  # T5's; ModernBERT's wi is two in one
     ("router", r"gate|router(\.\w+)?|shared_expert_gate"),
     ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12"),
     ("gate", r"gate_\w*|w1|wi_0|linear_1"),

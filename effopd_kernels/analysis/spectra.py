@@ -40,7 +40,7 @@ def spectra(found: Findings, folder: Path) -> tuple[list[Section], list[Headline
                  "Mean over the MLP and attention matrices that moved, between certified bounds: the part along one "
                  "direction.", 1.0),
         Headline("Effective rank", {t: _rank(r) for t, r in whole.items()},
-                 f"exp of the entropy of σ / Σσ ({how}); in {_limited(whole)} it counts rounding noise."),
+                 f"exp of the entropy of σ / Σσ ({how}){_limited(whole)}."),
         Headline(f"{top.capitalize()} subspace norm ratio", {t: _top(r) for t, r in whole.items()},
                  "Part of ‖ΔW‖ in the leading directions, between certified bounds.", 1.0),
     ]  # fmt: skip
@@ -84,7 +84,12 @@ def _top(row: Row) -> Interval:
 
 
 def _limited(whole: dict[str, Row]) -> str:
-    return ", ".join(f"{r['quantisation_limited']} of {r['matrices_moved']} matrices of {t}" for t, r in whole.items())
+    counts = [
+        f"{r['quantisation_limited']} of {r['matrices_moved']} matrices of {t}"
+        for t, r in whole.items()
+        if r["matrices_moved"]
+    ]
+    return f"; in {', '.join(counts)} it counts rounding noise" if counts else ""
 
 
 def _table(found: Findings, folder: Path, ends: dict[str, list[Row]], top: str) -> Section:
@@ -191,6 +196,8 @@ def _energy(found: Findings, folder: Path) -> list[Section]:
     if not table:
         return []
     write_table(folder / TABLES, "energy", table)
+    if not curves:  # no last checkpoint moved
+        return []
     drawn = []
     for i, stem in enumerate(("top", "bottom")):
         figure = figures.lines(

@@ -19,7 +19,7 @@ from ..commands import leave_process_group
 from ..errors import UserError
 from ..extrapolation.distributed import Ranks
 from .analyse import analyse, estimate
-from .checkpoints import FLOATS, listed, printable
+from .checkpoints import FLOATS, counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
@@ -186,7 +186,7 @@ def _lead(comparison: Comparison) -> str:
     kind = comparison.base.config.get("model_type")
     return (
         f"ΔW = W − W₀ with W₀ = {comparison.base.label}{f' ({kind})' if kind else ''}: {parameters:,} parameters "
-        f"in {len(shapes)} tensors, {dtypes}. {runs}."
+        f"in {counted(shapes, 'tensor')}, {dtypes}. {runs}."
     )
 
 

@@ -64,6 +64,24 @@ def test_of_nothing_no_share_is_taken(report):
     assert "No matrix of attention or MLP moved." in page and "No tensor moved." in page
 
 
+def test_a_run_that_ends_where_it_began(report):
+    base = planted.base_weights(shapes=layers(3))
+    read, page = report(base, moved(base, ""), base)
+    assert {r["checkpoint"] for r in read("energy")} == {"checkpoint-1"} and "Energy by rank" not in page
+    assert "|.|" not in page and "of 0 matrices" not in page
+
+
+def test_what_is_not_finite_has_no_norm(report):
+    """A kind of module whose only tensor is infinite did not stay where it was."""
+    base = planted.base_weights(shapes=layers(3))
+    current = moved(base, "mlp")
+    current["lm_head.weight"][0, 0] = math.inf
+    read, page = report(base, current)
+    (head,) = (r for r in read("types") if r["type"] == "head")
+    assert all(math.isnan(head[key]) for key in ("update_norm", "relative_update", "unchanged_fraction"))
+    assert "|head|–|–|–|" in page and math.isfinite(read("totals")[0]["update_norm"])
+
+
 def test_what_began_at_zero_moved(report):
     """New tokens, and norms that add their weight to one: theirs is no update of relative size 0."""
     base = planted.base_weights(shapes=layers(3))

@@ -144,7 +144,7 @@ def test_evaluations_survive_a_line_cut_short(tmp_path):
     for trial in trials[1:]:
         again.add(trial.edit.key(), Evaluation([0.0], None, 3, 0.5), write=True)
     assert Evaluations(tmp_path, {"seed": 0}).done == again.done and len(again.done) == 3
-    with pytest.raises(UserError, match=r"another seed \(0, now 1\)"):
+    with pytest.raises(UserError, match=r"seed was 0, is now 1"):
         Evaluations(tmp_path, {"seed": 1})
     assert not Evaluations(tmp_path, {"seed": 1}, fresh=True).done
 
@@ -408,7 +408,7 @@ def test_help_in_ascii(monkeypatch):
 
 def test_other_settings_do_not_mix(finished, trained, capfd):
     assert main(arguments(trained, finished, "--seed", "3")) == 2
-    assert "holds evaluations with another seed (42, now 3)" in capfd.readouterr().err
+    assert "holds evaluations with other settings (seed was 42, is now 3)" in capfd.readouterr().err
 
 
 def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path):

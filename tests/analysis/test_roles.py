@@ -48,6 +48,7 @@ NAMES = {
     "model.layers.1.linear_attn.in_proj_qkvz.weight": Role("qkv", 1),
     # T5, BERT
     "encoder.block.2.layer.0.SelfAttention.q.weight": Role("q", 2),
+    "encoder.block.2.layer.1.DenseReluDense.wi.weight": Role("up", 2),
     "encoder.block.2.layer.1.DenseReluDense.wi_0.weight": Role("gate", 2),
     "bert.encoder.layer.9.attention.self.query.weight": Role("q", 9),
     "bert.encoder.layer.9.attention.output.dense.weight": Role("o", 9),
