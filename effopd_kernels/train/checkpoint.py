@@ -14,11 +14,19 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..extrapolation.checkpoint import crc32
+from .config import OPDConfig
 from .errors import UserError
 
 MANIFEST = "manifest.json"
 STAGING = ".saving-"
 REPLACED = ".replaced"
+SETTINGS_NAME = "settings.json"  # inside each checkpoint folder
+# What a run keeps to its end: whether it extrapolates, what held-out prompts are drawn and scored with, and what comes
+# back with the optimizer's state, whatever is given.
+KEPT = (
+    "effopd_enabled", "seed", "eval_metric", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "optim", "optim_args",
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +65,24 @@ def damage(checkpoint: Path) -> str | None:
         if crc32(file) != crc:
             return f"'{file}' was altered"
     return None
+
+
+def write_settings(folder: Path, args: OPDConfig) -> None:
+    given = args.to_dict()
+    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in KEPT}))
+
+
+def check_settings(checkpoint: Path, args: OPDConfig) -> None:
+    """Raises UserError where a run cannot go on from `checkpoint` with what `args` ask for. Another learning rate, say,
+    would not be used, but be what the run's summary says."""
+    file = checkpoint / SETTINGS_NAME
+    given = args.to_dict()
+    for name, was in json.loads(file.read_text()).items() if file.is_file() else ():
+        if given[name] != was:
+            raise UserError(
+                f"checkpoint '{checkpoint}' was made with --{name} {was}, which a resumed run keeps, got "
+                f"{given[name]}: resume with --{name} {was}, or begin another run with the checkpoint as its student"
+            )
 
 
 def newest_intact(output_dir: Path) -> Path:

@@ -30,7 +30,7 @@ from ..commands import (
 )
 from ..errors import one_line
 from ..extrapolation.lora import COMPANION
-from .checkpoint import checkpoint_name, damage, newest_intact
+from .checkpoint import check_settings, checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
 from .errors import NonFiniteLossError, UserError
@@ -144,7 +144,8 @@ def parse_options(parser: trl.TrlParser, argv: list[str]) -> tuple:
 
 
 def resolve_checkpoint(args: OPDConfig) -> None:
-    """`--resume_from_checkpoint` without a path (or `latest`) means the newest intact one; a damaged one is named."""
+    """`--resume_from_checkpoint` without a path (or `latest`) means the newest intact one; a damaged one is named, and one
+    of a run with other settings refused."""
     resume, folder = args.resume_from_checkpoint, Path(args.output_dir)
     if resume and str(resume).lower() in ("true", "latest"):
         args.resume_from_checkpoint = str(newest_intact(folder))
@@ -152,6 +153,8 @@ def resolve_checkpoint(args: OPDConfig) -> None:
         raise UserError(f"--resume_from_checkpoint: '{resume}' is not a folder")
     elif resume and (wrong := damage(Path(resume))):
         raise UserError(f"--resume_from_checkpoint: {wrong}")
+    if args.resume_from_checkpoint:
+        check_settings(Path(args.resume_from_checkpoint), args)
 
 
 def check_output_dir(folder: Path, write_over: bool, go_on: str = "") -> None:

@@ -27,7 +27,7 @@ from ..errors import one_line
 from ..extrapolation import Scores
 from ..extrapolation.lora import COMPANION
 from .callback import EffOPDCallback
-from .checkpoint import STAGING, checkpoint_name, newest_intact, publish
+from .checkpoint import STAGING, check_settings, checkpoint_name, newest_intact, publish, write_settings
 from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError
 from .interrupt import EvaluationDue, Interrupts, StepGuard
@@ -66,7 +66,8 @@ class OPDTrainer(trl.DistillationTrainer):
 
     Raises:
         UserError: see `OPDConfig` and `EffOPDCallback`; options that no optimizer or schedule can be made with, when
-            training begins; a checkpoint to resume from that is another model's.
+            training begins; a checkpoint to resume from that is another model's, or of a run with another seed,
+            learning rate or other setting that a run keeps to its end.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -231,6 +232,8 @@ class OPDTrainer(trl.DistillationTrainer):
         and KeyboardInterrupt raised; with several processes, at the end of the step in which any of them was told."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_intact(Path(self.args.output_dir)))
+        if resume_from_checkpoint:
+            check_settings(Path(resume_from_checkpoint), self.args)
         if self.is_world_process_zero():
             for abandoned in Path(self.args.output_dir).glob(f"{STAGING}*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
@@ -311,6 +314,7 @@ class OPDTrainer(trl.DistillationTrainer):
                 self.state.best_model_checkpoint = str(run_dir / best)
             if self.args.should_save:
                 (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
+                write_settings(staged, self.args)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
             for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):

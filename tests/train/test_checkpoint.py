@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from effopd_kernels.train import UserError
-from effopd_kernels.train.checkpoint import damage, newest_intact, publish
+from effopd_kernels.train import OPDConfig, UserError
+from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
 from train import world as tiny
 from train.world import make_trainer
 
@@ -104,6 +104,20 @@ def test_none_intact(checkpoints):
         newest_intact(checkpoints)
     with pytest.raises(UserError, match="holds no checkpoint"):
         newest_intact(tiny.HERE)
+
+
+def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_path):
+    """The optimizer's state brings the first group back, whatever is given; the summary says the second of all steps;
+    what is used from the resumed step on may change."""
+    checkpoint = two_checkpoints / "checkpoint-2"
+    others = {"learning_rate": 1e-5, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-6}
+    others |= {"optim": "adafactor", "optim_args": "a=1"}
+    others |= {"effopd_enabled": False, "seed": 8, "eval_metric": "accuracy"}
+    assert set(others) == set(KEPT)
+    for name, value in others.items():
+        with pytest.raises(UserError, match=f"checkpoint-2' was made with --{name} .*, got {value}: resume with"):
+            check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, name: value}))
+    check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "max_steps": 9, "effopd_alphas": [2]}))
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2])

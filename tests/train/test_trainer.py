@@ -252,7 +252,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(world, tmp_path):
     make_trainer(world, tmp_path / "effopd", config=config).train()
     lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")}
     for run, options, changed, says in (
-        ("opd", {}, {}, "holds no EffOPD state"),
+        ("opd", {}, {}, "made with --effopd_enabled False, which a resumed run keeps, got True"),
+        ("effopd", {}, {"effopd_enabled": False}, "made with --effopd_enabled True, which a resumed run keeps, got F"),
+        ("effopd", {}, {"learning_rate": 2e-3}, "made with --learning_rate 0.001, .* got 0.002: resume with --learni"),
         ("effopd", {}, {"effopd_include": ["mlp"]}, "cannot be resumed from: anchor of other weights"),
         ("opd", {"student": str(world / "teacher")}, {"effopd_enabled": False}, "another model .* size mismatch"),
         ("opd", lora, {"effopd_enabled": False}, "another model or other settings"),
