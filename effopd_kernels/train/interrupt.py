@@ -46,13 +46,13 @@ class Interrupts:
 
 
 class StepGuard(TrainerCallback):
-    """Brackets the optimizer step against interrupts, and remembers the random state and the count of training tokens
-    that each completed step ended with."""
+    """Brackets the optimizer step against interrupts, and remembers the random state and the counts of tokens that
+    each completed step ended with."""
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.step = self.first = 0
-        self.random_state, self.train_tokens = None, 0
+        self.random_state, self.train_tokens, self.num_tokens = None, 0, 0
         self._update: Deferred | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -80,11 +80,12 @@ class StepGuard(TrainerCallback):
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self.step = state.global_step
         self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-        self.train_tokens = self.trainer.ledger.train_tokens
+        self.train_tokens, self.num_tokens = self.trainer.ledger.train_tokens, state.num_input_tokens_seen
 
     def restore(self) -> None:
         """As it was then: resuming draws, and counts, the abandoned rollout again."""
         self.trainer.ledger.train_tokens = self.train_tokens
+        self.trainer.state.num_input_tokens_seen = self.num_tokens  # TRL's, prompts included
         python, numpy, cpu, cuda = self.random_state
         random.setstate(python)
         np.random.set_state(numpy)

@@ -229,6 +229,8 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, 
     assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
     curves = [[r for r in history(t) if "eval_teacher_kl" in r] for t in (resumed, whole)]
     assert curves[0] == curves[1] and [r["step"] for r in curves[0]] == [2, 4, 6]  # what it cost included
+    counts = [{r["step"]: r["num_tokens"] for r in history(t) if "num_tokens" in r} for t in (resumed, whole)]
+    assert all(counts[1][step] == count for step, count in counts[0].items()) and {5, 6} <= counts[0].keys()
 
 
 def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was(world, tmp_path):
