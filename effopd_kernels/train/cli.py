@@ -144,8 +144,8 @@ def parse_options(parser: trl.TrlParser, argv: list[str]) -> tuple:
 
 
 def resolve_checkpoint(args: OPDConfig) -> None:
-    """`--resume_from_checkpoint` without a path (or `latest`) means the newest intact one; a damaged one is named, and one
-    of a run with other settings refused."""
+    """`--resume_from_checkpoint` without a path (or `latest`) means the newest intact one; a damaged one is named, and
+    one of a run with other settings refused."""
     resume, folder = args.resume_from_checkpoint, Path(args.output_dir)
     if resume and str(resume).lower() in ("true", "latest"):
         args.resume_from_checkpoint = str(newest_intact(folder))

@@ -139,10 +139,8 @@ def test_a_checkpoint_by_another_name_elsewhere(world, tmp_path):
     whole.train()
     kept = (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "kept")
     resumed, again = with_effopd(plain_trainer, world, tmp_path / "resumed")
-    with pytest.raises(
-        UserError,
-        match=r"holds no EffOPD state .*; if another folder is resumed from, set args.resume_from_checkpoint to it",
-    ):
+    says = "holds no EffOPD state .*; if another folder is resumed from, set args.resume_from_checkpoint to it"
+    with pytest.raises(UserError, match=says):
         resumed.train(resume_from_checkpoint=str(kept))
     resumed, again = with_effopd(plain_trainer, world, tmp_path / "resumed")
     resumed.args.resume_from_checkpoint = str(kept)
