@@ -1,13 +1,20 @@
 """What the two commands share: output on any terminal, exit codes, one sentence for an error however many ranks find
-it, a quiet way out."""
+it, a full disk, a quiet way out."""
 
 import os
 import sys
 import time
+import traceback
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
+
+from .errors import UserError, one_line
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -48,6 +55,21 @@ def _store() -> "dist.Store":
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise RuntimeError("alone")
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+
+
+@contextmanager
+def written(output_dir: str | Path) -> Iterator[None]:
+    """What the system refuses in the block, such as room on a full disk, is a UserError that names `output_dir`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        why = one_line(error) if isinstance(error, SafetensorError) else getattr(error, "strerror", None)
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if last.f_globals["__name__"] == "torch.serialization":  # torch.save has many words for it, none of them these
+            why = "the disk is full, or does not take a file this long"
+        if why is None:
+            raise
+        raise UserError(f"--output_dir '{output_dir}' could not be written: {why}") from error
 
 
 def leave_process_group() -> None:

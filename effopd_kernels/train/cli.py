@@ -27,6 +27,7 @@ from ..commands import (
     print_anywhere,
     refused,
     something_was_said,
+    written,
 )
 from ..errors import one_line
 from ..extrapolation.lora import COMPANION
@@ -327,9 +328,11 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     last = trainer.state.global_step
     if trainer.eval_dataset is not None and trainer.last_evaluated != last == saved_step(trainer):
         trainer.evaluate()
-    trainer.save_model(args.output_dir)
+    with written(args.output_dir):
+        trainer.save_model(args.output_dir)
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))
         student = f"student (of step {saved_step(trainer)})"
         logger.info("%s, metrics.jsonl, summary.json and curves.png are in %s", student, args.output_dir)

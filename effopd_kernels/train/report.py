@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..commands import written
+
 SUMMARY_NAME, CURVES_NAME, METRICS_NAME = "summary.json", "curves.png", "metrics.jsonl"
 
 
@@ -16,12 +18,13 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / METRICS_NAME
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
+            with written(args.output_dir):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            with open(Path(args.output_dir) / METRICS_NAME, "a") as file:
+            with written(args.output_dir), open(Path(args.output_dir) / METRICS_NAME, "a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
@@ -100,9 +103,10 @@ def compare(opd: dict[str, Any], effopd: dict[str, Any]) -> dict[str, Any]:
 
 def write_report(summary: dict[str, Any], folder: Path) -> None:
     """summary.json and curves.png into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
-    draw_curves(summary["runs"], folder / CURVES_NAME)
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+        draw_curves(summary["runs"], folder / CURVES_NAME)
 
 
 def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:

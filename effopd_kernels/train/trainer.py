@@ -22,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
+from ..commands import written
 from ..divergence import REVERSE_KL
 from ..errors import one_line
 from ..extrapolation import Scores
@@ -297,39 +298,48 @@ class OPDTrainer(trl.DistillationTrainer):
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """As transformers writes it, with EffOPD's state and the ledger, published when complete."""
+        """As transformers writes it, with EffOPD's state and the ledger, published when complete. One that the disk
+        has no room for leaves it what it had taken, and the checkpoints before it as they are."""
         run_dir = Path(super()._get_output_dir(trial))
+        staging = run_dir / f"{STAGING}{self.state.global_step}"
+        try:
+            with written(run_dir), self.ledger.off_the_clock():
+                self._write_checkpoint(model, trial, run_dir, staging)
+        except UserError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, model, trial, run_dir: Path, staging: Path) -> None:
         name = checkpoint_name(self.state.global_step)
-        with self.ledger.off_the_clock():
-            self._staging = run_dir / f"{STAGING}{self.state.global_step}"
-            staged = self._staging / name
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.effopd is not None:
-                self.effopd.save(staged, self.state.global_step)
-            best = checkpoint_name(self.state.best_global_step)
-            if best == name or (run_dir / best).is_dir():  # super() looked for it in the staging folder
-                self.state.best_model_checkpoint = str(run_dir / best)
-            if self.args.should_save:
-                (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
-                write_settings(staged, self.args)
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
-            for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):
-                self.accelerator.wait_for_everyone()
-                if mine and staged.exists():
-                    publish(staged, run_dir / name)
-                    shutil.rmtree(staged.parent)
+        self._staging = staging
+        staged = staging / name
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.effopd is not None:
+            self.effopd.save(staged, self.state.global_step)
+        best = checkpoint_name(self.state.best_global_step)
+        if best == name or (run_dir / best).is_dir():  # super() looked for it in the staging folder
+            self.state.best_model_checkpoint = str(run_dir / best)
+        if self.args.should_save:
+            (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
+            write_settings(staged, self.args)
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
+        for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                rotate_checkpoints(
-                    output_dir=str(run_dir),
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=False,
-                )
+            if mine and staged.exists():
+                publish(staged, run_dir / name)
+                shutil.rmtree(staged.parent)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
 
 
 def _check_rank(checkpoint: str, student: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from effopd_kernels.train import OPDConfig, UserError
+from effopd_kernels.train import OPDConfig, UserError, cli
 from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
 from train import world as tiny
 from train.world import make_trainer
@@ -118,6 +120,47 @@ def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_pat
         with pytest.raises(UserError, match=f"checkpoint-2' was made with --{name} .*, got {value}: resume with"):
             check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, name: value}))
     check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "max_steps": 9, "effopd_alphas": [2]}))
+
+
+class FullFrom(TrainerCallback):
+    """From the end of a step's update on, no file can grow beyond `size` bytes."""
+
+    def __init__(self, step, size):
+        self.step, self.size, self.before = step, size, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def restore(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("first_refused", ["metrics.jsonl", "model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_before(
+    world, two_checkpoints, tmp_path, capsys, monkeypatch, first_refused
+):
+    """The system, safetensors and torch each say so in a way of their own."""
+    size = 0 if first_refused == "metrics.jsonl" else (two_checkpoints / "checkpoint-2" / first_refused).stat().st_size
+    full, build = FullFrom(2, max(size - 1, 1)), cli.build_trainer
+
+    def build_trainer(*args):
+        trainer = build(*args)
+        trainer.add_callback(full)
+        return trainer
+
+    monkeypatch.setattr(cli, "build_trainer", build_trainer)
+    config = {**tiny.FLAGS, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": tmp_path / "out"}
+    config |= {"model_name_or_path": world / "student", "teacher_model_name_or_path": world / "teacher"}
+    config |= {f"{kind}dataset_name": world / f"{kind[:-1] or 'train'}.jsonl" for kind in ("", "val_")}
+    try:
+        code = cli.main([f"--{k}={v}" for k, v in config.items()])
+    finally:
+        full.restore()
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert code == 2 and len(said) == 1 and f"--output_dir '{tmp_path / 'out'}' could not be written: " in said[0]
+    assert damage(tmp_path / "out" / "checkpoint-1") is None
+    assert not list((tmp_path / "out").glob(".saving-*")) and not (tmp_path / "out" / "checkpoint-2").exists()
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
