@@ -3,7 +3,9 @@
 trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
 """
 
+import json
 import logging
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 
 STATE_DIR = "effopd_state"  # inside each checkpoint folder
+STATE_KEY = "effopd"  # in trainer_state.json: which events the run has had that the state belongs to
 
 
 class EffOPDCallback(TrainerCallback):
@@ -34,7 +37,7 @@ class EffOPDCallback(TrainerCallback):
 
     The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
     each checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the
-    checkpoint of the resumed step in `args.output_dir`.
+    checkpoint of the resumed step in `args.output_dir`; trainer_state.json says whether it is of the same run.
 
     A LoRA student that jumped is two adapters while it trains, and so are its checkpoints. When training ends they
     become one, of a larger rank (`EffOPDController.fold_`): what `save_model` writes then is the student. To train
@@ -42,7 +45,7 @@ class EffOPDCallback(TrainerCallback):
 
     Raises:
         UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
-            checkpoint holds no EffOPD state, or that of other weights.
+            checkpoint holds no EffOPD state, or that of another run or of other weights.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class EffOPDCallback(TrainerCallback):
         self.log = partial(Trainer.log, trainer) if isinstance(trainer, Trainer) else log
         self.controller_args = controller_args
         self.controller: EffOPDController | None = None
+        self.state = None
         self.saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.saved_step = None
+        self.state, self.saved_step = state, None
         try:
             self.controller = EffOPDController(model, self.score_fn, optimizer=optimizer, **self.controller_args)
         except ValueError as e:
@@ -81,6 +85,12 @@ class EffOPDCallback(TrainerCallback):
                 self.controller.load(folder)
             except (ValueError, CheckpointError) as e:  # of other weights, or not intact
                 raise UserError(f"the EffOPD state in '{folder}' cannot be resumed from: {e}") from e
+            # Absent where an older version wrote the checkpoint.
+            if state.stateful_callbacks.get(STATE_KEY, self._history()) != self._history():
+                raise UserError(
+                    f"the EffOPD state in '{folder}' is of another run than the one resumed: set "
+                    "args.resume_from_checkpoint to the checkpoint that is resumed from"
+                )
             self._step(state, control)  # a no-op unless the run was interrupted inside this step's event
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -88,6 +98,7 @@ class EffOPDCallback(TrainerCallback):
 
     def _step(self, state, control) -> None:
         event = self.controller.step(state.global_step)
+        self._note_history()  # transformers writes trainer_state.json before it calls on_save
         if event is not None and self.log is not None:
             due = control.should_log
             record = {
@@ -123,9 +134,19 @@ class EffOPDCallback(TrainerCallback):
             self.save(_checkpoint(args, state), state.global_step)
 
     def save(self, checkpoint: Path, step: int) -> None:
-        """Write the controller's state into a checkpoint folder; every rank calls it."""
+        """Write the controller's state into a checkpoint folder; every rank calls it, before trainer_state.json is
+        written there."""
+        self._note_history()  # an interrupt may have come between an event and its note
         self.controller.save(checkpoint / STATE_DIR)
         self.saved_step = step
+
+    def _note_history(self) -> None:
+        self.state.stateful_callbacks[STATE_KEY] = self._history()
+
+    def _history(self) -> dict[str, int]:
+        """A checksum of what the events decided: the same on every rank, and of every version."""
+        events = [(e.step, e.alpha, e.score_initial, e.score_best, e.delta_norm) for e in self.controller.events]
+        return {"events": zlib.crc32(json.dumps(events).encode())}
 
 
 def _checkpoint(args, state) -> Path:

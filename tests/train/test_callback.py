@@ -1,5 +1,6 @@
 """EffOPDCallback alone, in trainers that know nothing of it: events happen, and a resumed run equals the whole one."""
 
+import json
 import shutil
 from functools import partial
 from itertools import count
@@ -146,6 +147,27 @@ def test_a_checkpoint_by_another_name_elsewhere(world, tmp_path):
     resumed.args.resume_from_checkpoint = str(kept)
     resumed.train(resume_from_checkpoint=str(kept))
     assert [e.alpha for e in again.controller.events] == [e.alpha for e in effopd.controller.events]
+
+
+def test_the_state_of_another_run_is_not_taken(world, tmp_path):
+    """The folder that `train` is told of is not the callback's to know; a checkpoint of the same step may be another's.
+    Checkpoints of versions that kept no history are taken as they were."""
+    for name, rate in ("this", 1e-2), ("other", 1e-3):
+        trainer, _ = with_effopd(partial(plain_trainer, max_steps=2, learning_rate=rate), world, tmp_path / name)
+        trainer.train()
+    kept = tmp_path / "this" / "checkpoint-2"
+    resumed, _ = with_effopd(plain_trainer, world, tmp_path / "other")
+    with pytest.raises(UserError, match=r"other/checkpoint-2/effopd_state' is of another run than the one resumed"):
+        resumed.train(resume_from_checkpoint=str(kept))
+    resumed, effopd = with_effopd(plain_trainer, world, tmp_path / "other")
+    resumed.args.resume_from_checkpoint = str(kept)
+    resumed.train(resume_from_checkpoint=str(kept))
+    assert [e.step for e in effopd.controller.events] == [1, 2, 4]
+    saved = json.loads((kept / "trainer_state.json").read_text())
+    del saved["stateful_callbacks"]["effopd"]
+    (kept / "trainer_state.json").write_text(json.dumps(saved))
+    resumed, _ = with_effopd(partial(plain_trainer, max_steps=3), world, tmp_path / "this")
+    resumed.train(resume_from_checkpoint=str(kept))
 
 
 def test_nothing_to_move_is_said_before_training(world, tmp_path):
