@@ -70,7 +70,7 @@ class EffOPDController:
         report_s: how long a rank that failed waits to tell the others before it raises.
 
     Raises:
-        ValueError: an option is out of range, or no parameter matches.
+        ValueError: an option is out of range, or not the same on all ranks, or no parameter matches.
         TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not.
     """
 
@@ -120,8 +120,20 @@ class EffOPDController:
         self.search, self.max_gradients, self.max_val_tokens = search, max_gradients, budget_of(max_val_tokens)
         self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed
-        self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
         self.ranks = Ranks(process_group, report_s)
+        decisive = dict(
+            schedule=schedule if isinstance(schedule, (str, Integral)) else sorted(map(int, schedule)),
+            search=search,
+            alphas=self.alphas,
+            max_gradients=max_gradients,
+            max_val_tokens=max_val_tokens,
+            accept=accept,
+            confidence=confidence,
+            min_delta=min_delta,
+            optimizer_policy=optimizer_policy,
+        )
+        self.ranks.agree(decisive)  # or their replicas would part in silence, or one wait for another that is done
+        self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
         self.last_step = 0  # of the last event

@@ -6,9 +6,9 @@ can say so while the others are still on their way to the exchange. Shapes: R ra
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -65,6 +65,17 @@ class Ranks:
         if error is not None:
             raise error
         return values
+
+    def agree(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError on every rank, naming the setting and two values of it, unless all ranks have the same."""
+        first, *others = self.gather(dict(settings))
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise ValueError(
+                        f"all ranks must have the same settings, but {name} is {value!r} on rank 0 and "
+                        f"{other[name]!r} on rank {rank}"
+                    )
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, the same bits on every rank."""

@@ -164,6 +164,17 @@ def lists_of_dtensors():
         return right and "partial sums" in str(error), stats.weight_sq.item(), expected[rows].square().sum().item()
 
 
+def different_settings():
+    """What this rank is told of each setting that rank 1 alone has another value of."""
+    net, said = build(sharded=False, mixed=False)[0], []
+    for other in dict(alphas=(2, 4)), dict(schedule={1, 8}), dict(min_delta=0.5), dict(max_val_tokens=100):
+        try:
+            EffOPDController(net, lambda: 0.0, **(other if dist.get_rank() == 1 else {}))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def save_on_a_full_disk(folder):
     """What each rank raises when rank 1 cannot write its part of a checkpoint."""
 
@@ -186,6 +197,7 @@ def main(folder, case):
     results = {}
     if case == "equal":
         results["dtensors"] = lists_of_dtensors()
+        results["settings"] = different_settings()
         results["full disk"] = save_on_a_full_disk(folder)
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")

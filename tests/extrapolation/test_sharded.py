@@ -85,6 +85,21 @@ def test_a_rank_that_cannot_save_does_not_leave_the_others_waiting(ranks):
     assert ranks[0]["full disk"] == "RankFailed: rank 1: OSError: no space left"
 
 
+def test_settings_that_differ_between_ranks_are_named_on_all_of_them(ranks):
+    assert ranks[0]["settings"] == ranks[1]["settings"]
+    for said, differs in zip(
+        ranks[0]["settings"],
+        [
+            "alphas is (3.0, 5.0, 7.0, 9.0, 11.0) on rank 0 and (2.0, 4.0) on rank 1",
+            "schedule is 'pow2' on rank 0 and [1, 8] on rank 1",
+            "min_delta is 0.0 on rank 0 and 0.5 on rank 1",
+            "max_val_tokens is None on rank 0 and 100 on rank 1",
+        ],
+        strict=True,
+    ):
+        assert said == f"all ranks must have the same settings, but {differs}"
+
+
 def test_mixed_precision_moves_the_fp32_shards(ranks):
     assert all(w.dtype == torch.float32 for w in ranks[0]["mixed"]["weights"])
     assert any(e["alpha"] != 1 for e in ranks[0]["mixed"]["events"])
