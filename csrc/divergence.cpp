@@ -39,7 +39,7 @@ struct Job {
     char* grad;              // (N, grad_columns) in the student's dtype, or null
     int64_t grad_row_bytes, grad_sequence_bytes, grad_columns, N, T, V, grain;  // N rows, T to a sequence
     Kind kind;
-    float a, b, pi;
+    float a, b, pi, kappa;
     double chain;  // dz/dx of the student's logits at tanh = 0
     bool stream;   // store past the caches
 };
@@ -88,6 +88,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
     job.a = float(a);
     job.b = float(b);
     job.pi = float(pi);
+    job.kappa = float(a * (1 - pi) - b * pi);
     job.chain = student_scale / student_temperature;
     job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
 

@@ -69,6 +69,19 @@ INLINE vf log2_(vf x) {
     return __builtin_convertvector(shifted >> 23, vf) + (f * 1.4426950409f + f * f * p);
 }
 
+// 2^x − 1 for x <= 0, given 2^x: near 0 the series, where subtracting would leave rounding.
+INLINE vf exp2m1(vf x, vf power) {
+    vf p = 1.5403530393e-04f * x + 1.3333558146e-03f;
+    p = p * x + 0.0096181291f;
+    p = p * x + 0.0555041087f;
+    p = p * x + 0.2402265070f;
+    p = p * x + 0.6931471806f;
+    return x > -0.25f ? p * x : power - 1.0f;
+}
+
+// log2(1 + t) for t > −1; what rounding took from 1 + t is put back.
+INLINE vf log2_1p(vf t, vf sum) { return log2_(sum) + (t - (sum - 1.0f)) * 1.4426950409f; }
+
 INLINE vf tanh_(vf x) {
     const vf size = from_bits(bits(x) & 0x7fffffff), square = x * x, e = exp2_(-2.8853900818f * size);
     vf p = -0.0060451650965f * square + 0.020961329108f;
@@ -359,7 +372,7 @@ INLINE void forward_block(const float* x, const float* y, float* g, int count, c
 }
 
 struct Mixture {  // x = student, y = teacher
-    float a, b, pi, cx, cy, x0, y0, log_x, log_y;
+    float a, b, pi, kappa, cx, cy, x0, y0, log_x, log_y;
 };
 
 INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
@@ -367,22 +380,23 @@ INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
     return l == -kInf ? splat(kFloor) : l;
 }
 
-// φ (in bits) and w of one block; with e = 2^(−|lp − lq|), every quotient is of numbers in [0, 1], and none is 0/0.
+// φ (in bits) and w of one block. With e = 2^(−|lp − lq|) every quotient is of numbers in [0, 1], and none is 0/0; what
+// vanishes with lp − lq is taken from 1 − e, as in the definition.
 INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum,
                           double& w_sum) {
     vf phis{}, ws{};
     for (int i = 0; i < count; i += kLanes) {
         const vf lq = log_prob(x, i, m.cx, m.x0, m.log_x), lp = log_prob(y, i, m.cy, m.y0, m.log_y);
-        const vf q = exp2_(lq), p = exp2_(lp), d = lp - lq, e = exp2_(from_bits(bits(d) | bits(splat(-0.0f))));
+        const vf q = exp2_(lq), p = exp2_(lp), d = lp - lq, size = from_bits(bits(d) & 0x7fffffff), e = exp2_(-size);
         const vi teacher_larger = d > 0;
-        const vf density = teacher_larger ? m.pi + (1 - m.pi) * e : (1 - m.pi) + m.pi * e;  // m over the larger of p, q
-        const vf l = log2_(density);
-        const vf lq_lm = teacher_larger ? -d - l : -l, lp_lm = teacher_larger ? -l : d - l;
+        const vf less = exp2m1(-size, e);  // the smaller of p and q over the larger, minus 1
+        const vf t = (teacher_larger ? splat(1 - m.pi) : splat(m.pi)) * less, density = 1.0f + t;  // m over the larger
+        const vf l = log2_1p(t, density), lq_lm = teacher_larger ? -d - l : -l, lp_lm = teacher_larger ? -l : d - l;
         const vf share = (teacher_larger ? (1 - m.pi) * e : splat(1 - m.pi)) / density;
-        const vf ap = m.a * p, bq = m.b * q, b_term = bq * lq_lm;
-        const vf wi = b_term * float(kLn2) - share * (ap + bq);
+        const vf k_difference = m.kappa * ((teacher_larger ? -p : q) * less), b_term = m.b * q * lq_lm;
+        const vf wi = b_term * float(kLn2) - share * k_difference;
         *(vf*)(w + i) = wi;
-        phis += ap * lp_lm + b_term;
+        phis += m.a * p * lp_lm + (b_term - k_difference * float(kLog2e));
         ws += wi;
     }
     phi_sum += sum(phis);
@@ -423,7 +437,7 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     double loss = mean - log_x + log_y, w_sum = 0;
 
     alignas(64) float x_block[kBlock], y_block[kBlock], g[kBlock];
-    const Mixture m{job.a, job.b, job.pi, s.cx, s.cy, s.x0, s.y0, float(log_x), float(log_y)};
+    const Mixture m{job.a, job.b, job.pi, job.kappa, s.cx, s.cy, s.x0, s.y0, float(log_x), float(log_y)};
     if (job.kind == kMixture) {
         loss = 0;
         for (int64_t start = 0; start < V; start += kBlock) {

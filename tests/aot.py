@@ -89,7 +89,8 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
             "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
-            "SLICE": launch.slice // max(size[student], size[teacher]), "S_POW2": 32, "LG2": arch != "gfx942",
+            "SLICE": launch.slice // max(size[student], size[teacher]), "S_POW2": 32,
+            "FAST": max(size[student], size[teacher]) == 2, "LG2": arch != "gfx942",
         }  # fmt: skip
         sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]
         sizes = tuple(sizes) if aligned else ()

@@ -2,9 +2,13 @@
 
 N tokens, V vocabulary. With lq, lp the student's and teacher's log-probabilities and m = π·p + (1−π)·q:
 
-    phi   = a·p·(lp − lm) + b·q·(lq − lm)              D = Σ phi
+    phi   = a·p·(lp − lm) + b·q·(lq − lm) − κ·(p − q)   D = Σ phi,   κ = a·(1−π) − b·π
     share = (1−π)·q/m                                   in [0, 1]
-    w     = b·q·(lq − lm) − share·(a·p + b·q)           dD/dz_s = w − q·Σw
+    w     = b·q·(lq − lm) − κ·share·(p − q)             dD/dz_s = w − q·Σw
+
+Near the teacher nothing large cancels: of the forms that phi and w can take, as Σp = Σq and w is determined up to a
+multiple of q, these vanish with p − q, phi in second order, so that rounding of the normalisers does not show; and m is
+taken over the larger of p and q, as 1 + (1−π)·(q/p − 1) or 1 + π·(p/q − 1).
 
 An entry at −inf on both sides is outside the support: it adds nothing and its gradient is 0. Where one side alone is
 −inf its log-probability counts as FLOOR, so the value is large but finite, and so is the gradient.
@@ -59,21 +63,23 @@ def divergence_rows(
     z_s, slope = _transform(student, student_scale, student_softcap, student_temperature)
     z_t, _ = _transform(teacher, teacher_scale, teacher_softcap, teacher_temperature)
     lq, lp = _log_probs(z_s), _log_probs(z_t)
-    q, p = lq.exp(), lp.exp()
+    q, p, d = lq.exp(), lp.exp(), lp - lq
     if pi == 1:
-        lm, share = lp, 0.0
+        lq_lm, lp_lm, share = -d, torch.zeros_like(d), 0.0
     elif pi == 0:
-        lm, share = lq, 1.0
-    else:  # share as a sigmoid: exp(lq − lm) overflows on sharply peaked rows as π → 1
-        lm = torch.logaddexp(lp + math.log(pi), lq + math.log(1 - pi))
-        share = torch.sigmoid(lq - lp + math.log((1 - pi) / pi))
+        lq_lm, lp_lm, share = torch.zeros_like(d), d, 1.0
+    else:
+        larger = torch.log1p(torch.where(d > 0, 1 - pi, pi) * torch.expm1(-d.abs()))  # log of m over that of p and q
+        lq_lm, lp_lm = -larger - d.clamp_min(0), -larger + d.clamp_max(0)
+        share = (1 - pi) * lq_lm.exp()
 
-    b_term = b * q * (lq - lm)
-    loss = (a * p * (lp - lm) + b_term).sum(-1)
+    kappa, difference = a * (1 - pi) - b * pi, torch.where(d > 0, -p, q) * torch.expm1(-d.abs())  # of p − q
+    b_term = b * q * lq_lm
+    loss = (a * p * lp_lm + b_term - kappa * difference).sum(-1)
     kept = 1.0 if mask_N is None else mask_N.to(loss.dtype)
     grad = stats = None
     if with_grad:
-        w = b_term - share * (a * p + b * q)
+        w = b_term - kappa * share * difference
         row_scale = kept if row_scale_N is None else kept * row_scale_N
         dz = (w - q * w.sum(-1, keepdim=True)) * slope
         grad = torch.zeros_like(student_NV)

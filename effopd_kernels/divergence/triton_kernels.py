@@ -303,24 +303,49 @@ def _log2(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, LG2: tl.constexpr):
-    """q, φ and w in bits, of m = π·p + (1−π)·q with 0 < π < 1."""
+def _exp2m1(x):
+    """2^x − 1 for x ≤ 0: near 0 the series, where subtracting would leave rounding."""
+    p = tl.fma(x, 1.5403530393e-04, 1.3333558146e-03)
+    p = tl.fma(p, x, 9.6181291076e-03)
+    p = tl.fma(p, x, 5.5504108665e-02)
+    p = tl.fma(p, x, 2.4022650696e-01)
+    p = tl.fma(p, x, 6.9314718056e-01)
+    return tl.where(x > -0.25, p * x, tl.exp2(x) - 1)
+
+
+@triton.jit
+def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, FAST: tl.constexpr, LG2: tl.constexpr):
+    """q, φ and w in bits, of m = π·p + (1−π)·q with 0 < π < 1. FAST is exact enough for 16-bit logits; else what
+    vanishes with p − q is taken from 2^−|lp − lq| − 1, as in the definition."""
     lq = tl.maximum(tl.fma(x, ks, -u_ref) - log_ls, NEVER, propagate_nan=tl.PropagateNan.ALL)
     lp = tl.maximum(tl.fma(y, kt, -v_ref) - log_lt, NEVER, propagate_nan=tl.PropagateNan.ALL)
     q = tl.exp2(lq)
     p = tl.exp2(lp)
-    lm = _log2(tl.maximum(pi * p + (1 - pi) * q, 1e-37), LG2)
-    ap, bq = a * p, b * q
-    share = ((1 - pi) * LOG2E) * tl.exp2(lq - lm)
-    of_student = bq * (lq - lm)
-    return q, tl.fma(ap, lp - lm, of_student), tl.fma(-share, ap + bq, of_student)
+    if FAST:
+        lm = _log2(tl.maximum(pi * p + (1 - pi) * q, 1e-37), LG2)
+        lq_lm = lq - lm
+        lp_lm = lp - lm
+        difference = p - q
+    else:
+        d = lp - lq
+        less = _exp2m1(-tl.abs(d))
+        t = tl.where(d > 0, 1 - pi, pi) * less
+        m = 1 + t  # over the larger of p and q
+        log_m = tl.fma(t - (m - 1), LOG2E, tl.log2(m))
+        lq_lm = tl.where(d > 0, -d, 0.0) - log_m
+        lp_lm = tl.where(d > 0, 0.0, d) - log_m
+        difference = tl.where(d > 0, -p, q) * less
+    k_difference = (a * (1 - pi) - b * pi) * LOG2E * difference
+    share = (1 - pi) * tl.exp2(lq_lm)
+    of_student = b * q * lq_lm
+    return q, tl.fma(a * p, lp_lm, of_student - k_difference), tl.fma(-share, k_difference, of_student)
 
 
 @triton.jit
 def _gradient(
     s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor, ms, ls, mt, lt, mean, floor,
     EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr, LG2: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
     whole = begin if EXACT else begin + tl.maximum(tl.minimum(end, V) - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):
@@ -330,7 +355,7 @@ def _gradient(
             x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, "evict_first")
             y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, "evict_first")
             if KIND == MIXTURE:
-                q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, LG2)
+                q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, FAST, LG2)
                 g = tl.fma(-mean, q, w) * (factor * LN2)
             else:
                 u = tl.fma(x, ks, -ms)
@@ -362,7 +387,7 @@ def _divergence_kernel(
     ks, kt, pre_s, pre_t, a, b, pi, chain,
     KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, STAGES: tl.constexpr, SLICE: tl.constexpr,
-    S_POW2: tl.constexpr, LG2: tl.constexpr,
+    S_POW2: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
     """One item of the queue. `chain` is scale/temperature, the factor of d loss / d logit that no row changes."""
     MIXED: tl.constexpr = KIND == MIXTURE
@@ -426,7 +451,7 @@ def _divergence_kernel(
                     cols = start + cols0
                     x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, KEEP)
                     y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, KEEP)
-                    _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, LG2)
+                    _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, FAST, LG2)
                     phi += _tile_sum(_by_lane(phi_here, LANES))
                     sum_w += _tile_sum(_by_lane(w, LANES))
             slots = partial_ptr + row64 * (PARTIALS * S)
@@ -452,7 +477,7 @@ def _divergence_kernel(
                 if infinities == EXACT:
                     _gradient(
                         s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor,
-                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE, STAGES, LG2,
+                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE, STAGES, FAST, LG2,
                     )  # fmt: skip
         else:
             for start in range(begin, end, TILE):
@@ -543,7 +568,7 @@ def launch_divergence_rows(
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
             LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
-            S_POW2=triton.next_power_of_2(S), LG2=student.is_cuda and not torch.version.hip,
+            S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,
             **launch.options(with_stats, aligned),
         )  # fmt: skip
     return loss, stats

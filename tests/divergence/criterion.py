@@ -67,6 +67,18 @@ def assert_accurate(found: tuple[Tensor, Tensor, Tensor], member: str, student: 
     assert torch.equal(stats[2] == 1, log_q.argmax(-1) == log_p.argmax(-1))
 
 
+def assert_sharp(found: tuple[Tensor, ...], member: str, student: Tensor, teacher: Tensor) -> None:
+    """Of a mixture of fp32 logits that agree to 1e-2: Σ a·p·(lp − lm) + b·q·(lq − lm), as it is usually written, has
+    lost its third digit there."""
+    true, usual = (definition(member, student, teacher, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    (loss, grad), (usual_loss, usual_grad) = (
+        [((x.double() - t).norm() / t.norm()).item() for x, t in zip(values, true, strict=False)]
+        for values in (found[:2], usual)
+    )
+    assert usual_loss > 1e-3 and loss < 1e-4
+    assert grad < min(usual_grad, 4e-5)
+
+
 def _within(found: Tensor, true: Tensor, eager: Tensor, term: Tensor) -> None:
     error, allowed = (found.double() - true).abs(), (eager.double() - true).abs() + term
     assert (error <= allowed).all(), (error / allowed).max()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from divergence.criterion import MEMBERS, PLAIN, assert_accurate, definition
+from divergence.criterion import MEMBERS, PLAIN, assert_accurate, assert_sharp, definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +96,15 @@ def test_student_near_teacher(implementation, member):
     check(implementation, teacher + 1e-3 * logits(4, 4097, seed=1), teacher, member)
     loss, grad, _ = run(implementation, teacher, teacher, member)
     assert loss.abs().max() < 1e-6 and grad.abs().max() < 1e-7
+
+
+@every_implementation
+@pytest.mark.parametrize("spread", [1.0, 10.0])
+@pytest.mark.parametrize("member", [name for name, m in MEMBERS.items() if 0 < m.pi < 1])
+def test_mixtures_near_the_teacher(implementation, member, spread):
+    student = logits(8, 4097, spread=spread)
+    teacher = student + 1e-2 * logits(8, 4097, spread=1.0, seed=1)
+    assert_sharp(run(implementation, student, teacher, member), member, student, teacher)
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from divergence.criterion import PLAIN, assert_accurate, definition
+from divergence.criterion import PLAIN, assert_accurate, assert_sharp, definition
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels
@@ -200,6 +200,14 @@ def test_entries_at_minus_infinity(member, where):
         keep = torch.cat([torch.arange(100), torch.arange(200, 2100)]).to(DEVICE)
         _, without, _ = run(student[:, keep].contiguous(), teacher[:, keep].contiguous(), member)
         torch.testing.assert_close(grad[:, keep], without, rtol=1e-5, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("member", [name for name, (_, _, pi) in FAMILY.items() if 0 < pi < 1])
+def test_mixtures_near_the_teacher(member):
+    student = logits(4, 1500, spread=1.0)
+    teacher = student + 1e-2 * logits(4, 1500, spread=1.0, seed=1)
+    assert_sharp(run(student, teacher, member), member, student, teacher)
 
 
 @needs_kernels
