@@ -5,6 +5,7 @@ on both sides, so that what is compared are two distributions over k + 1 outcome
 that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -62,7 +63,8 @@ class _LinearRows(torch.autograd.Function):
 
     @staticmethod
     def project(hidden, weight, bias, dtype):
-        with torch.amp.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return torch.nn.functional.linear(
                 hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             )
@@ -131,6 +133,17 @@ def _check_range(name: str, ids: Tensor, V: int) -> None:
                 raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
 
 
+def _check_mass(logprobs: Tensor) -> None:
+    # As with ids: only where looking costs no wait.
+    if logprobs.device.type == "cpu" and logprobs.numel() and not torch.compiler.is_compiling():
+        mass = logprobs.detach().float().logsumexp(-1).exp().amax().item()
+        if mass > 1.05:  # bf16 log-probabilities add up to as much as 1.02
+            raise ValueError(
+                f"teacher_logprobs must be log-probabilities under the full distribution, got a token whose add up to "
+                f"a probability of {mass:.3g}"
+            )
+
+
 @overload
 def topk_divergence_loss(
     student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
@@ -171,13 +184,15 @@ def topk_divergence_loss(
         are then never held. teacher_logprobs, teacher_ids (..., k): log-probabilities under the teacher's full
         distribution, at whatever temperature it was asked at, and their token ids, all different within a token. Where
         fewer than k < V are known the log-probability is −inf, whatever the id: such an entry stands for no token.
-    tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead.
+    tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead,
+        of which a token then needs one.
     temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
         are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`. A masked token may hold
         anything, in the student, the teacher and the ids.
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
-    Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit.
+    Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
+    ids out of range and log-probabilities of more than one in all.
     """
     check_float(student=student, teacher_logprobs=teacher_logprobs)
     shape = student.shape[:-1]
@@ -200,6 +215,7 @@ def topk_divergence_loss(
     if masked is not None:
         absent = absent | masked[..., None]
     _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V)
+    _check_mass(teacher_logprobs if masked is None else teacher_logprobs.masked_fill(masked[..., None], -torch.inf))
     ids = teacher_ids.long().masked_fill(absent, -1)
     if student_weight is None:
         student = gathered(student)

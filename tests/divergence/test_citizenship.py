@@ -447,6 +447,13 @@ def test_a_loss_scale_lifts_gradients_of_fp16(kind):
         assert (found - exact).norm() <= 1.05 * (same - exact).norm() + 1e-6 * exact.norm()
 
 
+def test_the_linear_losses_have_shapes_on_the_meta_device():
+    """Where models are laid out before there is memory for them."""
+    h, w, ht, wt = (x.to("meta") for x in heads())
+    assert linear_divergence_loss(h, w, ht, wt, reduction="none").shape == (N,)
+    assert linear_token_logprobs(h, w, torch.arange(N, device="meta")).shape == (N,)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_forward_mode_is_refused(reduction):

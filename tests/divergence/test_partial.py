@@ -237,6 +237,7 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), temperature=0), "temperature"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), softcap=-1), "softcap"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), chunk_bytes=-1), "chunk_bytes"),
+        (lambda: topk_divergence_loss(random(N, V), torch.full((N, 3), 0.4), torch.arange(3).expand(N, 3)), "of 4.48"),
         (lambda: topk(student_bias=random(V)), "student_bias"),
         (lambda: topk(student_logit_scale=0.0), "student_logit_scale must be positive"),
         (lambda: topk(student_weight=random(V, V), chunk_bytes=0), "chunk_bytes"),
