@@ -85,14 +85,24 @@ def check_settings(checkpoint: Path, args: OPDConfig) -> None:
             )
 
 
+def _found(output_dir: Path) -> dict[Path, tuple[int, bool]]:
+    """Folder → its step, and whether it is the one that counts or one that was being replaced."""
+    name = rf"{PREFIX_CHECKPOINT_DIR}-(\d+)({re.escape(REPLACED)})?"
+    return {p: (int(m[1]), not m[2]) for p in output_dir.glob("*") if (m := re.fullmatch(name, p.name))}
+
+
+def saved_steps(output_dir: Path) -> list[int]:
+    """The steps of the checkpoints in `output_dir`, whole or not."""
+    return sorted(step for step, counts in _found(output_dir).values() if counts)
+
+
 def newest_intact(output_dir: Path) -> Path:
     """The newest checkpoint in `output_dir` that is whole; damaged ones are named in a warning and passed over.
 
     Raises:
         UserError: there is none.
     """
-    name = rf"{PREFIX_CHECKPOINT_DIR}-(\d+)({re.escape(REPLACED)})?"
-    steps = {p: (int(m[1]), not m[2]) for p in output_dir.glob("*") if (m := re.fullmatch(name, p.name))}
+    steps = _found(output_dir)
     for checkpoint in sorted(steps, key=steps.get, reverse=True):
         if (wrong := damage(checkpoint)) is None:
             return checkpoint

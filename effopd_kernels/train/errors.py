@@ -10,4 +10,5 @@ class NotInstalledError(ImportError, UserError):
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss or the teacher's logits became NaN or infinite. Raised before the step's weights are touched."""
+    """The loss, the student's score or the teacher's logits became NaN or infinite. The weights are those of the last
+    completed step."""

@@ -28,7 +28,15 @@ from ..errors import one_line
 from ..extrapolation import Scores
 from ..extrapolation.lora import COMPANION
 from .callback import EffOPDCallback
-from .checkpoint import STAGING, check_settings, checkpoint_name, newest_intact, publish, write_settings
+from .checkpoint import (
+    STAGING,
+    check_settings,
+    checkpoint_name,
+    newest_intact,
+    publish,
+    saved_steps,
+    write_settings,
+)
 from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError
 from .interrupt import EvaluationDue, Interrupts, StepGuard
@@ -107,6 +115,7 @@ class OPDTrainer(trl.DistillationTrainer):
         )
         self.ledger = Ledger()
         self.last_evaluated: int | None = None
+        self._scored: int | None = None  # the step of the last event that was scored
         self.interrupts = Interrupts(immediate=self.accelerator.num_processes == 1)
         self.guard = StepGuard(self)
         self.add_callback(self.guard)
@@ -142,7 +151,8 @@ class OPDTrainer(trl.DistillationTrainer):
         if not math.isfinite(teacher_entropy):
             raise NonFiniteLossError(f"the teacher's logits are not finite at step {step}; nothing was updated in it")
         if not math.isfinite(divergence):
-            raise NonFiniteLossError(f"the loss is not finite at step {step}; nothing was updated in it")
+            why = self._why_diverged(step)
+            raise NonFiniteLossError(f"the loss is not finite at step {step}; nothing was updated in it{why}")
         self._step_sums = [self._step_sums[0] + divergence, self._step_sums[1] + tokens]
         if self.accelerator.sync_gradients:  # a step's mean is over its tokens, like its loss, not over micro-batches
             divergence, tokens = self._step_sums
@@ -151,6 +161,16 @@ class OPDTrainer(trl.DistillationTrainer):
                 is_kl = self.args.loss_divergence == REVERSE_KL and self.args.loss_temperature == 1
                 self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
         return output
+
+    def _why_diverged(self, step: int) -> str:
+        """What to add where a student is found that does not compute finite numbers, at the beginning of a step: the
+        loss of the step before was finite, so that step's update is the last that can have broken it."""
+        if step == 1:
+            return ""
+        before = [s for s in saved_steps(Path(self.args.output_dir)) if s <= step - 2]
+        return "; the updates before it drove the student's logits out of range: try a lower learning_rate" + (
+            f" ('{checkpoint_name(before[-1])}' is the newest whose loss was finite)" if before else ""
+        )
 
     # ---- rollouts and data --------------------------------------------------------------------------------------
 
@@ -170,6 +190,10 @@ class OPDTrainer(trl.DistillationTrainer):
             sampler.seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
+
+    def _generate_single_turn(self, *args, **kwargs):
+        with _finite_logits(self.accelerator.unwrap_model(self.model_wrapped)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _generate(self, prompts: list):
         start = time.perf_counter()
@@ -193,6 +217,11 @@ class OPDTrainer(trl.DistillationTrainer):
         start = time.perf_counter()
         graded = self._validators["val"].share()  # may be empty on a rank
         values = [correct if self.args.eval_metric == "accuracy" else -kl for _, _, correct, kl in graded]
+        step, first = self.state.global_step, self._scored != self.state.global_step
+        self._scored = step
+        if first and not all(map(math.isfinite, values)):  # an event's first are W_t's; a candidate is only refused
+            why = self._why_diverged(step + 1)
+            raise NonFiniteLossError(f"the student's score is not finite after step {step}{why}")
         return Scores(values, sum(tokens for _, tokens, _, _ in graded), time.perf_counter() - start)
 
     def _costs(self) -> dict[str, float]:
@@ -238,7 +267,7 @@ class OPDTrainer(trl.DistillationTrainer):
         if self.is_world_process_zero():
             for abandoned in Path(self.args.output_dir).glob(f"{STAGING}*"):  # by a process that was killed
                 shutil.rmtree(abandoned)
-        self._step_sums = [0.0, 0]
+        self._step_sums, self._scored = [0.0, 0], None
         self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))
@@ -354,6 +383,26 @@ def _check_rank(checkpoint: str, student: torch.nn.Module) -> None:
             f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
             "it longer when training ended, resume with model and trainer constructed anew"
         )
+
+
+@contextmanager
+def _finite_logits(student: torch.nn.Module):
+    """While generating, NaN and infinite logits are finite ones: sampling from them raises, and on a GPU ends CUDA. A
+    student that has any is told by the loss of what it sampled, where it is an error, or a candidate not to accept."""
+    head = student.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    def bounded(head, args, logits):
+        most = min(torch.finfo(logits.dtype).max, 1e30)  # finite when divided by a temperature, too
+        return logits.nan_to_num(nan=0.0).clamp(-most, most)
+
+    hook = head.register_forward_hook(bounded)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

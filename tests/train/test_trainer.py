@@ -273,13 +273,41 @@ def test_non_finite_stops_before_the_update(world, tmp_path, broken, says):
     model = trainer.teacher_model if broken == "teacher" else trainer.model
     with torch.no_grad():
         model.model.norm.weight[0] = math.nan
-    if broken == "student":  # generation itself would fail on NaN probabilities
-        trainer._generate_single_turn = lambda prompt_ids, *_: [[5, 6, 7] for _ in prompt_ids]
     before = weights(trainer)
     with pytest.raises(NonFiniteLossError, match=says):
         trainer.train()
     for name, value in weights(trainer).items():
         assert torch.equal(value, before[name]) or value.isnan().any(), name
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 3e38])
+def test_a_student_that_diverges_is_said_at_the_next_loss(world, tmp_path, factor):
+    """Generation comes before it, and may not stumble over the logits that the loss is to tell of."""
+    config = {"temperature": 0.7, "save_strategy": "steps", "save_steps": 1, "effopd_enabled": False}
+    trainer = make_trainer(world, tmp_path, config=config)
+
+    class Diverge(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                trainer.model.model.norm.weight.mul_(factor if state.global_step + 1 == 3 else 1)
+
+    trainer.add_callback(Diverge())
+    says = (
+        r"the loss is not finite at step 4; .* try a lower learning_rate \('checkpoint-2' is the newest whose loss was"
+    )
+    with pytest.raises(NonFiniteLossError, match=says):
+        trainer.train()
+    assert not trainer.model.lm_head._forward_hooks
+
+
+def test_a_candidate_of_no_finite_score_is_not_accepted_and_a_student_of_none_has_diverged(world, tmp_path):
+    trainer = make_trainer(world, tmp_path / "candidate", config={"max_steps": 1, "effopd_alphas": [1e30]})
+    trainer.train()
+    (event,) = trainer.effopd.controller.events
+    assert (event.alpha, event.num_candidates) == (1, 1) and not math.isfinite(event.candidates[0].score)
+    trainer = make_trainer(world, tmp_path / "student", config={"learning_rate": 1e10, "optim": "sgd"})
+    with pytest.raises(NonFiniteLossError, match=r"the student's score is not finite after step 1; .* try a lower"):
+        trainer.train()
 
 
 def test_accumulated_micro_batches_of_unequal_length_count_by_their_tokens(world, tmp_path):
