@@ -42,7 +42,8 @@ class EffOPDController:
     Args:
         params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
             students and FSDP2. Name every trained tensor: include and exclude say which move. The anchor W_0 is taken
-            here: construct the controller before the first training step.
+            here: construct the controller before the first training step. Parameters may be frozen later; jumps never
+            move those that are frozen now.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
             or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
             ranks each scores its `share` of the prompts and all take the same decision.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "named_tensors", "select"]
+__all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "is_frozen", "matching", "named_tensors", "select"]
 
 # A path component that is an attention or feed-forward block in the Hugging Face families: self_attn (Llama, Qwen,
 # Gemma, ...), attn (GPT-2, MPT), attention and self_attention (NeoX, Falcon), linear_attn (Qwen3-Next), mlp, ffn,
@@ -26,10 +26,12 @@ DEFAULT_EXCLUDE = (
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 
 
-def named_tensors(params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def named_tensors(
+    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], frozen: bool = False
+) -> dict[str, Tensor]:
     """Name → tensor without what DDP, FSDP, compile and checkpoint wrappers put into names; tied tensors once.
 
-    Frozen `nn.Parameter`s are left out: they do not move, so an anchor of them would be wasted memory.
+    `nn.Parameter`s that are frozen now are left out unless `frozen`: an anchor of them would be wasted memory.
     """
     if isinstance(params, nn.Module):
         items = params.named_parameters()
@@ -40,11 +42,15 @@ def named_tensors(params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str,
         name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (None, item)
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise TypeError(f"params must be a module or named tensors, got ({name!r}, {type(tensor).__name__})")
-        if id(tensor) in seen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
+        if id(tensor) in seen or (is_frozen(tensor) and not frozen):
             continue
         seen.add(id(tensor))
         out[plain_name(name)] = tensor
     return out
+
+
+def is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def plain_name(name: str) -> str:
@@ -60,20 +66,28 @@ def select(
     Raises ValueError for what is no regular expression, and, naming the patterns and a few parameters, when nothing is
     left: EffOPD would silently do nothing.
     """
-    wanted, unwanted = compiled("include", include), compiled("exclude", exclude)
-    chosen = {
-        name: tensor
-        for name, tensor in named.items()
-        if any(p.search(name) for p in wanted) and not any(p.search(name) for p in unwanted)
-    }
+    chosen = matching(named, include, exclude)
     if not chosen:
         some = ", ".join(list(named)[:5]) or "none that requires a gradient"
-        include, exclude = ([p.pattern for p in patterns] for patterns in (wanted, unwanted))
+        patterns = compiled("include", include), compiled("exclude", exclude)
+        include, exclude = ([p.pattern for p in which] for which in patterns)
         raise ValueError(
             f"no parameter to extrapolate: include {include} and exclude {exclude} leave none of {len(named)} "
             f"(the first: {some})"
         )
     return chosen
+
+
+def matching(
+    named: Mapping[str, Tensor], include: str | Sequence[str], exclude: str | Sequence[str]
+) -> dict[str, Tensor]:
+    """As `select`, maybe empty."""
+    wanted, unwanted = compiled("include", include), compiled("exclude", exclude)
+    return {
+        name: tensor
+        for name, tensor in named.items()
+        if any(p.search(name) for p in wanted) and not any(p.search(name) for p in unwanted)
+    }
 
 
 def compiled(option: str, patterns: str | Sequence[str]) -> list[re.Pattern]:

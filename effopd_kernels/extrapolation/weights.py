@@ -4,6 +4,7 @@ Every candidate is computed from A and W_t directly, so nothing is compounded, a
 is W_t bit for bit. Where an optimizer keeps fp32 masters, A and W_t are the masters' values and both are written.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
@@ -14,10 +15,12 @@ from . import buffers
 from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
 from .masters import find_masters, given_masters
-from .selection import named_tensors, select
+from .selection import is_frozen, matching, named_tensors, select
 from .shards import local, replicas, reshard
 
 __all__ = ["DenseWeights", "weights_of"]
+
+logger = logging.getLogger(__name__)
 
 STAGED_BYTES = 1 << 28  # of each buffer at a time, when it is not on the parameters' device
 
@@ -30,7 +33,8 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         raise ValueError('anchor_device="disk" needs anchor_dir')
     module = params if isinstance(params, nn.Module) else None
     reshard(module)
-    named = named_tensors(params)
+    everything = named_tensors(params, frozen=True)
+    named = {name: t for name, t in everything.items() if not is_frozen(t)}
     chosen = select(named, include, exclude)
     emptied = [name for name, t in chosen.items() if hasattr(t, "ds_id") and t.numel() == 0]
     if emptied:
@@ -46,8 +50,11 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
             raise ValueError(f"{dense[0]} is trained beside LoRA adapters: exclude it, or train without LoRA")
         return lora
     # Named tensors that do not move are trained too, and a validation loss must not leave them its gradients.
-    trained = named.values if module is None else module.parameters
-    dense = partial(DenseWeights, chosen, place=place, directory=directory, module=module, trained=trained)
+    trained = everything.values if module is None else module.parameters
+    frozen = matching({name: t for name, t in everything.items() if is_frozen(t)}, include, exclude)
+    dense = partial(
+        DenseWeights, chosen, place=place, directory=directory, module=module, trained=trained, frozen=frozen
+    )
     if masters is not None:
         return dense(find_masters=lambda: given_masters(chosen, masters))
     if optimizer is not None:
@@ -65,6 +72,7 @@ class DenseWeights:
         place, directory: where the two buffers are kept, see `buffers.allocate`.
         module: whose parameters they are, where FSDP2 may have gathered copies of them.
         trained: () → every tensor that a backward pass may give a gradient; `named` ones by default.
+        frozen: name → parameter that would be among `named` if it were trained.
     """
 
     def __init__(
@@ -75,11 +83,12 @@ class DenseWeights:
         directory=None,
         module: nn.Module | None = None,
         trained: Callable[[], Iterable[Tensor]] | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
     ):
         self.names, self.tensors = list(named), list(named.values())
         self.masters: list[Tensor | None] = [None] * len(named)
         self._find_masters, self._place, self._directory = find_masters, place, directory
-        self._module, self._trained = module, trained or named.values
+        self._module, self._trained, self._frozen = module, trained or named.values, frozen or {}
         self.anchors = self._copy()
         self.currents: list[Tensor] | None = None
 
@@ -93,13 +102,22 @@ class DenseWeights:
         optimizer steps no copy of it we can see: its next step would undo a jump."""
         reshard(self._module)
         if self._module is not None:
-            there = named_tensors(self._module)
+            there = named_tensors(self._module, frozen=True)  # one that was frozen since has only no further delta
             replaced = [n for n, t in zip(self.names, self.tensors, strict=True) if there.get(n) is not t]
             if replaced:
                 raise ValueError(
                     f"{replaced[0]} ({len(replaced)} of {len(self.names)}) is not the model's parameter any more: make "
                     "the controller after what replaces parameters (fully_shard, accelerate.prepare, resizing)"
                 )
+        thawed = [name for name, t in self._frozen.items() if t.requires_grad]
+        if thawed:
+            logger.warning(
+                "%d parameters that were frozen when the controller was made are trained now (%s, ...), but jumps do "
+                "not move them: make the controller while they are trained, and freeze them then",
+                len(thawed),
+                thawed[0],
+            )
+            self._frozen = {}  # said once
         masters, strangers = self._find_masters()
         for name, tensor, anchor in zip(self.names, self.tensors, self.anchors, strict=True):
             if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device)):
@@ -130,7 +148,8 @@ class DenseWeights:
 
     def write_for_slope(self, alpha: float) -> None:
         """As `write`, such that a backward pass leaves what `slope` needs."""
-        if not all(t.requires_grad for t in self.tensors):
+        # A parameter that was frozen since the last event adds what it moved before to δ, but nothing to the slope.
+        if not all(t.requires_grad or is_frozen(t) for t in self.tensors):
             raise ValueError('search="gradient" needs the parameters themselves, with requires_grad')
         self.write(alpha)
 

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,3 +358,32 @@ def test_replaced_parameters_are_named():
     net["mlp"].weight = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"mlp.weight \(1 of 4\) is not the model's parameter any more: make the"):
         controller.step(1)
+
+
+@pytest.mark.parametrize("search", ["candidates", "gradient"])
+def test_a_parameter_frozen_between_events_stays_where_it_is(search):
+    net, scores = model(), itertools.count()
+
+    def loss():
+        return net["mlp"].weight.sum() + net["self_attn"].weight.sum()
+
+    controller = EffOPDController(net, lambda: next(scores), search=search, loss_fn=loss, schedule=1)
+    where = []
+    for step in 1, 2:
+        with torch.no_grad():
+            [p.sub_(0.1) for p in net.parameters() if p.requires_grad]
+        assert controller.step(step).alpha == 11.0
+        net["mlp"].requires_grad_(False)
+        where.append(snapshot(net["mlp"]))
+    assert all(map(torch.equal, where[0].values(), where[1].values()))
+
+
+def test_parameters_trained_only_later_are_named_once(caplog):
+    net = model()
+    net["mlp"].requires_grad_(False)
+    controller = EffOPDController(net, lambda: 0.0, schedule=1)
+    net["mlp"].requires_grad_(True)
+    for step in 1, 2:
+        controller.step(step)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 parameters that were frozen when the controller was made are trained now")
