@@ -3,6 +3,7 @@
 Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (a checkpoint was written).
 """
 
+import json
 import logging
 import os
 import shutil
@@ -218,9 +219,32 @@ def check_trackers(report_to: list[str]) -> None:
 
 def _load_tokenizer(name: str, **kwargs):
     try:
-        return AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
     except (OSError, ValueError) as e:
         raise UserError(f"no tokenizer can be loaded from '{name}': {one_line(e, 400)}") from e
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # what transformers makes up from a config
+        raise UserError(
+            f"'{name}' has no tokenizer files: save the tokenizer it was trained with there, with "
+            f"tokenizer.save_pretrained('{name}')"
+        )
+    return tokenizer
+
+
+def _check_no_adapter(name: str) -> None:
+    """Raises UserError for a folder that holds a LoRA adapter alone, saying how to make a model of it."""
+    folder = Path(name)
+    file = folder / "adapter_config.json"
+    if (folder / "config.json").is_file() or not file.is_file():
+        return
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    how = f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{name}'); "
+    if (folder / COMPANION).is_dir():  # its jumps
+        how += f"model.load_adapter('{folder / COMPANION}', '{COMPANION}'); "
+        how += f"model.base_model.set_adapter(['default', '{COMPANION}']); "
+    raise UserError(
+        f"'{name}' is a LoRA adapter, not a whole model: merge it into its base first ({how}"
+        "model.merge_and_unload().save_pretrained(folder)), and save the tokenizer to that folder"
+    )
 
 
 def _load_config(name: str, **kwargs):
@@ -258,6 +282,8 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             if name is not None
         }
         trust = {"trust_remote_code": args.trust_remote_code}
+        for model in (student, teacher):
+            _check_no_adapter(model)
         tokenizer = _load_tokenizer(student, revision=model_args.model_revision, **trust)
         configs = [_load_config(student, revision=model_args.model_revision, **trust)]
         configs.append(_load_config(teacher, revision=args.teacher_model_revision, **trust))

@@ -44,13 +44,26 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
             # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
             raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e
     elif path.exists():
-        raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file")
+        raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file{_made_one(path)}")
     else:
         try:
             dataset = datasets.load_dataset(name, config, split=split)
         except Exception as e:
             raise UserError(f"dataset '{name}' (split '{split}') cannot be loaded: {_innermost(e)}") from e
     return unify_columns(dataset, name)
+
+
+def _made_one(path: Path) -> str:
+    """How `datasets` makes a .jsonl file of what it can read otherwise, to be said after what was wrong."""
+    if path.suffix == ".csv":
+        loaded = f"load_dataset('csv', data_files='{path}', split='train')"
+    elif (path / "dataset_dict.json").is_file():
+        loaded = f"load_from_disk('{path}')['train']"
+    elif (path / "dataset_info.json").is_file():
+        loaded = f"load_from_disk('{path}')"
+    else:
+        return ""
+    return f"; datasets.{loaded}.to_json('{path}.jsonl') makes one"
 
 
 def _innermost(error: BaseException) -> str:

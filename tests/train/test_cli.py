@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from effopd_kernels.extrapolation.lora import COMPANION
 from effopd_kernels.train import cli
 from train import world as tiny
 
@@ -59,6 +61,7 @@ def broken_worlds(world, tmp):
     tokenizer.chat_template = None
     tiny.save(tmp / "mute", AutoModelForCausalLM.from_pretrained(world / "student"), tokenizer)
     shutil.copytree(world / "teacher", tmp / "cut")
+    shutil.copytree(world / "teacher", tmp / "wordless", ignore=shutil.ignore_patterns("*token*", "*template*"))
     os.truncate(tmp / "cut" / "model.safetensors", 10_000)
     (tmp / "broken.yaml").write_text("max_steps: [\n")
     (tmp / "typo.yaml").write_text("learning_rat: 1e-5\n")
@@ -79,6 +82,10 @@ def broken_worlds(world, tmp):
         "tokenizers differ": (
             case(teacher_model_name_or_path=tmp / "foreign"),
             "the tokenizers differ: id 320 is None",
+        ),
+        "no tokenizer": (
+            case(teacher_model_name_or_path=tmp / "wordless"),
+            f"'{tmp / 'wordless'}' has no tokenizer files",
         ),
         "vocabulary in use": (case(teacher_model_name_or_path=tmp / "narrow"), "lies beyond the 319 ids"),
         "missing column": (case(dataset_name=tmp / "texts.jsonl"), "its columns are 'text', 'label'"),
@@ -168,7 +175,7 @@ CASES = [
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
     "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
-    "too sure", "best by no metric", "paired losses", "no budget", "no jump",
+    "no tokenizer", "too sure", "best by no metric", "paired losses", "no budget", "no jump",
 ]  # fmt: skip
 
 
@@ -332,6 +339,27 @@ def test_overwriting_drops_the_earlier_runs_saved_model_and_nothing_else(world, 
     assert f"--overwrite_output_dir would remove '{out}'" in capsys.readouterr().err
     assert cli.main(flags(world, out, **run) + lora) == 0
     assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_is_refused_with_how_to_make_a_model_of_it(world, tmp_path, capsys):
+    """Of a checkpoint with its jumps beside it, it makes the student that the run wrote at its end."""
+    run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "eval_steps": None}
+    lora = ["--use_peft=true", "--lora_r=2", "--lora_target_modules", "q_proj", "up_proj"]
+    assert cli.main(flags(world, tmp_path / "out", **run) + lora) == 0
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert (checkpoint / COMPANION).is_dir()
+    folders = {tmp_path / "out": tmp_path / "merged", checkpoint: tmp_path / "merged with jumps"}
+    for adapter, folder in folders.items():
+        assert cli.main(flags(world, tmp_path / "again", model_name_or_path=adapter)) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"'{adapter}' is a LoRA adapter, not a whole model" in said
+        how = re.search(r"\((model = .*)\), and save the tokenizer", said)[1]
+        exec(how, {"PeftModel": PeftModel, "AutoModelForCausalLM": AutoModelForCausalLM, "folder": folder})
+    whole, with_jumps = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders.values())
+    base = AutoModelForCausalLM.from_pretrained(world / "student").state_dict()
+    assert any(not torch.equal(whole[name], base[name]) for name in base)
+    for name in base:
+        torch.testing.assert_close(with_jumps[name], whole[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

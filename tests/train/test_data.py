@@ -1,3 +1,5 @@
+import re
+
 import datasets
 import pytest
 
@@ -60,6 +62,20 @@ def test_empty_and_missing(tmp_path):
         load_prompts(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="neither a hub id nor"):
         load_prompts(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["csv", "disk", "splits"])
+def test_what_datasets_can_read_otherwise_is_refused_with_how_to_make_a_file_of_it(tmp_path, kind):
+    dataset = datasets.Dataset.from_dict({"prompt": ["2+2", "3+3"], "answer": ["4", "6"]})
+    given = tmp_path / {"csv": "d.csv"}.get(kind, "d")
+    if kind == "csv":
+        dataset.to_csv(given)
+    else:
+        (dataset if kind == "disk" else datasets.DatasetDict(train=dataset)).save_to_disk(given)
+    with pytest.raises(UserError, match=r"neither a hub id nor .*; datasets\..* makes one") as error:
+        load_prompts(str(given))
+    exec(re.search("; (.*) makes one", str(error.value))[1])
+    assert load_prompts(f"{given}.jsonl")["prompt"][:] == ["2+2", "3+3"]
 
 
 def test_answers_are_required_for_accuracy():
