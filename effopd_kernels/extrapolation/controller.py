@@ -64,14 +64,16 @@ class EffOPDController:
         optimizer: to find fp32 masters in, and for optimizer_policy.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
             parameters that moved (moments, step counts).
-        masters: name → fp32 copy, where the optimizer keeps them out of reach.
+        masters: name → fp32 copy, where the optimizer keeps them out of reach: of all parameters of lower precision
+            that move, and maybe of others.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir) for A and W_t.
         on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
         report_s: how long a rank that failed waits to tell the others before it raises.
 
     Raises:
-        ValueError: an option is out of range, or not the same on all ranks, or no parameter matches.
+        ValueError: an option is out of range, or not the same on all ranks, no parameter matches, or masters names no
+            parameter, leaves one out, or has what cannot be the master of one.
         TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not.
     """
 

@@ -8,15 +8,16 @@ accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters a
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .selection import plain_name
 from .shards import local
 
-__all__ = ["find_masters", "given_masters", "reset_before_next_step", "reset_state"]
+__all__ = ["check_given", "find_masters", "given_masters", "reset_before_next_step", "reset_state"]
 
 
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
@@ -42,26 +43,45 @@ def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tens
     return masters, strangers
 
 
-def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
-    """As `find_masters`, checked: ValueError for a name that does not move, or a tensor that is not a master of it."""
-    for name, master in masters.items():
-        if name not in named:
-            raise ValueError(f"masters names {name}, which is not among the parameters that move")
+def check_given(named: Mapping[str, Tensor], known: Collection[str], masters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a name that is no parameter's, for what cannot be the master of one that moves (`named`),
+    and where only some of those of lower precision have one; masters of parameters that do not move may be there."""
+    unknown = [name for name in masters if plain_name(name) not in known]
+    if unknown:
+        some = ", ".join(list(named)[:3])
+        raise ValueError(f"masters names {unknown[0]}, which is none of the {len(known)} parameters ({some}, ...)")
+    masters = {plain_name(name): master for name, master in masters.items()}
+    for name, param in named.items():
+        master = masters.get(name)
+        if master is None:
+            if masters and param.element_size() < 4:
+                raise ValueError(
+                    f"masters leaves out {name}, which moves and is {param.dtype}: give the masters of all that move"
+                )
+        elif not (isinstance(master, Tensor) and _could_be_master(master, param)):
+            raise ValueError(
+                f"masters: {name} is {_described(param)}, so its master is of that shape, there, and of a wider dtype; "
+                f"got {_described(master)}"
+            )
+
+
+def given_masters(named: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """As `find_masters`, of those that move; ValueError for a tensor that is not a master of its parameter."""
+    moving = {plain: master for name, master in masters.items() if (plain := plain_name(name)) in named}
+    for name, master in moving.items():
         if not is_master(master, named[name]):
             raise ValueError(
                 f"{name} is not its master rounded to {named[name].dtype}, bit for bit: W_t could not be restored"
             )
-    return masters, []
+    return moving, []
 
 
 @torch.no_grad()
 def is_master(master: Tensor, param: Tensor) -> bool:
     """Whether param is master rounded, bit for bit, and master is the wider one."""
-    if not master.is_floating_point() or master.shape != param.shape or master.device != param.device:
+    if not _could_be_master(master, param):
         return False
     master, param = local(master), local(param)
-    if master.element_size() <= param.element_size():
-        return False
     head = slice(None) if param.ndim == 0 else slice(0, 1)  # most candidates are moments: one row tells them apart
     return _rounds_to(master[head], param[head]) and _rounds_to(master, param)
 
@@ -114,6 +134,17 @@ def _state_from_construction(optimizer, group: Mapping[str, Any], param: Tensor)
     except Exception:  # it cannot be constructed like torch's, and then it will not expect a state that it has not made
         return {}
     return {param: made[stand_in]} if stand_in in made else {}
+
+
+def _could_be_master(master: Tensor, param: Tensor) -> bool:
+    there = master.shape == param.shape and master.device == param.device
+    return there and master.is_floating_point() and master.element_size() > param.element_size()
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> bool:

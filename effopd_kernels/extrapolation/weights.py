@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from . import buffers
 from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
-from .masters import find_masters, given_masters
-from .selection import is_frozen, matching, named_tensors, select
+from .masters import check_given, find_masters, given_masters
+from .selection import is_frozen, matching, named_tensors, plain_name, select
 from .shards import local, replicas, reshard
 
 __all__ = ["DenseWeights", "weights_of"]
@@ -56,6 +56,8 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         DenseWeights, chosen, place=place, directory=directory, module=module, trained=trained, frozen=frozen
     )
     if masters is not None:
+        tied = module.named_parameters(remove_duplicate=False) if module is not None else ()
+        check_given(chosen, everything.keys() | {plain_name(name) for name, _ in tied}, masters)
         return dense(find_masters=lambda: given_masters(chosen, masters))
     if optimizer is not None:
         return dense(find_masters=lambda: find_masters(chosen, optimizer))

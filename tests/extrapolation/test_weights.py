@@ -228,7 +228,7 @@ def test_partitioned_parameters_are_refused():
 
 def test_given_masters_are_checked():
     net = model(torch.bfloat16)
-    good = {n: p.detach().float() for n, p in net.named_parameters() if not n.startswith("norm")}
+    good = {n: p.detach().float() for n, p in net.named_parameters()}  # of some that do not move, too
     scores = iter([0.0, 1.0, 0.0])
     controller = EffOPDController(net, lambda: next(scores), masters=good)
     with torch.no_grad():
@@ -239,9 +239,31 @@ def test_given_masters_are_checked():
     good["mlp.weight"].add_(0.1)
     with pytest.raises(ValueError, match=r"mlp\.weight is not its master"):
         controller.step(2)
-    controller = EffOPDController(net, lambda: 0.0, masters={"norm.bias": torch.zeros(5)})
-    with pytest.raises(ValueError, match=r"norm\.bias, which is not among"):
-        controller.step(1)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"mlp.wieght": torch.zeros(2, 3)}, r"masters names module\.mlp\.wieght, which is none of the 6 parameters"),
+        ({"mlp.weight": None}, r"masters leaves out mlp\.weight, which moves and is torch\.bfloat16"),
+        (
+            {"mlp.weight": torch.zeros(6)},
+            r"mlp\.weight is \(2, 3\) torch\.bfloat16 on cpu, .* got \(6,\) torch\.float32",
+        ),
+        ({"mlp.weight": torch.zeros(2, 3, dtype=torch.float16)}, r"a wider dtype; got \(2, 3\) torch\.float16 on cpu"),
+        ({"mlp.weight": [0.0]}, "got a list"),
+    ],
+    ids=["unknown", "left out", "shape", "dtype", "no tensor"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["module", "named"])
+def test_masters_that_cannot_be_are_refused_at_construction(change, words, named):
+    net = model(torch.bfloat16)
+    good = {"module." + n: p.detach().float() for n, p in net.named_parameters()}
+    params = dict(net.named_parameters()) if named else net
+    EffOPDController(params, lambda: 0.0, masters=good)
+    changed = good | {"module." + name: master for name, master in change.items()}
+    with pytest.raises(ValueError, match=words):
+        EffOPDController(params, lambda: 0.0, masters={n: m for n, m in changed.items() if m is not None})
 
 
 def test_an_optimizer_that_steps_something_else_is_refused():
