@@ -63,7 +63,9 @@ def written(output_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        why = one_line(error) if isinstance(error, SafetensorError) else getattr(error, "strerror", None)
+        why = getattr(error, "strerror", None)
+        if why is None and type(error) in (OSError, SafetensorError):  # a library's; those of a network are subclasses
+            why = one_line(error)
         *_, (last, _) = traceback.walk_tb(error.__traceback__)
         if last.f_globals["__name__"] == "torch.serialization":  # torch.save has many words for it, none of them these
             why = "the disk is full, or does not take a file this long"

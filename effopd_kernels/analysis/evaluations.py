@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..commands import written
 from ..errors import UserError
 from .edits import EditableModel
-from .output import written
 from .plans import Trial
 
 FILE = "evaluations.jsonl"

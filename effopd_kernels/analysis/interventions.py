@@ -16,7 +16,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
-from ..commands import leave_process_group
+from ..commands import leave_process_group, written
 from ..errors import UserError, one_line
 from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
@@ -27,7 +27,7 @@ from .comparison import Comparison, compare
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
-from .output import check_free, not_left_empty, written
+from .output import check_free, not_left_empty
 from .plans import INTERVENTIONS, Plan, Trial
 from .roles import role_of
 from .scoring import Validate, estimate

@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from ..errors import UserError, one_line
+from ..commands import written
+from ..errors import UserError
 from ..extrapolation.lora import COMPANION
 
 
@@ -46,16 +45,6 @@ def not_left_empty(output_dir: str | Path) -> Iterator[None]:
         for path in made:
             with contextlib.suppress(OSError):  # not empty, or never made
                 path.rmdir()
-
-
-@contextlib.contextmanager
-def written(output_dir: str | Path) -> Iterator[None]:
-    """What the system refuses in the block, such as room on a full disk, is a UserError that names ``output_dir``."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"--output_dir '{output_dir}' could not be written: {why}") from error
 
 
 @contextlib.contextmanager
