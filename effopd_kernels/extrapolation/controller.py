@@ -50,7 +50,8 @@ class EffOPDController:
         schedule: "pow2" (published), "adaptive" (more often while jumps pay, see `schedules`), an int n for every n-th
             step, or a collection of steps.
         alphas: candidates in the order they are tried.
-        include, exclude: regular expressions on parameter names; the default moves attention and MLP weights.
+        include, exclude: regular expressions on parameter names; the default moves attention and MLP weights, and
+            exclude=() excludes nothing.
         min_delta: a candidate's mean score must exceed the best by more than this.
         accept, confidence: "mean", or "paired" differences per prompt, see `acceptance_rule`.
         max_val_tokens: over the whole run, at least 1. An evaluation that would exceed it, judged by the last one, is

@@ -3,6 +3,7 @@
 trainer.add_callback(EffOPDCallback(score_fn, log=trainer.log))
 """
 
+import inspect
 import json
 import logging
 import zlib
@@ -44,6 +45,7 @@ class EffOPDCallback(TrainerCallback):
     further from one of the checkpoints, construct model and trainer anew.
 
     Raises:
+        TypeError: for an option that `EffOPDController` does not have.
         UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
             checkpoint holds no EffOPD state, or that of another run or of other weights.
     """
@@ -55,6 +57,7 @@ class EffOPDCallback(TrainerCallback):
         log: Callable[[dict[str, float | str]], None] | None = None,
         **controller_args: Any,
     ):
+        inspect.signature(EffOPDController).bind(None, score_fn, optimizer=None, **controller_args)
         self.score_fn = score_fn
         trainer = getattr(log, "__self__", None)
         # TRL's trainers override `log` to add, and clear, the averages of the steps since the last one: an event's

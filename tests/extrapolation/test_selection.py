@@ -86,6 +86,14 @@ def test_what_is_no_regular_expression_is_named(patterns):
         select({"mlp.w": torch.zeros(1)}, "", patterns)
 
 
+def test_patterns_that_are_none():
+    for patterns in None, 3:
+        with pytest.raises(
+            ValueError, match=r"exclude must be a regular expression or a sequence of them, \(\) for none"
+        ):
+            select({"mlp.w": torch.zeros(1)}, "", patterns)
+
+
 def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
     linear = torch.nn.Linear(2, 2)
     named = named_tensors([("module._orig_mod.a.weight", linear.weight), ("b.weight", linear.weight)])

@@ -178,6 +178,12 @@ def test_nothing_to_move_is_said_before_training(world, tmp_path):
     assert trainer.state.global_step == 0
 
 
+def test_an_option_that_the_controller_does_not_have_is_said_at_construction():
+    for option in dict(alfas=(2,)), dict(optimizer=None), dict(params=None):
+        with pytest.raises(TypeError, match=next(iter(option))):
+            EffOPDCallback(lambda: 0.0, **option)
+
+
 def test_a_skipped_event_logs_why_in_place_of_scores(world, tmp_path):
     trainer = plain_trainer(world, tmp_path, max_steps=1, learning_rate=0.0)
     trainer.add_callback(EffOPDCallback(lambda: [0.0], log=trainer.log))
