@@ -45,8 +45,9 @@ class EffOPDController:
             here: construct the controller before the first training step. Parameters may be frozen later; jumps never
             move those that are frozen now.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
-            or one number. Always the same prompts; the seeds of torch, random and numpy are handled here. On several
-            ranks each scores its `share` of the prompts and all take the same decision.
+            or one number. Always the same prompts; the seeds of torch, random and numpy are handled here, and a module
+            is in train or eval mode again as it was. On several ranks each scores its `share` of the prompts and all
+            take the same decision.
         schedule: "pow2" (published), "adaptive" (more often while jumps pay, see `schedules`), an int n for every n-th
             step, or a collection of steps.
         alphas: candidates in the order they are tried.
@@ -60,14 +61,17 @@ class EffOPDController:
             against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
         loss_fn: () → differentiable scalar of a fixed validation batch, an iterable of them (micro-batches), or
             `Losses`. The gradients that all of params had before the event are there again afterwards. Without
-            score_fn, −loss is the score.
+            score_fn, −loss is the score. On several ranks the plain mean of their losses counts, whatever the sizes of
+            their batches: give equal ones, or weigh each by its part of the whole times the number of ranks. Unused by
+            search="candidates".
         max_gradients: most forward-backward passes of an event of search="gradient", at least 2.
         optimizer: to find fp32 masters in, and for optimizer_policy.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
             parameters that moved (moments, step counts).
         masters: name → fp32 copy, where the optimizer keeps them out of reach: of all parameters of lower precision
             that move, and maybe of others.
-        anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir) for A and W_t.
+        anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir, unused by the
+            others) for A and W_t.
         on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
         report_s: how long a rank that failed waits to tell the others before it raises.
@@ -121,6 +125,7 @@ class EffOPDController:
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
         self.score_fn, self.loss_fn = score_fn, loss_fn
+        self.module = params if isinstance(params, nn.Module) else None
         self.search, self.max_gradients, self.max_val_tokens = search, max_gradients, budget_of(max_val_tokens)
         self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed

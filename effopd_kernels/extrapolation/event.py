@@ -2,9 +2,11 @@
 
 import math
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .distributed import RankFailed
 from .interrupts import Deferred
@@ -122,7 +124,7 @@ class Event:
 
     def _score(self) -> Scores:
         start = time.perf_counter()
-        with self.signals.open(), self.randomness.rewound():
+        with self.signals.open(), self.randomness.rewound(), modes_kept(self.controller.module):
             score_fn = self.controller.score_fn or self._negative_loss
             scores = Scores.of(score_fn())
         seconds = time.perf_counter() - start if scores.seconds is None else scores.seconds
@@ -170,7 +172,12 @@ class Event:
         self.weights.write_for_slope(alpha)
         for param in self.weights.trained():
             param.grad = None
-        with self.signals.open(), self.randomness.rewound(), torch.enable_grad():
+        with (
+            self.signals.open(),
+            self.randomness.rewound(),
+            modes_kept(self.controller.module),
+            torch.enable_grad(),
+        ):
             losses = Losses.of(self.controller.loss_fn())
             loss, count = summed(losses.values, backward=True)
         slope = self.weights.slope(self.ranks.size)
@@ -183,3 +190,14 @@ class Event:
         losses = Losses.of(self.controller.loss_fn())
         total, count = summed(losses.values, backward=False)
         return Scores((-total / count,), losses.tokens)
+
+
+@contextmanager
+def modes_kept(module: nn.Module | None):
+    """Afterwards every part of module is in the mode, train or eval, that it was in."""
+    modes = [(part, part.training) for part in module.modules()] if module is not None else []
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -49,8 +49,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a loss_fn may return: a differentiable scalar or an iterable of them (micro-batches, whose mean counts), and
-    the tokens it generated for them, if any."""
+    """What a loss_fn may return: a differentiable scalar or an iterable of them (micro-batches, whose mean counts; of
+    several ranks the mean of these means), and the tokens it generated for them, if any."""
 
     values: Tensor | Iterable[Tensor]
     tokens: int = 0

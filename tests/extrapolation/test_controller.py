@@ -1,6 +1,7 @@
 """The published rule against scripted scores, and what an event leaves behind however it ends."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -214,6 +215,33 @@ def test_every_candidate_is_scored_with_the_same_random_numbers_and_training_kee
     controller.step(1)
     assert len(draws) == 6 and set(draws) == {plain}
     assert (random.random(), torch.rand(1).item()) == plain
+
+
+@pytest.mark.parametrize("search", ["candidates", "gradient"])
+def test_the_model_is_in_the_modes_that_training_left_it_in(search):
+    net = model()
+    net["norm"].eval()
+    entered = []
+
+    def score():
+        entered.append(net.training)
+        net.eval()
+        if len(entered) == 3:
+            raise OSError
+        return len(entered)
+
+    def loss():
+        score()
+        return -net["mlp"].weight.sum()
+
+    controller = EffOPDController(net, score, search=search, loss_fn=loss)
+    with torch.no_grad():
+        net["mlp"].weight.add_(0.1)
+    for error in OSError, None:
+        with pytest.raises(error) if error else nullcontext():
+            controller.step(1)
+        assert net.training and net["mlp"].training and not net["norm"].training
+    assert len(entered) > 3 and all(entered)
 
 
 def test_tokens_seconds_and_budget():
