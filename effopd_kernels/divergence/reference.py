@@ -64,16 +64,17 @@ def divergence_rows(
     z_t, _ = _transform(teacher, teacher_scale, teacher_softcap, teacher_temperature)
     lq, lp = _log_probs(z_s), _log_probs(z_t)
     q, p, d = lq.exp(), lp.exp(), lp - lq
+    less = torch.expm1(-d.abs())  # the smaller of p and q over the larger, minus 1
     if pi == 1:
-        lq_lm, lp_lm, share = -d, torch.zeros_like(d), 0.0
+        lq_lm, lp_lm, share = -d, 0.0, 0.0
     elif pi == 0:
-        lq_lm, lp_lm, share = torch.zeros_like(d), d, 1.0
+        lq_lm, lp_lm, share = 0.0, d, 1.0
     else:
-        larger = torch.log1p(torch.where(d > 0, 1 - pi, pi) * torch.expm1(-d.abs()))  # log of m over that of p and q
+        larger = torch.log1p(torch.where(d > 0, 1 - pi, pi) * less)  # log of m over the larger of p and q
         lq_lm, lp_lm = -larger - d.clamp_min(0), -larger + d.clamp_max(0)
         share = (1 - pi) * lq_lm.exp()
 
-    kappa, difference = a * (1 - pi) - b * pi, torch.where(d > 0, -p, q) * torch.expm1(-d.abs())  # of p − q
+    kappa, difference = a * (1 - pi) - b * pi, torch.where(d > 0, -p, q) * less  # of p − q
     b_term = b * q * lq_lm
     loss = (a * p * lp_lm + b_term - kappa * difference).sum(-1)
     kept = 1.0 if mask_N is None else mask_N.to(loss.dtype)

@@ -89,19 +89,21 @@ class EffOPDCallback(TrainerCallback):
             except (ValueError, CheckpointError) as e:  # of other weights, or not intact
                 raise UserError(f"the EffOPD state in '{folder}' cannot be resumed from: {e}") from e
             # Absent where an older version wrote the checkpoint.
-            if state.stateful_callbacks.get(STATE_KEY, self._history()) != self._history():
+            if state.stateful_callbacks.get(STATE_KEY) not in (None, self._history()):
                 raise UserError(
                     f"the EffOPD state in '{folder}' is of another run than the one resumed: set "
                     "args.resume_from_checkpoint to the checkpoint that is resumed from"
                 )
             self._step(state, control)  # a no-op unless the run was interrupted inside this step's event
+        self._note_history()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._step(state, control)
 
     def _step(self, state, control) -> None:
         event = self.controller.step(state.global_step)
-        self._note_history()  # transformers writes trainer_state.json before it calls on_save
+        if event is not None:
+            self._note_history()  # transformers writes trainer_state.json before it calls on_save
         if event is not None and self.log is not None:
             due = control.should_log
             record = {
