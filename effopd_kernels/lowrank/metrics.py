@@ -12,6 +12,7 @@ Shape legend: B matrices; N ≥ M long and short side.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ def measured(
     else:
         oriented_svd = svd if tall or svd is None else svd.mT
         spectrum = sampled_spectrum(difference, max(top, 16), sampling, oriented_svd)
-    return spectrum, _metrics(spectrum, statistics, x, top, sampling is not None)
+    return spectrum, _metrics(spectrum, statistics, x.shape, top, sampling is not None)
 
 
 def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:
@@ -128,63 +129,78 @@ def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:
     return Spectrum(torch.where(squares > floor, squares, 0.0).sqrt() / scale)
 
 
-def _metrics(spectrum: Spectrum, statistics: Tensor, x: Tensor, top: int, sampled: bool) -> dict[str, Tensor]:
+def _metrics(spectrum: Spectrum, statistics: Tensor, shape: torch.Size, top: int, sampled: bool) -> dict[str, Tensor]:
     """All metrics of one matrix; with ``sampled``, also "<name> error"."""
-    m, n = x.shape
-    bad = (statistics[ops.NON_FINITE] > 0) | ~statistics[ops.MAX_ABS].isfinite()
-    squares = statistics[ops.SUM_SQUARES]
+    m, n = shape
+    edge, threshold = _noise(statistics, m, n)
     s = spectrum.leading
-    first = s[0] if len(s) else squares.new_zeros(())
-    roots = math.sqrt(m) + math.sqrt(n)
-    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * roots
-    # The edge is where the largest σ of noise lies in the limit; of finite noise it passes it now and then.
-    counted = edge * math.sqrt(1 + TRACY_WIDOM * (1 / math.sqrt(m) + 1 / math.sqrt(n)) ** (1 / 3) / roots)
-
-    def from_sums(sums: Tensor) -> dict[str, Tensor]:
-        total, s_log_s, fourth, above, below = sums.unbind(-1)
-        return {
-            "effective_rank": torch.where(total > 0, (total.log() - s_log_s / total).exp(), 0.0),
-            "participation_ratio": torch.where(fourth > 0, squares.square() / fourth, 0.0),
-            "rank_above_noise": above,
-            "quantisation_limited": (below >= LIMITED * total) & (total > 0),
+    first = s[0] if len(s) else edge.new_zeros(())
+    unit = torch.where(first > 0, first, 1.0)
+    squares = statistics[ops.SUM_SQUARES] / unit**2
+    sums = _sums(spectrum, unit, threshold)
+    values = (
+        {
+            "spectral_norm": first,
+            "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
+            "spectral_to_frobenius": first / unit / squares.sqrt(),  # 0/0 for a zero matrix
+            "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
+            "stable_rank": squares,
+            "noise_edge": edge,
+            "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
         }
-
-    unit = torch.where(first > 0, first, 1.0)  # sums of σ/σ₁: fourth powers stay in range
-    squares = squares / unit**2
-
-    def sums_of(spectrum: Spectrum) -> Tensor:
-        return spectrum.sums(
-            lambda t: torch.stack(
-                [t, torch.special.xlogy(t, t), t**4, t > counted / unit, t * (t <= counted / unit)], -1
-            ),
-            unit,
-        )
-
-    sums = sums_of(spectrum)
-    values = {
-        "spectral_norm": first,
-        "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
-        "spectral_to_frobenius": 1 / squares.sqrt(),
-        "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
-        "stable_rank": squares,
-        "noise_edge": edge,
-        "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
-    } | from_sums(sums.mean(0))
-    if statistics[ops.MAX_ABS] == 0:
-        values["spectral_to_frobenius"] = values["top_fraction_norm_ratio"] = squares.new_full((), math.nan)
+        | _from_sums(sums.mean(0), squares)
+    )
     values["rank_above_noise"] = values["rank_above_noise"].round().long()
-    if bad:
+    if statistics[ops.NON_FINITE] > 0 or not statistics[ops.MAX_ABS].isfinite():
         keep = ("rank_above_noise", "quantisation_limited", "unchanged_fraction", "noise_edge")
         values |= {name: squares.new_full((), math.nan) for name in values if name not in keep}
     if sampled:
-        count = max(2, len(sums))
-        left_out = from_sums((sums.sum(0) - sums) / (count - 1))
-        for name in SAMPLED:
-            replicas = left_out[name]
-            jackknife = ((count - 1) / count * (replicas - replicas.mean()).square().sum()).sqrt()
-            lacks = spectrum.quadrature_error(lambda s, name=name: from_sums(sums_of(s).mean(0))[name])
-            values[name + " error"] = torch.hypot(jackknife, lacks)
+
+        def estimates(sums: Tensor) -> Tensor:
+            found = _from_sums(sums, squares)
+            return torch.stack([found[name] for name in SAMPLED])
+
+        lacks = spectrum.quadrature_error(lambda s: estimates(_sums(s, unit, threshold).mean(0)))
+        errors = torch.hypot(_jackknife(estimates, sums), lacks)
+        values |= {f"{name} error": error for name, error in zip(SAMPLED, errors, strict=True)}
     return values
+
+
+def _noise(statistics: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """The noise edge, and the threshold above which a σ counts as no noise. The edge is where the largest σ of noise
+    lies in the limit; of finite noise it passes it now and then.
+    """
+    roots = math.sqrt(m) + math.sqrt(n)
+    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * roots
+    return edge, edge * math.sqrt(1 + TRACY_WIDOM * (1 / math.sqrt(m) + 1 / math.sqrt(n)) ** (1 / 3) / roots)
+
+
+def _sums(spectrum: Spectrum, unit: Tensor, threshold: Tensor) -> Tensor:
+    """One estimate per probe, (P, 5), of sums over t = σ/σ₁, whose fourth powers stay in range."""
+
+    def terms(t: Tensor) -> Tensor:
+        above = t > threshold / unit
+        return torch.stack([t, torch.special.xlogy(t, t), t**4, above, t * ~above], -1)
+
+    return spectrum.sums(terms, unit)
+
+
+def _from_sums(sums: Tensor, squares: Tensor) -> dict[str, Tensor]:
+    """What `_sums` (..., 5) and Σt² tell, each (...)."""
+    total, t_log_t, fourth, above, below = sums.unbind(-1)
+    return {
+        "effective_rank": torch.where(total > 0, (total.log() - t_log_t / total).exp(), 0.0),
+        "participation_ratio": torch.where(fourth > 0, squares.square() / fourth, 0.0),
+        "rank_above_noise": above,
+        "quantisation_limited": (below >= LIMITED * total) & (total > 0),
+    }
+
+
+def _jackknife(f: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    """Standard error (F,) of f of the mean of P samples, from the P means that leave one out; f makes them (F, P)."""
+    count = max(2, len(samples))
+    left_out = f((samples.sum(0) - samples) / (count - 1))
+    return ((count - 1) / count * (left_out - left_out.mean(-1, keepdim=True)).square().sum(-1)).sqrt()
 
 
 def _stacked(rows: list[dict[str, Tensor]], a: Tensor, sampled: bool) -> SpectralMetrics:
