@@ -138,18 +138,16 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, shape: torch.Size, top: int
     unit = torch.where(first > 0, first, 1.0)
     squares = statistics[ops.SUM_SQUARES] / unit**2
     sums = _sums(spectrum, unit, threshold)
-    values = (
-        {
-            "spectral_norm": first,
-            "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
-            "spectral_to_frobenius": first / unit / squares.sqrt(),  # 0/0 for a zero matrix
-            "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
-            "stable_rank": squares,
-            "noise_edge": edge,
-            "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
-        }
-        | _from_sums(sums.mean(0), squares)
-    )
+    values = {
+        "spectral_norm": first,
+        "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
+        # 0/0 = NaN for a zero matrix
+        "spectral_to_frobenius": first / unit / squares.sqrt(),
+        "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
+        "stable_rank": squares,
+        "noise_edge": edge,
+        "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
+    } | _from_sums(sums.mean(0), squares)
     values["rank_above_noise"] = values["rank_above_noise"].round().long()
     if statistics[ops.NON_FINITE] > 0 or not statistics[ops.MAX_ABS].isfinite():
         keep = ("rank_above_noise", "quantisation_limited", "unchanged_fraction", "noise_edge")
