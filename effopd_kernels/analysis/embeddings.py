@@ -2,33 +2,33 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from . import figures
 from .findings import Findings
-from .report import FIGURES, TABLES, Section
-from .tables import write_table
+from .report import Part, Section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 20  # tokens in the report
 MOST = 200  # tokens with their text in the table
 
 
-def embeddings(found: Findings, folder: Path) -> list[Section]:
-    """Write the tables embedding_tokens and embedding_top and their figures; return the report's part."""
+def embeddings(found: Findings) -> Part:
+    """The tables embedding_tokens and embedding_top, and what they say."""
     if not found.tokens:
-        return []
+        return Part()
     spoken = speaker([found.comparison.base.path, *(c[-1].path for c in found.comparison.trajectories.values())])
-    columns: dict[str, list] = {key: [] for key in ("trajectory", "token", "shift", "relative_shift", "cosine")}
-    top, leads = [], []  # columns hold one array per trajectory: lists of numbers would take a second
+    tokens, top, leads = [], [], []
     for trajectory, measured in found.tokens.items():
         finite = measured["shift"].isfinite()  # the relative one is not where the base's row is zero
         shift = torch.where(finite, measured["relative_shift"], -1.0)  # last in the order
-        parts = {"trajectory": np.full(len(shift), trajectory), "token": np.arange(len(shift))}
-        for key, values in {**parts, **measured}.items():
-            columns[key].append(np.asarray(values))
+        tokens.append({"trajectory": np.full(len(shift), trajectory), "token": np.arange(len(shift)), **measured})
         moved = int((finite & (measured["shift"] > 0)).sum())
         order = torch.argsort(shift, descending=True, stable=True)[: min(MOST, moved)].tolist()
         top += [
@@ -37,48 +37,56 @@ def embeddings(found: Findings, folder: Path) -> list[Section]:
             for place, token in enumerate(order, 1)
         ]
         leads.append(f"{moved:,} of {len(shift):,} tokens moved in {trajectory}")
-    write_table(folder / TABLES, "embedding_tokens", {key: np.concatenate(parts) for key, parts in columns.items()})
-    figure_names = [
-        _histogram(found, folder, "relative_shift", "‖Δe‖ / ‖e‖ of a token", lambda x: x),
-        _histogram(found, folder, "cosine", "1 − cos(e, e in the base)", lambda x: 1 - x),
-    ]
+    # As arrays: lists of numbers would take a second.
+    tables = {"embedding_tokens": {key: np.concatenate([own[key] for own in tokens]) for key in tokens[0]}}
     if top:
-        write_table(folder / TABLES, "embedding_top", top)
-    table = [
-        {"trajectory": r["trajectory"], "token": r["token"]} | ({"text": r["text"]} if r["text"] else {})
-        | {"‖Δe‖": r["shift"], "‖Δe‖ / ‖e‖": r["relative_shift"], "1 − cosine": 1 - r["cosine"]}
-        for r in top if r["place"] <= SHOWN
-    ]  # fmt: skip
-    return [
-        Section(
-            "Which tokens moved",
-            "; ".join(leads) + ".",
-            [name for name in figure_names if name],
-            "How many tokens' embeddings moved by how much: far to the left of what the layers moved means that "
-            "training left the embedding alone.",
-            table,
-            f"The tokens that moved most for their size; more, up to {MOST}, are in tables/embedding_top, the numbers "
-            "of every token in tables/embedding_tokens."
-            + ("" if any(r["text"] for r in top) else " No tokenizer beside the models could be read, so no text."),
-        )
-    ]
+        tables["embedding_top"] = top
+    return Part([_section(found, top, "; ".join(leads) + ".")], tables=tables)
 
 
-def _histogram(found: Findings, folder: Path, column: str, label: str, of: Callable) -> str | None:
-    values = {t: of(measured[column].double()) for t, measured in found.tokens.items()}
+def _section(found: Findings, top: list[dict[str, Any]], lead: str) -> Section:
+    drawn = {
+        "embedding_relative_shift": _histogram(
+            {t: measured["relative_shift"].double() for t, measured in found.tokens.items()}, "‖Δe‖ / ‖e‖ of a token"
+        ),
+        "embedding_cosine": _histogram(
+            {t: 1 - measured["cosine"].double() for t, measured in found.tokens.items()}, "1 − cos(e, e in the base)"
+        ),
+    }
+    return Section(
+        "Which tokens moved",
+        lead,
+        {name: figure for name, figure in drawn.items() if figure is not None},
+        "How many tokens' embeddings moved by how much: far to the left of what the layers moved means that "
+        "training left the embedding alone.",
+        [
+            {"trajectory": r["trajectory"], "token": r["token"]} | ({"text": r["text"]} if r["text"] else {})
+            | {"‖Δe‖": r["shift"], "‖Δe‖ / ‖e‖": r["relative_shift"], "1 − cosine": 1 - r["cosine"]}
+            for r in top if r["place"] <= SHOWN
+        ],
+        f"The tokens that moved most for their size; more, up to {MOST}, are in tables/embedding_top, the numbers "
+        "of every token in tables/embedding_tokens."
+        + ("" if any(r["text"] for r in top) else " No tokenizer beside the models could be read, so no text."),
+    )  # fmt: skip
+
+
+def _histogram(values: dict[str, Tensor], label: str) -> "Figure | None":
+    """Of what is positive; None where nothing is."""
     positive = {t: v[(v > 0) & v.isfinite()] for t, v in values.items()}
-    if not any(len(v) for v in positive.values()):
+    every = torch.cat(list(positive.values()))
+    if not len(every):
         return None
-    low = min(float(v.min()) for v in positive.values() if len(v))
-    high = max(float(v.max()) for v in positive.values() if len(v))
-    edges = torch.logspace(*(float(torch.tensor(x).log10()) for x in (low * 0.9, high * 1.1)), 50, dtype=torch.float64)
+    edges = torch.logspace(
+        *(float(torch.tensor(x).log10()) for x in (float(every.min()) * 0.9, float(every.max()) * 1.1)),
+        50,
+        dtype=torch.float64,
+    )
     counts = {t: torch.histogram(v, edges).hist.tolist() for t, v in positive.items()}
     middles = (edges[1:] * edges[:-1]).sqrt().tolist()
-    figure = figures.lines(
+    return figures.lines(
         {t: (middles, count) for t, count in counts.items()},
         label, "tokens", markers=False, xscale="log", drawstyle="steps-mid", ylim=(0, None),
     )  # fmt: skip
-    return figures.save(figure, folder / FIGURES, f"embedding_{column}")
 
 
 def speaker(folders: list[Path]) -> Callable[[int], str]:

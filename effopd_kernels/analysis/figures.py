@@ -6,7 +6,7 @@ colours can follow it.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,17 @@ STYLE = {
 WIDTH, HEIGHT = 4.8, 3.3  # inches
 
 
+class Interval(NamedTuple):
+    """A number with its error bars."""
+
+    value: float
+    low: float
+    high: float
+
+
+Values = Sequence[float] | Sequence[Interval]
+
+
 def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = HEIGHT) -> "Figure":
     """A figure of one panel: ``paint(axes)`` draws into it, under this module's style; with a legend where it labels
     two things or more.
@@ -56,18 +67,16 @@ def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = 
     return figure
 
 
-def save(figure: "Figure", folder: str | Path, name: str) -> str:
-    """Write ``folder/name.png`` and ``folder/name.svg``; returns ``name``."""
+def save(figure: "Figure", folder: Path, name: str) -> None:
+    """Write ``folder/name.png`` and ``folder/name.svg``."""
     import matplotlib
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # as laid out now, for both files
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    return name
 
 
 def look(index: int) -> dict:
@@ -77,11 +86,10 @@ def look(index: int) -> dict:
 
 
 def lines(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    curves: Mapping[str, tuple[Sequence[float], Values]],
     x_label: str,
     y_label: str,
     *,
-    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     level: float | None = None,
     markers: bool = True,
     drawstyle: str = "default",
@@ -90,7 +98,7 @@ def lines(
     """One line per trajectory, with a legend where there are several.
 
     Args:
-        curves: trajectory → (x, y). bands: trajectory → (low, high) around its y, such as error bounds.
+        curves: trajectory → (x, y), with a band around y where it is of `Interval`.
         level: a dotted line across, such as what chance gives.
         axes_properties: as for ``Axes.set``: xscale, ylim, title, ...
     """
@@ -98,9 +106,10 @@ def lines(
     def paint(axes: "Axes") -> None:
         for i, (name, (x, y)) in enumerate(curves.items()):
             style = look(i) | {"drawstyle": drawstyle} | ({} if markers else {"marker": ""})
+            y, ends = _ends(y)
             axes.plot(x, y, label=name, **style)
-            if bands and name in bands:
-                axes.fill_between(x, *bands[name], color=style["color"], alpha=0.18, linewidth=0)
+            if ends:
+                axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0)
         if level is not None:
             axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2)
         axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
@@ -127,31 +136,31 @@ def paths(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label
 
 def bars(
     groups: Sequence[str],
-    values: Mapping[str, Sequence[float]],
+    values: Mapping[str, Values],
     y_label: str,
     *,
-    x_label: str = "",
-    errors: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     marks: Mapping[str, Sequence[float]] | None = None,
 ) -> "Figure":
-    """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``.
+    """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``, and has an
+    error bar where it is an `Interval`.
 
     Args:
-        errors: trajectory → (low, high) ends of error bars. marks: label → a height per group to hold bars against.
+        marks: label → a height per group to hold bars against.
     """
 
     def paint(axes: "Axes") -> None:
         width = 0.8 / len(values)
         for i, (name, heights) in enumerate(values.items()):
             x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
+            heights, ends = _ends(heights)
             axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
-            if errors and name in errors:
-                axes.vlines(x, *errors[name], color="#222222", linewidth=1)
+            if ends:
+                axes.vlines(x, *ends, color="#222222", linewidth=1)
         for label, heights in (marks or {}).items():
             middle = range(len(groups))
             axes.hlines(heights, [x - 0.46 for x in middle], [x + 0.46 for x in middle], color="#222222", label=label)
         crowded = len(groups) * max(map(len, groups)) > 40  # characters that fit side by side
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(ylabel=y_label)
         axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
         axes.grid(axis="x", visible=False)
 
@@ -185,3 +194,11 @@ def heat_map(
         axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
 
     return draw(paint, height=min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))
+
+
+def _ends(values: Values) -> tuple[Sequence[float], list[Sequence[float]]]:
+    """The numbers, and of intervals (low, high) too."""
+    if not values or not isinstance(values[0], Interval):
+        return values, []
+    numbers, *ends = zip(*values, strict=True)
+    return numbers, ends

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from .checkpoints import listed
 from .comparison import Comparison
+from .figures import Interval
 from .measure import Measured, Options, relative
-from .report import Interval
 from .roles import TYPES, third
 
 Row = Mapping[str, Any]
 CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")  # what names a checkpoint in every table
+WHOLE = "MLP and attention"
 GROUPS: dict[str, Callable[[Row], bool]] = {
-    "MLP and attention": lambda row: row["part"] in ("mlp", "attention"),
+    WHOLE: lambda row: row["part"] in ("mlp", "attention"),
     "attention": lambda row: row["part"] == "attention",
     "MLP": lambda row: row["part"] == "mlp",
 }
@@ -28,7 +29,7 @@ class Findings:
 
     Attributes:
         comparison: with notes on the base's tensors that are not finite, and on dtypes that differ.
-        rows, alignment: as in `Measured`, of all tensors. energy: (trajectory, position) → [(type, curve (G,))].
+        rows, alignment: as in `Measured`, of all tensors. energy: (trajectory, position) → curves (G,).
         middle: whether the depth has a middle third; one or two layers have none.
         directions: (T, T) inner products, or None without matrices. tokens: trajectory → column → (V,).
     """
@@ -40,10 +41,9 @@ class Findings:
         self.trajectories = list(comparison.trajectories)
         self.rows = self._sorted(row for m in tensors for row in m.rows)
         self.alignment = self._sorted(row for m in tensors for row in m.alignment)
-        self.energy: dict[tuple[str, int], list[tuple[str, list[float]]]] = {}
-        for m in tensors:
-            for trajectory, position, kind, curve in m.energy:
-                self.energy.setdefault((trajectory, position), []).append((kind, curve))
+        self.energy: dict[tuple[str, int], list[list[float]]] = {}
+        for trajectory, position, _, curve in (part for m in tensors for part in m.energy):
+            self.energy.setdefault((trajectory, position), []).append(curve)
         products = [m.directions for m in tensors if m.directions is not None]
         self.directions: Tensor | None = torch.stack(products).sum(0) if products else None
         self.tokens = next((m.tokens for m in tensors if m.tokens), {})
@@ -55,11 +55,22 @@ class Findings:
         self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
         self.middle = any(row["third"] == "middle" for row in self.rows)
 
-    def last(self, trajectory: str, rows: Sequence[Row] | None = None) -> list[Row]:
-        """The rows of a trajectory's last checkpoint."""
-        return [
-            r for r in (self.rows if rows is None else rows) if r["trajectory"] == trajectory and r["progress"] == 1
-        ]
+    def about(self, trajectory: str, position: int) -> dict[str, Any]:
+        """What names a checkpoint in every table."""
+        checkpoint = self.comparison.trajectories[trajectory][position]
+        progress = self.comparison.progress[trajectory][position]
+        return dict(zip(CHECKPOINT, (trajectory, checkpoint.label, checkpoint.step, progress), strict=True))
+
+    def each(self, rows: Iterable[Row]) -> dict[str, list[Row]]:
+        """trajectory → its rows."""
+        own: dict[str, list[Row]] = {trajectory: [] for trajectory in self.trajectories}
+        for row in rows:
+            own[row["trajectory"]].append(row)
+        return own
+
+    def last(self, rows: Iterable[Row]) -> dict[str, list[Row]]:
+        """trajectory → the rows of its last checkpoint."""
+        return self.each(row for row in rows if row["progress"] == 1)
 
     def types(self) -> list[str]:
         """The module types there are, in the usual order."""
@@ -93,12 +104,12 @@ def finite(row: Row) -> bool:
     return math.isfinite(row["update_norm"]) and math.isfinite(row["weight_norm"])
 
 
-def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
-    """Rows by the values of some columns, in order of first appearance."""
+def grouped(rows: Iterable[Row], *keys: str) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Columns, and the rows that have the same values there, in order of first appearance."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return groups
+    return [(dict(zip(keys, values, strict=True)), own) for values, own in groups.items()]
 
 
 def norms(rows: Sequence[Row]) -> dict[str, Any]:
@@ -123,12 +134,10 @@ def mean(rows: Sequence[Row], key: str) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def interval(row: Row, key: str, low: str | None = None, high: str | None = None, error: str | None = None) -> Interval:
-    """A column with its bounds, or ± two standard errors."""
-    value = row[key]
-    if error is not None:
-        return Interval(value, value - 2 * row[error], value + 2 * row[error])
-    return Interval(value, row[low] if low else value, row[high] if high else value)
+def interval(row: Row, key: str) -> Interval:
+    """A column between those that bound it, or ± two standard errors, where the row has them."""
+    value, spread = row[key], 2 * row.get(f"{key}_error", 0.0)
+    return Interval(value, row.get(f"{key}_low", value - spread), row.get(f"{key}_high", value + spread))
 
 
 def share(part: float, whole: float) -> float:

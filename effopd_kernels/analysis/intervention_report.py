@@ -2,63 +2,45 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
 from .evaluations import MEASURED, Z
+from .figures import Interval
 from .plans import FINAL, KEPT, OWN, UNMATCHED
-from .report import FIGURES, TABLES, Headline, Interval, Section, shown, write_report
-from .tables import write_table
+from .report import Headline, Part, Section, shown, write_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLES = {
-    "scale": "Scaling the final update",
-    "norm": "Score against update norm",
-    "embeddings": "Embeddings of the base",
-    "window": "A few layers at a time",
-    "top": "The leading part of the rank",
-    "bottom": "The rank without its leading part",
-    "rescale": "Early checkpoints at the final norm",
-}
-LEADS = {
-    "scale": "W0 + α·ΔW of the final checkpoint on every tensor: α = 0 is the base, α = 1 the trained model.",
-    "norm": "Every checkpoint as it is, placed by the Frobenius norm of its whole update.",
-    "embeddings": "The final model with the base's embeddings, and head where that is a tensor of its own.",
-    "window": "The base with a window of layers taken from the final checkpoint: their MLPs, their attention, both.",
-    "top": "Every matrix's final update truncated to its leading singular triplets; vectors keep their final values. "
-    "Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole update.",
-    "bottom": "Every matrix's final update without its leading singular triplets; vectors keep their final values. "
-    "Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole update.",
-    "rescale": "Every checkpoint, and the same with each tensor's update rescaled to that tensor's final norm.",
-}
-HOW_TO_READ = {
-    "scale": "A best value beyond α = 1 means that going on along the update would have paid; a flat stretch, that its "
-    "length does not matter.",
-    "norm": "The trajectory whose curve leaves the base's line sooner gets more out of each unit of movement.",
-    "embeddings": "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect. "
-    "Thin lines: 95 % of what other prompts would give.",
-    "window": "A point is a window, placed at its middle layer; the further from the base's line, the more of what was "
-    "learned sits there.",
-    "top": "A curve that reaches its final model's line early has its gain in few directions.",
-    "bottom": "A curve that stays at the base's line has nothing in the directions that are left.",
-    "rescale": "Where the right panel is near the final model's line from the start, the direction was there early and "
-    "only length was missing.",
-}
-ACROSS = {
-    "norm": None,
-    "rescale": "norm",
-    "top": "norm",
-    "bottom": "norm",
-}  # columns of a section's table, where they are not the trajectories
 LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
 BLOCK_NAMES = {"mlp": "MLP", "attention": "attention", "both": "MLP and attention"}
-HEADLINES = ("top", "rescale", "embeddings")
 LABELS = {"accuracy": "accuracy", "teacher_kl": "KL to the teacher, nats per token"}
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """How one intervention is told.
+
+    Attributes:
+        title, lead, how_to_read: as in `report.Section`.
+        draw: its figures by name.
+        look: what to look at first, and each trajectory's row of it, from the rows that have a share to recover.
+        across: the column whose values become the table's columns; None where the metric is the only one.
+        headline: whether what is looked at first is also a number at the top.
+    """
+
+    title: str
+    lead: str
+    how_to_read: str
+    draw: "Callable[[View, Sequence[Row]], Iterator[tuple[str, Figure]]]"
+    look: Callable[[Sequence[Row]], tuple[str, list[Row]]] = lambda rows: ("", [])
+    across: str | None = "trajectory"
+    headline: bool = False
 
 
 def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: str, notes: Sequence[str] = ()) -> None:
@@ -68,25 +50,24 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
         rows: of `evaluations.rows_of`. metric: the one drawn. settings, lead, notes: see `report.write_report`.
     """
     view = View(rows, metric)
-    notes = [*notes, *view.losses()]
-    write_table(folder / TABLES, "models", [r for r in rows if r["intervention"] in ("base", "final")])
+    tables = {"models": [r for r in rows if r["intervention"] in ("base", "final")]}
     sections, headlines = [], [view.scores()]
-    for name, title in TITLES.items():
+    for name, told in TOLD.items():
         own = [{k: v for k, v in row.items() if k != "intervention"} for row in rows if row["intervention"] == name]
         if not own:
             continue
-        write_table(folder / TABLES, name, own)
-        drawn = [figures.save(figure, folder / FIGURES, stem) for stem, figure in FIGURES_OF[name](view, own)]
-        what, telling = found(view, name, own)
-        if telling and name in HEADLINES:
-            shares = {row["trajectory"]: view.interval(row, "recovered") for row in telling}
-            label = what[0].upper() + what[1:]
-            headlines.append(Headline(label, shares, "Share of the final model's gain over the base.", 1.0))
-        how = HOW_TO_READ[name] if name == "embeddings" else f"{HOW_TO_READ[name]} {LINES}"
-        table = view.table(own, ACROSS.get(name, "trajectory"))
+        tables[name] = own
+        what, looked = told.look([row for row in own if row["recovered"] is not None])
+        if looked and told.headline:
+            shares = {row["trajectory"]: view.interval(row, "recovered") for row in looked}
+            explained = "Share of the final model's gain over the base."
+            headlines.append(Headline(what[0].upper() + what[1:], shares, explained, 1.0))
         note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
-        sections.append(Section(title, f"{LEADS[name]} {said(what, telling)}", drawn, how, table, note))
-    write_report(folder, "What edited models score", sections, settings, lead=lead, headlines=headlines, notes=notes)
+        table = view.table(own, told.across)
+        about, drawn = f"{told.lead} {said(what, looked)}", dict(told.draw(view, own))
+        sections.append(Section(told.title, about, drawn, told.how_to_read, table, note))
+    part = Part(sections, headlines, tables)
+    write_report(folder, "What edited models score", [part], settings, lead=lead, notes=[*notes, *view.losses()])
 
 
 class View:
@@ -142,15 +123,10 @@ class View:
 
     def curves(self, rows: Sequence[Row], x: str, x_label: str, **axes_properties) -> "Figure":
         """The metric over `x` with its 95 % bands, one line per trajectory; dotted, the base and the final models."""
-        of = {t: [row for row in rows if row["trajectory"] == t] for t in self.finals}
-        intervals = {t: [self.interval(row) for row in own] for t, own in of.items() if own}
-        figure = figures.lines(
-            {t: ([row[x] for row in of[t]], [i.value for i in found]) for t, found in intervals.items()},
-            x_label,
-            LABELS[self.metric],
-            bands={t: ([i.low for i in found], [i.high for i in found]) for t, found in intervals.items()},
-            **axes_properties,
-        )
+        curves = {
+            t: ([row[x] for row in own], [self.interval(row) for row in own]) for t, own in by_trajectory(rows).items()
+        }
+        figure = figures.lines(curves, x_label, LABELS[self.metric], **axes_properties)
         (axes,) = figure.axes
         axes.axhline(self.base[self.metric], color="#666666", linewidth=1, linestyle=":")
         for i, final in enumerate(self.finals.values()):
@@ -175,10 +151,8 @@ def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
 
 def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
     choices = list(dict.fromkeys(row["of_the_base"] for row in rows))
-    of = {t: [view.interval(r) for r in (*rows, view.base) if r["trajectory"] in (t, None)] for t in view.finals}
-    values = {t: [i.value for i in own] for t, own in of.items()}
-    errors = {t: ([i.low for i in own], [i.high for i in own]) for t, own in of.items()}
-    yield "embeddings", figures.bars([*choices, "everything"], values, LABELS[view.metric], errors=errors)
+    bars = {t: [view.interval(row) for row in (*own, view.base)] for t, own in by_trajectory(rows).items()}
+    yield "embeddings", figures.bars([*choices, "everything"], bars, LABELS[view.metric])
 
 
 def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
@@ -213,32 +187,32 @@ def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
             yield f"rescale_{stem}" + ("" if of is view else f"_{of.metric}"), figure
 
 
-FIGURES_OF = {
-    "scale": scale,
-    "norm": norm,
-    "embeddings": embeddings,
-    "window": window,
-    "top": truncation("top"),
-    "bottom": truncation("bottom"),
-    "rescale": rescale,
-}
+def best(rows: Sequence[Row]) -> list[Row]:
+    """Each trajectory's row that gained most."""
+    return [max(own, key=lambda row: row[MEASURED]) for own in by_trajectory(rows).values()]
 
 
-def found(view: View, name: str, rows: Sequence[Row]) -> tuple[str, list[Row]]:
-    """What to look at first, and each trajectory's row of it; those whose final model gained nothing have none."""
-    rows = [row for row in rows if row["recovered"] is not None]
-    of = {t: own for t in view.finals if (own := [row for row in rows if row["trajectory"] == t])}
-    best = [max(own, key=lambda row: row[MEASURED]) for own in of.values()]
-    if name in KEPT and rows:
-        share = min((row[KEPT[name]] for row in rows), key=lambda f: abs(f - 0.1))
-        chosen = [row for row in rows if row[KEPT[name]] == share and row["norm"] == UNMATCHED]
-        return ("top {:.0%} of the rank" if name == "top" else "rank without its top {:.0%}").format(share), chosen
-    if name == "rescale":
-        last = [[row for row in own if row["norm"] == FINAL] for own in of.values()]
-        return "first checkpoint at the final norm", [min(own, key=lambda row: row["step"]) for own in last]
-    if name == "embeddings":
-        return "final model with the base's embeddings", [row for row in rows if row["of_the_base"] == "embeddings"]
-    return {"scale": ("best α", best), "window": ("best window", best)}.get(name, ("", []))
+def tenth(part: str) -> Callable[[Sequence[Row]], tuple[str, list[Row]]]:
+    """The share of the rank nearest to 10 %, its norm as it falls."""
+
+    def look(rows: Sequence[Row]) -> tuple[str, list[Row]]:
+        share = min((row[KEPT[part]] for row in rows), key=lambda f: abs(f - 0.1), default=0.1)
+        what = "top {:.0%} of the rank" if part == "top" else "rank without its top {:.0%}"
+        return what.format(share), [row for row in rows if row[KEPT[part]] == share and row["norm"] == UNMATCHED]
+
+    return look
+
+
+def first_at_final_norm(rows: Sequence[Row]) -> list[Row]:
+    at_final = by_trajectory([row for row in rows if row["norm"] == FINAL])
+    return [min(own, key=lambda row: row["step"]) for own in at_final.values()]
+
+
+def by_trajectory(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    own: dict[str, list[Row]] = {}
+    for row in rows:
+        own.setdefault(row["trajectory"], []).append(row)
+    return own
 
 
 def said(what: str, rows: Sequence[Row]) -> str:
@@ -253,3 +227,73 @@ def said(what: str, rows: Sequence[Row]) -> str:
 
     shares = ", ".join(f"{row['trajectory']} {row['recovered']:.0%}{where(row)}" for row in rows)
     return f"Of the final model's gain the {what} recovers: {shares}." if shares else ""
+
+
+MATCHED = (
+    "vectors keep their final values. Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole "
+    "update."
+)
+TOLD = {
+    "scale": Told(
+        "Scaling the final update",
+        "W0 + α·ΔW of the final checkpoint on every tensor: α = 0 is the base, α = 1 the trained model.",
+        "A best value beyond α = 1 means that going on along the update would have paid; a flat stretch, that its "
+        f"length does not matter. {LINES}",
+        scale,
+        lambda rows: ("best α", best(rows)),
+    ),
+    "norm": Told(
+        "Score against update norm",
+        "Every checkpoint as it is, placed by the Frobenius norm of its whole update.",
+        f"The trajectory whose curve leaves the base's line sooner gets more out of each unit of movement. {LINES}",
+        norm,
+        across=None,
+    ),
+    "embeddings": Told(
+        "Embeddings of the base",
+        "The final model with the base's embeddings, and head where that is a tensor of its own.",
+        "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect. "
+        "Thin lines: 95 % of what other prompts would give.",
+        embeddings,
+        lambda rows: (
+            "final model with the base's embeddings",
+            [row for row in rows if row["of_the_base"] == "embeddings"],
+        ),
+        headline=True,
+    ),
+    "window": Told(
+        "A few layers at a time",
+        "The base with a window of layers taken from the final checkpoint: their MLPs, their attention, both.",
+        "A point is a window, placed at its middle layer; the further from the base's line, the more of what was "
+        f"learned sits there. {LINES}",
+        window,
+        lambda rows: ("best window", best(rows)),
+    ),
+    "top": Told(
+        "The leading part of the rank",
+        f"Every matrix's final update truncated to its leading singular triplets; {MATCHED}",
+        f"A curve that reaches its final model's line early has its gain in few directions. {LINES}",
+        truncation("top"),
+        tenth("top"),
+        across="norm",
+        headline=True,
+    ),
+    "bottom": Told(
+        "The rank without its leading part",
+        f"Every matrix's final update without its leading singular triplets; {MATCHED}",
+        f"A curve that stays at the base's line has nothing in the directions that are left. {LINES}",
+        truncation("bottom"),
+        tenth("bottom"),
+        across="norm",
+    ),
+    "rescale": Told(
+        "Early checkpoints at the final norm",
+        "Every checkpoint, and the same with each tensor's update rescaled to that tensor's final norm.",
+        "Where the right panel is near the final model's line from the start, the direction was there early and "
+        f"only length was missing. {LINES}",
+        rescale,
+        lambda rows: ("first checkpoint at the final norm", first_at_final_norm(rows)),
+        across="norm",
+        headline=True,
+    ),
+}

@@ -9,23 +9,20 @@ import html
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from .figures import COLOURS
+from . import figures
+from .figures import COLOURS, Interval
+from .tables import Rows, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT_NAME, FIGURES, TABLES = "report.html", "figures", "tables"
 _STYLE = Path(__file__).with_name("report.css")
-
-
-class Interval(NamedTuple):
-    """A number with its error bars."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Section:
 
     Attributes:
         title, lead: what it is about, and one or two sentences of what was found.
-        figures: names of figures in ``folder/figures``.
+        figures: name of its files → figure.
         how_to_read: one sentence under the figures.
         table: rows of equal keys, each value a number, string, bool, None or `Interval`; keys become the header.
         table_note: one sentence under the table, such as where the rest of its rows are.
@@ -52,10 +49,19 @@ class Section:
 
     title: str
     lead: str = ""
-    figures: Sequence[str] = ()
+    figures: Mapping[str, "Figure"] = field(default_factory=dict)
     how_to_read: str = ""
     table: Sequence[Mapping[str, Any]] | None = None
     table_note: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one analysis found: its part of the report, and its tables by name."""
+
+    sections: Sequence[Section] = ()
+    headlines: Sequence[Headline] = ()
+    tables: Mapping[str, Rows] = field(default_factory=dict)
 
 
 def shown(value: Any) -> str:
@@ -89,37 +95,37 @@ def shown(value: Any) -> str:
 def write_report(
     folder: str | Path,
     title: str,
-    sections: Sequence[Section],
+    parts: Sequence[Part],
     settings: Mapping[str, Any],
     *,
     lead: str = "",
-    headlines: Sequence[Headline] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write ``folder/report.html`` and return its path.
+    """Write ``report.html``, ``figures`` and ``tables`` into ``folder``; returns the path of the report.
 
     Args:
-        folder: where ``figures/<name>.svg`` of every section are.
-        lead: one paragraph under the title: what was compared. headlines: the numbers to see first.
+        lead: one paragraph under the title: what was compared.
         notes: what a reader must know before trusting a number, such as tensors left out; shown at the top.
         settings: shown at the end, with the versions of what computed them.
-
-    Raises:
-        FileNotFoundError: a section names a figure that is not there.
     """
     folder = Path(folder)
+    sections = [section for part in parts for section in part.sections]
+    for name, rows in (table for part in parts for table in part.tables.items()):
+        write_table(folder / TABLES, name, rows)
+    for name, figure in (drawn for section in sections for drawn in section.figures.items()):
+        figures.save(figure, folder / FIGURES, name)
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{_text(s.title)}</a></li>' for s in sections)
-    parts = [
+    body = [
         f"<header><h1>{_text(title)}</h1>{_paragraph(lead)}</header>",
         "".join(f'<p class="note">{_text(note)}</p>' for note in notes),
-        _headlines(headlines),
+        _headlines([headline for part in parts for headline in part.headlines]),
         f"<nav><ul>{contents}</ul></nav>",
         *(_section(section, folder / FIGURES) for section in sections),
         _settings({**settings, **versions()}),
     ]
     path = folder / REPORT_NAME
     path.write_text(
-        _PAGE.format(title=_text(title), style=_STYLE.read_text("utf-8"), body="\n".join(p for p in parts if p)),
+        _PAGE.format(title=_text(title), style=_STYLE.read_text("utf-8"), body="\n".join(filter(None, body))),
         "utf-8",
         "backslashreplace",  # paths may hold bytes that are no text
     )
@@ -176,10 +182,10 @@ def _bounds(interval: Interval) -> str:
 
 
 def _section(section: Section, folder: Path) -> str:
-    figures = "".join(_figure(folder / f"{name}.svg", section) for name in section.figures)
+    pictures = "".join(_picture(folder / f"{name}.svg", section) for name in section.figures)
     parts = [f'<section id="{_anchor(section.title)}"><h2>{_text(section.title)}</h2>', _paragraph(section.lead)]
-    if figures:
-        parts.append(f'<div class="figures">{figures}</div>')
+    if pictures:
+        parts.append(f'<div class="figures">{pictures}</div>')
     if section.how_to_read:
         parts.append(f'<p class="how"><b>How to read it.</b> {_text(section.how_to_read)}</p>')
     if section.table:
@@ -187,7 +193,7 @@ def _section(section: Section, folder: Path) -> str:
     return "".join([*parts, "</section>"])
 
 
-def _figure(path: Path, section: Section) -> str:
+def _picture(path: Path, section: Section) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     name = path.stem.replace("_", " ")
     return f'<img alt="{_text(section.title)}: {_text(name)}" src="data:image/svg+xml;base64,{data}">'

@@ -1,54 +1,48 @@
 """How early an update's directions settle: each checkpoint's subspaces against the last one's, and their path."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import figures
-from .findings import CHECKPOINT, GROUPS, Findings, Row, grouped, mean
-from .report import FIGURES, TABLES, Headline, Section
-from .tables import write_table
+from .findings import CHECKPOINT, GROUPS, WHOLE, Findings, Row, grouped, mean
+from .report import Headline, Part, Section
 
 MEASURES = {"mean_cosine": "mean |cos(uᵢ, uᵢ,last)|", "mean_principal_cosine": "mean principal cosine"}
 
 
-def subspaces(found: Findings, folder: Path) -> tuple[list[Section], list[Headline]]:
-    """Write the tables alignment, alignment_tensors and directions and their figures; return the report's part.
-    Trajectories of one checkpoint have no evolution, so with no others there is no part.
+def subspaces(found: Findings) -> Part:
+    """The tables alignment, alignment_tensors and directions, and what they say. Trajectories of one checkpoint have no
+    evolution, so with no others there is nothing.
     """
     if not found.alignment or all(len(c) < 2 for c in found.comparison.trajectories.values()):
-        return [], []
-    write_table(folder / TABLES, "alignment_tensors", found.alignment)
+        return Part()
     table = _averages(found.alignment)
-    write_table(folder / TABLES, "alignment", table)
-    whole = [r for r in table if r["group"] == "MLP and attention"]
-    return [_alignment(found, folder, whole), *_paths(found, folder)], _early(found, whole)
+    whole = [r for r in table if r["group"] == WHOLE]
+    sections, tables = [_alignment(found, whole)], {"alignment_tensors": found.alignment, "alignment": table}
+    places = [i for i in range(len(found.directions)) if found.directions[i, i] > 0]
+    if len(places) >= 3:
+        tables["directions"], labels = _coordinates(found, places)
+        sections.append(_paths(found, tables["directions"], labels))
+    return Part(sections, _early(found, whole), tables)
 
 
 def _averages(rows: list[Row]) -> list[dict[str, Any]]:
-    out = []
-    for key, own in grouped(rows, *CHECKPOINT, "k").items():
-        for name, inside in GROUPS.items():
-            if members := [r for r in own if inside(r)]:
-                columns = (*MEASURES, "largest_angle_degrees", "chance_cosine")
-                out.append(
-                    dict(zip((*CHECKPOINT, "k"), key, strict=True))
-                    | {"group": name, "matrices": len(members)}
-                    | {column: mean(members, column) for column in columns}
-                )
-    return out
+    columns = (*MEASURES, "largest_angle_degrees", "chance_cosine")
+    return [
+        about | {"group": name, "matrices": len(members)} | {column: mean(members, column) for column in columns}
+        for about, own in grouped(rows, *CHECKPOINT, "k")
+        for name, inside in GROUPS.items()
+        if (members := [r for r in own if inside(r)])
+    ]
 
 
 def _early(found: Findings, whole: list[Row]) -> list[Headline]:
     """The smallest k at the first checkpoint, where lock-in would show."""
     smallest = min(r["k"] for r in whole)
-    first = {
-        t: min(own, key=lambda r: r["progress"])
-        for t in found.trajectories
-        if (own := [r for r in whole if r["trajectory"] == t and r["k"] == smallest and r["progress"] < 1])
-    }
+    early = found.each(r for r in whole if r["k"] == smallest and r["progress"] < 1)
+    first = {t: min(own, key=lambda r: r["progress"]) for t, own in early.items() if own}
     if not first:
         return []
     when = ", ".join(f"{t} at {r['progress']:.0%} of training" for t, r in first.items())
@@ -62,23 +56,22 @@ def _early(found: Findings, whole: list[Row]) -> list[Headline]:
     ]
 
 
-def _alignment(found: Findings, folder: Path, whole: list[Row]) -> Section:
-    drawn, ks = [], sorted({r["k"] for r in whole})
+def _alignment(found: Findings, whole: list[Row]) -> Section:
+    drawn = {}
     for column, label in MEASURES.items():
-        for k in ks:
+        for k in sorted({r["k"] for r in whole}):
             if k == 1 and column != "mean_cosine":  # the same number
                 continue
             own = [r for r in whole if r["k"] == k]
-            curves = {
-                t: ([r["progress"] for r in rows], [r[column] for r in rows])
-                for t in found.trajectories
-                if (rows := [r for r in own if r["trajectory"] == t])
-            }
-            level = own[0]["chance_cosine"] if column == "mean_cosine" else None
-            figure = figures.lines(
-                curves, "training progress", label, level=level, ylim=(0, 1.03), xlim=(0, 1.03), title=f"k = {k}"
+            drawn[f"alignment_{column.removeprefix('mean_')}_k{k}"] = figures.lines(
+                _curves(found, own, "progress", column),
+                "training progress",
+                label,
+                level=own[0]["chance_cosine"] if column == "mean_cosine" else None,
+                ylim=(0, 1.03),
+                xlim=(0, 1.03),
+                title=f"k = {k}",
             )
-            drawn.append(figures.save(figure, folder / FIGURES, f"alignment_{column.removeprefix('mean_')}_k{k}"))
     return Section(
         "When the directions settle",
         "",
@@ -96,46 +89,43 @@ def _alignment(found: Findings, folder: Path, whole: list[Row]) -> Section:
     )  # fmt: skip
 
 
-def _paths(found: Findings, folder: Path) -> list[Section]:
-    """PCA and t-SNE of the leading directions of all matrices, joined into one vector per checkpoint."""
-    order = found.comparison.checkpoints()
-    products = found.directions
-    places = [i for i in range(len(order)) if products[i, i] > 0]
-    if len(places) < 3:
-        return []
-    products = products[places][:, places] / products.diagonal().max()
+def _curves(found: Findings, rows: list[Row], x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Two columns for every trajectory that has rows."""
+    return {t: ([r[x] for r in own], [r[y] for r in own]) for t, own in found.each(rows).items() if own}
+
+
+def _coordinates(found: Findings, places: list[int]) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+    """PCA and t-SNE of the leading directions of all matrices, joined into one vector per checkpoint: a table of those
+    at ``places``, and what to call the axes of either.
+    """
+    products = found.directions[places][:, places]
+    products = products / products.diagonal().max()
     points, explained = _principal(products)
-    embedded = _neighbours(products, found.options.seed) if len(places) >= 4 else None
+    coordinates = {"pca": points.tolist()}
+    labels = {"pca": (f"first component, {explained[0]:.0%}", f"second component, {explained[1]:.0%}")}
+    if len(places) >= 4:
+        coordinates["tsne"] = _neighbours(products, found.options.seed).tolist()
+        labels["tsne"] = ("t-SNE, first axis", "t-SNE, second axis")
+    order = found.comparison.checkpoints()
     table = []
     for j, i in enumerate(places):
-        trajectory, position, checkpoint = order[i]
-        where = (trajectory, checkpoint.label, checkpoint.step, found.comparison.progress[trajectory][position])
-        row = dict(zip(CHECKPOINT, where, strict=True)) | {"pca_1": points[j, 0].item(), "pca_2": points[j, 1].item()}
-        if embedded is not None:
-            row |= {"tsne_1": float(embedded[j, 0]), "tsne_2": float(embedded[j, 1])}
+        row = found.about(*order[i][:2])
+        for name, points in coordinates.items():
+            row[f"{name}_1"], row[f"{name}_2"] = points[j]
         table.append(row)
-    write_table(folder / TABLES, "directions", table)
-    labels = {"pca": (f"first component, {explained[0]:.0%}", f"second component, {explained[1]:.0%}")}
-    if embedded is not None:
-        labels["tsne"] = ("t-SNE, first axis", "t-SNE, second axis")
-    drawn = []
-    for stem, (x, y) in labels.items():
-        own = {t: [r for r in table if r["trajectory"] == t] for t in found.trajectories}
-        curves = {
-            t: ([r[f"{stem}_1"] for r in rows], [r[f"{stem}_2"] for r in rows]) for t, rows in own.items() if rows
-        }
-        figure = figures.paths(curves, x, y)
-        drawn.append(figures.save(figure, folder / FIGURES, f"directions_{stem}"))
-    return [
-        Section(
-            "The path of the leading directions",
-            "",
-            drawn,
-            "Each point is one checkpoint: the leading directions of all its matrices, signs aligned, in two "
-            "dimensions; lines join them in order, a ring marks the last. Points that crowd together mean directions "
-            "that no longer turn.",
-        )
-    ]
+    return table, labels
+
+
+def _paths(found: Findings, table: list[Row], labels: dict[str, tuple[str, str]]) -> Section:
+    return Section(
+        "The path of the leading directions",
+        "",
+        {f"directions_{name}": figures.paths(_curves(found, table, f"{name}_1", f"{name}_2"), *axes)
+         for name, axes in labels.items()},
+        "Each point is one checkpoint: the leading directions of all its matrices, signs aligned, in two "
+        "dimensions; lines join them in order, a ring marks the last. Points that crowd together mean directions "
+        "that no longer turn.",
+    )  # fmt: skip
 
 
 def _principal(products: Tensor) -> tuple[Tensor, list[float]]:

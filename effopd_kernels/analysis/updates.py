@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
 from .output import check_free, whole_folder
-from .report import REPORT_NAME, write_report
+from .report import REPORT_NAME, Section, write_report
 
 ALONE = "training"  # the name of the only trajectory
 
@@ -114,14 +114,9 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
     from .spectra import spectra
     from .subspaces import subspaces
 
-    sections, headlines = [], []
-    for part in (allocation, spectra, subspaces):
-        own, numbers = part(found, folder)
-        sections += own
-        headlines += numbers
-    sections += embeddings(found, folder)
+    parts = [part(found) for part in (allocation, spectra, subspaces, embeddings)]
     if len(found.trajectories) == 1:  # a column of one word
-        sections = [replace(s, table=[_without(row, "trajectory") for row in s.table or ()]) for s in sections]
+        parts = [replace(part, sections=[_alone(section) for section in part.sections]) for part in parts]
     comparison, options = found.comparison, found.options
     notes = [*comparison.notes, *_warnings(found)]
     for note in notes:
@@ -139,8 +134,8 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
         "device": options.device or "cpu",
     }
     write_report(
-        folder, "What training did to the weights", sections, {**compared, **asked, **settings},
-        lead=_lead(comparison), headlines=headlines, notes=notes,
+        folder, "What training did to the weights", parts, {**compared, **asked, **settings},
+        lead=_lead(comparison), notes=notes,
     )  # fmt: skip
 
 
@@ -171,8 +166,8 @@ def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks
     return compare(args.base, trajectories)
 
 
-def _without(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if k != key}
+def _alone(section: Section) -> Section:
+    return replace(section, table=[{k: v for k, v in row.items() if k != "trajectory"} for row in section.table or ()])
 
 
 def _lead(comparison: Comparison) -> str:

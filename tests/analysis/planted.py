@@ -122,8 +122,7 @@ def two_trajectories(folders: Path, out: Path) -> list[str]:
     return ["updates", f"--base={folders / 'base'}", *runs, f"--output_dir={out}", "--rank=8", "--ks", "1", "4"]
 
 
-def save_blank(figure, folder: Path, name: str) -> str:
+def save_blank(figure, folder: Path, name: str) -> None:
     """In the place of `figures.save`, which takes most of the time of a small run."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    return name

@@ -210,8 +210,12 @@ def test_intervals_of_right_and_wrong_answers():
 def test_bars_of_an_untied_model_can_be_told_apart(tmp_path, monkeypatch):
     """Their labels do not overprint, and they have error bars."""
     drawn = {}
-    monkeypatch.setattr(figures, "save", lambda figure, folder, name: drawn.setdefault(name, figure) and name)
-    monkeypatch.setattr(intervention_report, "write_report", lambda *_, **__: (tmp_path / "report.html").write_text(""))
+
+    def keep(figure, folder, name):
+        drawn[name] = figure
+        planted.save_blank(figure, folder, name)
+
+    monkeypatch.setattr(figures, "save", keep)
     scored(tmp_path, lambda edit: [float(i < 2) for i in range(4)])
     figure = drawn["embeddings"]
     figure.draw_without_rendering()
