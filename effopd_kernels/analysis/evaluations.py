@@ -65,8 +65,7 @@ class Evaluations:
                 f"'{self.path}' is damaged ({error}); pass --overwrite_output_dir to start again, or another "
                 "--output_dir"
             ) from error
-        differ = [k for k in self.settings if found.get(k) != self.settings[k]]
-        if differ:
+        if differ := [k for k in self.settings if found.get(k) != self.settings[k]]:
             raise UserError(
                 f"'{self.path}' holds evaluations with other settings ({differ[0]} was {found.get(differ[0])!r}, is "
                 f"now {self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another "
@@ -142,11 +141,11 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
         found, gains = evaluations.done[trial.edit.key()], gains_of(trial)
         row = {"intervention": trial.intervention, "trajectory": trial.edit.trajectory, **trial.about}
         row |= {MEASURED: mean(gains), "gain_se": standard_error(gains)}
-        row |= dict(zip(("recovered", "recovered_se"), ratio(gains, whole.get(trial.edit.trajectory)), strict=True))
+        row["recovered"], row["recovered_se"] = ratio(gains, whole.get(trial.edit.trajectory))
         for name in METRICS:
             if (values := getattr(found, name)) is not None:
                 row |= {name: mean(values), f"{name}_se": standard_error(values)}
-                row |= dict(zip((f"{name}_low", f"{name}_high"), bounds(values), strict=True))
+                row[f"{name}_low"], row[f"{name}_high"] = bounds(values)
         rows.append(row | {"tokens": found.tokens, "seconds": found.seconds})
     return rows
 

@@ -170,8 +170,7 @@ def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig)
         raise UserError("--output_dir is required")
     if args.eval_metric == "teacher_kl" and args.teacher_model_name_or_path is None:
         raise UserError("--eval_metric teacher_kl needs --teacher_model_name_or_path")
-    unknown = [name for name in ours.interventions if name not in INTERVENTIONS]
-    if unknown:
+    if unknown := [name for name in ours.interventions if name not in INTERVENTIONS]:
         raise UserError(f"--interventions '{unknown[0]}' is not one of {', '.join(INTERVENTIONS)}")
     if not all(0 < f <= 1 for f in ours.rank_fractions):
         raise UserError(f"--rank_fractions must lie in (0, 1], got {ours.rank_fractions}")
@@ -180,6 +179,12 @@ def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig)
     for name in ("window", "stride", "max_prompts"):
         if (value := getattr(ours, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+
+
+SAMPLING = (
+    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs",
+    "per_device_eval_batch_size", "seed",
+)  # fmt: skip
 
 
 def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -202,12 +207,6 @@ def inputs_of(comparison: Comparison, data: cli.DataArguments, args: OPDConfig) 
     """Everything that is read, where it is a path."""
     weights = [comparison.base.path, *(checkpoint.path for _, _, checkpoint in comparison.checkpoints())]
     return [*weights, data.dataset_name, *filter(None, [args.teacher_model_name_or_path])]
-
-
-SAMPLING = (
-    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs",
-    "per_device_eval_batch_size", "seed",
-)  # fmt: skip
 
 
 def _identity(path: Path) -> str:

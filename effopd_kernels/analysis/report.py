@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
-from .figures import COLOURS, Interval
+from .figures import Interval
 from .tables import Rows, write_table
 
 if TYPE_CHECKING:
@@ -93,22 +93,21 @@ def shown(value: Any) -> str:
 
 
 def write_report(
-    folder: str | Path,
+    folder: Path,
     title: str,
     parts: Sequence[Part],
     settings: Mapping[str, Any],
     *,
     lead: str = "",
     notes: Sequence[str] = (),
-) -> Path:
-    """Write ``report.html``, ``figures`` and ``tables`` into ``folder``; returns the path of the report.
+) -> None:
+    """Write ``report.html``, ``figures`` and ``tables`` into ``folder``.
 
     Args:
         lead: one paragraph under the title: what was compared.
         notes: what a reader must know before trusting a number, such as tensors left out; shown at the top.
         settings: shown at the end, with the versions of what computed them.
     """
-    folder = Path(folder)
     sections = [section for part in parts for section in part.sections]
     for name, rows in (table for part in parts for table in part.tables.items()):
         write_table(folder / TABLES, name, rows)
@@ -123,13 +122,11 @@ def write_report(
         *(_section(section, folder / FIGURES) for section in sections),
         _settings({**settings, **versions()}),
     ]
-    path = folder / REPORT_NAME
-    path.write_text(
+    (folder / REPORT_NAME).write_text(
         _PAGE.format(title=_text(title), style=_STYLE.read_text("utf-8"), body="\n".join(filter(None, body))),
         "utf-8",
         "backslashreplace",  # paths may hold bytes that are no text
     )
-    return path
 
 
 def versions() -> dict[str, str]:
@@ -166,7 +163,7 @@ def _bar(name: str, interval: Interval, full: float | None, index: int) -> str:
     # The bounds in words too: a bar alone tells nothing to a screen reader.
     parts = [f"<span>{_text(name)}</span><b>{shown(interval.value)}</b>{_bounds(interval)}"]
     if full is not None:
-        colour = COLOURS[index % len(COLOURS)]
+        colour = figures.look(index)["color"]
         parts.append(f'<div><u style="width:{percent(interval.value)};background:{colour}"></u>')
         if _bounds(interval):
             ends = f"left:{percent(interval.low)};right:calc(100% - {percent(interval.high)})"
