@@ -7,20 +7,41 @@ the process are untouched.
 
     use_fused_loss(trainer)     # any trl.DistillationTrainer now computes its loss with effopd_kernels
     restore_trl_loss(trainer)   # and now no longer
+
+Not every model's logits are softcap(scale·(hidden·weightᵀ + bias)) of what TRL reads: BERT's head has a layer more,
+RecurrentGemma's cap goes by another name, Aya Vision leaves its config's scale unused. The first loss therefore looks
+at both models' own logits, and where they are not what was read, it and all later ones are of those logits.
 """
 
+import logging
 import types
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from trl import DistillationTrainer
 
-from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, DivergenceStats, jsd, linear_divergence_loss
+from ..divergence import (
+    FORWARD_KL,
+    REVERSE_KL,
+    Divergence,
+    DivergenceStats,
+    divergence_loss,
+    jsd,
+    linear_divergence_loss,
+)
 from ..divergence.arguments import gathered
+from ..extrapolation.event import modes_kept
+
+logger = logging.getLogger(__name__)
 
 _JOINT = "_chunked_divergence_loss"
+_HIDDEN = "_get_last_hidden_state"
+_TOKENS = 8  # on which what TRL reads of a model is compared with its logits
+_TOLERANCE = 1e-2  # of the logits' norm there: several times what rounding them to bf16 thrice makes
 
 
 def divergence_from_beta(beta: float) -> Divergence:
@@ -75,24 +96,47 @@ class FusedLoss:
         temperature: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns (loss, sum of the student's entropy over valid tokens in nats, number of valid tokens)."""
-        mask = completion_mask.bool()
-        loss, stats = linear_divergence_loss(
+        return self._of(
+            linear_divergence_loss,
             student_hidden_states,
             _gathered(student_lm_head_weight, student_hidden_states),
             teacher_hidden_states,
             _gathered(teacher_lm_head_weight, teacher_hidden_states),
-            divergence_from_beta(beta) if self.divergence is None else self.divergence,
+            mask=completion_mask.bool(),
+            beta=beta,
+            temperature=temperature,
             student_bias=_gathered(student_lm_head_bias, student_hidden_states),
             teacher_bias=_gathered(teacher_lm_head_bias, teacher_hidden_states),
             student_logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
             student_softcap=student_final_logit_softcapping,
             teacher_softcap=teacher_final_logit_softcapping,
-            mask=mask,
-            temperature=temperature if self.temperature is None else self.temperature,
             num_tokens=num_items_in_batch,
-            return_stats=True,
         )
+
+    def of_logits(
+        self,
+        student_logits: torch.Tensor,  # (B, K, V_s)
+        teacher_logits: torch.Tensor,  # (B, K, V_t)
+        student_lm_head_weight: torch.Tensor,
+        teacher_lm_head_weight: torch.Tensor,
+        completion_mask: torch.Tensor,  # (B, K)
+        beta: float,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        temperature: float = 1.0,
+        **_unused,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As a call, of logits where TRL hands hidden states over; everything about the heads is in them already."""
+        mask, num_tokens = completion_mask.bool(), num_items_in_batch
+        return self._of(
+            divergence_loss, student_logits, teacher_logits, mask=mask, beta=beta, temperature=temperature,
+            num_tokens=num_tokens,
+        )  # fmt: skip
+
+    def _of(self, loss_fn, *tensors, mask, beta, temperature, **options):
+        divergence = divergence_from_beta(beta) if self.divergence is None else self.divergence
+        temperature = temperature if self.temperature is None else self.temperature
+        loss, stats = loss_fn(*tensors, divergence, mask=mask, temperature=temperature, return_stats=True, **options)
         if self.observer is not None:
             self.observer(stats, mask)
         return loss, stats.student_entropy.sum(), mask.sum()
@@ -113,21 +157,115 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
     if not isinstance(trainer, DistillationTrainer):
         raise TypeError(f"use_fused_loss needs a trl.DistillationTrainer, not a {type(trainer).__name__}")
     method = getattr(type(trainer), "_compute_loss", None)
-    if method is None or _JOINT not in method.__code__.co_names or _JOINT not in method.__globals__:
+    if method is None or not {_JOINT, _HIDDEN} <= {*method.__code__.co_names} or _JOINT not in method.__globals__:
         import trl
 
         raise RuntimeError(
             f"TRL {trl.__version__} no longer computes its loss through `{_JOINT}` in "
             "`DistillationTrainer._compute_loss`; effopd_kernels was tested with TRL 1.16"
         )
+    restore_trl_loss(trainer)
     loss = FusedLoss() if loss is None else loss
-    rebuilt = types.FunctionType(
-        method.__code__, {**method.__globals__, _JOINT: loss}, method.__name__, method.__defaults__, method.__closure__
-    )
-    trainer._compute_loss = types.MethodType(rebuilt, trainer)
+    trainer._compute_loss = _Joint(trainer, method, loss)
     return loss
 
 
 def restore_trl_loss(trainer: DistillationTrainer) -> None:
     """Give `trainer` back the loss it was born with. Does nothing if it never had ours."""
     trainer.__dict__.pop("_compute_loss", None)
+    trainer.__dict__.pop("_get_last_hidden_state", None)
+
+
+class _Joint:
+    """TRL's `_compute_loss` of a trainer, with our loss: of hidden states, or of logits where it has to be."""
+
+    def __init__(self, trainer: DistillationTrainer, method: types.FunctionType, loss: FusedLoss):
+        self.trainer, self.method, self.loss = trainer, method, loss
+        self.hidden_states = getattr(trainer, _HIDDEN)
+        self.compute: Callable | None = None
+
+    def __call__(self, unwrapped_student, inputs, num_items_in_batch):
+        if self.compute is None:
+            self.compute = self._with(self.loss)
+            if misread := self._misread(unwrapped_student, inputs["completion_ids"]):
+                logger.warning(
+                    "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from "
+                    "head and config",
+                    " and ".join(misread),
+                )
+                setattr(self.trainer, _HIDDEN, self._logits)
+                self.compute = self._with(self.loss.of_logits)
+        return self.compute(unwrapped_student, inputs, num_items_in_batch)
+
+    def _with(self, loss: Callable) -> Callable:
+        was = self.method
+        names = {**was.__globals__, _JOINT: loss}
+        rebuilt = types.FunctionType(was.__code__, names, was.__name__, was.__defaults__, was.__closure__)
+        return types.MethodType(rebuilt, self.trainer)
+
+    def _logits(self, model, *args, **kwargs) -> torch.Tensor:
+        """(B, K, V), which TRL slices as it does hidden states."""
+        return self.hidden_states(_OwnBackbone(_within_peft(model)), *args, **kwargs)
+
+    @torch.no_grad()
+    def _misread(self, student, ids: torch.Tensor) -> list[str]:
+        """The classes of the models whose logits on a few tokens are not those that TRL's reading of them gives."""
+        own, misread = [], []
+
+        def both(model, *args, **kwargs):
+            model, gain = _within_peft(model), [1.0]
+
+            def amplify(head, inputs, logits):  # up to 50, where a soft cap shows
+                gain[0] = 50 / logits.abs().max()
+                return logits * gain[0]
+
+            with model.get_output_embeddings().register_forward_hook(amplify):
+                logits = self._logits(model, *args, **kwargs)
+            own.append((type(model).__name__, logits, gain[0]))
+            # transformers finds no backbone in Llama 4, and calls the model its own.
+            return logits if model.base_model is model else self.hidden_states(model, *args, **kwargs)
+
+        def compare(student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, **read):
+            heads = ("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)
+            for (side, hidden, weight), (name, logits, gain) in zip(heads, own, strict=True):
+                rest = (read[f"{side}_{what}"] for what in ("lm_head_bias", "logit_scale", "final_logit_softcapping"))
+                if not _explained(logits, gain, hidden, weight, *rest):
+                    misread.append(name)
+            return (mask.sum(),) * 3
+
+        ids = ids[:1, :_TOKENS]  # that the student has just written: text, whatever the prompts show
+        inputs = {"prompt_ids": ids[:, :1], "completion_ids": ids}
+        inputs |= {f"{part}_mask": torch.ones_like(inputs[f"{part}_ids"]) for part in ("prompt", "completion")}
+        setattr(self.trainer, _HIDDEN, both)
+        try:
+            with modes_kept(student):
+                student.eval()
+                self._with(compare)(student, inputs, None)
+        finally:
+            delattr(self.trainer, _HIDDEN)
+        return list(dict.fromkeys(misread))
+
+
+def _explained(logits, gain, hidden, weight, bias, scale, cap) -> bool:
+    if (hidden.shape[-1], logits.shape[-1]) != (weight.shape[1], weight.shape[0]):
+        return False
+    weight, bias = _gathered(weight, hidden), _gathered(bias, hidden)
+    read = gain * scale * F.linear(hidden.to(weight.dtype), weight, bias).float()
+    error = (cap * torch.tanh(read / cap) if cap else read) - logits.to(read.device)
+    return not error.norm() > _TOLERANCE * logits.float().norm()  # NaN is for others to report
+
+
+class _OwnBackbone(torch.nn.Module):
+    """A model that hands TRL its logits for hidden states."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def base_model(self, **inputs):
+        # Not the model's __call__: this runs inside the forward of what wraps it.
+        return types.SimpleNamespace(last_hidden_state=self.model.forward(**inputs).logits)
+
+
+def _within_peft(model: torch.nn.Module) -> torch.nn.Module:
+    return model.base_model.model if is_peft_model(model) else model

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 import trl
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PhiConfig
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    PhiConfig,
+    RecurrentGemmaConfig,
+)
 
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
 from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
@@ -27,6 +37,21 @@ HEADS = {
     "cohere (scaled logits)": (CohereConfig, {"logit_scale": 0.25}),
     "phi (bias)": (PhiConfig, {"tie_word_embeddings": False}),
 }
+# Whose logits TRL 1.16 reads otherwise than they compute them, or not at all.
+MISREAD = {
+    "bert (a layer in the head)": (
+        BertConfig,
+        {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "recurrent gemma (logits_soft_cap)": (
+        RecurrentGemmaConfig,
+        {"logits_soft_cap": 2.0, "lru_width": 32, "num_hidden_layers": 3},
+    ),
+    "llama 4 (backbone by another name)": (
+        Llama4TextConfig,
+        {"intermediate_size_mlp": 64, "num_local_experts": 2, "head_dim": 8},
+    ),
+}
 
 
 def trl_trainer(world, tmp_path, student, teacher, **config):
@@ -43,9 +68,9 @@ def trl_trainer(world, tmp_path, student, teacher, **config):
 
 def model_of(kind: str, tokenizer, seed: int):
     torch.manual_seed(seed)
-    config_class, own = HEADS[kind]
+    config_class, own = {**HEADS, **MISREAD}[kind]
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    model = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **COMMON, **own, **ids))
+    model = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **{**COMMON, **own, **ids}))
     bias = model.get_output_embeddings().bias
     if bias is not None:
         torch.nn.init.normal_(bias)
@@ -76,7 +101,7 @@ def loss_and_gradients(trainer):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.3])
-def test_equals_trl_whatever_the_head(world, tmp_path, kind, beta):
+def test_equals_trl_whatever_the_head(world, tmp_path, caplog, kind, beta):
     tokenizer = tiny.tokenizer_of(world)
     student, teacher = (model_of(kind, tokenizer, seed) for seed in (0, 1))
     trainer = trl_trainer(world, tmp_path, student, teacher, beta=beta, temperature=1.7)
@@ -84,12 +109,49 @@ def test_equals_trl_whatever_the_head(world, tmp_path, kind, beta):
     theirs, their_gradients = loss_and_gradients(trainer)
     use_fused_loss(trainer)
     ours, our_gradients = loss_and_gradients(trainer)
+    assert not caplog.records  # hidden states were enough
     assert theirs > 1e-3  # the witness has something to say
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in our_gradients.items():
         scale = their_gradients[name].abs().max()
         torch.testing.assert_close(gradient / scale, their_gradients[name] / scale, rtol=0, atol=2e-5, msg=name)
+
+
+def expected(trainer):
+    """The mean reverse KL of all completion tokens, from the models' own logits, in fp64."""
+    inputs = batch(trainer)
+    ids, mask = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in ("ids", "mask"))
+    student, teacher = (
+        (model(input_ids=ids, attention_mask=mask).logits[:, -6:-1].double() / trainer.temperature).log_softmax(-1)
+        for model in (trainer.model, trainer.teacher_model)
+    )
+    mask = inputs["completion_mask"]
+    return ((student.exp() * (student - teacher.detach())).sum(-1) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("student, lora", [*((kind, False) for kind in MISREAD), ("bert (a layer in the head)", True)])
+def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, student, lora):
+    tokenizer = tiny.tokenizer_of(world)
+    teacher = model_of("phi (bias)" if lora else student, tokenizer, 1)
+    student = model_of(student, tokenizer, 0)
+    named = f"those of {type(student).__name__} are not what"
+    if lora:
+        student = get_peft_model(student, LoraConfig(target_modules=["query"], init_lora_weights=False))
+    trainer = trl_trainer(world, tmp_path, student, teacher, beta=1.0, temperature=1.7)
+    trainer.model.train()
+    modes = [m.training for m in trainer.model.modules()]
+    use_fused_loss(trainer)
+    ours, our_gradients = loss_and_gradients(trainer)
+    assert named in caplog.text and modes == [m.training for m in trainer.model.modules()]
+    trainer.model.zero_grad()
+    theirs = expected(trainer)
+    theirs.backward()
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)
+    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
 
 
 def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
