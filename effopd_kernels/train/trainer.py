@@ -1,7 +1,8 @@
 """The thin trainer: `trl.DistillationTrainer` with our loss, validation that EffOPD can act on, and safe stops.
 
 Rollouts, chat templates, LoRA, accumulation, mixed precision, sharding, checkpoints and trackers are TRL's,
-transformers' and accelerate's; nothing of them is written again here.
+transformers' and accelerate's; nothing of them is written again here. What this leans on beyond their documented
+interfaces is in joints.py.
 """
 
 import json
@@ -40,6 +41,7 @@ from .checkpoint import (
 from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError
 from .interrupt import EvaluationDue, Interrupts, StepGuard
+from .joints import check_joints
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
 from .validation import TeacherLoss, Validator
@@ -50,9 +52,8 @@ LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
 class EpochSampler(RepeatSampler):
     """TRL's sampler with the order of an epoch a function of (seed, epoch), so that resuming in epoch 2 is exact."""
 
-    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
+    def __init__(self, sampler: RepeatSampler, epoch: Callable[[], int]):
+        vars(self).update(vars(sampler), epoch=epoch)
 
     def __iter__(self):
         if self.shuffle:
@@ -98,6 +99,7 @@ class OPDTrainer(trl.DistillationTrainer):
             teacher_model = _load_teacher(teacher_model, args)
         # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
         super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        check_joints(self)
         # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
         # read them: they are never sampled.
         if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
@@ -181,15 +183,7 @@ class OPDTrainer(trl.DistillationTrainer):
                 f"a step takes {sampler.batch_size} prompts (per_device_train_batch_size × gradient_accumulation_steps "
                 f"× processes), the training set has {sampler.num_samples}"
             )
-        return EpochSampler(
-            sampler.data_source,
-            sampler.mini_repeat_count,
-            sampler.batch_size,
-            sampler.repeat_count,
-            sampler.shuffle,
-            sampler.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        return EpochSampler(sampler, epoch=lambda: int(self.state.epoch or 0))
 
     def _generate_single_turn(self, *args, **kwargs):
         with _finite_logits(self.accelerator.unwrap_model(self.model_wrapped)):

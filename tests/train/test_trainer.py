@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError
+from effopd_kernels.train.joints import check_joints
 from effopd_kernels.train.trainer import LEDGER_NAME
 from effopd_kernels.train.validation import TeacherLoss
 from train import world as tiny
@@ -439,3 +440,15 @@ def test_prompts_that_were_not_given_are_asked_for(world, tmp_path):
     assert "eval_accuracy" not in trainer.evaluate(prompts.remove_columns("answer"))
     with pytest.raises(UserError, match="neither calls tools nor shows images"):
         trainer.evaluate(prompts.add_column("image", [None] * len(prompts)))
+
+
+def test_a_joint_that_is_gone_is_named(world, tmp_path, monkeypatch):
+    """An override that transformers no longer calls, and what only a trainer with vLLM has."""
+    trainer = make_trainer(world, tmp_path)
+    check_joints(trainer)
+    trainer.use_vllm = True
+    with pytest.raises(RuntimeError, match="has no `_last_loaded_step`, which is the step whose weights vLLM holds"):
+        check_joints(trainer)
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(RuntimeError, match=r"^TRL 1.* has no `_run_epoch`, which trains an epoch; .* tested with TRL"):
+        make_trainer(world, tmp_path)
