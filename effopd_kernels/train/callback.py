@@ -102,9 +102,10 @@ class EffOPDCallback(TrainerCallback):
 
     def _step(self, state, control) -> None:
         event = self.controller.step(state.global_step)
-        if event is not None:
-            self._note_history()  # transformers writes trainer_state.json before it calls on_save
-        if event is not None and self.log is not None:
+        if event is None:
+            return
+        self._note_history()  # transformers writes trainer_state.json before it calls on_save
+        if self.log is not None:
             due = control.should_log
             record = {
                 "effopd/score_initial": event.score_initial,

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from ..commands import written
 
 SUMMARY_NAME, CURVES_NAME, METRICS_NAME = "summary.json", "curves.png", "metrics.jsonl"
+EVENT = ("step", "alpha", "score_initial", "score_best", "num_candidates", "skipped")  # what is kept of one
 
 
 class MetricsFile(TrainerCallback):
@@ -41,13 +42,7 @@ def run_summary(trainer) -> dict[str, Any]:
     key = f"eval_{args.eval_metric}"
     points = {r["step"]: r for r in trainer.state.log_history if key in r}  # one per step, the last one written
     curve = [
-        {
-            "step": step,
-            "score": sign * r[key],
-            "train_tokens": r["train_tokens"],
-            "val_tokens": r["val_tokens"],
-            "seconds": r["seconds"],
-        }
+        {"step": step, "score": sign * r[key], **{cost: r[cost] for cost in ("train_tokens", "val_tokens", "seconds")}}
         for step, r in sorted(points.items())
     ]
     events = trainer.effopd.controller.events if trainer.effopd is not None else []
@@ -60,22 +55,8 @@ def run_summary(trainer) -> dict[str, Any]:
         "saved_step": (saved := saved_step(trainer)),
         "saved_score": next((p["score"] for p in curve if p["step"] == saved), None),
         "curve": curve,
-        "events": [
-            {
-                "step": e.step,
-                "alpha": e.alpha,
-                "score_initial": e.score_initial,
-                "score_best": e.score_best,
-                "num_candidates": e.num_candidates,
-                "skipped": e.skipped,
-            }
-            for e in events
-        ],
+        "events": [{name: getattr(event, name) for name in EVENT} for event in events],
     }
-
-
-def _first_reaching(run: dict[str, Any], target: float) -> dict[str, Any] | None:
-    return next((p for p in run["curve"] if p["score"] >= target), None)
 
 
 def compare(opd: dict[str, Any], effopd: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +65,10 @@ def compare(opd: dict[str, Any], effopd: dict[str, Any]) -> dict[str, Any]:
     An acceleration is OPD's cost over EffOPD's, None where EffOPD never got there.
     """
     target = opd["final_score"]
-    first = {"opd": _first_reaching(opd, target), "effopd": _first_reaching(effopd, target)}
+    first = {
+        m: next((p for p in run["curve"] if p["score"] >= target), None)
+        for m, run in {"opd": opd, "effopd": effopd}.items()
+    }
     steps = {m: p and p["step"] for m, p in first.items()}
     tokens = {m: p and p["train_tokens"] + p["val_tokens"] for m, p in first.items()}
 
@@ -119,13 +103,11 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     by_step, by_token = figure.subplots(1, 2, sharey=True)
     for i, run in enumerate(runs):
-        curve, label = run["curve"], f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})"
-        scores = [p["score"] for p in curve]
-        by_step.plot([p["step"] for p in curve], scores, marker=".", color=f"C{i}", label=label)
-        by_token.plot(
-            [p["train_tokens"] + p["val_tokens"] for p in curve], scores, marker=".", color=f"C{i}", label=label
-        )
-        score_at = {p["step"]: p["score"] for p in curve}
+        label = f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})"
+        score_at = {p["step"]: p["score"] for p in run["curve"]}
+        tokens = [p["train_tokens"] + p["val_tokens"] for p in run["curve"]]
+        for axes, x in ((by_step, list(score_at)), (by_token, tokens)):
+            axes.plot(x, list(score_at.values()), marker=".", color=f"C{i}", label=label)
         for event in run["events"]:
             if event["alpha"] != 1 and event["step"] in score_at:
                 by_step.annotate(
@@ -138,9 +120,7 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
                 )
     by_step.set_xscale("symlog", linthresh=1)
     by_step.set_xlabel("optimizer step")
-    by_step.set_ylabel(
-        "held-out " + (runs[0]["eval_metric"] if runs[0]["eval_metric"] == "accuracy" else "−KL to teacher")
-    )
+    by_step.set_ylabel("held-out " + ("accuracy" if runs[0]["eval_metric"] == "accuracy" else "−KL to teacher"))
     by_token.set_xlabel("completion tokens generated, candidate validation included")
     for axes in (by_step, by_token):
         axes.grid(alpha=0.3)
