@@ -9,42 +9,52 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Module types, in the order tables and heat maps show them. Families that fuse matrices get the fused type.
-ATTENTION = ("q", "k", "v", "kv", "qkv", "o")
+# Module types, in the order tables and heat maps show them. Families that fuse matrices get the fused type; Mamba's and
+# other mixers are attention by another recurrence, whose in_proj holds queries, keys and values in one.
+GATES = "attention gate"  # what opens, decays or forgets in attention: of its output, or of a linear attention's state
+ATTENTION = ("q", "k", "v", "kv", "qkv", GATES, "o")
 MLP = ("gate", "up", "gate_up", "down")
 EXPERTS = tuple(f"expert {name}" for name in MLP)
 BIASES = "expert bias"  # of all experts, one vector each: a stack of vectors, not a matrix
 TYPES = ("embedding", *ATTENTION, *MLP, *EXPERTS, BIASES, "router", "norm", "head", "other")
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?=\.|$)")
+_LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|h|blocks?|attentions|ffns)\.(\d+)(?=\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?=\.|$)")
-_FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|audio|image)\w*\.")  # towers number their layers anew
-_ATTENTION_BLOCK = re.compile(r"(?:^|[._])(?:self_|linear_|cross_)?(?:attn|attention|selfattention|encdecattention)\.")
-_EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.")
+# Towers and layers that predict further tokens (MTP) number their layers anew.
+_FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|mtp)\w*\.")
+_ATTENTION_BLOCK = re.compile(r"(?:^|\.)\w*att(?:n|entions?)?(?:_layers)?\.")
+_MIXER_BLOCK = re.compile(r"(?:^|\.)(?:mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.")  # Nemotron-H: any block
+_EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.|block_sparse_moe\.\w+_linear$")  # Granite's
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
 
 # The first pattern that the whole module path (weight and bias endings removed, lower case) ends with decides.
 _WHOLE = [
     ("other", r"rotary\w*(\.\w+)?|relative_attention_bias|inv_freq"),
-    ("norm", r"\w*(norm|layernorm|ln|rmsnorm)(_?\d+)?|ln_[a-z0-9]+|norm_\w+|\w+_norm(_\w+)?|ln"),
-    ("head", r"lm_head|embed_out|output_head|output_layer"),
+    ("norm", r"\w*norm(_?\d+)?(\.\d+)?|\w*layernorm_\w+|norm_\w+|\w+_norm_\w+|(\w+_)?ln(_?\d+)?|ln_[a-z0-9]+"),
+    ("head", r"lm_head(\.decoder)?|predictions\.decoder|embed_out|output_head|output_layer|unembed"),
+    ("head", r"(?<!\.)(head|output)"),  # at the top alone
     ("embedding", r"\w*embed\w*(\.\w+)?|wte|wpe|tok_\w+|shared"),
 ]
 _IN_ATTENTION = [
+    ("other", r"\w*conv\w*|\w+_decay"),  # a short convolution of the queries is no projection
+    (GATES, r"in_proj_(z|a|b|ba)|gate_proj|linear_gate|[abfg]_proj|[fg]_[ab]_proj|[fio]gate_preact"),
+    (GATES, r"linear_y|receptance"),  # Griffin's, RWKV's
     ("qkv", r"\w*qkv\w*|query_key_value|c_attn|in_proj|\w*pack"),
-    ("kv", r"kv\w*|\w*_kv"),
-    ("q", r"q|wq|q_\w*|query\w*|\w*q_proj"),
+    ("kv", r"w?kv\w*|\w*_kv"),
+    ("q", r"q|wq(_[ab])?|q_\w*|query\w*|\w*q_proj"),
     ("k", r"k|wk|k_\w*|key\w*"),
-    ("v", r"v|wv|v_\w*|value\w*"),
-    ("o", r"o|wo|o_\w*|out\w*|c_proj|dense|output\.dense"),
+    ("v", r"v|wv|v_\w*|value\w*|linear_x"),
+    ("o", r"o|wo(_[ab])?|o_\w*|out\w*|linear_out|c_proj|dense|output\.dense"),
 ]
 _IN_MLP = [
     ("up", r"densereludense\.wi"),  # T5's; ModernBERT's wi is two in one
-    ("router", r"gate|router(\.\w+)?|shared_expert_gate"),
-    ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12"),
-    ("gate", r"gate_\w*|w1|wi_0|linear_1"),
-    ("up", r"up\w*|w3|wi_1|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|linear_v"),
-    ("down", r"down\w*|w2|wo|c_proj|fc2|fc_out|dense_4h_to_h|output\.dense"),
+    ("router", r"gate(\.wg)?|router(\.\w+)?|shared_expert_gate"),
+    ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12|input_linear"),
+    ("gate", r"gate_\w*|linear_gate|w1|wi_0|linear_1|proj_up_gate|receptance"),
+    ("up", r"(proj_)?up\w*|w3|v1|wi_1|c_fc|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
+    ("up", r"dense_h_to_4h|intermediate\.dense"),
+    ("down", r"(proj_)?down\w*|w2|wo|c_proj|(linear_)?fc2|fc_out|lin2|layer_2|output_linear|value"),
+    ("down", r"dense_4h_to_h|output\.dense"),
 ]
 
 
@@ -68,11 +78,12 @@ def role_of(name: str) -> Role:
     if _FOREIGN.search(name.lower()):
         return Role("other")
     layer, expert = (int(found[1]) if (found := pattern.search(name)) else None for pattern in (_LAYER, _EXPERT))
-    path = re.sub(r"\.(weight|bias)$", "", name.lower())
+    path = re.sub(r"(\.linear)?\.(weight|bias)$", "", name.lower())
     kind = _first(_WHOLE, path)
     if kind is None and layer is not None:
         # Feed-forward blocks go by many names, and OPT's by none: what is not in attention is in one.
-        kind = _first(_IN_ATTENTION if _ATTENTION_BLOCK.search(path) else _IN_MLP, path)
+        rules = _IN_ATTENTION + _IN_MLP if _MIXER_BLOCK.search(path) else _IN_MLP
+        kind = _first(_IN_ATTENTION if _ATTENTION_BLOCK.search(path) else rules, path)
         if kind in MLP and _EXPERT_BLOCK.search(path):
             kind = BIASES if path.endswith("_bias") else f"expert {kind}"
     return Role(kind or "other", layer, expert)

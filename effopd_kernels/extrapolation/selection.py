@@ -1,4 +1,5 @@
-"""Which parameters move: attention and MLP (experts included), never embeddings, heads or norms (arXiv 2605.11739)."""
+"""Which parameters move: attention and MLP (arXiv 2605.11739), whole blocks with biases, gates, routers and experts,
+and what mixes tokens where there is no attention; never embeddings, heads or norms."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,19 +8,22 @@ from torch import Tensor, nn
 
 __all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "is_frozen", "matching", "named_tensors", "select"]
 
-# A path component that is an attention or feed-forward block in the Hugging Face families: self_attn (Llama, Qwen,
-# Gemma, ...), attn (GPT-2, MPT), attention and self_attention (NeoX, Falcon), linear_attn (Qwen3-Next), mlp, ffn,
-# feed_forward, block_sparse_moe and experts; OPT keeps fc1 and fc2 in the layer itself.
+# Path components that are a block of their layer in the Hugging Face families. Attention is any ...attn or ...attention
+# (self_attn, linear_attn, encoder_attn, SelfAttention, XLM's attentions), and what mixes tokens in its place: Mamba's
+# mamba and mixer (Nemotron-H calls every block so), xLSTM's mlstm_layer, Griffin's temporal_block, LFM2's conv. The
+# feed-forward block is any ...mlp, ...ffn, ...moe or feed_forward and its experts; OPT keeps fc1 and fc2 in the layer
+# itself, BERT intermediate.dense and output.dense.
 DEFAULT_INCLUDE = (
-    r"(^|\.)(self_|linear_|cross_)?(attn|attention)\.",
-    r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe|moe|experts?|shared_experts?)\.",
-    r"(^|\.)fc[12]\.",
+    r"(?i)(^|\.)\w*att(n|entions?)?(_layers)?\.",
+    r"(^|\.)(mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.",
+    r"(^|[._])(mlps?|mlp_block|ffns?|ff|feed_forward|moe|experts?)\.",
+    r"(^|\.)(fc[12]|(intermediate|output)\.dense)\.",
 )
 # Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.
 DEFAULT_EXCLUDE = (
-    r"(^|[._])(layer_?norm|norm|ln)\d*(_[a-z0-9]+)?\.[^.]+$",
-    r"layernorm\.[^.]+$",
-    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_head)\.",
+    r"(?i)norm[^.]*(\.[^.]+)?$",
+    r"(^|[._])ln\d*(_[^.]+)?\.[^.]+$",
+    r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_head)(\.|$)",
     r"rotary|relative_attention_bias",
 )
 

@@ -17,6 +17,14 @@ MOVES = dedent("""
     transformer.h.1.self_attention.dense.weight model.decoder.layers.0.fc1.weight
     transformer.blocks.0.ffn.up_proj.weight transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight
     model.language_model.layers.0.self_attn.o_proj.weight
+    model.layers.0.mixer.in_proj.weight model.layers.0.mamba.out_proj.weight model.layers.0.conv.in_proj.weight
+    model.layers.0.temporal_block.linear_x.weight model.layers.0.mlp_block.up_proj.weight
+    model.layers.0.shared_mlp.input_linear.weight model.layers.0.mlps.1.up_proj.weight
+    backbone.blocks.0.mlstm_layer.q.weight bert.encoder.layer.0.attention.self.query.weight
+    bert.encoder.layer.0.intermediate.dense.weight bert.encoder.layer.0.output.dense.weight
+    encoder.block.2.layer.0.SelfAttention.q.weight transformer.attentions.0.q_lin.weight
+    model.decoder.layers.0.encoder_attn.q_proj.weight transformer.layer.0.rel_attn.q
+    model.cross_attn_layers.0.q_proj.weight
 """).split()
 
 STAYS = dedent("""
@@ -29,6 +37,11 @@ STAYS = dedent("""
     transformer.word_embeddings_layernorm.weight model.decoder.embed_positions.weight
     transformer.blocks.0.norm_1.weight transformer.blocks.0.norm_attn_norm.norm_1.weight
     model.layers.0.self_attn.rotary_emb.inv_freq score.weight
+    bert.encoder.layer.0.attention.output.LayerNorm.weight bert.encoder.layer.0.output.LayerNorm.weight
+    cpmant.encoder.layers.0.ffn.layernorm_before_ffn.weight backbone.blocks.0.mlstm_layer.multihead_norm.weight
+    transformer.h.0.ln_attn.weight transformer.h.0.ln_mlp.bias transformer.layer.0.rel_attn.seg_embed
+    decoder.layers.0.self_attention.linear_qkv.layer_norm_weight model.layers.0.mixer.norm.weight
+    cls.predictions.transform.dense.weight lm_head.dense.weight
 """).split()
 
 
