@@ -160,17 +160,15 @@ def _shares(found: Findings, by_third: dict[str, dict[str, Row]], by_type: dict[
 
 
 def _growth(found: Findings, totals: list[Row], depth: list[Row]) -> Section:
-    curves = {"allocation_growth": ("‖ΔW‖ / ‖W‖", "relative_update", totals, [0.0])}  # from nothing
+    def over_training(rows: list[Row], column: str, label: str) -> "Figure":
+        curves = found.curves(rows, "progress", column)
+        return figures.lines(curves, "training progress", label, ylim=(0, None), xlim=(0, 1.03))
+
+    start = [{"trajectory": t, "progress": 0.0, "relative_update": 0.0} for t in found.trajectories]
+    drawn = {"allocation_growth": over_training([*start, *totals], "relative_update", "‖ΔW‖ / ‖W‖")}
     if found.middle:
         middle = [r for r in depth if r["third"] == "middle"]
-        curves["allocation_middle"] = ("middle third's share of ‖ΔW‖²", "share_of_update", middle, [])
-    drawn = {}
-    for stem, (label, column, rows, start) in curves.items():
-        values = {
-            t: (start + [r["progress"] for r in own], start + [r[column] for r in own])
-            for t, own in found.each(rows).items()
-        }
-        drawn[stem] = figures.lines(values, "training progress", label, ylim=(0, None), xlim=(0, 1.03))
+        drawn["allocation_middle"] = over_training(middle, "share_of_update", "middle third's share of ‖ΔW‖²")
     return Section(
         "How the update grew",
         "",

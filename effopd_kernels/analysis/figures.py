@@ -48,7 +48,7 @@ class Interval(NamedTuple):
 Values = Sequence[float] | Sequence[Interval]
 
 
-def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = HEIGHT) -> "Figure":
+def draw(paint: Callable[["Axes"], None], height: float = HEIGHT) -> "Figure":
     """A figure of one panel: ``paint(axes)`` draws into it, under this module's style; with a legend where it labels
     two things or more.
     """
@@ -57,7 +57,7 @@ def draw(paint: Callable[["Axes"], None], width: float = WIDTH, height: float = 
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         paint(axes)

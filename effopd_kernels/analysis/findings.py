@@ -72,6 +72,10 @@ class Findings:
         """trajectory → the rows of its last checkpoint."""
         return self.each(row for row in rows if row["progress"] == 1)
 
+    def curves(self, rows: Iterable[Row], x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Two columns, for every trajectory that has rows."""
+        return {t: ([r[x] for r in own], [r[y] for r in own]) for t, own in self.each(rows).items() if own}
+
     def types(self) -> list[str]:
         """The module types there are, in the usual order."""
         found = {row["type"] for row in self.rows}

@@ -64,7 +64,7 @@ def _alignment(found: Findings, whole: list[Row]) -> Section:
                 continue
             own = [r for r in whole if r["k"] == k]
             drawn[f"alignment_{column.removeprefix('mean_')}_k{k}"] = figures.lines(
-                _curves(found, own, "progress", column),
+                found.curves(own, "progress", column),
                 "training progress",
                 label,
                 level=own[0]["chance_cosine"] if column == "mean_cosine" else None,
@@ -87,11 +87,6 @@ def _alignment(found: Findings, whole: list[Row]) -> Section:
         ],
         "For attention and MLP apart: tables/alignment; for every matrix: tables/alignment_tensors.",
     )  # fmt: skip
-
-
-def _curves(found: Findings, rows: list[Row], x: str, y: str) -> dict[str, tuple[list[float], list[float]]]:
-    """Two columns for every trajectory that has rows."""
-    return {t: ([r[x] for r in own], [r[y] for r in own]) for t, own in found.each(rows).items() if own}
 
 
 def _coordinates(found: Findings, places: list[int]) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
@@ -120,7 +115,7 @@ def _paths(found: Findings, table: list[Row], labels: dict[str, tuple[str, str]]
     return Section(
         "The path of the leading directions",
         "",
-        {f"directions_{name}": figures.paths(_curves(found, table, f"{name}_1", f"{name}_2"), *axes)
+        {f"directions_{name}": figures.paths(found.curves(table, f"{name}_1", f"{name}_2"), *axes)
          for name, axes in labels.items()},
         "Each point is one checkpoint: the leading directions of all its matrices, signs aligned, in two "
         "dimensions; lines join them in order, a ring marks the last. Points that crowd together mean directions "
