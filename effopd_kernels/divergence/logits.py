@@ -48,9 +48,9 @@ def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     does for logits[:, :-1].
     """
     pair = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
-    apart = {axes[-1][0] for axes in map(_axes, pair) if len(axes) == 2}
-    if student.numel() and len(apart) == 1 and all(len(_axes(x)) <= 2 for x in pair):
-        return tuple(x.reshape(-1, *apart, x.shape[-1]) for x in pair)
+    apart = [axes[-1][0] for axes in map(_axes, pair) if len(axes) == 2]
+    if student.numel() and apart and apart[0] == apart[-1] and all(len(_axes(x)) <= 2 for x in pair):
+        return tuple(x.reshape(-1, apart[0], x.shape[-1]) for x in pair)
     return tuple(x.reshape(-1, x.shape[-1]) for x in pair)
 
 

@@ -7,6 +7,8 @@ device or dtype, or a backend that is not there: the reference. The ops themselv
 functions are.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -139,13 +141,13 @@ if TRITON:
 @torch.library.register_fake("effopd::divergence_rows_")
 def _(student, teacher, *args):
     *_, with_stats = args
-    loss = student.new_empty(student.shape[:-1].numel(), dtype=_loss_dtype(student, teacher))
-    return loss, loss.new_empty((3, len(loss)) if with_stats else 0)
+    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_loss_dtype(student, teacher))
+    return loss, loss.new_empty((3, loss.shape[0]) if with_stats else 0)
 
 
 @torch.library.register_fake("effopd::divergence_rows")
 def _(student, teacher, *args):
     *_, with_grad, with_stats = args
-    loss = student.new_empty(student.shape[:-1].numel(), dtype=_loss_dtype(student, teacher))
+    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_loss_dtype(student, teacher))
     grad = student.new_empty(student.shape if with_grad else 0)
-    return loss, grad, loss.new_empty((3, len(loss)) if with_stats else 0)
+    return loss, grad, loss.new_empty((3, loss.shape[0]) if with_stats else 0)

@@ -8,6 +8,7 @@ import typing
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrun import torchrun
 
@@ -134,6 +135,34 @@ def test_compiles_in_one_graph(case):
             alone = f(*inputs, **options)
         results.append((loss.detach(), alone, *(x.grad for x in leaves if x.requires_grad)))
     torch.testing.assert_close(results[1], results[0])
+
+
+SIZES = {
+    "logits": lambda s, t, mask: divergence_loss(s, t, mask=mask),
+    "logits, statistics": lambda s, t, mask: divergence_loss(s, t, mask=mask, return_stats=True)[0],
+    "logits, in place": lambda s, t, mask: divergence_loss(s * 1, t, mask=mask, inplace=True),
+    "logits, per row": lambda s, t, mask: divergence_loss(s, t, reduction="none").square().sum(),
+    "logits of sequences": lambda s, t, mask: divergence_loss(
+        s.view(2, -1, V)[:, :-1], t.view(2, -1, V)[:, :-1], mask=mask.view(2, -1)[:, 1:]
+    ),
+    "linear": lambda s, t, mask: linear_divergence_loss(s, t[:7], t, t[:7], mask=mask, num_valid=4),
+    "top-k": lambda s, t, mask: topk_divergence_loss(s, *torch.log_softmax(t, -1).topk(3), mask=mask),
+}
+
+
+@tracing
+@pytest.mark.parametrize("case", SIZES)
+def test_new_sizes_are_not_compiled_for(case):
+    """Once for the first number of tokens, and once for any."""
+    compiled = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(SIZES[case], fullgraph=True, backend=compiled)
+    for n in (8, 10, 12, 18, 22):
+        student, teacher, mask = random(n, V).requires_grad_(), random(n, V, seed=1), torch.arange(n) < 4
+        function(student, teacher, mask).backward()
+        expected = student.detach().requires_grad_()
+        SIZES[case](expected, teacher, mask).backward()
+        torch.testing.assert_close(student.grad, expected.grad)
+    assert compiled.frame_count <= 2
 
 
 @tracing
