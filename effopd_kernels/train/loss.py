@@ -188,11 +188,12 @@ class _Joint:
         if self.compute is None:
             self.compute = self._with(self.loss)
             if misread := self._misread(unwrapped_student, inputs["completion_ids"]):
-                logger.warning(
-                    "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from "
-                    "head and config",
-                    " and ".join(misread),
-                )
+                if self.trainer.is_world_process_zero():
+                    logger.warning(
+                        "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from "
+                        "head and config",
+                        " and ".join(misread),
+                    )
                 setattr(self.trainer, _HIDDEN, self._logits)
                 self.compute = self._with(self.loss.of_logits)
         return self.compute(unwrapped_student, inputs, num_items_in_batch)
@@ -209,7 +210,7 @@ class _Joint:
 
     @torch.no_grad()
     def _misread(self, student, ids: torch.Tensor) -> list[str]:
-        """The classes of the models whose logits on a few tokens are not those that TRL's reading of them gives."""
+        """The types of the models whose logits on a few tokens are not those that TRL's reading of them gives."""
         own, misread = [], []
 
         def both(model, *args, **kwargs):
@@ -221,7 +222,7 @@ class _Joint:
 
             with model.get_output_embeddings().register_forward_hook(amplify):
                 logits = self._logits(model, *args, **kwargs)
-            own.append((type(model).__name__, logits, gain[0]))
+            own.append((model.config.model_type, logits, gain[0]))
             # transformers finds no backbone in Llama 4, and calls the model its own.
             return logits if model.base_model is model else self.hidden_states(model, *args, **kwargs)
 

@@ -135,7 +135,7 @@ def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, s
     tokenizer = tiny.tokenizer_of(world)
     teacher = model_of("phi (bias)" if lora else student, tokenizer, 1)
     student = model_of(student, tokenizer, 0)
-    named = f"those of {type(student).__name__} are not what"
+    named = f"those of {student.config.model_type} are not what"
     if lora:
         student = get_peft_model(student, LoraConfig(target_modules=["query"], init_lora_weights=False))
     trainer = trl_trainer(world, tmp_path, student, teacher, beta=1.0, temperature=1.7)
