@@ -26,6 +26,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a program may use
+SMALL_CARD = 99 << 10  # the same of an L4, L40S or GeForce
 
 
 class Variant(NamedTuple):
@@ -138,7 +145,8 @@ def _lowrank(arch: str) -> Iterator[Variant]:
 
     from effopd_kernels.lowrank import triton_kernels as tk
 
-    config, precision = (tk.HIP, "ieee") if arch.startswith("gfx") else (tk.CUDA, "tf32x3")
+    amd = arch.startswith("gfx")
+    precision = "ieee" if amd else "tf32x3"
     pair = {
         "address_ptr": "*i64", "scale_ptr": "*fp32", "partial_ptr": "*fp64",
         **dict.fromkeys(("B", "N", "M", "L", "x_n", "base_n"), "i32"), "x_m": 1, "base_m": 1, "ALIGNED": True,
@@ -152,23 +160,39 @@ def _lowrank(arch: str) -> Iterator[Variant]:
         tile = {key: value for key, value in launch.items() if key.isupper()}
         return tile, {key: value for key, value in launch.items() if key not in tile}
 
+    def config(kind, types, shared):
+        itemsize = (types["X"].primitive_bitwidth + types["BASE"].primitive_bitwidth) // 8
+        return split(tk.HIP[kind] if amd else tk.launch_config(kind, itemsize, shared))
+
     for name, launch, types in (
         ("bf16, rounded, statistics", "rounded, statistics", half | {"STATS": True, "FULL": True, "scale_ptr": None}),
+        (
+            "bf16 transposed, rounded, statistics",
+            "rounded, statistics",
+            half | transposed | {"STATS": True, "FULL": True, "scale_ptr": None, "BY_COLUMN": True},
+        ),
         ("bf16 transposed, rounded", "rounded", half | transposed | {"STATS": False, "FULL": False}),
+        ("fp32, rounded", "rounded", single | {"STATS": False, "FULL": False}),
         ("bf16", "exact", half | {"STATS": False, "FULL": False}),
         ("fp32, statistics", "exact", single | {"STATS": True, "FULL": False, "scale_ptr": None}),
     ):
-        blocks, options = split(config[launch])
-        tile = {"SPAN": tk.SPAN, "COLUMNS": tk.COLUMNS, **blocks, "PRECISION": precision}
+        blocks, options = config(launch, types, SHARED_MEMORY[arch])
+        tile = {"SPAN": tk.SPAN, "COLUMNS": tk.COLUMNS, **blocks, "PRECISION": precision, "BY_COLUMN": False}
         q = "*fp32" if launch == "exact" else "*bf16"
-        arguments = pair | types | tile | {"q_ptr": q, "y_ptr": "*fp32"}
+        arguments = pair | tile | types | {"q_ptr": q, "y_ptr": "*fp32"}
         elements = blocks["ROWS"] * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
         yield Variant(f"lowrank X·Q {name}", tk._skinny_kernel, arguments, sizes, options, elements)
+        if arch == "sm_80" and launch == "rounded":
+            options = config(launch, types, SMALL_CARD)[1]
+            yield Variant(f"lowrank X·Q {name}, small card", tk._skinny_kernel, arguments, sizes, options, elements)
     for name, types in (("bf16", half | {"HALF": tl.bfloat16}), ("fp32", single | {"HALF": None})):
-        blocks, options = split(config["gram"])
+        blocks, options = config("gram", types, SHARED_MEMORY[arch])
         arguments = pair | types | blocks | {"PRECISION": precision, "g_ptr": "*fp32", "TILE": tk.GRAM_TILE}
         elements = 2 * tk.GRAM_TILE * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
         yield Variant(f"lowrank XᵀX {name}", tk._gram_kernel, arguments, sizes, options, elements)
+        if arch == "sm_80":
+            options = config("gram", types, SMALL_CARD)[1]
+            yield Variant(f"lowrank XᵀX {name}, small card", tk._gram_kernel, arguments, sizes, options, elements)
     arguments = pair | half | {"FULL": True, "SPAN": tk.SPAN, "ROWS": tk.STATS_ROWS, "BLOCK": 256}
     elements = tk.STATS_ROWS * 256 // (4 * TARGETS[arch].warp_size)
     yield Variant("lowrank statistics bf16", tk._stats_kernel, arguments, sizes, {"num_warps": 4}, elements)

@@ -15,6 +15,7 @@ fp64 is left to the reference.
 """
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -46,6 +47,7 @@ _REGISTERS = {"rounded": 255, "rounded, statistics": 128, "exact": 255, "gram": 
 CUDA = {k: {**v, "num_warps": 8, "num_stages": _STAGES[k], "maxnreg": _REGISTERS[k]} for k, v in _TILES.items()}
 HIP = {k: {**v, "num_warps": 8, "num_stages": 1} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
 CONFIG, PRECISION = (HIP, "ieee") if torch.version.hip else (CUDA, "tf32x3")
+_BESIDE = {**dict.fromkeys(_TILES, 32 << 10), "gram": 64 << 10}  # bytes of shared memory besides tiles on their way
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -65,15 +67,16 @@ def _ulp_squared(x):
 
 
 @triton.jit
-def _tile_statistics(x, d, inside, squares, largest, same, ulps, broken, FULL: tl.constexpr):
-    """Adds a tile of differences d (and of x, for FULL) to per-row statistics. Squares in fp64: no ‖Δ‖ is too small."""
+def _tile_statistics(x, d, inside, squares, largest, same, ulps, broken, FULL: tl.constexpr, AXIS: tl.constexpr = 1):
+    """Adds a tile of differences d (and of x, for FULL) to statistics per row or, along axis 0, per column: whichever
+    lies along memory, so that a thread adds up its own. Squares in fp64: no ‖Δ‖ is too small."""
     wide = d.to(tl.float64)
-    squares += tl.sum(wide * wide, 1)
-    largest = tl.maximum(largest, tl.max(tl.abs(d), 1))
-    broken += tl.sum((tl.abs(d) < float("inf")).to(tl.int32) ^ 1, 1)
+    squares += tl.sum(wide * wide, AXIS)
+    largest = tl.maximum(largest, tl.max(tl.abs(d), AXIS))
+    broken += tl.sum((tl.abs(d) < float("inf")).to(tl.int32) ^ 1, AXIS)
     if FULL:
-        same += tl.sum(((d == 0) & inside).to(tl.int32), 1)
-        ulps += tl.sum(_ulp_squared(x), 1)
+        same += tl.sum(((d == 0) & inside).to(tl.int32), AXIS)
+        ulps += tl.sum(_ulp_squared(x), AXIS)
     return squares, largest, same, ulps, broken
 
 
@@ -98,9 +101,12 @@ def _matrix(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def _skinny_kernel(
     address_ptr, scale_ptr, q_ptr, y_ptr, partial_ptr, B, N, M, L, x_n, x_m, base_n, base_m,
     X: tl.constexpr, BASE: tl.constexpr, ALIGNED: tl.constexpr, STATS: tl.constexpr, FULL: tl.constexpr,
-    PRECISION: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    BY_COLUMN: tl.constexpr, PRECISION: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Part of Y_b = X_b Q_b: rows of one tile, columns of one span, into y (spans, B, N, L)."""
+    """Part of Y_b = X_b Q_b: rows of one tile, columns of one span, into y (spans, B, N, L). BY_COLUMN: X's columns lie
+    along memory, not its rows."""
+    SUMS: tl.constexpr = BLOCK if BY_COLUMN else ROWS
     tile, span, b = tl.program_id(0), tl.program_id(1), tl.program_id(2) % B
     l0 = tl.program_id(2) // B * COLUMNS
     n = tile * ROWS + tl.arange(0, ROWS)
@@ -113,9 +119,9 @@ def _skinny_kernel(
     q_b = q_ptr + b.to(tl.int64) * M * L
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     if STATS:
-        squares, ulps = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.float64)
-        largest = tl.zeros([ROWS], tl.float32)
-        same, broken = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+        squares, ulps = tl.zeros([SUMS], tl.float64), tl.zeros([SUMS], tl.float64)
+        largest = tl.zeros([SUMS], tl.float32)
+        same, broken = tl.zeros([SUMS], tl.int32), tl.zeros([SUMS], tl.int32)
     for start in range(span * SPAN, tl.minimum(span * SPAN + SPAN, M), BLOCK):
         m = start + k
         m64 = m.to(tl.int64)
@@ -126,7 +132,7 @@ def _skinny_kernel(
             d -= tl.load(base_rows + m64[None, :] * base_m, mask=inside, other=0.0).to(tl.float32)
         if STATS:
             squares, largest, same, ulps, broken = _tile_statistics(
-                x, d, inside, squares, largest, same, ulps, broken, FULL
+                x, d, inside, squares, largest, same, ulps, broken, FULL, 0 if BY_COLUMN else 1
             )
         if scale_ptr is not None:
             d *= tl.load(scale_ptr + b).to(tl.float32)
@@ -295,6 +301,25 @@ def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 1 << 20
+
+
+def launch_config(kind: str, itemsize: int, shared: int) -> dict[str, int]:
+    """The launch of a kernel on pairs of so many bytes an entry, with as many turns overlapping, up to the best number,
+    as ``shared`` bytes of shared memory hold: a GeForce has less than half of an H100's.
+    """
+    config = CONFIG[kind]
+    if kind == "gram":
+        loaded = 2 * GRAM_TILE * config["BLOCK"] * itemsize
+    else:
+        loaded = config["BLOCK"] * (config["ROWS"] * itemsize + COLUMNS * (4 if kind == "exact" else 2))
+    fitting = 1 + (shared - _BESIDE[kind]) // loaded
+    return {**config, "num_stages": max(1, min(config["num_stages"], fitting))}
+
+
 def _guard(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -304,7 +329,7 @@ class _Pair:
 
     def __init__(self, x: list[Tensor], base: list[Tensor]):
         tensors = [*x, *base]
-        self.device = x[0].device
+        self.device, self.itemsize = x[0].device, sum(group[0].element_size() for group in (x, base) if group)
         self.addresses = _on_device(tuple(t.data_ptr() for t in tensors), self.device)
         self.strides = (*x[0].stride(), *(base[0].stride() if base else (0, 0)))
         self.constants = {
@@ -312,6 +337,9 @@ class _Pair:
             "BASE": _TL_DTYPE[base[0].dtype] if base else None,
             "ALIGNED": all(t.data_ptr() % 16 == 0 for t in tensors),
         }
+
+    def config(self, kind: str) -> dict[str, int]:
+        return CONFIG[kind] if torch.version.hip else launch_config(kind, self.itemsize, _shared_memory(self.device))
 
 
 def _served(x: list[Tensor], base: list[Tensor], *others: Tensor) -> bool:
@@ -332,7 +360,8 @@ def _multiply(
     x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool, stats: bool = False, full=False
 ) -> tuple[Tensor, Tensor | None]:
     (N, M), B, L = x[0].shape, len(x), q.shape[2]
-    pair, config = _Pair(x, base), CONFIG[("rounded, statistics" if stats else "rounded") if fast else "exact"]
+    pair, kind = _Pair(x, base), ("rounded, statistics" if stats else "rounded") if fast else "exact"
+    config = pair.config(kind)
     tiles, spans = triton.cdiv(N, config["ROWS"]), triton.cdiv(M, SPAN)
     q = (q.to(HALF_DTYPE) if fast else q).contiguous()
     y = q.new_empty((spans, B, N, L), dtype=torch.float32)
@@ -340,7 +369,8 @@ def _multiply(
     with _guard(pair.device):
         _skinny_kernel[(tiles, spans, B * triton.cdiv(L, COLUMNS))](
             pair.addresses, scale, q, y, partial, B, N, M, L, *pair.strides, **pair.constants,
-            STATS=stats, FULL=full, PRECISION=PRECISION, SPAN=SPAN, COLUMNS=COLUMNS, **config,
+            STATS=stats, FULL=full, BY_COLUMN=pair.strides[0] == 1, PRECISION=PRECISION, SPAN=SPAN, COLUMNS=COLUMNS,
+            **config,
         )  # fmt: skip
     return y[0] if spans == 1 else y.sum(0), None if partial is None else _sum_partials(partial)
 
@@ -408,7 +438,7 @@ def launch_gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, doubl
         _gram_kernel[(tiles * (tiles + 1) // 2, B)](
             pair.addresses, scale, g, B, N, M, *pair.strides, **pair.constants,
             HALF=_TL_DTYPE[HALF_DTYPE] if sixteen_bits else None, PRECISION=PRECISION, TILE=GRAM_TILE,
-            **CONFIG["gram"],
+            **pair.config("gram"),
         )  # fmt: skip
     return g
 
