@@ -184,7 +184,12 @@ class _Joint:
         self.hidden_states = getattr(trainer, _HIDDEN)
         self.compute: Callable | None = None
 
-    def __call__(self, unwrapped_student, inputs, num_items_in_batch):
+    def __call__(self, *args):
+        # accelerate's own is in the forward that TRL goes past, and its bf16 and fp16 would be without effect
+        with self.trainer.accelerator.autocast():
+            return self._compute(*args)
+
+    def _compute(self, unwrapped_student, inputs, num_items_in_batch):
         if self.compute is None:
             self.compute = self._with(self.loss)
             if misread := self._misread(unwrapped_student, inputs["completion_ids"]):

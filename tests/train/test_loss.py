@@ -37,6 +37,7 @@ HEADS = {
     "cohere (scaled logits)": (CohereConfig, {"logit_scale": 0.25}),
     "phi (bias)": (PhiConfig, {"tie_word_embeddings": False}),
 }
+MIXED = {"bf16": True, "use_cpu": not torch.cuda.is_available(), "beta": 1.0}
 # Whose logits TRL 1.16 reads otherwise than they compute them, or not at all.
 MISREAD = {
     "bert (a layer in the head)": (
@@ -54,13 +55,13 @@ MISREAD = {
 }
 
 
-def trl_trainer(world, tmp_path, student, teacher, **config):
+def trl_trainer(world, tmp_path, student, teacher, bf16=False, **config):
     flags = {**tiny.FLAGS, **config}
     del flags["eval_metric"]
     return trl.DistillationTrainer(
         student,
         teacher,
-        trl.DistillationConfig(str(tmp_path), bf16=False, **flags),
+        trl.DistillationConfig(str(tmp_path), bf16=bf16, **flags),
         train_dataset=tiny.load(world / "train.jsonl"),
         processing_class=tiny.tokenizer_of(world),
     )
@@ -116,6 +117,23 @@ def test_equals_trl_whatever_the_head(world, tmp_path, caplog, kind, beta):
     for name, gradient in our_gradients.items():
         scale = their_gradients[name].abs().max()
         torch.testing.assert_close(gradient / scale, their_gradients[name] / scale, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_mixed_precision_reaches_the_training_forward(world, tmp_path, caplog, kind):
+    """TRL goes past the forward that accelerate has wrapped; fp32 weights were trained in fp32, whatever bf16 said."""
+    tokenizer = tiny.tokenizer_of(world)
+    trainer = trl_trainer(world, tmp_path, *(model_of(kind, tokenizer, seed) for seed in (0, 1)), **MIXED)
+    trainer.model.train()
+    use_fused_loss(trainer)
+    dtypes = set()
+    for model in (trainer.model, trainer.teacher_model):
+        layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
+        layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    loss, gradients = loss_and_gradients(trainer)
+    assert dtypes == {torch.bfloat16} and {g.dtype for g in gradients.values()} == {torch.float32}
+    assert not caplog.records  # bf16's rounding is not taken for another head
+    torch.testing.assert_close(loss, expected(trainer).float(), rtol=0.03, atol=0)
 
 
 def expected(trainer):
