@@ -7,12 +7,17 @@ process killed at any moment leaves the folder it was writing unpublished, and o
 
 import json
 import logging
+import platform
 import re
+import secrets
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..commands import written
 from ..extrapolation.checkpoint import crc32
 from .config import OPDConfig
 from .errors import UserError
@@ -28,6 +33,34 @@ KEPT = (
     "adam_epsilon", "optim", "optim_args",
 )  # fmt: skip
 logger = logging.getLogger(__name__)
+
+
+def check_shared(output_dir: Path) -> None:
+    """Raises UserError, the same on every rank, where one does not see what rank 0 writes to `output_dir`: rank 0's
+    files and the others' would make no checkpoint that could be resumed from. Leaves no trace, nor makes the folder."""
+    if PartialState().num_processes == 1:
+        return
+    folder, probe, missing = output_dir.absolute(), Path(), ()
+    if PartialState().is_main_process:
+        there = next(level for level in (folder, *folder.parents) if level.is_dir())
+        probe, missing = there / f".shared-{secrets.token_hex(8)}", folder.relative_to(there).parts
+        with written(output_dir):
+            probe.touch()
+    try:
+        # Ranks may know the one folder by different names, though not what of its path is still to be made.
+        name, missing = broadcast_object_list([(probe.name, missing)])[0]
+        known = folder.parts[: len(folder.parts) - len(missing)]
+        sees = (*known, *missing) == folder.parts and Path(*known, name).exists()
+        every = gather_object([(sees, folder, platform.node())])
+    finally:
+        if PartialState().is_main_process:
+            probe.unlink()
+    for rank, (sees, where, host) in enumerate(every):
+        if not sees:
+            raise UserError(
+                f"--output_dir '{where}' of rank {rank} (on {host}) is not the folder '{every[0][1]}' that rank 0 (on "
+                f"{every[0][2]}) writes to: give one folder that all nodes share"
+            )
 
 
 def checkpoint_name(step: int | str) -> str:

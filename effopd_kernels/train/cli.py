@@ -32,7 +32,7 @@ from ..commands import (
 )
 from ..errors import one_line
 from ..extrapolation.lora import COMPANION
-from .checkpoint import check_settings, checkpoint_name, damage, newest_intact
+from .checkpoint import check_settings, check_shared, checkpoint_name, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
 from .errors import NonFiniteLossError, UserError
@@ -339,7 +339,6 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
 
 def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
     """Train, then write the student, summary.json and curves.png into `output_dir`."""
-    resolve_checkpoint(args)
     if PartialState().is_main_process:
         check_output_dir(
             Path(args.output_dir),
@@ -347,6 +346,8 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
             go_on="--resume_from_checkpoint to go on with it, ",
         )
         check_models_stay(args, model_args.model_name_or_path)
+    check_shared(Path(args.output_dir))
+    resolve_checkpoint(args)
     trainer = build_trainer(data, args, model_args)
     if args.overwrite_output_dir:
         trainer.add_callback(_WriteOver())

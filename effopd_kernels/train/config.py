@@ -199,6 +199,8 @@ class OPDConfig(trl.DistillationConfig):
                 raise UserError(f"--{name} must be positive, got {value}")
         if self.eval_temperature is not None and not self.eval_temperature >= 0:
             raise UserError(f"--eval_temperature must be positive, or 0 for greedy, got {self.eval_temperature}")
+        if self.save_on_each_node:
+            raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
         if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
             self.effopd_alphas = [self.effopd_alphas]
         if self.effopd_score == "loss" and self.effopd_search != "gradient":

@@ -32,6 +32,7 @@ from .callback import EffOPDCallback
 from .checkpoint import (
     STAGING,
     check_settings,
+    check_shared,
     checkpoint_name,
     newest_intact,
     publish,
@@ -75,9 +76,9 @@ class OPDTrainer(trl.DistillationTrainer):
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`; options that no optimizer or schedule can be made with, when
-            training begins; a checkpoint to resume from that is another model's, or of a run with another seed,
-            learning rate or other setting that a run keeps to its end.
+        UserError: see `OPDConfig` and `EffOPDCallback`; an output folder that not all ranks share; options that no
+            optimizer or schedule can be made with, when training begins; a checkpoint to resume from that is another
+            model's, or of a run with another seed, learning rate or other setting that a run keeps to its end.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -95,6 +96,7 @@ class OPDTrainer(trl.DistillationTrainer):
     ):
         if args.effopd_enabled and val_dataset is None:
             raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
+        check_shared(Path(args.output_dir))
         if isinstance(teacher_model, str):
             teacher_model = _load_teacher(teacher_model, args)
         # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
@@ -349,12 +351,10 @@ class OPDTrainer(trl.DistillationTrainer):
             (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
             write_settings(staged, self.args)
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        # One process renames on a shared disk; then one per node, for nodes that wrote to disks of their own.
-        for mine in (self.is_world_process_zero(), self.args.local_process_index == 0):
-            self.accelerator.wait_for_everyone()
-            if mine and staged.exists():
-                publish(staged, run_dir / name)
-                shutil.rmtree(staged.parent)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            publish(staged, run_dir / name)
+            shutil.rmtree(staged.parent)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             rotate_checkpoints(

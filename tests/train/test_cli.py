@@ -112,6 +112,7 @@ def broken_worlds(world, tmp):
             case(effopd_score="loss", effopd_search="gradient", effopd_acceptance="paired"),
             "--effopd_acceptance paired needs a score per prompt",
         ),
+        "a folder per node": (case(save_on_each_node=True), "--save_on_each_node cannot be"),
         "no budget": (case(effopd_max_val_tokens=0), "--effopd_max_val_tokens must be a positive int"),
         "no jump": (
             case(effopd_search="gradient", effopd_alphas=0.5),
@@ -176,6 +177,7 @@ CASES = [
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
     "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
     "no tokenizer", "too sure", "best by no metric", "paired losses", "no budget", "no jump",
+    "a folder per node",
 ]  # fmt: skip
 
 

@@ -40,3 +40,13 @@ def test_what_is_wrong_is_said_once_whoever_finds_it(world, tmp_path, who):
     assert result.returncode != 0
     assert result.stderr.count(f"effopd-train: error: dataset file '{tmp_path / 'missing.jsonl'}' does not exist") == 1
     assert "rank0]: Traceback" not in result.stderr and "rank1]: Traceback" not in result.stderr, result.stderr
+
+
+def test_folders_that_are_not_one_are_refused_before_the_first_step(world, tmp_path):
+    """Once for all ranks; neither is made, nor is anything left beside them, where it was looked for."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    result = torchrun(HERE / "cli_on_ranks.py", json.dumps(flags(world, here)), json.dumps([f"--output_dir={there}"]))
+    said = [line for line in result.stderr.splitlines() if "effopd-train: error:" in line]
+    assert len(said) == 1 and f"--output_dir '{there}' of rank 1 " in said[0] and f"folder '{here}' that" in said[0]
+    assert "exitcode  : 2" in result.stderr and "]: Traceback" not in result.stderr, result.stderr
+    assert not list(tmp_path.iterdir())

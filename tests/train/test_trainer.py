@@ -442,6 +442,16 @@ def test_prompts_that_were_not_given_are_asked_for(world, tmp_path):
         trainer.evaluate(prompts.add_column("image", [None] * len(prompts)))
 
 
+def test_a_folder_that_ranks_do_not_share_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    def refuse(folder):
+        assert folder == tmp_path / "out"
+        raise UserError("not one folder")
+
+    monkeypatch.setattr("effopd_kernels.train.trainer.check_shared", refuse)
+    with pytest.raises(UserError, match="not one folder"):
+        OPDTrainer("nobody", "nobody", OPDConfig(str(tmp_path / "out"), effopd_enabled=False))
+
+
 def test_a_joint_that_is_gone_is_named(world, tmp_path, monkeypatch):
     """An override that transformers no longer calls, and what only a trainer with vLLM has."""
     trainer = make_trainer(world, tmp_path)
