@@ -113,11 +113,11 @@ def extrapolate(w0, delta, alpha):
                 raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
-        if not isinstance(alpha, Tensor):
-            alpha = torch.tensor(float(alpha), dtype=torch.float64, device="cpu")
+        if not isinstance(alpha, Tensor):  # filled in on the device: a copy would wait for it
+            alpha = torch.full((), float(alpha), dtype=torch.float64, device=w0.device)
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
-        alpha = alpha.reshape(()).to(w0.device)
+        alpha = alpha.reshape(()).to(w0.device, non_blocking=True)
         # The op has rules for a plain backward pass alone; what it is composed of has them all.
         transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
         run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate

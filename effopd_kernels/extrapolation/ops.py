@@ -30,7 +30,7 @@ def _triton_in_place(params, anchors, currents, alphas, masters, with_stats):
     from .triton_kernels import launch_extrapolate  # imported at first use: importing this package needs no Triton
 
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
-    launch_extrapolate(params, anchors, currents, alphas.float(), masters or None, stats if with_stats else None)
+    launch_extrapolate(params, anchors, currents, alphas, masters or None, stats if with_stats else None)
     return stats
 
 

@@ -183,7 +183,7 @@ def launch_extrapolate(
 ) -> None:
     """Write anchor + α·(current − anchor) into each parameter, and its fp32 master if given; one launch per dtype mix.
 
-    Lists of L tensors of equal shapes; currents may be the params themselves. alphas (L,) fp32 on the device.
+    Lists of L tensors of equal shapes; currents may be the params themselves. alphas (L,) on the device.
     stats_out (L, 3) fp32: ‖C − A‖², ‖W‖² as written to the parameter, elements of W that are not finite.
     fp64 and non-contiguous tensors are left to the reference. Nothing here waits for the device.
     """
@@ -210,18 +210,19 @@ def launch_extrapolate(
             if stats_out is not None:
                 stats_out[i] = row[0]
 
+    narrow = alphas.float().contiguous()
     for (p, a, c, aligned), group in groups.items():
         addresses = [tuple(t[i].data_ptr() for i in group) for t in (params, anchors, currents, masters or params)]
         sizes = tuple(params[i].numel() for i in group)
         *first_chunks, chunks = accumulate((-(-size // CHUNK) for size in sizes), initial=0)
         table = _table((tuple(first_chunks), sizes, *addresses, tuple(group)), alphas.device)
         rows = table[6]
-        partial = alphas.new_empty(3 * chunks if stats_out is not None else 0)
+        partial = narrow.new_empty(3 * chunks if stats_out is not None else 0)
         widest = max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))
         loads, vector, stages = (LOADS, 16 // widest, STAGES) if aligned else (UNALIGNED_LOADS, 1, 1)
         with _on(alphas):
             _extrapolate_kernel[(chunks,)](
-                table, alphas if len(group) == len(params) else alphas[rows], partial, len(group),
+                table, narrow if len(group) == len(params) else narrow[rows], partial, len(group),
                 P=_TL_DTYPE[p], A=_TL_DTYPE[a], C=_TL_DTYPE[c], MASTER=bool(masters), STATS=stats_out is not None,
                 ALIGNED=aligned, CHUNK=CHUNK, LOADS=loads, LANES=LANES, VECTOR=vector, STAGES=stages,
                 L_POW2=triton.next_power_of_2(len(group)), **LAUNCH,

@@ -17,7 +17,7 @@ from effopd_kernels.extrapolation.triton_kernels import (
     launch_extrapolate_forward,
 )
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SHAPES = [(3, 5), (100, 70), (1,), (9000,), (64, 64), (2, 0)]
 ALPHAS = [3.0, 5.0, -0.5, 1.5, 11.0, 7.0]
 
@@ -44,7 +44,8 @@ def weights(param=BF16, anchor=BF16, current=BF16, shapes=SHAPES):
 def run(params, anchors, currents, alphas, masters=None):
     """Statistics are poisoned first: the kernel must write each."""
     stats = torch.full((len(params), 3), math.nan, device=DEVICE)
-    launch_extrapolate(params, anchors, currents, torch.tensor(alphas, device=DEVICE), masters, stats)
+    alphas = torch.as_tensor(alphas, dtype=torch.float64, device=DEVICE)
+    launch_extrapolate(params, anchors, currents, alphas, masters, stats)
     return stats
 
 
@@ -121,6 +122,14 @@ def test_lists_of_mixed_dtypes_views_and_strides():
         delta = currents[i].double() - anchors[i].double()
         assert_rounded_once(params[i], anchors[i].double() + ALPHAS[i] * delta)
         torch.testing.assert_close(stats[i, 0].double(), delta.square().sum(), rtol=1e-6, atol=0)
+
+
+@needs_kernels
+def test_alpha_of_fp64_weights_is_not_rounded():
+    params, anchors, currents = weights(FP64, FP64, FP64, [(5, 7)] * 2)
+    run(params, anchors, currents, torch.tensor(0.1, dtype=FP64, device=DEVICE).expand(2))
+    for w, a, c in zip(params, anchors, currents, strict=True):
+        torch.testing.assert_close(w, torch.lerp(a, c, 0.1), rtol=1e-14, atol=1e-14)
 
 
 @needs_kernels
