@@ -3,6 +3,9 @@
     effopd.json                              scalars, and the size and CRC-32 of every shard
     anchor-<token>-00000-of-00002.safetensors   one per rank that holds a part of its own (one in all for replicas)
 
+Each of several shards says in its header, under "parts", name → [offset, shape of the whole tensor]: from these, any
+number of ranks put together the parts that they hold, each reading no more than those.
+
 Shards get a name no earlier save used, and effopd.json, renamed into place last, is what makes them count: a process
 killed at any moment leaves the previous state or the new one, whole.
 """
@@ -12,14 +15,16 @@ import logging
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .distributed import Ranks
+from .distributed import Ranks, T
+from .shards import Part, check_same
 
 __all__ = ["CheckpointError", "check", "crc32", "load", "newest_intact", "save"]
 
@@ -31,19 +36,28 @@ class CheckpointError(RuntimeError):
     """A saved state that is missing, truncated or altered; the message names the file."""
 
 
-def save(directory: str | os.PathLike, anchor: Mapping[str, Tensor], scalars: dict, ranks: Ranks, sharded: bool):
-    """Write one state; every rank calls it, and none waits for one that could not. Only rank 0 writes an anchor that is
-    not sharded."""
+def save(
+    directory: str | os.PathLike,
+    anchor: Mapping[str, Tensor],
+    scalars: dict,
+    ranks: Ranks,
+    parts: Mapping[str, Part] | None,
+):
+    """Write one state; every rank calls it, and none waits for one that could not.
+
+    parts: what this rank's `anchor` is of the whole; None if every rank has all of it, and then only rank 0 writes.
+    """
     directory = Path(directory)
     token = ranks.gather(secrets.token_hex(4))[0]
-    count = ranks.size if sharded else 1
+    count = 1 if parts is None else ranks.size
+    header = None if parts is None else {"parts": json.dumps({n: [p.offset, p.whole] for n, p in parts.items()})}
 
     def write_shard() -> dict | None:
         directory.mkdir(parents=True, exist_ok=True)
         if ranks.rank >= count:
             return None
         path = directory / f"anchor-{token}-{ranks.rank:05d}-of-{count:05d}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in anchor.items()}, path)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in anchor.items()}, path, header)
         _flush(path)
         return {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32(path)}
 
@@ -66,22 +80,86 @@ def save(directory: str | os.PathLike, anchor: Mapping[str, Tensor], scalars: di
     ranks.attempt(write_index)  # nobody returns before the state counts
 
 
-def load(directory: str | os.PathLike, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """This rank's anchor and the scalars. Raises `CheckpointError` on every rank if any rank's part is not intact."""
-    anchor, scalars, error = {}, {}, None
+def load(
+    directory: str | os.PathLike, ranks: Ranks, parts: Mapping[str, Part] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """This rank's part of the anchor, whoever saved it, and the scalars; every rank calls it.
+
+    parts: name → the part that this rank holds; None for all of every tensor.
+
+    Raises, on every rank if on any, `CheckpointError` if the state is not intact, or if a version that did not note
+    the parts saved it sharded by another number of ranks; ValueError if it is not of the tensors of `parts`.
+    """
+    directory = Path(directory)
+
+    def verify() -> dict[str, Any]:
+        index = _index(directory)
+        for shard in index["shards"][ranks.rank :: ranks.size]:  # each is read once, not by all who need some of it
+            _intact(directory, shard)
+        return index
+
+    index = _on_all(ranks, verify)
+    paths = [directory / shard["file"] for shard in index["shards"]]
+    return _on_all(ranks, lambda: _assemble(paths, ranks, parts)), index["scalars"]
+
+
+def _on_all(ranks: Ranks, action: Callable[[], T]) -> T:
+    """action(); what it raises on any rank is raised on all."""
+    value = error = None
     try:
-        index = _index(Path(directory))
-        shards = index["shards"]
-        if len(shards) not in (1, ranks.size):
-            raise CheckpointError(f"{directory} was saved sharded by {len(shards)} ranks, this run has {ranks.size}")
-        path = _intact(Path(directory), shards[ranks.rank if len(shards) > 1 else 0])
-        anchor, scalars = load_file(path), index["scalars"]
-    except (CheckpointError, OSError) as failure:
-        error = str(failure)
-    errors = [e for e in ranks.gather(error) if e is not None]
+        value = action()
+    except Exception as failure:
+        error = failure
+    message = None if error is None else (isinstance(error, ValueError), str(error) or repr(error))
+    errors = [e for e in ranks.gather(message) if e is not None]
     if errors:
-        raise CheckpointError("; ".join(dict.fromkeys(errors)))
-    return anchor, scalars
+        kind = ValueError if all(other_weights for other_weights, _ in errors) else CheckpointError
+        raise kind("; ".join(dict.fromkeys(text for _, text in errors))) from error
+    return value
+
+
+def _assemble(paths: Sequence[Path], ranks: Ranks, wanted: Mapping[str, Part] | None) -> dict[str, Tensor]:
+    """The wanted part of each tensor, from as few of the files as hold it."""
+    nearest = ranks.rank * len(paths) // ranks.size  # this rank's own, if as many saved
+    out, have = {}, {}
+    for path in paths[nearest:] + paths[:nearest]:
+        with safe_open(path, "pt") as file:
+            saved = _parts(file, alone=len(paths) == 1)
+            if saved is None:
+                if len(paths) != ranks.size:
+                    raise CheckpointError(
+                        f"{path.parent} was saved sharded by {len(paths)} ranks, by a version that did not note their "
+                        f"parts, and this run has {ranks.size}: load and save it on {len(paths)}"
+                    )
+                return load_file(path)
+            if wanted is None:
+                wanted = {name: Part((0,) * len(p.whole), p.whole, p.whole) for name, p in saved.items()}
+            check_same({n: p.whole for n, p in saved.items()}, {n: p.whole for n, p in wanted.items()})
+            for name, want in wanted.items():
+                source, box = file.get_slice(name), want.common(saved[name])
+                if name not in out:
+                    nothing = source[tuple(slice(0, 0) for _ in want.shape)]  # but of their dtype
+                    out[name], have[name] = nothing.new_empty(tuple(want.shape)), {}
+                if box is not None and box not in have[name]:  # it may be a replica
+                    out[name][want.index(box)] = found = source[saved[name].index(box)]
+                    have[name][box] = found.numel()
+        lacking = [name for name in out if sum(have[name].values()) != out[name].numel()]
+        if not lacking:
+            return out
+    raise CheckpointError(f"the shards of {paths[0].parent} do not make up all of {lacking[0]}")
+
+
+def _parts(file, alone: bool) -> dict[str, Part] | None:
+    """name → what a shard holds of it; None if it is one of several and does not say."""
+    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    noted = (file.metadata() or {}).get("parts")
+    if noted is not None:
+        noted = json.loads(noted)
+    elif alone:
+        noted = {name: ([0] * len(shape), shape) for name, shape in shapes.items()}
+    else:
+        return None
+    return {name: Part(offset, shapes[name], whole) for name, (offset, whole) in noted.items()}
 
 
 def check(directory: str | os.PathLike) -> None:

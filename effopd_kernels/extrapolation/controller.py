@@ -196,7 +196,8 @@ class EffOPDController:
         return start + (global_step - self.last_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}."""
+        """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}. A sharded student's is
+        for the same rank of as many; what `save` wrote is for any number."""
         events = [event.to_dict() for event in self.events]
         scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "events": events}
         scalars["reset_due"] = self.reset_due
@@ -211,13 +212,27 @@ class EffOPDController:
         self.reset_due = scalars.get("reset_due", False) and self.optimizer_policy == "reset"
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the state to a directory, atomically; every rank calls it (see `checkpoint`)."""
+        """Write the state to a directory that all ranks share, atomically; every rank calls it (see `checkpoint`).
+
+        Each rank of a sharded student writes its own part; nothing is gathered. Of a student that every rank holds
+        whole, LoRA students among them, rank 0 writes one file.
+
+        A rank that cannot write raises why, all others a RuntimeError that names it; the state before stays.
+        """
         with Deferred():
-            checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, sharded=self.weights.sharded)
+            checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, parts=self.weights.parts)
 
     def load(self, directory: str | os.PathLike) -> None:
-        """Continue from `save`; every rank calls it. Raises `CheckpointError`, naming the file, if it is not intact."""
-        anchor, scalars = checkpoint.load(directory, self.ranks)
+        """Continue from `save`; every rank calls it, and reads what it holds itself.
+
+        The number of ranks and the sharding (FSDP2, HSDP, tensor parallel, none) may be others than when it was saved:
+        the anchor is the same bit for bit. Only shards that do not note their place, as first versions wrote them, need
+        the same number.
+
+        Raises, on every rank and before anything changes, `CheckpointError`, naming the file, if the state is not
+        intact, and ValueError if it is of other weights.
+        """
+        anchor, scalars = checkpoint.load(directory, self.ranks, self.weights.parts)
         self.load_state_dict({"anchor": anchor, "scalars": scalars})
 
     def _remember(self, record: EffOPDEvent) -> None:

@@ -38,7 +38,7 @@ class LoraWeights:
     Args and errors are those of `Adapters`.
     """
 
-    sharded = False
+    parts = None  # every rank holds all
 
     def __init__(self, model: nn.Module, chosen: Collection[str]):
         self.adapters = Adapters(model, chosen)

@@ -1,8 +1,11 @@
 """What a rank holds of a tensor: the local shard of a DTensor, the tensor itself otherwise. Nothing communicates."""
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
-__all__ = ["local", "replicas", "reshard"]
+__all__ = ["Part", "check_same", "local", "part_of", "replicas", "reshard"]
 
 PLAIN = (Tensor, nn.Parameter)  # the common case, decided without an attribute look-up that fails
 
@@ -17,6 +20,43 @@ def local(tensor: Tensor) -> Tensor:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a DTensor placed {tensor.placements} holds partial sums: redistribute it first")
     return tensor.to_local()
+
+
+class Part(NamedTuple):
+    """A box of a tensor of shape `whole`: it begins at `offset` and has `shape`; each an int per dimension."""
+
+    offset: Sequence[int]
+    shape: Sequence[int]
+    whole: Sequence[int]
+
+    def common(self, other: "Part") -> tuple[tuple[int, int], ...] | None:
+        """(first, end) per dimension of the whole of what both hold; None if that is nothing."""
+        bounds = [[(o, o + n) for o, n in zip(p.offset, p.shape, strict=True)] for p in (self, other)]
+        box = tuple((max(a, b), min(m, n)) for (a, m), (b, n) in zip(*bounds, strict=True))
+        return box if all(first < end for first, end in box) else None
+
+    def index(self, box: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+        """Where in this part such a box is."""
+        return tuple(slice(first - o, end - o) for (first, end), o in zip(box, self.offset, strict=True))
+
+
+def part_of(tensor: Tensor) -> Part:
+    """What `local(tensor)` is of the whole tensor: one box, as torch.distributed.checkpoint takes it to be."""
+    shape, offset = tuple(local(tensor).shape), (0,) * tensor.dim()
+    if hasattr(tensor, "placements"):
+        (chunk,) = tensor.__create_chunk_list__()  # what it asks a DTensor
+        offset = tuple(chunk.offsets)
+    return Part(offset, shape, tuple(tensor.shape))
+
+
+def check_same(saved: Mapping[str, Sequence[int]], here: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError unless both have the same names and, by name, shapes."""
+    missing, unexpected = sorted(set(here) - set(saved)), sorted(set(saved) - set(here))
+    if missing or unexpected:
+        raise ValueError(f"anchor of other weights: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, shape in here.items():
+        if tuple(saved[name]) != tuple(shape):
+            raise ValueError(f"anchor of {name} is {tuple(saved[name])}, here it is {tuple(shape)}")
 
 
 def replicas(tensor: Tensor, world_size: int) -> float:

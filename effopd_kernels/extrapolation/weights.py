@@ -16,7 +16,7 @@ from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
 from .masters import check_given, find_masters, given_masters
 from .selection import is_frozen, matching, named_tensors, plain_name, select
-from .shards import local, replicas, reshard
+from .shards import Part, check_same, local, part_of, replicas, reshard
 
 __all__ = ["DenseWeights", "weights_of"]
 
@@ -95,9 +95,11 @@ class DenseWeights:
         self.currents: list[Tensor] | None = None
 
     @property
-    def sharded(self) -> bool:
-        """Whether other ranks hold parts of these tensors that this one does not."""
-        return any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
+    def parts(self) -> dict[str, Part] | None:
+        """What this rank holds of each tensor; None, on all ranks alike, where every one holds all of them."""
+        if any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh")):
+            return {name: part_of(t) for name, t in zip(self.names, self.tensors, strict=True)}
+        return None
 
     def hold(self) -> None:
         """Keep W_t. Raises ValueError for a parameter that is no longer the model's, and for one that moved though the
@@ -206,15 +208,7 @@ class DenseWeights:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when names or shapes are not those of the weights, before anything is changed."""
-        missing, unexpected = sorted(set(self.names) - set(state)), sorted(set(state) - set(self.names))
-        if missing or unexpected:
-            raise ValueError(f"anchor of other weights: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for name, anchor in zip(self.names, self.anchors, strict=True):
-            if state[name].shape != anchor.shape:
-                raise ValueError(
-                    f"anchor of {name} is {tuple(state[name].shape)}, here it is {tuple(anchor.shape)} "
-                    "(saved with another number of ranks?)"
-                )
+        check_same({n: t.shape for n, t in state.items()}, {n: a.shape for n, a in self.state().items()})
         if any(state[n].dtype != a.dtype for n, a in zip(self.names, self.anchors, strict=True)):  # there were masters
             like = {n: a.to(state[n].dtype) for n, a in zip(self.names, self.anchors, strict=True)}
             self.anchors = buffers.allocate(like, self._place, self._directory)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +77,8 @@ def errors(net, seed):
 
 
 def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", stop=None, resume=None, fail=None):
-    """Train; returns full weights, events, losses and what was communicated during events."""
+    """Train; returns full weights, events, losses, what was communicated during events, and this rank's part of the
+    anchor that was saved (to folder, after the step `stop`) or loaded (from `resume`, on any number of ranks)."""
     net, optimizer = build(sharded, mixed)
     counter, calls = Collectives(), []
 
@@ -101,15 +103,13 @@ def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", 
     loss_fn = loss_fn if search == "gradient" else None
     options = dict(search=search, loss_fn=loss_fn, optimizer=optimizer, optimizer_policy=policy, report_s=1.0)
     controller = EffOPDController(net, score, **options)
-    first = 0
+    first, anchor = 0, []
     if resume is not None:
-        saved = torch.load(resume / f"{dist.get_rank()}.pt", weights_only=False)
-        with torch.no_grad():
-            for p, q in zip(net.parameters(), saved["shards"], strict=True):
-                (p.to_local() if isinstance(p, DTensor) else p).copy_(q)
-        set_optimizer_state_dict(net, optimizer, saved["optimizer"])  # as accelerate does; strict about what is missing
+        model, moments = get_state_dict(net, optimizer)
+        dcp.load({"model": model, "optimizer": moments}, checkpoint_id=resume / "dcp")
+        set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=moments)  # strict, as accelerate's
         controller.load(resume)
-        first = saved["step"]
+        first, anchor = controller.last_step, [a.clone() for a in controller.weights.anchors]
     losses = []
     for step in range(first + 1, (stop or STEPS) + 1):
         optimizer.zero_grad()
@@ -131,16 +131,17 @@ def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", 
                 (folder / f"{fail}-{dist.get_rank()}.txt").write_text(f"{intact} {type(error).__name__}: {error}")
                 raise
     if stop is not None:
-        shards = [p.detach().to_local() for p in net.parameters()]
-        controller.save(resume or folder / "state")
-        state = {"shards": shards, "optimizer": get_optimizer_state_dict(net, optimizer), "step": stop}
-        torch.save(state, folder / "state" / f"{dist.get_rank()}.pt")
+        controller.save(folder)
+        model, moments = get_state_dict(net, optimizer)
+        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder / "dcp")
+        anchor = [a.clone() for a in controller.weights.anchors]
     full = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in net.parameters()]
     return {
         "weights": full,
         "events": [e.to_dict() for e in controller.events],
         "losses": losses,
         "collectives": (counter.calls, counter.largest),
+        "anchor": anchor,
     }
 
 
@@ -202,11 +203,12 @@ def main(folder, case):
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")
         results["mixed"] = run(folder, sharded=True, mixed=True)
-        run(folder, sharded=True, stop=4)
-        results["plain, resumed"] = run(folder, sharded=True, resume=folder / "state")
+        results["stopped"] = run(folder / "two", sharded=True, stop=4)
+        results["plain, resumed"] = run(folder, sharded=True, resume=folder / "two")
+        results["one's"] = run(folder, sharded=True, resume=folder / "one")
         results["reset"] = run(folder, sharded=True, policy="reset")
-        run(folder, sharded=True, policy="reset", stop=4)
-        results["reset, resumed"] = run(folder, sharded=True, policy="reset", resume=folder / "state")
+        run(folder / "reset", sharded=True, policy="reset", stop=4)
+        results["reset, resumed"] = run(folder, sharded=True, policy="reset", resume=folder / "reset")
     else:
         run(folder, sharded=True, fail=case)
     torch.save(results, folder / f"{case}-{dist.get_rank()}.pt")

@@ -15,10 +15,22 @@ from effopd_kernels.extrapolation import distributed, share
 
 SCRIPT = Path(sharded_run.__file__)
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # its checkpoints alone
+
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """A run of one process, stopped."""
+    return sharded_run.run(folder / "one", stop=4)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, one):
     result = torchrun(SCRIPT, folder, "equal")
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"equal-{rank}.pt", weights_only=False) for rank in range(2)]
@@ -78,6 +90,25 @@ def test_a_sharded_run_resumes_bit_for_bit(ranks, case):
         assert resumed["losses"] == whole["losses"][4:]
         assert decisions(resumed["events"]) == decisions(whole["events"])
         assert (case == "plain") == all(map(torch.equal, whole["weights"], rank["plain"]["weights"]))
+
+
+def test_a_run_resumes_on_another_number_of_ranks(ranks, one, folder):
+    """One rank has the anchor that two saved, and two the one's, bit for bit; its next event is theirs."""
+
+    def of_both(case):
+        return [torch.cat(parts) for parts in zip(*(rank[case]["anchor"] for rank in ranks), strict=True)]
+
+    alone = sharded_run.run(folder, resume=folder / "two")
+    assert len(one["anchor"]) == 8
+    assert all(map(torch.equal, alone["anchor"], of_both("stopped")))
+    assert all(map(torch.equal, of_both("one's"), one["anchor"]))
+    whole = ranks[0]["plain"]
+    assert whole["events"][3]["step"] == 8
+    for resumed in alone, ranks[0]["one's"], ranks[1]["one's"]:
+        assert decisions(resumed["events"]) == decisions(whole["events"])
+        assert resumed["events"][3]["delta_norm"] == pytest.approx(whole["events"][3]["delta_norm"], rel=1e-4)
+        torch.testing.assert_close(resumed["losses"], whole["losses"][4:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resumed["weights"], whole["weights"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_rank_that_cannot_save_does_not_leave_the_others_waiting(ranks):

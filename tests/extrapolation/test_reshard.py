@@ -1,0 +1,156 @@
+"""A state saved by any number of ranks loads on any other: each rank gets its part, bit for bit."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from effopd_kernels.extrapolation import CheckpointError, checkpoint
+from effopd_kernels.extrapolation.distributed import Ranks
+from effopd_kernels.extrapolation.weights import DenseWeights
+
+WHOLE = {
+    "weight": torch.randn(5, 6),
+    "bias": torch.randn(5).bfloat16(),
+    "cube": torch.arange(5 * 6 * 2).view(5, 6, 2),
+    "gate": torch.randn(()),  # a plain tensor on all ranks
+}
+LAYOUTS = {
+    "not sharded": ((), []),
+    "FSDP2 on 1": ((1,), [Shard(0)]),
+    "FSDP2 on 2": ((2,), [Shard(0)]),
+    "FSDP2 on 3": ((3,), [Shard(0)]),
+    "more ranks than rows": ((7,), [Shard(0)]),
+    "columns, and a rank without": ((4,), [Shard(1)]),
+    "HSDP": ((2, 2), [Replicate(), Shard(0)]),
+    "rows and columns": ((2, 2), [Shard(0), Shard(1)]),
+    "FSDP2 and tensor parallel": ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)]),
+}
+
+
+@pytest.fixture(scope="module")
+def layouts():
+    """By layout: the anchor and the parts of each of its ranks."""
+    return {name: [rank_of(*layout, rank) for rank in range(size(layout[0]))] for name, layout in LAYOUTS.items()}
+
+
+def size(mesh_shape):
+    return torch.Size(mesh_shape).numel()
+
+
+def rank_of(mesh_shape, placements, rank):
+    if not placements:
+        weights = DenseWeights(WHOLE)
+        return weights.state(), weights.parts
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size(mesh_shape))
+    try:
+        mesh, named = dist.init_device_mesh("cpu", mesh_shape), dict(WHOLE)
+        for name in named.keys() - {"gate"}:
+            fitting = [p if getattr(p, "dim", 0) < named[name].dim() else Replicate() for p in placements]
+            named[name] = distribute_tensor(named[name], mesh, fitting, src_data_rank=None)
+        weights = DenseWeights(named)
+        return weights.state(), weights.parts
+    finally:
+        dist.destroy_process_group()
+
+
+class Thread(Ranks):
+    """A rank that is one of `size` threads."""
+
+    def __init__(self, rank, size, board, barrier):
+        self.rank, self.size, self.board, self.barrier = rank, size, board, barrier
+
+    def gather(self, value, error=None):
+        self.board[self.rank] = value
+        self.barrier.wait(20)
+        values = list(self.board)
+        self.barrier.wait(20)
+        return values
+
+
+def everywhere(layout, action):
+    """What action(anchor, parts, ranks) returned, or the exception it raised, on each rank of a layout."""
+    board, barrier = [None] * len(layout), threading.Barrier(len(layout))
+
+    def on(rank):
+        try:
+            return action(*layout[rank], Thread(rank, len(layout), board, barrier))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(layout)) as pool:
+        return list(pool.map(on, range(len(layout))))
+
+
+def save(layout, folder):
+    said = everywhere(layout, lambda anchor, parts, ranks: checkpoint.save(folder, anchor, {"step": 3}, ranks, parts))
+    assert not any(said), said
+
+
+def load(layout, folder):
+    return everywhere(layout, lambda anchor, parts, ranks: checkpoint.load(folder, ranks, parts))
+
+
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_every_layout_loads_what_every_other_saved(layouts, saved, tmp_path):
+    save(layouts[saved], tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(layouts[saved])
+    for layout in layouts.values():
+        for (anchor, _), (loaded, scalars) in zip(layout, load(layout, tmp_path), strict=True):
+            assert scalars == {"step": 3} and loaded.keys() == anchor.keys()
+            for name in anchor:
+                assert loaded[name].dtype == anchor[name].dtype and torch.equal(loaded[name], anchor[name])
+
+
+@pytest.mark.parametrize("saved, here", [("FSDP2 on 3", "FSDP2 on 3"), ("more ranks than rows", "FSDP2 on 2")])
+def test_a_rank_opens_the_shards_it_needs_only(layouts, saved, here, tmp_path, monkeypatch):
+    save(layouts[saved], tmp_path)
+    opened, real = [], checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", lambda path, *args: opened.append(path) or real(path, *args))
+    load(layouts[here], tmp_path)
+    needed = [s for s in sorted(tmp_path.glob("*.safetensors")) if "-00005-" not in s.name and "-00006-" not in s.name]
+    assert sorted(opened) == needed  # five rows: ranks 5 and 6 had nothing
+
+
+@pytest.mark.parametrize("here", ["not sharded", "FSDP2 on 2", "FSDP2 on 3", "more ranks than rows"])
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_a_damaged_shard_is_named_on_every_rank(layouts, here, damage, tmp_path):
+    save(layouts["FSDP2 on 3"], tmp_path)
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    if damage == "delete":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    for error in load(layouts[here], tmp_path):
+        assert isinstance(error, CheckpointError) and str(shard) in str(error)
+
+
+def test_shards_that_do_not_make_up_a_tensor_are_an_error(layouts, tmp_path):
+    save(layouts["FSDP2 on 3"][:2], tmp_path)
+    for error in load(layouts["FSDP2 on 2"], tmp_path):
+        assert isinstance(error, CheckpointError) and "do not make up all of" in str(error)
+
+
+def test_other_weights_are_named_on_every_rank(layouts, tmp_path):
+    save(layouts["FSDP2 on 2"], tmp_path)
+    for change, words in [
+        (lambda parts: {n: p for n, p in parts.items() if n != "bias"}, "missing [], unexpected ['bias']"),
+        (lambda parts: parts | {"bias": parts["bias"]._replace(whole=(9,))}, "anchor of bias is (5,), here it is (9,)"),
+    ]:
+        for error in load([(anchor, change(parts)) for anchor, parts in layouts["FSDP2 on 3"]], tmp_path):
+            assert type(error) is ValueError and words in str(error)
+
+
+def test_shards_without_their_parts_load_on_as_many_ranks(layouts, tmp_path, monkeypatch):
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path, header: real(tensors, path))
+    save(layouts["FSDP2 on 3"], tmp_path)
+    for (anchor, _), (loaded, _) in zip(layouts["FSDP2 on 3"], load(layouts["FSDP2 on 3"], tmp_path), strict=True):
+        assert all(torch.equal(loaded[name], anchor[name]) for name in anchor)
+    for error in load(layouts["FSDP2 on 2"], tmp_path):
+        assert isinstance(error, CheckpointError) and "was saved sharded by 3 ranks" in str(error)
