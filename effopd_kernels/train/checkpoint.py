@@ -7,11 +7,13 @@ process killed at any moment leaves the folder it was writing unpublished, and o
 
 import json
 import logging
+import math
 import platform
 import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -32,6 +34,7 @@ KEPT = (
     "effopd_enabled", "seed", "eval_metric", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
     "adam_epsilon", "optim", "optim_args",
 )  # fmt: skip
+PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in the data is counted in steps
 logger = logging.getLogger(__name__)
 
 
@@ -101,21 +104,39 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def write_settings(folder: Path, args: OPDConfig) -> None:
-    given = args.to_dict()
-    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in KEPT}))
+    given = _settings(args)
+    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in (*KEPT, PROMPTS)}))
 
 
 def check_settings(checkpoint: Path, args: OPDConfig) -> None:
     """Raises UserError where a run cannot go on from `checkpoint` with what `args` ask for. Another learning rate, say,
     would not be used, but be what the run's summary says."""
     file = checkpoint / SETTINGS_NAME
-    given = args.to_dict()
+    given = _settings(args)
     for name, was in json.loads(file.read_text()).items() if file.is_file() else ():
-        if given[name] != was:
-            raise UserError(
-                f"checkpoint '{checkpoint}' was made with --{name} {was}, which a resumed run keeps, got "
-                f"{given[name]}: resume with --{name} {was}, or begin another run with the checkpoint as its student"
-            )
+        if (got := given[name]) == was:
+            continue
+        made = keep = f"--{name} {was}"
+        if name == PROMPTS:
+            batch, steps, processes = _factors(args)
+            made = f"{was} prompts a step"
+            got = f"{got} (--per_device_train_batch_size {batch} × --gradient_accumulation_steps {steps} × processes: "
+            got += f"{processes})"
+            more, rest = divmod(was, batch * processes)
+            keep = f"--gradient_accumulation_steps {more}" if rest == 0 else f"factors that make {was}"
+        raise UserError(
+            f"checkpoint '{checkpoint}' was made with {made}, which a resumed run keeps, got {got}: resume with "
+            f"{keep}, or begin another run with the checkpoint as its student"
+        )
+
+
+def _settings(args: OPDConfig) -> dict[str, Any]:
+    return {**args.to_dict(), PROMPTS: math.prod(_factors(args))}
+
+
+def _factors(args: OPDConfig) -> tuple[int, int, int]:
+    """Of the prompts that a step takes, as TRL counts them."""
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
 
 
 def _found(output_dir: Path) -> dict[Path, tuple[int, bool]]:

@@ -122,6 +122,28 @@ def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_pat
     check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "max_steps": 9, "effopd_alphas": [2]}))
 
 
+def test_a_resumed_run_keeps_its_prompts_per_step_whatever_makes_them(two_checkpoints, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
+
+    def check(per_device, steps=1, processes=1):
+        sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps}
+        monkeypatch.setattr(OPDConfig, "world_size", processes)
+        check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, **sizes}))
+
+    for same in ((8,), (4, 2), (4, 1, 2), (1, 2, 4)):
+        check(*same)
+    other = "made with 8 prompts a step, .* got {}.*: resume with {},"
+    for sizes, got, keep in (
+        ((4,), 4, "--gradient_accumulation_steps 2"),
+        ((2, 1, 2), 4, "--gradient_accumulation_steps 2"),
+        ((8, 1, 2), 16, "factors that make 8"),
+    ):
+        with pytest.raises(UserError, match=other.format(got, keep)):
+            check(*sizes)
+    (checkpoint / "settings.json").write_text('{"seed": 7}')  # an older version's
+    check(4)
+
+
 class FullFrom(TrainerCallback):
     """From the end of a step's update on, no file can grow beyond `size` bytes."""
 
