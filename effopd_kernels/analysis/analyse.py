@@ -1,8 +1,8 @@
 """Measuring every tensor of a comparison, with all cores and all ranks.
 
 Tensors are measured by as many threads as PyTorch uses, one core each: small matrices leave most of a shared team idle,
-and while one thread reads the others compute. Under torchrun ranks share the tensors out by size, and no number depends
-on how.
+and while one thread reads the others compute. A GPU is driven by one: two must not load its kernels at once. Under
+torchrun ranks share the tensors out by size, and no number depends on how.
 """
 
 import time
@@ -38,7 +38,7 @@ def _measured(comparison: Comparison, options: Options, ranks: Ranks) -> list[Me
 
     embedding = token_embedding({name: comparison.base.shapes[name][0] for name in comparison.names})
     mine = _share(comparison, ranks.rank, ranks.size)
-    with _one_core_each() as workers, ThreadPoolExecutor(workers) as pool:
+    with _one_core_each() as workers, ThreadPoolExecutor(workers if options.device is None else 1) as pool:
         results = pool.map(lambda name: measure(comparison, name, options, name == embedding), mine)
         try:
             hidden = None if ranks.rank == 0 else True  # None: shown on a terminal only

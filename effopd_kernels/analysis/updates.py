@@ -69,8 +69,8 @@ def main(arguments: Sequence[str]) -> Path:
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
     ks = tuple(sorted({min(k, args.rank) for k in args.ks}))
-    options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=args.device)
     with _ranks() as ranks:
+        options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=_device(args.device, ranks))
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:
             print(f"exact spectra: about {estimate(comparison, ranks.size):.0f} s more", file=sys.stderr)
@@ -158,12 +158,21 @@ def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks
     """Every rank opens the folders and finds the same faults; only the first looks at the output's."""
     if ranks.rank == 0:
         check_free(args.output_dir, args.overwrite_output_dir, [args.base, *itertools.chain(*trajectories.values())])
-    if args.device is not None:
-        try:
-            torch.zeros(1, device=args.device).item()  # a meta tensor has no value
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {args.device} is not available here: {str(error).splitlines()[0]}") from error
     return compare(args.base, trajectories)
+
+
+def _device(name: str | None, ranks: Ranks) -> str | None:
+    """None for the CPU; of several GPUs each rank has its own."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and ranks.size > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device).item()  # a meta tensor has no value
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from error
+    return None if device.type == "cpu" else str(device)
 
 
 def _alone(section: Section) -> Section:

@@ -57,6 +57,7 @@ class MappingCheckpoint:
                 raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(tensor).__name__}")
         self._tensors, self.label = tensors, label
         self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        self.devices = {t.device for t in tensors.values()}
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -66,6 +67,8 @@ class FileCheckpoint:
     """A safetensors file or a folder of them, of which those are read that transformers would: model.safetensors, else
     what the index names, else all. Names in the order they lie on disk.
     """
+
+    devices = frozenset({torch.device("cpu")})
 
     def __init__(self, path: str | Path):
         self.label = str(path)

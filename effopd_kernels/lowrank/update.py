@@ -1,7 +1,8 @@
 """The truncated SVD of every update between two checkpoints, streamed.
 
 A reader thread fetches the next pair of matrices while others are factored: on the CPU side by side, on a GPU equal
-shapes as a group. Of both, as many pairs as fit a limit are held at a time.
+shapes as a group, in the caller's thread, whose device and stream no other has. Of both, as many pairs as fit a limit
+are held at a time.
 """
 
 import math
@@ -61,6 +62,7 @@ def update_svd(
             done.
         TypeError: a selected matrix is not floating. FileNotFoundError: a folder or shard that is not there.
     """
+    device = None if device is None else torch.empty(0, device=device).device  # "cuda" by its index
     sides = open_checkpoint(current, "current"), open_checkpoint(anchor, "anchor")
     names = _matching_names(*sides, include, strict)
     for name in names:
@@ -79,7 +81,11 @@ def update_svd(
             return group, _factor(x, y, Settings(min(rank, *x[0].shape), oversample, power_iters, tol, seed, route))
 
         groups = _groups(_pairs(*sides, names, device))
-        for group, svds in side_by_side(factor, groups, at_once=_at_once(*sides, names)):
+        if all(d.type == "cpu" for d in ([device] if device else sides[0].devices)):
+            factored = side_by_side(factor, groups, at_once=_at_once(*sides, names))
+        else:
+            factored = map(torch.no_grad()(factor), groups)
+        for group, svds in factored:
             parts = iter(svds)
             for name, a, _ in group:
                 batch = [next(parts) for _ in range(a.shape[:-2].numel())]
@@ -131,8 +137,10 @@ def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Ten
     """Read pairs one ahead of their use."""
 
     def read(name: str) -> tuple[str, Tensor, Tensor]:
-        a, b = current.read(name), anchor.read(name)
-        target = a.device if device is None else torch.device(device)
+        return name, current.read(name), anchor.read(name)
+
+    def moved(name: str, a: Tensor, b: Tensor) -> tuple[str, Tensor, Tensor]:
+        target = a.device if device is None else device
         a, b = a.to(target), b.to(target)
         check_pair(a, b, f"current[{name!r}]", f"anchor[{name!r}]")
         return name, a, b
@@ -142,9 +150,9 @@ def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Ten
         for name in names:
             this, ahead = ahead, reader.submit(read, name)
             if this is not None:
-                yield this.result()
+                yield moved(*this.result())
         if ahead is not None:
-            yield ahead.result()
+            yield moved(*ahead.result())
 
 
 def _at_once(current, anchor, names: list[str]) -> int:
