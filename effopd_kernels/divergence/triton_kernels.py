@@ -142,12 +142,23 @@ def _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my):
 
 
 @triton.jit
+def _larger(x, y, x2, y2):
+    return tl.maximum(x, x2), tl.maximum(y, y2)
+
+
+@triton.jit
+def _add(lx, ly, a, c, bx, by, lx2, ly2, a2, c2, bx2, by2):
+    return lx + lx2, ly + ly2, a + a2, c + c2, bx + bx2, by + by2
+
+
+@triton.jit
 def _reduce(mx, lx, my, ly, a, c, bx, by):
-    """One state out of a vector of states (threads of a program, slices of a row)."""
-    top_x = tl.max(mx, 0)
-    top_y = tl.max(my, 0)
+    """One state out of a vector of states (threads of a program, slices of a row). Together, for threads wait for each
+    other in every reduction."""
+    top_x, top_y = tl.reduce((mx, my), 0, _larger)
     lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, top_x, top_y)
-    return top_x, tl.sum(lx, 0), top_y, tl.sum(ly, 0), tl.sum(a, 0), tl.sum(c, 0), tl.sum(bx, 0), tl.sum(by, 0)
+    lx, ly, a, c, bx, by = tl.reduce((lx, ly, a, c, bx, by), 0, _add)
+    return top_x, lx, top_y, ly, a, c, bx, by
 
 
 @triton.jit
@@ -393,6 +404,7 @@ def _divergence_kernel(
     MIXED: tl.constexpr = KIND == MIXTURE
     PHASES: tl.constexpr = 1 + MIXED + GRAD
     TILE: tl.constexpr = LOADS * LANES * VECTOR
+    # of loads that go to registers: copies to shared memory, ahead of their use, take no policy
     KEEP: tl.constexpr = "evict_last" if PHASES > 1 else "evict_first"
 
     ticket = tl.atomic_add(count_ptr, 1, sem="relaxed")
