@@ -1,13 +1,19 @@
 """What goes into the controller (scores) and what comes out of it (events)."""
 
+import inspect
+import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 __all__ = ["Candidate", "EffOPDEvent", "Losses", "Scores"]
+
+T = TypeVar("T")
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as text, for JSON has no such numbers; `float` reads them
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,24 @@ class EffOPDEvent:
     skipped: str | None = None  # why nothing was scored
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON-able: a number that is not finite is one of the texts "NaN", "Infinity", "-Infinity"."""
+        return asdict(self, dict_factory=_without_nan)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EffOPDEvent":
-        return cls(**{**data, "candidates": tuple(Candidate(**c) for c in data["candidates"])})
+        """The event of what `to_dict` made, before and after JSON. ValueError for a field that no event has, and for
+        one that all have and this record lacks."""
+        return _read(cls, {**data, "candidates": tuple(_read(Candidate, c) for c in data.get("candidates", ()))})
+
+
+def _without_nan(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: json.dumps(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in items}
+
+
+def _read(kind: type[T], record: dict[str, Any]) -> T:
+    values = {k: float(v) if v in NOT_FINITE else v for k, v in record.items()}
+    try:
+        inspect.signature(kind).bind(**values)
+    except TypeError as e:
+        raise ValueError(f"this is not the record of one {kind.__name__}: {e}") from e
+    return kind(**values)

@@ -1,13 +1,17 @@
 """The published rule against scripted scores, and what an event leaves behind however it ends."""
 
+import json
+import math
 import random
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from effopd_kernels.extrapolation import EffOPDController, EffOPDEvent, Scores, extrapolate_
+from effopd_kernels.extrapolation.records import Candidate
 
 
 def model(dtype=torch.float32, seed=0):
@@ -351,6 +355,32 @@ def test_state_dict_resumes_step_for_step(accepted):
     assert after.events == before.events and isinstance(after.events[0], EffOPDEvent)
     run(second, after, range(7, 20))
     assert same(second, snapshot(whole))
+
+
+def test_events_are_read_back_from_strict_json():
+    scores = (math.nan, math.inf, -math.inf, -0.5, None)
+    candidates = tuple(Candidate(3.0, score, False, 5, 0.1) for score in scores)
+    event = EffOPDEvent(2, 1.0, -1.0, -1.0, 4, math.inf, 25, 0.5, 2.0, candidates)
+    record = json.loads(json.dumps(event.to_dict(), allow_nan=False))
+    back = EffOPDEvent.from_dict(record)
+    assert math.isnan(back.candidates[0].score)
+    whole = [replace(e, candidates=e.candidates[1:]) for e in (event, back)]  # NaN equals nothing
+    assert whole[0] == whole[1] and back.to_dict() == event.to_dict()
+    old = json.loads(json.dumps(asdict(event)))
+    assert EffOPDEvent.from_dict(old).to_dict() == event.to_dict()
+    del old["candidates"]
+    assert EffOPDEvent.from_dict(old) == replace(event, candidates=())
+
+
+@pytest.mark.parametrize("kind", ["EffOPDEvent", "Candidate"])
+def test_a_record_of_other_fields_is_refused(kind):
+    event = EffOPDEvent(2, 1.0, -1.0, -1.0, 1, 0.5, 5, 0.5, 2.0, (Candidate(3.0, -2.0, False, 5, 0.1),))
+    record = event.to_dict()
+    part = record if kind == "EffOPDEvent" else record["candidates"][0]
+    for wrong in ({**part, "colour": "red"}, {name: value for name, value in part.items() if name != "alpha"}):
+        part.clear(), part.update(wrong)
+        with pytest.raises(ValueError, match=f"not the record of one {kind}: .*'(colour|alpha)'"):
+            EffOPDEvent.from_dict(record)
 
 
 def test_state_of_other_weights_is_refused():
