@@ -119,6 +119,8 @@ def _linear_rows(prefix, hidden, weight, bias, ids, rows, options, chunk_bytes):
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
     if ids.shape != shape:
@@ -131,6 +133,15 @@ def _check_range(name: str, ids: Tensor, V: int) -> None:
         for found in map(int, ids.aminmax()):
             if not 0 <= found < V:
                 raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
+
+
+def _check_distinct(name: str, ids: Tensor) -> None:
+    """Negative ids are none. As with their range: only where looking costs no wait."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        ids = ids.sort(-1).values  # of k = 64, less than a hundredth of what the loss and its gradient take
+        twice = ids[..., 1:][(ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)]
+        if twice.numel():
+            raise ValueError(f"{name} must all be different within a token, got {int(twice[0])} more than once in one")
 
 
 def _check_mass(logprobs: Tensor) -> None:
@@ -192,7 +203,7 @@ def topk_divergence_loss(
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
-    ids out of range and log-probabilities of more than one in all.
+    ids out of range or twice in a token and log-probabilities of more than one in all.
     """
     check_float(student=student, teacher_logprobs=teacher_logprobs)
     shape = student.shape[:-1]
@@ -217,6 +228,7 @@ def topk_divergence_loss(
     _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V)
     _check_mass(teacher_logprobs if masked is None else teacher_logprobs.masked_fill(masked[..., None], -torch.inf))
     ids = teacher_ids.long().masked_fill(absent, -1)
+    _check_distinct("teacher_ids", ids)
     if student_weight is None:
         student = gathered(student)
         masked_N = None if masked is None else masked.reshape(-1)
@@ -252,6 +264,7 @@ def linear_token_logprobs(
 
     Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
+    check_float(hidden=hidden, weight=weight)
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
@@ -267,8 +280,9 @@ def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: st
     and its gradient is an unbiased estimate of the divergence's; "k3" is e^(−d) − 1 + d, unbiased and never negative,
     whose gradient estimates that of KL(teacher ‖ student) (J. Schulman, "Approximating KL divergence", 2020). The
     gradient of "k1" is zero on average: use it as a reward. The teacher is a constant.
-    Raises ValueError for shapes that differ or another estimator.
+    Raises ValueError or TypeError for inputs that do not fit each other, or another estimator.
     """
+    check_float(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)
     if student_logprobs.shape != teacher_logprobs.shape:
         raise ValueError(
             f"log-probabilities differ in shape: {tuple(student_logprobs.shape)}, {tuple(teacher_logprobs.shape)}"

@@ -238,6 +238,13 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), softcap=-1), "softcap"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), chunk_bytes=-1), "chunk_bytes"),
         (lambda: topk_divergence_loss(random(N, V), torch.full((N, 3), 0.4), torch.arange(3).expand(N, 3)), "of 4.48"),
+        (
+            lambda: topk_divergence_loss(random(1, V), random(1, 3) - 9, torch.tensor([[5, 96, 5]])),
+            "got 5 more than once",
+        ),
+        (lambda: topk_divergence_loss(random(1, 1, V), random(1, 1, V) - 9, torch.ones(1, 1, V).long()), "got 1 more"),
+        (lambda: topk_divergence_loss(random(N, V), random(N, 1), [0] * N), "teacher_ids must be a tensor, got list"),
+        (lambda: linear_token_logprobs([0.0], random(V, D), torch.arange(N)), "hidden must be a tensor, got list"),
         (lambda: topk(student_bias=random(V)), "student_bias"),
         (lambda: topk(student_logit_scale=0.0), "student_logit_scale must be positive"),
         (lambda: topk(student_weight=random(V, V), chunk_bytes=0), "chunk_bytes"),
@@ -245,6 +252,8 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: topk(inplace=True), "inplace"),
         (lambda: sampled_kl(random(3), random(4)), "(4,)"),
         (lambda: sampled_kl(random(3), random(3), "k4"), "k4"),
+        (lambda: sampled_kl(random(3), [0.0] * 3), "teacher_logprobs must be a tensor, got list"),
+        (lambda: sampled_kl([0.0] * 3, random(3)), "student_logprobs must be a tensor, got list"),
     ],
 )
 def test_errors_name_what_does_not_fit(call, words):
