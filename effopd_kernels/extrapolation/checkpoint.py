@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -123,7 +124,7 @@ def _assemble(paths: Sequence[Path], ranks: Ranks, wanted: Mapping[str, Part] | 
     nearest = ranks.rank * len(paths) // ranks.size  # this rank's own, if as many saved
     out, have = {}, {}
     for path in paths[nearest:] + paths[:nearest]:
-        with safe_open(path, "pt") as file:
+        with torch.device("cpu"), safe_open(path, "pt") as file:  # whatever the caller's default device is
             saved = _parts(file, alone=len(paths) == 1)
             if saved is None:
                 if len(paths) != ranks.size:

@@ -204,10 +204,13 @@ class EffOPDController:
         return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights."""
+        """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights or its
+        events are not what `EffOPDEvent.to_dict` made.
+        """
         scalars = state["scalars"]
+        events = [EffOPDEvent.from_dict(event) for event in scalars["events"]]
         self.weights.load_state(state["anchor"])
-        self.events = [EffOPDEvent.from_dict(event) for event in scalars["events"]]
+        self.events = events
         self.last_step, self.val_tokens = scalars["last_step"], scalars["val_tokens"]
         self.reset_due = scalars.get("reset_due", False) and self.optimizer_policy == "reset"
 

@@ -393,6 +393,11 @@ def test_state_of_other_weights_is_refused():
     wrong = {**state, "anchor": {k: v[..., :1] for k, v in state["anchor"].items()}}
     with pytest.raises(ValueError, match=r"anchor of self_attn\.weight is"):
         controller.load_state_dict(wrong)
+    before = {k: v.clone() for k, v in state["anchor"].items()}
+    moved = {k: v + 1 for k, v in state["anchor"].items()}
+    with pytest.raises(ValueError, match="not the record of one EffOPDEvent"):
+        controller.load_state_dict({"anchor": moved, "scalars": {**state["scalars"], "events": [{"step": 1}]}})
+    assert all(torch.equal(v, before[k]) for k, v in controller.state_dict()["anchor"].items())
 
 
 @pytest.mark.parametrize(
