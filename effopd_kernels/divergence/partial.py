@@ -50,24 +50,96 @@ def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
     return z.gather(1, ids_N1) - z.logsumexp(1, keepdim=True)
 
 
-class _LinearRows(torch.autograd.Function):
-    """rows(hidden·weightᵀ + bias, ids, *options), a chunk of rows at a time; backward projects each chunk again."""
+# Operators, because compiling their loops would mean once for each number of tokens. token: the log-probabilities of
+# ids (N, 1); else the buckets of ids (N, k).
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, bool token, bool tail, float temperature, float scale, "
+    "float? softcap, ScalarType dtype, int chunk_rows"
+)
+torch.library.define("effopd::partial_rows", f"({_ARGS}) -> Tensor")
+torch.library.define(
+    "effopd::partial_rows_backward",
+    f"(Tensor grad, {_ARGS}, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+)
 
-    @staticmethod
-    def forward(hidden_ND, weight_VD, bias_V, ids_Nk, rows, options, dtype, chunk_rows):
-        chunks = [
-            rows(_LinearRows.project(hidden_ND[chunk], weight_VD, bias_V, dtype), ids_Nk[chunk], *options)
-            for chunk in pieces(max(hidden_ND.shape[0], 1), chunk_rows)
-        ]
-        return torch.cat(chunks)
 
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    device = hidden.device.type
+    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
+    return _token_rows(logits, ids, *transform) if token else _bucket_rows(logits, ids, tail, *transform)
+
+
+def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:
+    """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype."""
+    z = _transformed(logits, temperature, scale, softcap)
+    known, absent = grad[:, : ids.shape[1]], ids < 0
+    ids = torch.where(absent, ids.amax(1, keepdim=True).clamp(min=0), ids)
+    if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
+        summed = z if token else z.scatter(1, ids, -torch.inf)
+        total = summed.logsumexp(1, keepdim=True)
+        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp() * (-grad if token else grad[:, -1:])
+    else:
+        g = torch.zeros_like(z)
+    g.scatter_add_(1, ids, known.masked_fill(absent, 0))
+    if softcap:
+        g *= 1 - (z * (temperature / softcap)).square()
+    return (g * (scale / temperature)).to(logits.dtype)
+
+
+def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
+    """_rows(hidden·weightᵀ + bias, ids, …), a chunk of rows at a time."""
+    *options, dtype, chunk_rows = args
+    chunks = pieces(max(hidden_ND.shape[0], 1), chunk_rows)
+    return torch.cat([_rows(_project(hidden_ND[c], weight_VD, bias_V, dtype), ids_Nk[c], *options) for c in chunks])
+
+
+def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
+    """Projects each chunk again. What is not needed is empty."""
+    *options, dtype, chunk_rows, need_h, need_w, need_b = args
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_h = torch.zeros_like(hidden_ND) if need_h else hidden_ND.new_empty(0)
+    grad_w = torch.zeros_like(weight_VD, dtype=wide) if need_w else None
+    grad_b = torch.zeros_like(bias_V, dtype=wide) if need_b else None
+    for chunk in pieces(hidden_ND.shape[0], chunk_rows):
+        hidden = hidden_ND[chunk].to(dtype)
+        g = _rows_gradient(grad[chunk], _project(hidden, weight_VD, bias_V, dtype), ids_Nk[chunk], *options)
+        if need_h:
+            grad_h[chunk] = g @ weight_VD.to(dtype)
+        if need_w:
+            grad_w += g.T @ hidden
+        if need_b:
+            grad_b += g.sum(0, dtype=wide)
+    grad_w = grad_w.to(weight_VD.dtype) if need_w else weight_VD.new_empty(0)
+    return grad_h, grad_w, grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
+
+
+torch.library.impl("effopd::partial_rows", "CompositeExplicitAutograd", _partial_rows)
+torch.library.impl("effopd::partial_rows_backward", "CompositeExplicitAutograd", _partial_rows_backward)
+
+
+@torch.library.register_fake("effopd::partial_rows")
+def _(hidden, weight, bias, ids, token, tail, temperature, scale, softcap, dtype, chunk_rows):
+    columns = ids.shape[1] + (tail and not token)
+    return hidden.new_empty((hidden.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+
+
+@torch.library.register_fake("effopd::partial_rows_backward")
+def _(grad, hidden, weight, bias, ids, *args):
+    *_, need_h, need_w, need_b = args
+    grad_h, grad_w = (
+        torch.empty_like(x) if need else x.new_empty(0) for x, need in ((hidden, need_h), (weight, need_w))
+    )
+    return grad_h, grad_w, torch.empty_like(bias) if need_b else weight.new_empty(0)
+
+
+class _PartialRows(torch.autograd.Function):
     @staticmethod
-    def project(hidden, weight, bias, dtype):
-        device = hidden.device.type
-        with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return torch.nn.functional.linear(
-                hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-            )
+    def forward(*args):
+        return torch.ops.effopd.partial_rows(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -76,37 +148,15 @@ class _LinearRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        needs = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            grads = _LinearRows.gradients(ctx, grad_output)
-        return *differentiable_once(grads), None, None, None, None, None
-
-    @staticmethod
-    def gradients(ctx, grad_output):
-        hidden_ND, weight_VD, bias_V, ids_Nk = ctx.saved_tensors
-        rows, options, dtype, chunk_rows = ctx.rest
-        wide = torch.promote_types(dtype, torch.float32)
-        needs = ctx.needs_input_grad
-        grad_h = torch.zeros_like(hidden_ND) if needs[0] else None
-        grad_w = torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None
-        grad_b = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
-        for chunk in pieces(hidden_ND.shape[0], chunk_rows):
-            hidden = hidden_ND[chunk].to(dtype)
-            logits = _LinearRows.project(hidden, weight_VD, bias_V, dtype)
-            _, pull = torch.func.vjp(lambda z, ids=ids_Nk[chunk]: rows(z, ids, *options), logits)
-            (g,) = pull(grad_output[chunk])
-            if grad_h is not None:
-                grad_h[chunk] = g @ weight_VD.to(dtype)
-            if grad_w is not None:
-                grad_w += g.T @ hidden
-            if grad_b is not None:
-                grad_b += g.sum(0, dtype=wide)
-        grad_w = None if grad_w is None else grad_w.to(weight_VD.dtype)
-        grad_b = None if grad_b is None else grad_b.to(bias_V.dtype)
-        return grad_h, grad_w, grad_b
+            grads = torch.ops.effopd.partial_rows_backward(grad_output, *ctx.saved_tensors, *ctx.rest, *needs)
+        grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return *differentiable_once(grads), *(None for _ in range(1 + len(ctx.rest)))
 
 
-def _linear_rows(prefix, hidden, weight, bias, ids, rows, options, chunk_bytes):
-    """rows(logits, ids, *options) of the head's logits. prefix: of the arguments' names, in errors."""
+def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
+    """_rows of the head's logits. prefix: of the arguments' names, in errors."""
     hidden, weight, bias = map(gathered, (hidden, weight, bias))
     check_float(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
     check_side(prefix, hidden, weight, bias)
@@ -115,7 +165,7 @@ def _linear_rows(prefix, hidden, weight, bias, ids, rows, options, chunk_bytes):
     chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 5 * 4)
     flat = hidden.reshape(-1, hidden.shape[-1])
     tensors = map(keepable, (flat, weight, bias, ids.reshape(-1, ids.shape[-1])))
-    return apply(_LinearRows, *tensors, rows, options, dtype, chunk_rows)
+    return apply(_PartialRows, *tensors, token, tail, *transform, dtype, chunk_rows)
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
@@ -220,7 +270,7 @@ def topk_divergence_loss(
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
-    transform = (tail, temperature, student_logit_scale, student_softcap)
+    transform = (temperature, student_logit_scale, student_softcap)
     absent = teacher_logprobs == -torch.inf if k < V else torch.zeros_like(teacher_ids, dtype=torch.bool)
     masked = None if mask is None else ~mask
     if masked is not None:
@@ -232,12 +282,12 @@ def topk_divergence_loss(
     if student_weight is None:
         student = gathered(student)
         masked_N = None if masked is None else masked.reshape(-1)
-        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), *transform, masked_N)
+        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
     else:
         if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
             student = gathered(student).masked_fill(masked[..., None], 0)
         buckets = _linear_rows(
-            "student_", student, student_weight, student_bias, ids, _bucket_rows, transform, chunk_bytes
+            "student_", student, student_weight, student_bias, ids, False, tail, transform, chunk_bytes
         )
     known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
     if tail:
@@ -268,8 +318,8 @@ def linear_token_logprobs(
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
-    options = (temperature, logit_scale, softcap)
-    rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], _token_rows, options, chunk_bytes)
+    transform = (temperature, logit_scale, softcap)
+    rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)
 
 

@@ -39,7 +39,7 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
     emptied = [name for name, t in chosen.items() if hasattr(t, "ds_id") and t.numel() == 0]
     if emptied:
         raise ValueError(
-            f"{emptied[0]} is partitioned by DeepSpeed ZeRO-3 and empty here: pass the partitions as named tensors"
+            f"{emptied[0]} is partitioned by DeepSpeed ZeRO-3 and empty here: shard with FSDP2, or use ZeRO-1 or 2"
         )
     if any(map(is_lora_name, chosen)):
         dense = [name for name in chosen if not is_lora_name(name)]

@@ -82,6 +82,17 @@ def test_opcheck_linear(dtype, needs, num_valid):
     torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, args)
 
 
+@pytest.mark.parametrize("token", [True, False], ids=["token", "buckets"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=["all", "frozen hidden"])
+def test_opcheck_partial(token, needs):
+    hidden, weight, *_ = heads(torch.float32)
+    ids = torch.arange(N).remainder(V)[:, None] if token else torch.arange(3).expand(N, 3)
+    args = (hidden, weight, random(V), ids, token, not token, 1.5, 2.0, None, torch.float32, 2)
+    torch.library.opcheck(torch.ops.effopd.partial_rows.default, args)
+    grad = torch.ops.effopd.partial_rows(*args)
+    torch.library.opcheck(torch.ops.effopd.partial_rows_backward.default, (grad, *args, *needs))
+
+
 def test_without_the_extension_the_reference_serves_with_one_warning():
     code = """
 import sys, warnings
@@ -147,6 +158,10 @@ SIZES = {
     ),
     "linear": lambda s, t, mask: linear_divergence_loss(s, t[:7], t, t[:7], mask=mask, num_valid=4),
     "top-k": lambda s, t, mask: topk_divergence_loss(s, *torch.log_softmax(t, -1).topk(3), mask=mask),
+    "top-k, linear": lambda s, t, mask: topk_divergence_loss(
+        s, *torch.log_softmax(t[:, :7], -1).topk(3), student_weight=t[:7], mask=mask
+    ),
+    "token log-probabilities": lambda s, t, mask: linear_token_logprobs(s, t[:7], mask.long()).sum(),
 }
 
 
