@@ -1,14 +1,15 @@
 """How many steps, tokens and seconds does EffOPD save, at which learning rate, and what does it cost?
 
     python benchmarks/study_acceleration.py --output_dir outputs/study            (resumable: finished runs are kept)
+    python benchmarks/study_acceleration.py --world sorting                       (another task, an unrelated teacher)
     python benchmarks/study_acceleration.py --quick
 
-The demo's world (two-digit addition, students of about 50 % exact, teachers of 98 %), a bare on-policy distillation
-loop around `EffOPDController`, the same student, prompts and seeds for every method. The curve is exact match on 1,024
-held-out problems, which no method ever sees; validation uses 256 others. Costs of a method count every token it
-generated, validation included; seconds are CPU seconds of its one thread, so that neighbours do not count. For each
-learning rate and seed, the target is what plain OPD ends at; "for good" counts to the step from which the score stays
-there or above.
+The demo's world (two-digit addition, students of about 50 % exact, teachers of 98 %) or that of `sorting.py`, a bare
+on-policy distillation loop around `EffOPDController`, the same student, prompts and seeds for every method. The curve
+is exact match on 1,024 held-out problems, which no method ever sees; validation uses 256 others. Costs of a method
+count every token it generated, validation included; seconds are CPU seconds of its one thread, so that neighbours do
+not count. For each learning rate and seed, the target is what plain OPD ends at; "for good" counts to the step from
+which the score stays there or above.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
+import sorting
 import torch
 from common import device_name, when_and_with_what
 from tqdm.auto import tqdm
@@ -24,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from effopd_kernels.extrapolation import EffOPDController, Losses, Scores
-from effopd_kernels.train.demo import build_world
+from effopd_kernels.train import demo
 
-PROMPT, ANSWER = 6, 4  # tokens: "07+85=", and three digits with the end token
+WORLDS = {"addition": demo.build_world, "sorting": sorting.build_world}
 BATCH = 128
 KL = dict(score="kl", accept="paired")
 LOSS = dict(score="loss", search="gradient", alphas=(3, 64))
@@ -47,8 +49,8 @@ METHODS = {
 class World:
     """Models and problems of one seed, as tensors."""
 
-    def __init__(self, folder: Path, seed: int):
-        build_world(folder, seed)
+    def __init__(self, name: str, folder: Path, seed: int):
+        WORLDS[name](folder, seed)
         self.folder, self.seed = folder, seed
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
         self.teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
@@ -57,6 +59,7 @@ class World:
             rows = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
             self.prompts[part] = self._encode(row["prompt"] for row in rows)
             self.answers[part] = self._encode(row["answer"] + self.tokenizer.eos_token for row in rows)
+        self.prompt, self.answer = self.prompts["eval"].shape[1], self.answers["eval"].shape[1]  # tokens of each
 
     def student(self):
         return AutoModelForCausalLM.from_pretrained(self.folder / "student").eval()  # no dropout in it anyway
@@ -66,28 +69,29 @@ class World:
 
     @torch.no_grad()
     def complete(self, model, prompts):
-        """One sample per prompt: ids (N, 10), and which of the four last tokens count (up to and including the end)."""
+        """One sample per prompt: ids (N, prompt + answer), and which tokens of the answer count: up to and including
+        the end.
+        """
         ids = prompts
-        for _ in range(ANSWER):
+        for _ in range(self.answer):
             probabilities = model(ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(probabilities, 1)], 1)
-        ended = (ids[:, PROMPT:] == self.tokenizer.eos_token_id).cumsum(1)
-        mask = (ended - (ids[:, PROMPT:] == self.tokenizer.eos_token_id).long()) == 0
-        return ids, mask
+        end = ids[:, self.prompt :] == self.tokenizer.eos_token_id
+        return ids, end.cumsum(1) - end.long() == 0
 
     def kl(self, model, ids, mask):
-        """Reverse KL to the teacher, (N, 4), zero where a token does not count. Plain: there are 14 tokens."""
+        """Reverse KL to the teacher, (N, answer), zero where a token does not count. Plain: there are 14 tokens."""
         with torch.no_grad():
-            teacher = self.teacher(ids[:, :-1]).logits[:, PROMPT - 1 :].log_softmax(-1)
-        student = model(ids[:, :-1]).logits[:, PROMPT - 1 :].log_softmax(-1)
+            teacher = self.teacher(ids[:, :-1]).logits[:, self.prompt - 1 :].log_softmax(-1)
+        student = model(ids[:, :-1]).logits[:, self.prompt - 1 :].log_softmax(-1)
         return (student.exp() * (student - teacher)).sum(-1) * mask
 
     @torch.no_grad()
     def exact_match(self, model) -> float:
         """Greedy exact match on the held-out problems; greedy is right iff it is right after every right prefix."""
         ids = torch.cat([self.prompts["eval"], self.answers["eval"]], 1)
-        greedy = model(ids[:, :-1]).logits[:, PROMPT - 1 :].argmax(-1)
-        return (greedy == ids[:, PROMPT:]).all(1).float().mean().item()
+        greedy = model(ids[:, :-1]).logits[:, self.prompt - 1 :].argmax(-1)
+        return (greedy == ids[:, self.prompt :]).all(1).float().mean().item()
 
 
 def run(world: World, options: dict | None, learning_rate: float, steps: int, seed: int, bar: tqdm) -> dict:
@@ -102,7 +106,7 @@ def run(world: World, options: dict | None, learning_rate: float, steps: int, se
     def score():
         ids, mask = world.complete(student, val)
         if scored_by == "accuracy":
-            wrong = (ids[:, PROMPT:] != world.answers["val"]) & mask
+            wrong = (ids[:, world.prompt :] != world.answers["val"]) & mask
             values = 1.0 - wrong.any(1).float()
         else:
             with torch.no_grad():
@@ -240,6 +244,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"), help="worlds and finished runs")
     parser.add_argument("--results_dir", type=Path, help="where table, figure and summary go (default: output_dir)")
+    parser.add_argument("--world", choices=list(WORLDS), default="addition")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-6, 1e-5, 3e-5, 1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=256)
@@ -261,27 +266,28 @@ def main() -> None:
     torch.set_num_threads(1)  # a 100,000-parameter model: a second thread only waits
     todo = [(m, r, s) for s in args.seeds for r in args.learning_rates for m in args.methods]
     runs, world = {}, None
+    folder = args.output_dir if args.world == "addition" else args.output_dir / args.world
     with tqdm(total=len(todo) * args.steps, unit=" steps") as bar:
         for method, rate, seed in todo:
-            path = args.output_dir / f"runs-{args.steps}" / f"{method}-{rate:g}-{seed}.json"
+            path = folder / f"runs-{args.steps}" / f"{method}-{rate:g}-{seed}.json"
             bar.set_description(f"{method}, {rate:g}, seed {seed}")
             if path.exists():
                 bar.update(args.steps)
             else:
                 if world is None or world.seed != seed:
-                    world = World(args.output_dir / f"world-{seed}", seed)
+                    world = World(args.world, folder / f"world-{seed}", seed)
                 result = run(world, METHODS[method][1], rate, args.steps, seed, bar)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.with_suffix(".tmp").write_text(json.dumps(result))
                 path.with_suffix(".tmp").replace(path)
             runs[method, rate, seed] = json.loads(path.read_text())
-    folder = args.results_dir or args.output_dir
+    folder = args.results_dir or folder
     folder.mkdir(parents=True, exist_ok=True)
     rows = summarize(runs)
     if args.without_seconds:
         for row in rows:
             del row["seconds"]
-    about = {"device": device, "written": when_and_with_what(), "steps": args.steps}
+    about = {"world": args.world, "device": device, "written": when_and_with_what(), "steps": args.steps}
     (folder / "acceleration.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     (folder / "acceleration.md").write_text(table(rows))
     figure(runs, folder / "acceleration.png")

@@ -56,11 +56,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3, 64 wide and two layers deep unless ``sizes`` say otherwise."""
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), max_position_embeddings=64, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        **{"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "head_dim": 16} | sizes,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -73,50 +75,63 @@ def build_world(folder: Path, seed: int) -> None:
     if marker.is_file() and json.loads(marker.read_text())["seed"] == seed:
         return
     set_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = [(a, b) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(pairs)
-    parts = {
-        "eval": pairs[:EVAL_SIZE],
-        "val": pairs[EVAL_SIZE : EVAL_SIZE + VAL_SIZE],
-        "train": pairs[EVAL_SIZE + VAL_SIZE :],
-    }
-    for name, part in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(problem(*p)) + "\n" for p in part))
-
+    train = write_problems([problem(*pair) for pair in pairs], folder)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    train_teacher(model, tokenizer, parts["train"], folder, seed)
+    wanted = {"student": STUDENT_ACCURACY, "teacher": TEACHER_ACCURACY}
+    train_on_labels(build_model(tokenizer), tokenizer, train, wanted, folder, seed)
     marker.write_text(json.dumps({"seed": seed}) + "\n")
 
 
-def train_teacher(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list, folder: Path, seed: int):
-    """Supervised training until the model is a teacher; a snapshot from when it was half as good is the student."""
+def write_problems(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
+    """Share them out as eval.jsonl, val.jsonl and, the rest, train.jsonl, which is returned."""
+    parts = {
+        "eval": rows[:EVAL_SIZE],
+        "val": rows[EVAL_SIZE : EVAL_SIZE + VAL_SIZE],
+        "train": rows[EVAL_SIZE + VAL_SIZE :],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return parts["train"]
+
+
+def train_on_labels(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[dict[str, str]],
+    wanted: dict[str, float],
+    folder: Path,
+    seed: int,
+) -> None:
+    """Supervised training. The model is saved as `folder/name` at the first probe that reaches the accuracy of each
+    wanted name, in ascending order.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    picker = random.Random(seed)
-    wanted = [("student", STUDENT_ACCURACY), ("teacher", TEACHER_ACCURACY)]
-    with tqdm(desc="training a teacher on labels; its early self is the student", unit=" steps") as bar:
+    picker, left = random.Random(seed), list(wanted.items())
+    with tqdm(desc=f"training on labels: {', then '.join(wanted)}", unit=" steps") as bar:
         for step in range(1, MAX_STEPS + 1):
-            rows = [problem(*pair) for pair in picker.sample(pairs, BATCH)]
-            batch = tokenizer([r["prompt"] + r["answer"] + EOS for r in rows], return_tensors="pt")
+            batch_rows = picker.sample(rows, BATCH)
+            batch = tokenizer([r["prompt"] + r["answer"] + EOS for r in batch_rows], return_tensors="pt")
             labels = batch["input_ids"].clone()
-            labels[:, : len(rows[0]["prompt"])] = -100
+            labels[:, : len(batch_rows[0]["prompt"])] = -100
             model(**batch, labels=labels).loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             bar.update()
             if step % PROBE_EVERY == 0:
-                accuracy = exact_match(model, tokenizer, [problem(*pair) for pair in pairs[:512]])
+                accuracy = exact_match(model, tokenizer, rows[:512])
                 bar.set_postfix(exact=f"{accuracy:.3f}")
-                while wanted and accuracy >= wanted[0][1]:
+                while left and accuracy >= left[0][1]:
                     for part in (model, tokenizer):
-                        part.save_pretrained(folder / wanted[0][0])
-                    wanted.pop(0)
-                if not wanted:
+                        part.save_pretrained(folder / left[0][0])
+                    left.pop(0)
+                if not left:
                     return
-    raise RuntimeError(f"the demo's teacher did not reach {TEACHER_ACCURACY:.0%} in {MAX_STEPS} steps (seed {seed})")
+    raise RuntimeError(f"the {left[0][0]} did not reach {left[0][1]:.0%} in {MAX_STEPS} steps (seed {seed})")
 
 
 def exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> float:
