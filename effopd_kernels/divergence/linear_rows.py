@@ -47,7 +47,7 @@ def default_chunk_bytes(device: torch.device) -> int:
     return (208 if device.type == "cpu" else 1024) * MIB
 
 
-def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
     """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
     if out_NV.dtype == hidden_ND.dtype:
         torch.mm(hidden_ND, weight_VD.T, out=out_NV)
@@ -62,7 +62,7 @@ def _project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tenso
         out_NV += bias_V
 
 
-def _add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
+def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
     """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
     beta = 0 if first else 1  # 0 leaves unread what stood there
     if acc_VD.dtype == grad_NV.dtype:
@@ -135,11 +135,11 @@ def _linear_rows(
 
     for chunk in chunks:
         s_chunk = s_buf[: chunk.stop - chunk.start]
-        _project(s_chunk, h_s[chunk], w_s, b_s)
+        project(s_chunk, h_s[chunk], w_s, b_s)
         for tile in pieces(s_chunk.shape[0], tile_rows):
             rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
             s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
-            _project(t_tile, h_t[rows], w_t, b_t)
+            project(t_tile, h_t[rows], w_t, b_t)
             row_scale = None if row_scale_N is None else row_scale_N[rows]
             loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
                 s_tile, t_tile, None if valid is None else valid[rows], row_scale, *spec, with_grad, with_stats
@@ -152,7 +152,7 @@ def _linear_rows(
         if grad_h is not None:
             grad_h[chunk] = g @ w_s
         if grad_w is not None:
-            _add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
+            add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
         if grad_b is not None:
             grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
 

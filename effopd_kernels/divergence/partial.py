@@ -5,7 +5,8 @@ on both sides, so that what is compared are two distributions over k + 1 outcome
 that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -15,8 +16,9 @@ from .arguments import TopKOptions, check_float, check_positive, check_tokens, g
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
-from .linear_rows import default_chunk_bytes, pieces
+from .linear_rows import add_product, default_chunk_bytes, pieces, project
 from .logits import divergence_loss
+from .ops import empty_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
 def _transformed(
     logits_NV: Tensor, temperature: float, scale: float, softcap: float | None, masked_N: Tensor | None = None
 ) -> Tensor:
-    z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * scale
-    if masked_N is not None:  # here, where it takes no memory; a NaN times their gradient of 0 would be NaN in backward
-        z.masked_fill_(masked_N[:, None], 0)
-    return (softcap * torch.tanh(z / softcap) if softcap else z) / temperature
+    z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if masked_N is not None:  # before all else: a NaN times their gradient of 0 would be NaN in backward
+        z = z.masked_fill(masked_N[:, None], 0)
+    if softcap:
+        z = torch.tanh(z * (scale / softcap)) * softcap
+    elif scale != 1:
+        z = z * scale
+    return z if temperature == 1 else z / temperature
 
 
 def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
@@ -63,10 +69,8 @@ torch.library.define(
 )
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    device = hidden.device.type
-    with torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
@@ -81,40 +85,54 @@ def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) 
     if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
         summed = z if token else z.scatter(1, ids, -torch.inf)
         total = summed.logsumexp(1, keepdim=True)
-        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp() * (-grad if token else grad[:, -1:])
+        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
     else:
         g = torch.zeros_like(z)
     g.scatter_add_(1, ids, known.masked_fill(absent, 0))
     if softcap:
         g *= 1 - (z * (temperature / softcap)).square()
-    return (g * (scale / temperature)).to(logits.dtype)
+    return g.mul_(scale / temperature).to(logits.dtype)
+
+
+def _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their logits, whose memory the next ones take."""
+    with _without_autocast(hidden_ND.device.type):
+        operands = hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND, dtype)
+        for chunk in pieces(hidden_ND.shape[0], len(logits)):
+            own = logits[: chunk.stop - chunk.start]
+            project(own, operands[0][chunk], *operands[1:])
+            yield chunk, own
 
 
 def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     """_rows(hidden·weightᵀ + bias, ids, …), a chunk of rows at a time."""
-    *options, dtype, chunk_rows = args
-    chunks = pieces(max(hidden_ND.shape[0], 1), chunk_rows)
-    return torch.cat([_rows(_project(hidden_ND[c], weight_VD, bias_V, dtype), ids_Nk[c], *options) for c in chunks])
+    token, tail, *transform, dtype, chunk_rows = args
+    columns = ids_Nk.shape[1] + (tail and not token)
+    out = hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+        out[chunk] = _rows(logits, ids_Nk[chunk], token, tail, *transform)
+    return out
 
 
 def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     """Projects each chunk again. What is not needed is empty."""
     *options, dtype, chunk_rows, need_h, need_w, need_b = args
     wide = torch.promote_types(dtype, torch.float32)
-    grad_h = torch.zeros_like(hidden_ND) if need_h else hidden_ND.new_empty(0)
-    grad_w = torch.zeros_like(weight_VD, dtype=wide) if need_w else None
+    grad_h = torch.empty_like(hidden_ND) if need_h else hidden_ND.new_empty(0)
+    grad_w = empty_rows(*weight_VD.shape, weight_VD, wide) if need_w else weight_VD.new_empty(0)
     grad_b = torch.zeros_like(bias_V, dtype=wide) if need_b else None
-    for chunk in pieces(hidden_ND.shape[0], chunk_rows):
-        hidden = hidden_ND[chunk].to(dtype)
-        g = _rows_gradient(grad[chunk], _project(hidden, weight_VD, bias_V, dtype), ids_Nk[chunk], *options)
+    if need_w and not len(hidden_ND):
+        grad_w.zero_()
+    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+        g = _rows_gradient(grad[chunk], logits, ids_Nk[chunk], *options)
         if need_h:
             grad_h[chunk] = g @ weight_VD.to(dtype)
         if need_w:
-            grad_w += g.T @ hidden
+            add_product(grad_w, g, hidden_ND[chunk].to(dtype), first=chunk.start == 0)
         if need_b:
             grad_b += g.sum(0, dtype=wide)
-    grad_w = grad_w.to(weight_VD.dtype) if need_w else weight_VD.new_empty(0)
-    return grad_h, grad_w, grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
+    return grad_h, grad_w.to(weight_VD.dtype), grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
 
 
 torch.library.impl("effopd::partial_rows", "CompositeExplicitAutograd", _partial_rows)
@@ -161,8 +179,9 @@ def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chun
     check_float(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
     check_side(prefix, hidden, weight, bias)
     dtype = compute_dtype(prefix, hidden, weight)
-    # the logits, their fp32 form, its exponentials and two gradients live at a time
-    chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 5 * 4)
+    # the logits, their fp32 form, its exponentials and their gradient live at a time, and a soft cap's steps
+    copies = 7 if transform[-1] else 4
+    chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 4 * copies)
     flat = hidden.reshape(-1, hidden.shape[-1])
     tensors = map(keepable, (flat, weight, bias, ids.reshape(-1, ids.shape[-1])))
     return apply(_PartialRows, *tensors, token, tail, *transform, dtype, chunk_rows)
