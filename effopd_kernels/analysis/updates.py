@@ -168,7 +168,7 @@ def _device(name: str | None, ranks: Ranks) -> str | None:
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and ranks.size > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
         torch.zeros(1, device=device).item()  # a meta tensor has no value
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not available here: {str(error).splitlines()[0]}") from error

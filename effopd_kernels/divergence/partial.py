@@ -5,8 +5,6 @@ on both sides, so that what is compared are two distributions over k + 1 outcome
 that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -16,142 +14,12 @@ from .arguments import TopKOptions, check_float, check_positive, check_tokens, g
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
-from .linear_rows import add_product, default_chunk_bytes, pieces, project
+from .linear_rows import default_chunk_bytes
 from .logits import divergence_loss
-from .ops import empty_rows
+from .partial_rows import bucket_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def _transformed(
-    logits_NV: Tensor, temperature: float, scale: float, softcap: float | None, masked_N: Tensor | None = None
-) -> Tensor:
-    z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    if masked_N is not None:  # before all else: a NaN times their gradient of 0 would be NaN in backward
-        z = z.masked_fill(masked_N[:, None], 0)
-    if softcap:
-        z = torch.tanh(z * (scale / softcap)) * softcap
-    elif scale != 1:
-        z = z * scale
-    return z if temperature == 1 else z / temperature
-
-
-def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
-    """Log-weights (N, k) of the k entries, −inf where the id is negative, and with a tail to speak of, of all others
-    together as one more column.
-
-    Summed over the others rather than taken as 1 − Σ of the k, which cancels where the k hold nearly everything.
-    """
-    z = _transformed(logits_NV, *transform)
-    ids_Nk = torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), absent := ids_Nk)
-    known = z.gather(1, ids_Nk).masked_fill(absent < 0, -torch.inf)
-    if not tail:
-        return known
-    return torch.cat([known, z.scatter(1, ids_Nk, -torch.inf).logsumexp(1, keepdim=True)], 1)
-
-
-def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
-    z = _transformed(logits_NV, *transform)
-    return z.gather(1, ids_N1) - z.logsumexp(1, keepdim=True)
-
-
-# Operators, because compiling their loops would mean once for each number of tokens. token: the log-probabilities of
-# ids (N, 1); else the buckets of ids (N, k).
-_ARGS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, bool token, bool tail, float temperature, float scale, "
-    "float? softcap, ScalarType dtype, int chunk_rows"
-)
-torch.library.define("effopd::partial_rows", f"({_ARGS}) -> Tensor")
-torch.library.define(
-    "effopd::partial_rows_backward",
-    f"(Tensor grad, {_ARGS}, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
-)
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
-    return _token_rows(logits, ids, *transform) if token else _bucket_rows(logits, ids, tail, *transform)
-
-
-def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:
-    """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype."""
-    z = _transformed(logits, temperature, scale, softcap)
-    known, absent = grad[:, : ids.shape[1]], ids < 0
-    ids = torch.where(absent, ids.amax(1, keepdim=True).clamp(min=0), ids)
-    if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
-        summed = z if token else z.scatter(1, ids, -torch.inf)
-        total = summed.logsumexp(1, keepdim=True)
-        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
-    else:
-        g = torch.zeros_like(z)
-    g.scatter_add_(1, ids, known.masked_fill(absent, 0))
-    if softcap:
-        g *= 1 - (z * (temperature / softcap)).square()
-    return g.mul_(scale / temperature).to(logits.dtype)
-
-
-def _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and their logits, whose memory the next ones take."""
-    with _without_autocast(hidden_ND.device.type):
-        operands = hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-        logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND, dtype)
-        for chunk in pieces(hidden_ND.shape[0], len(logits)):
-            own = logits[: chunk.stop - chunk.start]
-            project(own, operands[0][chunk], *operands[1:])
-            yield chunk, own
-
-
-def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
-    """_rows(hidden·weightᵀ + bias, ids, …), a chunk of rows at a time."""
-    token, tail, *transform, dtype, chunk_rows = args
-    columns = ids_Nk.shape[1] + (tail and not token)
-    out = hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
-    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
-        out[chunk] = _rows(logits, ids_Nk[chunk], token, tail, *transform)
-    return out
-
-
-def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
-    """Projects each chunk again. What is not needed is empty."""
-    *options, dtype, chunk_rows, need_h, need_w, need_b = args
-    wide = torch.promote_types(dtype, torch.float32)
-    grad_h = torch.empty_like(hidden_ND) if need_h else hidden_ND.new_empty(0)
-    grad_w = empty_rows(*weight_VD.shape, weight_VD, wide) if need_w else weight_VD.new_empty(0)
-    grad_b = torch.zeros_like(bias_V, dtype=wide) if need_b else None
-    if need_w and not len(hidden_ND):
-        grad_w.zero_()
-    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
-        g = _rows_gradient(grad[chunk], logits, ids_Nk[chunk], *options)
-        if need_h:
-            grad_h[chunk] = g @ weight_VD.to(dtype)
-        if need_w:
-            add_product(grad_w, g, hidden_ND[chunk].to(dtype), first=chunk.start == 0)
-        if need_b:
-            grad_b += g.sum(0, dtype=wide)
-    return grad_h, grad_w.to(weight_VD.dtype), grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
-
-
-torch.library.impl("effopd::partial_rows", "CompositeExplicitAutograd", _partial_rows)
-torch.library.impl("effopd::partial_rows_backward", "CompositeExplicitAutograd", _partial_rows_backward)
-
-
-@torch.library.register_fake("effopd::partial_rows")
-def _(hidden, weight, bias, ids, token, tail, temperature, scale, softcap, dtype, chunk_rows):
-    columns = ids.shape[1] + (tail and not token)
-    return hidden.new_empty((hidden.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
-
-
-@torch.library.register_fake("effopd::partial_rows_backward")
-def _(grad, hidden, weight, bias, ids, *args):
-    *_, need_h, need_w, need_b = args
-    grad_h, grad_w = (
-        torch.empty_like(x) if need else x.new_empty(0) for x, need in ((hidden, need_h), (weight, need_w))
-    )
-    return grad_h, grad_w, torch.empty_like(bias) if need_b else weight.new_empty(0)
 
 
 class _PartialRows(torch.autograd.Function):
@@ -274,7 +142,9 @@ def topk_divergence_loss(
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
     ids out of range or twice in a token and log-probabilities of more than one in all.
     """
-    check_float(student=student, teacher_logprobs=teacher_logprobs)
+    head = {"student_weight": student_weight, "student_bias": student_bias}
+    head = {name: tensor for name, tensor in head.items() if tensor is not None}
+    check_float(student=student, teacher_logprobs=teacher_logprobs, **head)
     shape = student.shape[:-1]
     V = student.shape[-1] if student_weight is None else student_weight.shape[0]
     if teacher_logprobs.shape[:-1] != shape or not 0 < teacher_logprobs.shape[-1] <= V:
@@ -301,7 +171,7 @@ def topk_divergence_loss(
     if student_weight is None:
         student = gathered(student)
         masked_N = None if masked is None else masked.reshape(-1)
-        buckets = _bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
+        buckets = bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
     else:
         if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
             student = gathered(student).masked_fill(masked[..., None], 0)
@@ -334,6 +204,7 @@ def linear_token_logprobs(
     Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
     check_float(hidden=hidden, weight=weight)
+    check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def _on_all(ranks: Ranks, action: Callable[[], T]) -> T:
     value = error = None
     try:
         value = action()
-    except Exception as failure:
+    except (CheckpointError, OSError, SafetensorError, ValueError) as failure:
         error = failure
     message = None if error is None else (isinstance(error, ValueError), str(error) or repr(error))
     errors = [e for e in ranks.gather(message) if e is not None]

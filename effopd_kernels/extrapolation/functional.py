@@ -117,7 +117,7 @@ def extrapolate(w0, delta, alpha):
             alpha = torch.full((), float(alpha), dtype=torch.float64, device=w0.device)
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
-        alpha = alpha.reshape(()).to(w0.device, non_blocking=True)
+        alpha = alpha.reshape(()).to(w0.device)
         # The op has rules for a plain backward pass alone; what it is composed of has them all.
         transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
         run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate

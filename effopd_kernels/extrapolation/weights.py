@@ -139,7 +139,7 @@ class DenseWeights:
         """
         reshard(self._module)
         stats = []
-        for part in self._parts():
+        for part in self._staged():
             params, masters = (
                 [None if ts[i] is None else local(ts[i]) for i in part] for ts in (self.tensors, self.masters)
             )
@@ -226,7 +226,7 @@ class DenseWeights:
             copy.copy_(source)
         return out
 
-    def _parts(self) -> Iterator[list[int]]:
+    def _staged(self) -> Iterator[list[int]]:
         """All indices at once, or as many as are staged at a time."""
         part, size = [], 0
         for i, (anchor, tensor) in enumerate(zip(self.anchors, self.tensors, strict=True)):

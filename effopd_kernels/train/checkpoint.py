@@ -43,21 +43,26 @@ def check_shared(output_dir: Path) -> None:
     files and the others' would make no checkpoint that could be resumed from. Leaves no trace, nor makes the folder."""
     if PartialState().num_processes == 1:
         return
-    folder, probe, missing = output_dir.absolute(), Path(), ()
+    folder, probe, missing, failure = output_dir.absolute(), Path(), (), None
     if PartialState().is_main_process:
         there = next(level for level in (folder, *folder.parents) if level.is_dir())
         probe, missing = there / f".shared-{secrets.token_hex(8)}", folder.relative_to(there).parts
-        with written(output_dir):
-            probe.touch()
+        try:
+            with written(output_dir):
+                probe.touch()
+        except UserError as error:
+            failure = error
     try:
         # Ranks may know the one folder by different names, though not what of its path is still to be made.
-        name, missing = broadcast_object_list([(probe.name, missing)])[0]
+        name, missing, failure = broadcast_object_list([(probe.name, missing, failure)])[0]
+        if failure is not None:
+            raise failure
         known = folder.parts[: len(folder.parts) - len(missing)]
         sees = (*known, *missing) == folder.parts and Path(*known, name).exists()
         every = gather_object([(sees, folder, platform.node())])
     finally:
         if PartialState().is_main_process:
-            probe.unlink()
+            probe.unlink(missing_ok=True)
     for rank, (sees, where, host) in enumerate(every):
         if not sees:
             raise UserError(

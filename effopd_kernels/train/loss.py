@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from trl import DistillationTrainer
@@ -192,7 +192,9 @@ class _Joint:
     def _compute(self, unwrapped_student, inputs, num_items_in_batch):
         if self.compute is None:
             self.compute = self._with(self.loss)
-            if misread := self._misread(unwrapped_student, inputs["completion_ids"]):
+            # each rank looks at tokens of its own, and all must go on alike
+            misread = gather_object(self._misread(unwrapped_student, inputs["completion_ids"]))
+            if misread := list(dict.fromkeys(misread)):
                 if self.trainer.is_world_process_zero():
                     logger.warning(
                         "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from "
@@ -249,11 +251,14 @@ class _Joint:
                 self._with(compare)(student, inputs, None)
         finally:
             delattr(self.trainer, _HIDDEN)
-        return list(dict.fromkeys(misread))
+            torch.clear_autocast_cache()  # of weights without a graph, which before torch 2.11 training was given too
+        return misread
 
 
 def _explained(logits, gain, hidden, weight, bias, scale, cap) -> bool:
     if (hidden.shape[-1], logits.shape[-1]) != (weight.shape[1], weight.shape[0]):
+        return False
+    if (logits <= torch.finfo(logits.dtype).min / 2).any():  # tokens that the model rules out, as Chameleon does
         return False
     weight, bias = _gathered(weight, hidden), _gathered(bias, hidden)
     read = gain * scale * F.linear(hidden.to(weight.dtype), weight, bias).float()

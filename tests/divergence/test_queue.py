@@ -22,7 +22,7 @@ from effopd_kernels.divergence import triton_kernels
 from effopd_kernels.divergence.triton_kernels import launch_divergence_rows
 
 PROCESSES = 8
-PAUSES = (0, 0, 0, 0, 0, 0.001, 0.003, 0.03)  # seconds
+PAUSES = (0, 0, 0, 0, 0, 0.001, 0.003, 0.01)  # seconds
 
 
 def test_in_interpreter():

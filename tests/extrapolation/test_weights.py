@@ -87,7 +87,7 @@ def test_staging_in_parts(monkeypatch):
     # As if the buffers were on another device, and only two small tensors fit at a time.
     monkeypatch.setattr(weights, "STAGED_BYTES", 40)
     dense.anchors = [torch.empty_like(a, device="meta") for a in dense.anchors]
-    parts = list(dense._parts())
+    parts = list(dense._staged())
     assert [i for part in parts for i in part] == list(range(len(dense.tensors))) and len(parts) > 2
     assert all(len(p) == 1 or sum(dense.anchors[i].nbytes for i in p) <= 40 for p in parts)
 

@@ -1,5 +1,6 @@
 """Checkpoints under kill -9, truncation and alteration."""
 
+import errno
 import json
 import logging
 import os
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from effopd_kernels.train import OPDConfig, UserError, cli
+from effopd_kernels.train import OPDConfig, UserError, checkpoint, cli
 from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
 from train import world as tiny
 from train.world import make_trainer
@@ -211,3 +213,18 @@ def test_replacing_a_checkpoint_there_is_a_whole_one_at_any_moment(checkpoints, 
                 publish(staged, checkpoints / "checkpoint-2")
         assert damage(newest_intact(checkpoints)) is None
     assert [p.name for p in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_folder_that_rank_0_cannot_write_to_is_every_ranks_error(monkeypatch, tmp_path):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    sent = []
+    monkeypatch.setattr(checkpoint, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
+    for main in (True, False):
+        state = SimpleNamespace(num_processes=2, is_main_process=main)
+        monkeypatch.setattr(checkpoint, "PartialState", lambda state=state: state)
+        with pytest.raises(UserError, match="No space left"):
+            checkpoint.check_shared(tmp_path / "out")
+    assert len(sent) == 2  # rank 0 told the other before it went

@@ -20,6 +20,7 @@ from transformers import (
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
 from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
 from effopd_kernels.train.config import parse_divergence, parse_schedule
+from effopd_kernels.train.loss import _explained
 from train import world as tiny
 
 COMMON = {
@@ -132,6 +133,7 @@ def test_mixed_precision_reaches_the_training_forward(world, tmp_path, caplog, k
         layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     loss, gradients = loss_and_gradients(trainer)
     assert dtypes == {torch.bfloat16} and {g.dtype for g in gradients.values()} == {torch.float32}
+    assert gradients.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert not caplog.records  # bf16's rounding is not taken for another head
     torch.testing.assert_close(loss, expected(trainer).float(), rtol=0.03, atol=0)
 
@@ -170,6 +172,15 @@ def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, s
     scale = max(g.abs().max() for g in gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(our_gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_that_a_model_rules_out_are_seen(ruled_out):
+    hidden, weight = torch.randn(8, 4), torch.randn(10, 4)
+    logits = hidden @ weight.T
+    assert _explained(logits, 1.0, hidden, weight, None, 1.0, None)
+    logits[:, 3] = ruled_out
+    assert not _explained(logits, 1.0, hidden, weight, None, 1.0, None)
 
 
 def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):

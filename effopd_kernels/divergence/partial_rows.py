@@ -1,0 +1,146 @@
+"""The op under the partial teachers' functions of hidden states: what of a token's logits is looked at, without N×V
+logits.
+
+N tokens, V vocabulary, D hidden size, k known entries. Buckets: log-weights of the k and of all others together; or the
+log-probability of one token. Logits are projected a chunk of rows at a time, and again for the gradient. An operator
+and not a loop, because torch.compile would unroll the loop anew for each number of tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .linear_rows import add_product, pieces, project
+from .ops import empty_rows
+
+
+def _transformed(
+    logits_NV: Tensor, temperature: float, scale: float, softcap: float | None, masked_N: Tensor | None = None
+) -> Tensor:
+    if masked_N is not None:  # before all else: a NaN times their gradient of 0 would be NaN in backward
+        logits_NV = logits_NV.masked_fill(masked_N[:, None], 0)
+    z = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if softcap:
+        z = torch.tanh(z * (scale / softcap)) * softcap
+    elif scale != 1:
+        z = z * scale
+    return z if temperature == 1 else z / temperature
+
+
+def bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
+    """Log-weights (N, k) of the k entries, −inf where the id is negative, and with a tail to speak of, of all others
+    together as one more column.
+
+    Summed over the others rather than taken as 1 − Σ of the k, which cancels where the k hold nearly everything.
+    """
+    z = _transformed(logits_NV, *transform)
+    ids_Nk = torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), absent := ids_Nk)
+    known = z.gather(1, ids_Nk).masked_fill(absent < 0, -torch.inf)
+    if not tail:
+        return known
+    return torch.cat([known, z.scatter(1, ids_Nk, -torch.inf).logsumexp(1, keepdim=True)], 1)
+
+
+def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
+    z = _transformed(logits_NV, *transform)
+    return z.gather(1, ids_N1) - z.logsumexp(1, keepdim=True)
+
+
+# token: the log-probabilities of ids (N, 1); else the buckets of ids (N, k).
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, bool token, bool tail, float temperature, float scale, "
+    "float? softcap, ScalarType dtype, int chunk_rows"
+)
+torch.library.define("effopd::partial_rows", f"({_ARGS}) -> Tensor")
+torch.library.define(
+    "effopd::partial_rows_backward",
+    f"(Tensor grad, {_ARGS}, bool grad_hidden, bool grad_weight, bool grad_bias) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
+    return _token_rows(logits, ids, *transform) if token else bucket_rows(logits, ids, tail, *transform)
+
+
+def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:
+    """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype."""
+    z = _transformed(logits, temperature, scale, softcap)
+    known, absent = grad[:, : ids.shape[1]], ids < 0
+    ids = torch.where(absent, ids.amax(1, keepdim=True).clamp(min=0), ids)
+    if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
+        summed = z if token else z.scatter(1, ids, -torch.inf)
+        total = summed.logsumexp(1, keepdim=True)
+        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
+    else:
+        g = torch.zeros_like(z)
+    g.scatter_add_(1, ids, known.masked_fill(absent, 0))
+    if softcap:
+        g *= 1 - (z * (temperature / softcap)).square()
+    return g.mul_(scale / temperature).to(logits.dtype)
+
+
+def _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their logits, whose memory the next ones take."""
+    with _without_autocast(hidden_ND.device.type):
+        operands = hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND, dtype)
+        for chunk in pieces(hidden_ND.shape[0], len(logits)):
+            own = logits[: chunk.stop - chunk.start]
+            project(own, operands[0][chunk], *operands[1:])
+            yield chunk, own
+
+
+def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
+    """_rows(hidden·weightᵀ + bias, ids, …), a chunk of rows at a time."""
+    token, tail, *transform, dtype, chunk_rows = args
+    columns = ids_Nk.shape[1] + (tail and not token)
+    out = hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+        out[chunk] = _rows(logits, ids_Nk[chunk], token, tail, *transform)
+    return out
+
+
+def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
+    """Projects each chunk again. What is not needed is empty."""
+    *options, dtype, chunk_rows, need_h, need_w, need_b = args
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_h = hidden_ND.new_empty(hidden_ND.shape if need_h else 0)
+    grad_w = empty_rows(*weight_VD.shape, weight_VD, wide) if need_w else weight_VD.new_empty(0)
+    grad_b = torch.zeros_like(bias_V, dtype=wide) if need_b else None
+    if need_w and not len(hidden_ND):
+        grad_w.zero_()
+    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+        g = _rows_gradient(grad[chunk], logits, ids_Nk[chunk], *options)
+        if need_h:
+            grad_h[chunk] = g @ weight_VD.to(dtype)
+        if need_w:
+            add_product(grad_w, g, hidden_ND[chunk].to(dtype), first=chunk.start == 0)
+        if need_b:
+            grad_b += g.sum(0, dtype=wide)
+    return grad_h, grad_w.to(weight_VD.dtype), grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
+
+
+torch.library.impl("effopd::partial_rows", "CompositeExplicitAutograd", _partial_rows)
+torch.library.impl("effopd::partial_rows_backward", "CompositeExplicitAutograd", _partial_rows_backward)
+
+
+@torch.library.register_fake("effopd::partial_rows")
+def _(hidden, weight, bias, ids, token, tail, temperature, scale, softcap, dtype, chunk_rows):
+    columns = ids.shape[1] + (tail and not token)
+    return hidden.new_empty((hidden.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+
+
+@torch.library.register_fake("effopd::partial_rows_backward")
+def _(grad, hidden, weight, bias, ids, *args):
+    *_, need_h, need_w, need_b = args
+    return (
+        hidden.new_empty(hidden.shape if need_h else 0),
+        weight.new_empty(weight.shape if need_w else 0),
+        bias.new_empty(bias.shape) if need_b else weight.new_empty(0),
+    )
