@@ -15,12 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..commands import written
 from ..extrapolation.checkpoint import crc32
+from ..lowrank.checkpoints import FileCheckpoint
 from .config import OPDConfig
 from .errors import UserError
 
@@ -69,6 +72,25 @@ def check_shared(output_dir: Path) -> None:
                 f"--output_dir '{where}' of rank {rank} (on {host}) is not the folder '{every[0][1]}' that rank 0 (on "
                 f"{every[0][2]}) writes to: give one folder that all nodes share"
             )
+
+
+def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
+    """Load a checkpoint whose tensors have other names than the model's, as those of mixtures of experts, GPT-NeoX and
+    Nemotron-H have; False, and nothing done, where all names are alike.
+
+    transformers' Trainer reads by name alone (5.23), and leaves tensors of other names as they were: the base's.
+    """
+    try:
+        saved = FileCheckpoint(folder).shapes.keys()
+    except FileNotFoundError:
+        return False
+    own = model.state_dict()
+    read = {t.data_ptr() for name, t in own.items() if name in saved}  # under one of their names, where they are tied
+    if all(t.data_ptr() in read for t in own.values()):
+        return False
+    wide = torch.promote_types(model.dtype, torch.float32)  # rounds nothing, should dtypes be mixed
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=wide).state_dict())
+    return True
 
 
 def checkpoint_name(step: int | str) -> str:

@@ -23,6 +23,7 @@ JOINTS = {
     "_get_output_dir": "says where checkpoints go",
     "_save_checkpoint": "writes one",
     "_load_from_checkpoint": "reads its weights",
+    "_load_best_model": "reads those of the best step",
     "_load_optimizer_and_scheduler": "reads its optimizer",
 }
 

@@ -34,6 +34,7 @@ from .checkpoint import (
     check_settings,
     check_shared,
     checkpoint_name,
+    load_renamed,
     newest_intact,
     publish,
     saved_steps,
@@ -299,10 +300,20 @@ class OPDTrainer(trl.DistillationTrainer):
         student = self.model if model is None else model
         _check_rank(resume_from_checkpoint, student)
         with _fitting(resume_from_checkpoint):
+            if self._load_renamed(student, resume_from_checkpoint):
+                return
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
             if trained.is_file() and COMPANION in getattr(student, "peft_config", {}):
                 student.load_adapter(resume_from_checkpoint, student.active_adapters[0], is_trainable=True)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_renamed(self, model: torch.nn.Module, folder: str) -> bool:
+        whole = isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return whole and load_renamed(model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _fitting(checkpoint):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -7,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Trainer,
+    TrainerCallback,
+)
 
 from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError
 from effopd_kernels.train.joints import check_joints
@@ -15,6 +24,8 @@ from effopd_kernels.train.trainer import LEDGER_NAME
 from effopd_kernels.train.validation import TeacherLoss
 from train import world as tiny
 from train.world import make_trainer
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def weights(trainer):
@@ -462,3 +473,29 @@ def test_a_joint_that_is_gone_is_named(world, tmp_path, monkeypatch):
     monkeypatch.delattr(Trainer, "_run_epoch")
     with pytest.raises(RuntimeError, match=r"^TRL 1.* has no `_run_epoch`, which trains an epoch; .* tested with TRL"):
         make_trainer(world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(**SMALL, head_dim=8, moe_intermediate_size=16, num_experts=4, tie_word_embeddings=True),
+        GPTNeoXConfig(**SMALL, intermediate_size=64),
+        Qwen3Config(**SMALL, head_dim=8, intermediate_size=64, tie_word_embeddings=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+@pytest.mark.parametrize("shard", ["50GB", "20KB"], ids=["whole", "sharded"])
+def test_weights_saved_under_other_names_are_read_back(world, tmp_path, config, shard):
+    """Mixtures of experts and GPT-NeoX: transformers reads by name alone, and left those as they were."""
+    saved, here = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    saved.save_pretrained(tmp_path / "checkpoint", max_shard_size=shard)
+    trainer = tiny.make_trainer(world, tmp_path / "out")
+    for load in (
+        lambda: trainer._load_from_checkpoint(str(tmp_path / "checkpoint")),
+        trainer._load_best_model,
+    ):
+        trainer.model = copy.deepcopy(here)
+        trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint")
+        load()
+        expected = saved.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
