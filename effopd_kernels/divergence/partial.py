@@ -199,8 +199,8 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Log-probabilities (...) of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits; fp32,
-    or fp64 for fp64.
+    """Log-probabilities (...) of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits; in
+    fp32, or fp64 for fp64.
 
     Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
