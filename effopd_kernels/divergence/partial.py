@@ -204,7 +204,6 @@ def linear_token_logprobs(
 
     Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
-    check_float(hidden=hidden, weight=weight)
     check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])

@@ -85,14 +85,17 @@ def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) 
     return g.mul_(scale / temperature).to(logits.dtype)
 
 
-def _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
+def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _chunks(hidden_ND, weight_VD, bias_V, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and their logits, whose memory the next ones take."""
     with _without_autocast(hidden_ND.device.type):
-        operands = hidden_ND.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
-        logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND, dtype)
+        logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND)
         for chunk in pieces(hidden_ND.shape[0], len(logits)):
             own = logits[: chunk.stop - chunk.start]
-            project(own, operands[0][chunk], *operands[1:])
+            project(own, hidden_ND[chunk], weight_VD, bias_V)
             yield chunk, own
 
 
@@ -101,7 +104,7 @@ def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     token, tail, *transform, dtype, chunk_rows = args
     columns = ids_Nk.shape[1] + (tail and not token)
     out = hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
-    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+    for chunk, logits in _chunks(*_in(dtype, hidden_ND, weight_VD, bias_V), chunk_rows):
         out[chunk] = _rows(logits, ids_Nk[chunk], token, tail, *transform)
     return out
 
@@ -115,12 +118,13 @@ def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     grad_b = torch.zeros_like(bias_V, dtype=wide) if need_b else None
     if need_w and not len(hidden_ND):
         grad_w.zero_()
-    for chunk, logits in _chunks(hidden_ND, weight_VD, bias_V, dtype, chunk_rows):
+    hidden, weight, bias = _in(dtype, hidden_ND, weight_VD, bias_V)
+    for chunk, logits in _chunks(hidden, weight, bias, chunk_rows):
         g = _rows_gradient(grad[chunk], logits, ids_Nk[chunk], *options)
         if need_h:
-            grad_h[chunk] = g @ weight_VD.to(dtype)
+            grad_h[chunk] = g @ weight
         if need_w:
-            add_product(grad_w, g, hidden_ND[chunk].to(dtype), first=chunk.start == 0)
+            add_product(grad_w, g, hidden[chunk], first=chunk.start == 0)
         if need_b:
             grad_b += g.sum(0, dtype=wide)
     return grad_h, grad_w.to(weight_VD.dtype), grad_b.to(bias_V.dtype) if need_b else weight_VD.new_empty(0)
