@@ -251,7 +251,7 @@ class _Joint:
                 self._with(compare)(student, inputs, None)
         finally:
             delattr(self.trainer, _HIDDEN)
-            torch.clear_autocast_cache()  # of weights without a graph, which before torch 2.11 training was given too
+            torch.clear_autocast_cache()  # of casts without a graph, which torch 2.10 hands to training too
         return misread
 
 
