@@ -6,6 +6,12 @@
 #include <cmath>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu.h"
 
 namespace nb = nanobind;
@@ -13,7 +19,18 @@ namespace nb = nanobind;
 namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
-constexpr int kBlock = 256;       // elements summed in fp32, 16 to a lane, before the sums go on in fp64
+constexpr int kBlock = 1024;      // elements summed in fp32, 16 to a lane of vectors, before the sums go on in fp64
+constexpr int kAtOnce = 4;        // vectors
+
+// What rounding a difference to bf16 takes off, where that is anything.
+struct Rests {
+    struct Entry {
+        int64_t line, place;
+        float value;
+    };
+    std::vector<Entry> held;
+    size_t most;  // one more is kept at the most
+};
 
 struct Panel {
     const char *x, *b;  // b null for zero
@@ -22,6 +39,7 @@ struct Panel {
     int64_t x_pitch, b_pitch, out_pitch;  // elements from one line to the next
     int64_t lines, length;
     float scale;
+    Rests* rests = nullptr;  // wanted of an `out` in bf16
 };
 
 #define KERNEL "lowrank_panel.h"
@@ -49,19 +67,43 @@ constexpr int64_t kTerms = 64, kPairs = 256;
 constexpr int64_t kBlockRows = 64;  // of a tall matrix, widened to fp64
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
+#define X86_LEVEL 5
 namespace bf16_dot {
 #include "vectors.h"
 #include "lowrank_panel.h"
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
+#include "lowrank_tiles.h"
 }  // namespace bf16_dot
+#undef X86_LEVEL
 #pragma GCC pop_options
-const auto multiply = bf16_dot::products;
+bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether the processor has tiles, and Linux lets this process use them, which it wants to be asked.
+bool has_tiles() {
+#ifdef __linux__
+    static const bool granted = [] {
+        constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
+        constexpr int kRequestPermission = 0x1023, kTileData = 18;
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
+               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return granted;
+#else
+    return false;
+#endif
+}
+
+void multiply(const Products& p, bool half, bool tiles) {
+    if (!tiles || !has_tiles() || !bf16_dot::products_in_tiles(p, half)) bf16_dot::products(p, half);
+}
+
 const auto columns_gram = bf16_dot::gram_of_columns;
 const auto columns_times = bf16_dot::times;
-bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx512bf16"); }
 #else
-void multiply(const Products&, bool) {}
+bool has_tiles() { return false; }
+void multiply(const Products&, bool, bool) {}
 void columns_gram(const float*, int64_t, int64_t, int64_t, double*) {}
 void columns_times(const float*, int64_t, int64_t, int64_t, const double*, int64_t, float*) {}
 bool has_products() { return false; }
@@ -79,11 +121,11 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
 }
 
 // half: operands are rounded to bf16; then z is wanted and y is not to be had, and q may be given as places. Those, y,
-// z, b and statistics may be 0.
+// z, b and statistics may be 0. tiles: the processor's matrix tiles may be used, if it has them.
 void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                          int64_t lines, int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns,
                          uintptr_t places, uintptr_t y, uintptr_t z, uintptr_t statistics, int signs, bool full,
-                         bool half) {
+                         bool half, bool tiles) {
     nb::gil_scoped_release release;
     multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
                x_pitch, b_pitch, 0, lines, length, scale},
@@ -96,7 +138,7 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
               reinterpret_cast<float*>(z),
               reinterpret_cast<double*>(statistics),
               full},
-             half);
+             half, tiles);
 }
 
 // y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.
@@ -117,6 +159,7 @@ void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, 
 void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
     m.def("has_products", &has_products);
+    m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);
     m.def("gram_of_columns", &gram_of_columns);
     m.def("times", &times);

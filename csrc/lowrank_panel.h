@@ -23,52 +23,103 @@ INLINE void store_some(vf x, char* p, const int dtype, int left) {
     char rest[64];
     char* const to = left < kLanes ? rest : p;
     if (dtype == kFloat32) *(vf_any*)to = x;
+#if X86_LEVEL == 5
+    else *(vh_any*)to = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
     else *(vh_any*)to = narrow(x, kBFloat16);
+#endif
     if (left < kLanes) memcpy(p, rest, left * size_of(dtype));
 }
 
-// count ≤ kBlock elements; b and out may be null.
-INLINE void block(const char* x, const char* b, char* out, int count, float scale, const int x_dtype, const int b_dtype,
-                  const int out_dtype, const bool stats, const bool full, Statistics& sums) {
-    const int64_t x_size = size_of(x_dtype), b_size = size_of(b_dtype), out_size = size_of(out_dtype);
-    vf squares{}, largest{}, ulp_squares{}, widest{};
-    vi zeros{};
-    for (int i = 0; i < count; i += kLanes) {
-        const vf value = load_some(x + i * x_size, x_dtype, count - i);
-        const vf delta = b ? value - load_some(b + i * b_size, b_dtype, count - i) : value;
-        if (out) store_some(delta * scale, out + i * out_size, out_dtype, count - i);
-        if (!stats) continue;
-        const vf size = from_bits(bits(delta) & 0x7fffffff);
-        squares += delta * delta;
-        largest = max_(size, largest);
-        if (!full) continue;
+#if X86_LEVEL == 5
+// What rounding to bf16 takes off.
+INLINE vf rest_of(vf x) {
+    const vi b = bits(x);
+    return x - from_bits((b + 0x7fff + ((b >> 16) & 1)) & int(0xffff0000));
+}
+
+INLINE void take(vf delta, int64_t line, int64_t place, Rests& to) {
+    unsigned some = _mm512_test_epi32_mask((__m512i)delta, (__m512i)(vi{} + 0xffff));
+    for (; __builtin_expect(some != 0, 0) && to.held.size() <= to.most; some &= some - 1)
+        to.held.push_back({line, place + __builtin_ctz(some), rest_of(delta)[__builtin_ctz(some)]});
+}
+#endif
+
+// Sizes of floats as integers: the same order, one instruction for the larger, and NaN above all.
+INLINE vi size_bits(vf x) { return bits(x) & 0x7fffffff; }
+INLINE vi max_(vi a, vi b) { return a > b ? a : b; }
+
+// Sums under way, of which there are several at once, or each would wait for its last addition.
+struct Partial {
+    vf squares{}, ulp_squares{};
+    vi largest{}, widest{}, zeros{};
+};
+
+// Where some elements of a line lie; b and out may be null.
+struct Span {
+    const char *x, *b;
+    char* out;
+    int64_t line, place;
+};
+
+INLINE void difference(const Span& at, int count, float scale, const int x_dtype, const int b_dtype,
+                       const int out_dtype, const bool stats, const bool full, Rests* rests, Partial sums[kAtOnce]) {
+    const auto vector = [&](int i, int left, Partial& to) __attribute__((always_inline)) {
+        const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, left);
+        const vf delta = at.b ? value - load_some(at.b + i * size_of(b_dtype), b_dtype, left) : value;
+        if (at.out) store_some(delta * scale, at.out + i * size_of(out_dtype), out_dtype, left);
+#if X86_LEVEL == 5
+        if (rests) take(delta * scale, at.line, at.place + i, *rests);
+#endif
+        if (!stats) return;
+        const vi size = size_bits(delta);
+        to.squares += delta * delta;
+        to.largest = max_(size, to.largest);
+        if (!full) return;
         const vf step = power(value, x_dtype);
-        zeros -= bits(size) == 0;
-        ulp_squares += step * step;
-        widest = max_(step, widest);
-    }
-    if (!stats) return;
-    float top = 0, top_step = 0;
-    int unchanged = -((count + kLanes - 1) / kLanes * kLanes - count);  // the padding's
-    for (int i = 0; i < kLanes; ++i) {
-        top = largest[i] > top ? largest[i] : top;
-        top_step = widest[i] > top_step ? widest[i] : top_step;
-        unchanged += zeros[i];
-    }
-    if (full) sums.unchanged += unchanged;
-    const double square = sum(squares), ulp_square = sum(ulp_squares);
-    const auto held = [](float size, double square) {
-        return square - square == 0 && (size == 0 || (size > 1e-12f && size < 1e12f));
+        to.zeros -= size == 0;
+        to.ulp_squares += step * step;
+        to.widest = max_(bits(step), to.widest);
     };
-    if (held(top, square) && held(top_step, ulp_square)) {
-        sums.squares += square;
-        sums.ulp_squares += ulp_square;
-        sums.largest = top > sums.largest ? top : sums.largest;
-        return;
+    int i = 0;
+    for (; i + kAtOnce * kLanes <= count; i += kAtOnce * kLanes)
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) vector(i + j * kLanes, kLanes, sums[j]);
+    for (; i < count; i += kLanes) vector(i, count - i, sums[0]);
+}
+
+// Whether what was summed in fp32 is finite and in range.
+INLINE bool add_up(const Partial p[kAtOnce], Statistics& sums) {
+    vf squares{}, ulp_squares{};
+    vi largest{}, widest{}, zeros{};
+#pragma GCC unroll 4
+    for (int j = 0; j < kAtOnce; ++j) {
+        squares += p[j].squares;
+        ulp_squares += p[j].ulp_squares;
+        largest = max_(largest, p[j].largest);
+        widest = max_(widest, p[j].widest);
+        zeros += p[j].zeros;
     }
-    for (int i = 0; i < count; i += kLanes) {  // squares beyond fp32, or not finite: once more, one by one
-        const vf value = load_some(x + i * x_size, x_dtype, count - i), step = power(value, x_dtype);
-        const vf delta = b ? value - load_some(b + i * b_size, b_dtype, count - i) : value;
+    int32_t top = 0, top_step = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        top = std::max(top, largest[i]);
+        top_step = std::max(top_step, widest[i]);
+        sums.unchanged += zeros[i];
+    }
+    constexpr int32_t kLow = 0x2b8cbccc, kHigh = 0x5368d4a5;  // the bits of 1e-12 and 1e12
+    const auto held = [](int32_t size) { return size == 0 || (size > kLow && size < kHigh); };
+    if (!held(top) || !held(top_step)) return false;
+    sums.squares += sum(squares);
+    sums.ulp_squares += sum(ulp_squares);
+    sums.largest = std::max(sums.largest, double(from_bits(vi{} + top)[0]));
+    return true;
+}
+
+// The same one by one in fp64, where squares are beyond fp32, or elements not finite.
+static void add_up_each(const Span& at, int count, int x_dtype, int b_dtype, bool full, Statistics& sums) {
+    for (int i = 0; i < count; i += kLanes) {
+        const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, count - i), step = power(value, x_dtype);
+        const vf delta = at.b ? value - load_some(at.b + i * size_of(b_dtype), b_dtype, count - i) : value;
         for (int j = 0; j < kLanes && i + j < count; ++j) {
             const double size = std::fabs(delta[j]);
             sums.squares += size * size;
@@ -86,20 +137,32 @@ INLINE void prefetch(const char* p, int64_t bytes) {
 
 INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const int out_dtype, const bool stats,
                      const bool full, Statistics& sums) {
-    const int64_t x_size = size_of(x_dtype), b_size = size_of(b_dtype), out_size = size_of(out_dtype);
-    const int64_t ahead = 1 + kAhead / (p.length * x_size);  // lines
+    const int64_t ahead = 1 + kAhead / (p.length * size_of(x_dtype));  // lines
     const bool apart = p.x_pitch != p.length;
-    for (int64_t line = 0; line < p.lines; ++line)
+    const auto span = [&](int64_t line, int64_t i) {
+        return Span{p.x + (line * p.x_pitch + i) * size_of(x_dtype),
+                    p.b ? p.b + (line * p.b_pitch + i) * size_of(b_dtype) : nullptr,
+                    p.out ? p.out + (line * p.out_pitch + i) * size_of(out_dtype) : nullptr, line, i};
+    };
+    const int64_t together = std::max<int64_t>(1, kBlock / p.length);  // lines, where they are short
+    for (int64_t first = 0; first < p.lines; first += together)
         for (int64_t i = 0; i < p.length; i += kBlock) {
-            const int count = int(p.length - i < kBlock ? p.length - i : kBlock);
-            const char* const x = p.x + (line * p.x_pitch + i) * x_size;
-            const char* const b = p.b ? p.b + (line * p.b_pitch + i) * b_size : nullptr;
-            if (apart && line + ahead < p.lines) {
-                prefetch(x + ahead * p.x_pitch * x_size, count * x_size);
-                if (b) prefetch(b + ahead * p.b_pitch * b_size, count * b_size);
+            const int count = int(std::min<int64_t>(p.length - i, kBlock));
+            const int64_t stop = std::min(first + together, p.lines);
+            Partial partial[kAtOnce];
+            for (int64_t line = first; line < stop; ++line) {
+                const Span at = span(line, i);
+                if (apart && line + ahead < p.lines) {
+                    prefetch(at.x + ahead * p.x_pitch * size_of(x_dtype), count * size_of(x_dtype));
+                    if (at.b) prefetch(at.b + ahead * p.b_pitch * size_of(b_dtype), count * size_of(b_dtype));
+                }
+                difference(at, count, p.scale, x_dtype, b_dtype, out_dtype, stats, full, p.rests, partial);
             }
-            block(x, b, p.out ? p.out + (line * p.out_pitch + i) * out_size : nullptr, count, p.scale, x_dtype, b_dtype,
-                  out_dtype, stats, full, sums);
+            if (!stats) continue;
+            if (full) sums.unchanged -= (stop - first) * ((count + kLanes - 1) / kLanes * kLanes - count);  // padding
+            if (!add_up(partial, sums))
+                for (int64_t line = first; line < stop; ++line)
+                    add_up_each(span(line, i), count, x_dtype, b_dtype, full, sums);
         }
 }
 

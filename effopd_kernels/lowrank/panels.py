@@ -112,10 +112,11 @@ def products(
     full: bool = False,
     half: bool = False,
     places: Tensor | None = None,
+    tiles: bool = True,
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
     ``half``: operands may be rounded to bf16, and y is not to be had; ``places`` then are those of a q of signs, as
-    :mod:`signs` has them. ``statistics`` as in :func:`panel`.
+    :mod:`signs` has them. ``statistics`` as in :func:`panel`. ``tiles``: the processor's may be used, if it has any.
     """
     if not multiplies(x, base, q):
         p = panel(x, base, scale, rows, q.dtype, statistics, full)
@@ -126,7 +127,7 @@ def products(
     native().difference_products(
         *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
         *(0 if t is None else t.data_ptr() for t in (places, y, z, statistics)),
-        0 if places is None else places.shape[1], full, half,
+        0 if places is None else places.shape[1], full, half, tiles,
     )  # fmt: skip
     return z[: q.shape[0], : q.shape[1]] if want_z else None
 

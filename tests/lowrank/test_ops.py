@@ -1,5 +1,7 @@
 """The operators: schema, fakes, compilation, and the panels under them; and the orthonormalisation that they feed."""
 
+import functools
+
 import pytest
 import torch
 from lowrank.matrices import orthogonality, with_spectrum
@@ -62,34 +64,52 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
 
 
 @pytest.mark.skipif(not native() or not native().has_products(), reason="needs dot products of bf16 pairs")
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_products_in_cpp(dtype, transposed):
-    """Sizes that cross blocks, strips and panels raggedly, lines apart; beside PyTorch on the same panels."""
+def test_products_in_cpp(dtype, transposed, near, tiles):
+    """Sizes that cross blocks, strips and panels raggedly, lines apart; beside PyTorch on the same panels. Of bf16
+    numbers that are near all but a few differences are bf16 numbers themselves.
+    """
+    if tiles and not native().has_tiles():
+        pytest.skip("needs matrix tiles")
     generator = torch.Generator().manual_seed(0)
     for n, m in ((1, 1), (2, 3), (17, 16), (129, 255), (300, 1301), (1025, 40), (40, 4100)):
         shape = (m, n + 5) if transposed else (n, m + 5)
-        x, base = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        x, base = (torch.randn(shape, generator=generator) for _ in range(2))
+        x, base = (v.to(dtype) for v in (x, x + base / 500 if near else base))
         x, base = (v.T[3:-2] if transposed else v[:, 3:-2] for v in (x, base))
         exact = x.double() - base.double()
         matrix = x, base, None, slice(None)
+        products = functools.partial(panels.products, tiles=tiles)
         for width in (1, 16, 33, 50, 64, 100, 144):
             q = torch.randn(m, width, generator=generator)
             y, alone, statistics = torch.empty(n, width), torch.empty(n, width), torch.zeros(2, 5, dtype=torch.float64)
             panel = panels.panel(*matrix, torch.float32, statistics[0], True).contiguous()
-            z = panels.products(*matrix, q, y, statistics=statistics[1], full=True)
-            panels.products(*matrix, q, alone, want_z=False)
+            z = products(*matrix, q, y, statistics=statistics[1], full=True)
+            products(*matrix, q, alone, want_z=False)
             assert torch.equal(alone, y)
             expected = exact @ q.double()
             for found, truth, same in ((y, expected, panel @ q), (z, exact.mT @ expected, panel.mT @ (panel @ q))):
                 assert distance(found, truth) <= 2 * distance(same, truth) + 2e-7
             torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-6, atol=0)
-            fast = panels.products(x, base, torch.tensor(2.0), slice(None), q, half=True)
+            fast = products(x, base, torch.tensor(2.0), slice(None), q, half=True)
             # Four roundings of at most 2⁻⁹, where nothing averages.
             assert distance(fast, 4 * exact.mT @ expected) < 8e-3
             omega, places = signs.dense(0, m, width, x.device), signs.sparse(0, m, width)
-            of_signs = panels.products(*matrix, omega, half=True, places=places)
+            of_signs = products(*matrix, omega, half=True, places=places)
             assert distance(of_signs, exact.mT @ (exact @ omega.double())) < 8e-3
+
+
+@pytest.mark.skipif(not native() or not native().has_tiles(), reason="needs matrix tiles")
+def test_tiles_are_shared_with_torch():
+    """PyTorch's own products in the same thread keep the shapes of tiles that they set."""
+    x, q = torch.randn(300, 200).bfloat16(), torch.randn(200, 33)
+    before = x @ q.bfloat16()
+    ours = panels.products(x, None, None, slice(None), q)
+    assert torch.equal(x @ q.bfloat16(), before)
+    assert torch.equal(panels.products(x, None, None, slice(None), q), ours)
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8, 9, 96])
