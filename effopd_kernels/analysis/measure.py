@@ -32,7 +32,7 @@ PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square
 MOST_STEPS = 24
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
-ROWS = 1 << 8  # tokens at a time, which stay in cache
+ROWS = 1 << 7  # tokens at a time, which stay in cache
 
 
 class Options(NamedTuple):
@@ -135,13 +135,13 @@ def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:
 
 
 def _norm(w: Tensor) -> float:
-    return _norms(w, None)["update_norm"]
+    return _norms(w, None, full=False)["update_norm"]
 
 
-def _norms(a: Tensor, b: Tensor | None) -> dict[str, Any]:
-    """The update's norm and what is wrong with it, for any shape."""
+def _norms(a: Tensor, b: Tensor | None, full: bool = True) -> dict[str, Any]:
+    """The update's norm and what is wrong with it, for any shape; the share that did not move only when ``full``."""
     x, y = (None if t is None else t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
-    squares, largest, unchanged, _, bad = ops.stats([x], [] if y is None else [y], True)[0].tolist()
+    squares, largest, unchanged, _, bad = ops.stats([x], [] if y is None else [y], full)[0].tolist()
     bad = int(bad) or int(not math.isfinite(largest))
     return {
         "update_norm": math.nan if bad else math.sqrt(squares),
@@ -268,11 +268,14 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
     1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
     """
     parts = []
+    buffers = torch.empty(2, ROWS, base.shape[1], device=base.device)
     for start in range(0, len(base), ROWS):
         rows = slice(start, start + ROWS)
-        before = base[rows].float()
-        delta = a[rows].float() if b is None else a[rows].float() - b[rows].float()
-        shift, length, after = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before, before + delta))
+        before, delta = (buffer[: len(t)].copy_(t) for buffer, t in zip(buffers, (base[rows], a[rows]), strict=True))
+        if b is not None:
+            delta -= before if b is base else b[rows].float()
+        shift, length = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before))
+        after = torch.linalg.vector_norm(before.add_(delta), dim=1).double()
         both = 2 * length * after
         still = shift == 0
         cosine = 1 - torch.where(still, 0.0, (shift.square() - (after - length).square()) / both)

@@ -101,7 +101,7 @@ def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None
 
 def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Nodes and weights (P, t), each probe's summing to 1, of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P)
-    after t = 1 … T steps, and ‖z‖² (P,) outside V; with full reorthogonalisation.
+    after the last steps t = … T, two at least where T ≥ 2, and ‖z‖² (P,) outside V; with full reorthogonalisation.
     """
 
     def outside(y: Tensor) -> Tensor:
@@ -111,19 +111,21 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
     z = outside(z)
     length = torch.linalg.vector_norm(z, dim=0)
     q = [z / length]
-    diagonal, off, rules, sums = [], [], [], []
-    while len(rules) < most:
+    diagonal, off, rules = [], [], []
+    while True:
         y = outside(x.gram_apply(q[-1].unsqueeze(0))[0])
         diagonal.append((q[-1] * y).sum(0))
         past = torch.stack(q)  # (t, M, P)
         for _ in range(2):
             y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
         beta = torch.linalg.vector_norm(y, dim=0)
-        rules.append(_quadrature(diagonal, off))
-        sums.append((rules[-1][0] * rules[-1][1]).sum(1))
-        if len(rules) >= max(least, 2):
-            lacks = (len(rules) - 1) * (sums[-1].mean() - sums[-2].mean()).abs()
-            if lacks <= sums[-1].std() / math.sqrt(len(length)):
+        if (steps := len(diagonal)) >= min(least, most) - 1:  # the last two are wanted
+            rules.append(_quadrature(diagonal, off))
+        if steps == most:
+            break
+        if steps >= max(least, 2):
+            before, now = ((nodes * weights).sum(1) for nodes, weights in rules[-2:])
+            if (steps - 1) * (now.mean() - before.mean()).abs() <= now.std() / math.sqrt(len(length)):
                 break
         # Where an invariant subspace was found the rest is rounding. Zero vectors decouple T, with no weight.
         alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
