@@ -16,7 +16,6 @@
 
 enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of DTYPES in effopd_kernels/native.py
 
-constexpr int kLanes = 16;  // of a vector of floats
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kLarge = int64_t(8) << 20;  // bytes from which an output outgrows the caches
 

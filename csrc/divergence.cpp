@@ -17,8 +17,7 @@ namespace {
 
 enum Kind { kReverse, kForward, kMixture };
 
-constexpr int kStep = 2 * kLanes;  // of the inner loops
-constexpr int kBlock = 1024;       // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
+constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kFloor = -1e4 * kLog2e;              // FLOOR of effopd_kernels/divergence/reference.py, in bits
 constexpr int64_t kWorkPerThread = int64_t(1) << 16;  // logits worth starting a thread for
@@ -98,7 +97,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
     const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
     std::vector<std::thread> helpers;
     auto work = [&] {
-        std::vector<float> memory(scratch + kLanes);
+        std::vector<float> memory(scratch + 64 / sizeof(float));
         void* start = memory.data();
         size_t space = memory.size() * sizeof(float);
         run(job, next, static_cast<float*>(std::align(64, scratch * sizeof(float), start, space)));

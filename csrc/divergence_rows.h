@@ -20,6 +20,8 @@
 
 // No include here: this file stands inside a namespace.
 
+constexpr int kStep = 2 * kLanes;  // of the inner loops
+
 // 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
 // K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
 #define EACH for (int k = 0; k < K; ++k)
@@ -191,7 +193,7 @@ INLINE vf at(vf z, float c, float reference) {
 #if X86_LEVEL >= 3 || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return z * c - reference;
 #else  // a rounding of the product would be an error of the size of c·z, however near the reference it lies
-    typedef double vd __attribute__((vector_size(128)));
+    typedef double vd __attribute__((vector_size(8 * kLanes)));
     return __builtin_convertvector(__builtin_convertvector(z, vd) * double(c) - double(reference), vf);
 #endif
 }

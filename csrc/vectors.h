@@ -1,23 +1,36 @@
-// Vectors of 16 floats and the dtypes they are loaded from and stored as. Included once per instruction set, inside a
+// Vectors of floats and the dtypes they are loaded from and stored as. Included once per instruction set, inside a
 // namespace of its own (csrc/clones.h), so nothing is included here.
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int32_t vi_any __attribute__((vector_size(64), aligned(2), may_alias));
-typedef uint32_t vu __attribute__((vector_size(64)));
+// As many as a register holds: what is wider GCC keeps in memory, from one operation to the next.
+#if X86_LEVEL == 1
+constexpr int kLanes = 4;
+#elif X86_LEVEL == 3
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 16;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef float vf_any __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
 
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi bits(vf x) { return (vi)x; }
 INLINE vf from_bits(vi x) { return (vf)x; }
 INLINE vf max_(vf a, vf b) { return a > b ? a : b; }
 
+// In fp64, by halves: one chain through all lanes would take as long as the arithmetic of a block. Written out, since
+// the compiler keeps no vectors in a loop over the halves' widths.
 INLINE double sum(vf x) {
-    double s = 0;
-    for (int i = 0; i < kLanes; ++i) s += x[i];
-    return s;
+    double s[kLanes];
+    for (int i = 0; i < kLanes; ++i) s[i] = x[i];
+    for (int i = 0; i + 8 < kLanes; ++i) s[i] += s[i + 8];
+    for (int i = 0; i < 4 && i + 4 < kLanes; ++i) s[i] += s[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 // ---- dtypes: fp32, and bf16 and fp16 by integer arithmetic, which every instruction set has in vectors
