@@ -106,14 +106,30 @@ INLINE Two load_two(const char* p, const int dtype) {
     return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
 }
 
-INLINE vi round_bf16(vf x) {  // to nearest even, in the upper half; NaN stays NaN
-    const vi b = bits(x);
-    return x == x ? b + 0x7fff + ((b >> 16) & 1) : 0x7fc00000 + vi{};
+// To nearest, in the upper half; halfway away from zero, where results of fp32 arithmetic lie once in 2¹⁶: to even would
+// take three instructions more. NaN stays NaN, unless all its bits are set, which none is that comes of bf16.
+INLINE vi round_bf16(vf x) { return bits(x) + 0x8000; }
+INLINE vh narrow_bf16(vf x) { return __builtin_convertvector(x == x ? round_bf16(x) >> 16 : 0x7fc0 + vi{}, vh); }
+
+constexpr bool kStreams = X86_LEVEL >= 4;  // one instruction stores a whole line past the caches
+
+INLINE void put(char* p, vf x, bool stream) {
+#if X86_LEVEL >= 4
+    if (stream) return _mm512_stream_ps((float*)p, (__m512)x);
+#endif
+    *(vf_any*)p = x;
 }
 
-INLINE void store_two(char* p, const Two& g, const int dtype) {
-    if (dtype == kFloat32) *(vf_any*)p = g.x[0], *(vf_any*)(p + sizeof(vf)) = g.x[1];
-    else *(vi_any*)p = (vi)((vu)round_bf16(g.x[0]) >> 16) | (round_bf16(g.x[1]) & ~0xffff);
+INLINE void store_two(char* p, const Two& g, const int dtype, bool stream) {
+    if (dtype == kFloat32) put(p, g.x[0], stream), put(p + sizeof(vf), g.x[1], stream);
+    else put(p, from_bits((vi)((vu)round_bf16(g.x[0]) >> 16) | (round_bf16(g.x[1]) & ~0xffff)), stream);
+}
+
+// Asks for what lies a page ahead of `bytes` read from p: the hardware's own prefetchers stop where a page ends, and
+// asking for more at once would wait for the few lines that may be under way. Past the last row this may be no memory
+// at all, which does no harm.
+INLINE void fetch_ahead(const char* p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i, 0, 2);
 }
 
 // ---- blocks
@@ -129,6 +145,7 @@ INLINE void stage_as(const Side& side, const char* p, int count, float* out, con
     const int size = size_of(dtype), whole = count / kLanes * kLanes;
     for (int i = 0; i < whole; i += kLanes) {
         const vf x = load(p + int64_t(i) * size, dtype);
+        fetch_ahead(p + int64_t(i) * size, kLanes * size);
         *(vf*)(out + i) = capped ? tanh_(x * side.pre) : x;
     }
     if (whole < count) {
@@ -199,14 +216,14 @@ INLINE vf at(vf z, float c, float reference) {
 }
 INLINE vf at(const float* z, int i, float c, float reference) { return at(*(const vf_any*)(z + i), c, reference); }
 
-static void store(const float* g, int count, int dtype, char* row, int64_t start, bool stream) {
-    if (dtype == kFloat32) return copy_out(row + start * 4, g, int64_t(count) * 4, stream);
+static void store(const float* g, int count, int dtype, char* out, bool stream) {
+    if (dtype == kFloat32) return copy_out(out, g, int64_t(count) * 4, stream);
     alignas(64) uint16_t narrowed[kBlock];
     for (int i = 0; i < count; i += kLanes) {
         const vf x = *(const vf*)(g + i);
-        *(vh*)(narrowed + i) = dtype == kBFloat16 ? narrow(x, kBFloat16) : narrow(x, kFloat16);
+        *(vh*)(narrowed + i) = dtype == kBFloat16 ? narrow_bf16(x) : narrow(x, kFloat16);
     }
-    copy_out(row + start * 2, narrowed, int64_t(count) * 2, stream);
+    copy_out(out, narrowed, int64_t(count) * 2, stream);
 }
 
 // ---- first pass
@@ -220,7 +237,6 @@ struct Sums {  // relative to the references x0, y0
 
 struct Part {  // what one block adds
     double x, y, gap, hole, xu, yv;
-    float lane;  // the largest sum of any lane
 };
 
 template <int dtype, bool holes, bool stats>
@@ -231,6 +247,7 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
         vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)},
            e[4];
+        fetch_ahead(x + i * size, kStep * size), fetch_ahead(y + i * size, kStep * size);
         exp2_(z, e);
         for (int k = 0; k < 4; k += 2) {
             vf u = z[k], v = z[k + 1];
@@ -249,8 +266,7 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
             }
         }
     }
-    return {
-        sum(X), sum(Y), sum(gap), holes ? sum(hole) : 0, stats ? sum(xu) : 0, stats ? sum(yv) : 0, largest(max_(X, Y))};
+    return {sum(X), sum(Y), sum(gap), holes ? sum(hole) : 0, stats ? sum(xu) : 0, stats ? sum(yv) : 0};
 }
 
 template <bool holes>
@@ -298,9 +314,9 @@ struct Argmax {
 
 static Sums online(const Side& side_x, const Side& side_y, const char* row_x, const char* row_y, int64_t V,
                    bool stats) {
-    // A reference may lag behind the largest logit as long as u stays small: its rounding is u·2⁻²⁴. A lane sums
-    // kBlock / kLanes = 2⁶ entries, so this bounds u by 8.
-    constexpr float kLag = 256;
+    // A reference may lag behind the largest logit as long as u stays small: its rounding is u·2⁻²⁴. No entry exceeds
+    // the sum, so this bounds u by 11.
+    constexpr float kLag = 2 * kBlock;
     alignas(64) float x_block[kBlock], y_block[kBlock];
     const bool as_it_lies = as_they_lie(side_x, side_y);
     Sums s;
@@ -314,7 +330,7 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
         if (stats) x_best.add(x, start, padded), y_best.add(y, start, padded);
         if (s.x == 0 || s.y == 0) meet_tops(s, x, y, padded);
         Part part = part_of<false>(s, x, y, padded, stats);
-        if (!(part.lane <= kLag)) {
+        if (!(part.x + part.y <= kLag)) {
             meet_tops(s, x, y, padded);
             part = part_of<false>(s, x, y, padded, stats);
         }
@@ -333,44 +349,41 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
     return s;
 }
 
-// ---- last pass: the gradient of one block, times `factor`, into g
+// ---- last pass: the gradient of one block into g
 
-// x = student, y = teacher. q·(u − v − mean) with q = 2^u / X. Writes the blocks' dtype.
-template <int dtype, bool holes>
-static void reverse_as(const char* x, const char* y, char* g, int count, const Sums& s, float mean, float floor,
-                       float factor) {
+struct Factors {
+    float x, y;         // of 2^u and of 2^v
+    float mean, floor;  // of u − v; what stands for a v of −inf
+};
+
+// Reverse KL, x = student, y = teacher: q·(u − v − mean). Forward KL, x = teacher, y = student: q − p. Writes the
+// blocks' dtype. Sums and factors are copies: what g is written to might, for all the compiler knows, be theirs.
+template <Kind kind, int dtype, bool holes>
+static void gradient_as(const char* x, const char* y, char* g, int count, Sums s, Factors f, bool stream) {
     constexpr int size = size_of(dtype);
+    const float offset = f.mean * f.x;
     for (int i = 0; i < count; i += kStep) {
         const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
-        vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, e[2];
-        exp2_(u, e);
+        vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, eu[2];
+        exp2_(u, eu);
         Two out;
         for (int k = 0; k < 2; ++k) {
             vf v = at(zy.x[k], s.cy, s.y0);
             if (holes) {
                 u[k] = u[k] == -kInf ? vf{} : u[k];
-                v = v == -kInf ? splat(floor) : v;
+                v = v == -kInf ? splat(f.floor) : v;
             }
-            out.x[k] = e[k] * ((u[k] - v) - mean) * factor;
+            out.x[k] = kind == kForward ? exp2_(v) * f.y - eu[k] * f.x : eu[k] * ((u[k] - v) * f.x - offset);
         }
-        store_two(g + i * size, out, dtype);
+        store_two(g + i * size, out, dtype, stream);
     }
 }
 
-static void reverse_block(const Block& x, const Block& y, char* g, int count, const Sums& s, float mean, float floor,
-                          float factor) {
-    if (x.dtype == kFloat32)
-        return s.holes ? reverse_as<kFloat32, true>(x.z, y.z, g, count, s, mean, floor, factor)
-                       : reverse_as<kFloat32, false>(x.z, y.z, g, count, s, mean, floor, factor);
-    return s.holes ? reverse_as<kBFloat16, true>(x.z, y.z, g, count, s, mean, floor, factor)
-                   : reverse_as<kBFloat16, false>(x.z, y.z, g, count, s, mean, floor, factor);
-}
-
-// x = teacher, y = student. q − p.
-INLINE void forward_block(const float* x, const float* y, float* g, int count, const Sums& s, float factor_p,
-                          float factor_q) {
-    for (int i = 0; i < count; i += kLanes)
-        *(vf*)(g + i) = exp2_(at(y, i, s.cy, s.y0)) * factor_q - exp2_(at(x, i, s.cx, s.x0)) * factor_p;
+template <int dtype>
+static auto gradient_of(Kind kind, bool holes) {
+    return kind == kForward ? gradient_as<kForward, dtype, false>
+           : holes          ? gradient_as<kReverse, dtype, true>
+                            : gradient_as<kReverse, dtype, false>;
 }
 
 struct Mixture {  // x = student, y = teacher
@@ -461,28 +474,33 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     if (!row_g) return;
 
     const double factor = job.chain * (job.row_scale ? job.row_scale[n] : 1.0);
-    const float k = float(job.b * kLn2 * factor / s.x);
-    const bool as_it_lies = job.kind == kReverse && as_they_lie(student, teacher);
-    for (int64_t start = 0; start < V; start += kBlock) {
-        const int count = int(V - start < kBlock ? V - start : kBlock), padded = (count + kStep - 1) / kStep * kStep;
-        if (job.kind == kReverse) {
-            const Block x = block_of(student, row_s, start, count, x_block, as_it_lies);
-            const Block y = block_of(teacher, row_t, start, count, y_block, as_it_lies);
-            reverse_block(x, y, (char*)g, padded, s, float(mean), float(floor), k);
-            if (as_it_lies && x.dtype == kBFloat16) {
-                copy_out(row_g + start * size, g, int64_t(count) * size, job.stream);
+    const Factors f = forward ? Factors{float(job.a * factor / s.x), float(job.a * factor / s.y), 0, 0}
+                              : Factors{float(job.b * kLn2 * factor / s.x), 0, float(mean), float(floor)};
+    const bool as_it_lies = job.kind != kMixture && as_they_lie(student, teacher);
+    // Streams write whole lines: the first block ends where the output's first whole line begins.
+    const int64_t head = job.stream && job.kind != kMixture ? (64 - uintptr_t(row_g) % 64) % 64 / size : 0;
+    for (int64_t start = 0, limit = head ? head : kBlock; start < V; start += limit, limit = kBlock) {
+        const int count = int(V - start < limit ? V - start : limit), padded = (count + kStep - 1) / kStep * kStep;
+        char* const out = row_g + start * size;
+        if (job.kind == kMixture) {
+            const float* x = stage(student, row_s, start, count, x_block);
+            mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
+            if (student.pre != 0) through_cap(x, g, count);
+        } else {
+            const Block s_block = block_of(student, row_s, start, count, x_block, as_it_lies);
+            const Block t_block = block_of(teacher, row_t, start, count, y_block, as_it_lies);
+            const Block &x = forward ? t_block : s_block, &y = forward ? s_block : t_block;
+            const bool direct = as_it_lies && padded == count && (kStreams || !job.stream);
+            const auto run = (x.dtype == kFloat32 ? gradient_of<kFloat32> : gradient_of<kBFloat16>)(job.kind, s.holes);
+            run(x.z, y.z, direct ? out : (char*)g, padded, s, f, direct && job.stream);
+            if (direct) continue;
+            if (x.dtype == kBFloat16) {
+                copy_out(out, g, int64_t(count) * size, job.stream);
                 continue;
             }
-            if (student.pre != 0) through_cap((const float*)x.z, g, count);
-        } else {
-            const float* x = stage(student, row_s, start, count, x_block);
-            if (job.kind == kMixture) mixture_gradient(m, x, scratch + start, g, count, float(w_sum), float(factor));
-            else
-                forward_block(stage(teacher, row_t, start, count, y_block), x, g, count, s, float(job.a * factor / s.x),
-                              float(job.a * factor / s.y));
-            if (student.pre != 0) through_cap(x, g, count);
+            if (student.pre != 0) through_cap((const float*)s_block.z, g, count);
         }
-        store(g, count, student.dtype, row_g, start, job.stream);
+        store(g, count, student.dtype, out, job.stream);
     }
     memset(row_g + V * size, 0, (job.grad_columns - V) * size);
 }

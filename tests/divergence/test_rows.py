@@ -206,6 +206,19 @@ def test_rows_of_any_stride(implementation):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("member", ["reverse", "forward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_gradients_of_rows_that_begin_anywhere(implementation, member, dtype):
+    """More than 8 MB are stored past the caches, by whole lines: every number is as in the caches."""
+    N, V = 72, 65537
+    student, teacher = logits(N, V, dtype), logits(N, V, dtype, seed=1)
+    whole = run(implementation, student, teacher, member)
+    for rows in torch.arange(N).split(12):
+        part = run(implementation, student[rows], teacher[rows], member)
+        assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows])
+
+
 @every_implementation
 @every_member
 def test_sequences_that_lie_apart(implementation, member):
