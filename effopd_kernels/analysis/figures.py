@@ -4,12 +4,14 @@ A trajectory keeps its colour, marker and dash in every figure, so that print wi
 colours can follow it.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito 2008
@@ -34,7 +36,8 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "effopd",  # equal figures are equal files
 }
-WIDTH, HEIGHT = 4.8, 3.3  # inches
+WIDTH, HEIGHT, DPI = 4.8, 3.3, 150  # inches
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Interval(NamedTuple):
@@ -57,7 +60,7 @@ def draw(paint: Callable[["Axes"], None], height: float = HEIGHT) -> "Figure":
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         paint(axes)
@@ -70,13 +73,13 @@ def draw(paint: Callable[["Axes"], None], height: float = HEIGHT) -> "Figure":
 def save(figure: "Figure", folder: Path, name: str) -> None:
     """Write ``folder/name.png`` and ``folder/name.svg``."""
     import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        figure.draw_without_rendering()
+    with matplotlib.rc_context(STYLE):  # by the canvases' own methods: ``savefig`` draws everything twice
+        figure.canvas.print_png(folder / f"{name}.png")
         figure.set_layout_engine("none")  # as laid out now, for both files
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def look(index: int) -> dict:
@@ -113,6 +116,8 @@ def lines(
         if level is not None:
             axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2)
         axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
+        if axes.get_xscale() == "log":
+            _label_powers(axes.xaxis)
 
     return draw(paint)
 
@@ -194,6 +199,19 @@ def heat_map(
         axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
 
     return draw(paint, height=min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))
+
+
+def _label_powers(axis: "Axis") -> None:
+    """As matplotlib does, but in Unicode: to set the first 2×10⁻³ as mathematics takes it longer than all the rest."""
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    class Powers(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            text = super().__call__(x, pos).removeprefix(r"$\mathdefault{").removesuffix("}$").replace(r"\times", "×")
+            return re.sub(r"\^{(.+)}", lambda power: power[1].translate(SUPERSCRIPTS), text)
+
+    axis.set_major_formatter(Powers())
+    axis.set_minor_formatter(Powers())
 
 
 def _ends(values: Values) -> tuple[Sequence[float], list[Sequence[float]]]:
