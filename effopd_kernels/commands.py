@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from .errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -30,6 +33,13 @@ def refused(command: str, why: str) -> int:
     if _first_to_say(why):
         print(f"{command}: error: {why}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
+
+
+def interrupted(command: str, advice: str = "") -> int:
+    """Say so on stderr, on one rank for all, which were too; returns the exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{command}: interrupted{advice}", file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _first_to_say(message: str) -> bool:
@@ -54,6 +64,8 @@ def something_was_said() -> bool:
 def _store() -> "dist.Store":
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise RuntimeError("alone")
+    import torch.distributed as dist
+
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
 
 
@@ -77,6 +89,8 @@ def written(output_dir: str | Path) -> Iterator[None]:
 def leave_process_group() -> None:
     """Ends a command that succeeded on several ranks. A gloo worker drops its last tensors a moment after the last
     collective, which needs the interpreter alive: else the run ends in SIGABRT (pytorch/pytorch#179291)."""
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

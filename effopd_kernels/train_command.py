@@ -1,7 +1,7 @@
 """The console script `effopd-train`, outside the folder that cannot be imported without its extra: where it is not
 installed, that is one sentence and exit code 2, not the ImportError that `import effopd_kernels.train` is."""
 
-from .commands import refused
+from .commands import interrupted, refused
 from .errors import UserError
 
 
@@ -11,4 +11,6 @@ def main() -> int:
         from .train.cli import main as train
     except UserError as error:
         return refused("effopd-train", str(error))
+    except KeyboardInterrupt:  # within the seconds that importing takes
+        return interrupted("effopd-train")
     return train()

@@ -23,6 +23,51 @@ def test_import_brings_no_heavy_package():
     )
 
 
+def test_help_and_wrong_options_need_no_torch():
+    said = run(
+        """
+        import sys
+        import effopd_kernels
+        from effopd_kernels.analysis.cli import main
+        assert main(["--help"]) == 0 and main(["updates", "--rank", "8"]) == 2 and main(["nothing"]) == 2
+        try:
+            main(["updates", "--help"])
+        except SystemExit as done:
+            assert done.code == 0
+        assert not {"torch", "numpy"} & set(sys.modules)
+        assert {*effopd_kernels.__all__} <= {*dir(effopd_kernels)}
+        assert not hasattr(effopd_kernels, "nothing") and "torch" not in sys.modules
+        for name in effopd_kernels.__all__:
+            assert getattr(effopd_kernels, name) is not None
+        from effopd_kernels import lowrank
+        assert lowrank.batched_rsvd is effopd_kernels.batched_rsvd
+        """
+    )
+    assert said.count("usage: effopd-analyze") == 2
+
+
+def test_an_interrupt_while_importing_is_one_sentence():
+    run(
+        """
+        import contextlib, io, sys
+        from effopd_kernels.analysis.cli import main as analyze
+        from effopd_kernels.train_command import main as train
+
+        class Impatient:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    raise KeyboardInterrupt
+
+        sys.meta_path.insert(0, Impatient())
+        updates = ["updates", "--base", "a", "--checkpoints", "b", "--output_dir", "c"]
+        for command, call in (("effopd-analyze", lambda: analyze(updates)), ("effopd-train", train)):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                assert call() == 130
+            assert said.getvalue() == f"{command}: interrupted\\n"
+        """
+    )
+
+
 # `sys.modules[name] = None` makes `import name` fail as it does where it is not installed.
 LOSS = """
     import sys, warnings

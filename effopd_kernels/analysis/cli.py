@@ -5,11 +5,11 @@ interrupted. After either nothing was written, or, with `interventions`, what wa
 on.
 """
 
-import os
+import gc
 import sys
 from importlib.util import find_spec
 
-from ..commands import EXIT_INTERRUPTED, EXIT_USER_ERROR, print_anywhere, refused
+from ..commands import EXIT_USER_ERROR, interrupted, print_anywhere, refused
 from ..errors import UserError, one_line
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             print(USAGE, end="")
             return 0 if argv else EXIT_USER_ERROR
         if command == "updates":
-            from .updates import main as run
+            run = _updates
         elif command == "interventions":
             if missing := [name for name in ("matplotlib", "pyarrow", "trl") if find_spec(name) is None]:
                 raise UserError(
@@ -47,10 +47,22 @@ def main(argv: list[str] | None = None) -> int:
         why = f"{error.filename}: {error.strerror}" if known else one_line(error)
         return refused("effopd-analyze", why)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":  # all ranks were, and one speaks for them
-            print("effopd-analyze: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted("effopd-analyze")
     return 0
+
+
+def _updates(arguments: list[str]) -> None:
+    from .arguments import parser
+
+    args = parser().parse_args(arguments)
+    if first := "torch" not in sys.modules:
+        gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
+    from .updates import main
+
+    if first:
+        gc.freeze()
+        gc.enable()
+    main(args)
 
 
 if __name__ == "__main__":

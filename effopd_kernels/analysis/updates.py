@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,40 +29,12 @@ from .report import REPORT_NAME, Section, write_report
 ALONE = "training"  # the name of the only trajectory
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists the options)")
-
-
-def parser() -> Parser:
-    p = Parser("effopd-analyze updates", description="What training did to the weights.")
-    p.add_argument("--base", required=True, metavar="DIR", help="the model that training started from")
-    p.add_argument("--checkpoints", nargs="+", metavar="DIR", help="checkpoints of one run, or LoRA adapters")
-    p.add_argument(
-        "--trajectory", action="append", default=[], metavar="NAME=DIR,DIR",
-        help="checkpoints of a run by name; give it again for each run to be compared",
-    )  # fmt: skip
-    p.add_argument("--output_dir", required=True, metavar="OUT", help="a new folder")
-    p.add_argument("--overwrite_output_dir", action="store_true", help="replace what is in --output_dir")
-    p.add_argument("--rank", type=int, default=64, help="leading triplets of every matrix (default 64)")
-    p.add_argument(
-        "--ks", type=int, nargs="+", default=[1, 8, 64], help="subspaces whose alignment is followed (default 1 8 64)"
-    )
-    p.add_argument("--exact_spectrum", action="store_true", help="every singular value; the time it takes is estimated")
-    p.add_argument("--device", help="where to compute, such as cuda (default cpu)")
-    p.add_argument("--seed", type=int, default=0)
-    return p
-
-
-def main(arguments: Sequence[str]) -> Path:
-    """The sub-command. Returns the path of the report.
+def main(args: argparse.Namespace) -> Path:
+    """The sub-command, with what `arguments.parser` understood. Returns the path of the report.
 
     Raises:
         UserError: before any work; see `compare`, `check_free` and `trajectories_of`.
     """
-    args = parser().parse_args(list(arguments))
     if missing := [name for name in ("matplotlib", "pyarrow", "sklearn") if find_spec(name) is None]:
         raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis]")
     trajectories = trajectories_of(args.checkpoints, args.trajectory)

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import (
-    EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    interrupted,
     leave_process_group,
     print_anywhere,
     refused,
@@ -387,10 +387,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, NonFiniteLossError) as e:
         return refused("effopd-train", str(e))
     except KeyboardInterrupt:
-        if PartialState().is_main_process:
-            there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))
-            print("effopd-train: interrupted" + "; go on with --resume_from_checkpoint" * there, file=sys.stderr)
-        return EXIT_INTERRUPTED
+        there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))
+        return interrupted("effopd-train", "; go on with --resume_from_checkpoint" * there)
     except Exception:
         if not something_was_said():
             raise
