@@ -1,14 +1,12 @@
 """Module allocation: which layers and which kinds of modules an update moved, and by how much."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import figures
+from .figures import Picture
 from .findings import CHECKPOINT, Findings, Row, grouped, norms, share
 from .report import Headline, Part, Section, shown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 THIRDS = ("outside", "whole", "bottom", "middle", "top")
 
@@ -100,7 +98,7 @@ def _where(found: Findings, places: list[Row]) -> Section:
     )  # fmt: skip
 
 
-def _maps(found: Findings, layered: dict[str, list[Row]], column: str, label: str) -> list["Figure"]:
+def _maps(found: Findings, layered: dict[str, list[Row]], column: str, label: str) -> list[Picture]:
     """A heat map over layer and type for each trajectory, on one scale; none where nothing has a finite value."""
     kinds = [k for k in found.types() if any(r["type"] == k for rows in layered.values() for r in rows)]
     layers = range(found.layers)
@@ -160,7 +158,7 @@ def _shares(found: Findings, by_third: dict[str, dict[str, Row]], by_type: dict[
 
 
 def _growth(found: Findings, totals: list[Row], depth: list[Row]) -> Section:
-    def over_training(rows: list[Row], column: str, label: str) -> "Figure":
+    def over_training(rows: list[Row], column: str, label: str) -> Picture:
         curves = found.curves(rows, "progress", column)
         return figures.lines(curves, "training progress", label, ylim=(0, None), xlim=(0, 1.03))
 

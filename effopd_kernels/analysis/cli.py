@@ -6,11 +6,13 @@ on.
 """
 
 import gc
+import os
 import sys
 from importlib.util import find_spec
 
 from ..commands import EXIT_USER_ERROR, interrupted, print_anywhere, refused
 from ..errors import UserError, one_line
+from .painter import Painter
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
        effopd-analyze interventions ... --dataset_name NAME --eval_metric accuracy|teacher_kl
@@ -34,10 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         if command == "updates":
             run = _updates
         elif command == "interventions":
-            if missing := [name for name in ("matplotlib", "pyarrow", "trl") if find_spec(name) is None]:
-                raise UserError(
-                    f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis,train]"
-                )
+            _installed("analysis,train", "matplotlib", "pyarrow", "trl")
             from .interventions import main as run
         else:
             raise UserError(f"unknown command '{command}'; the commands are updates and interventions")
@@ -51,18 +50,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _installed(extras: str, *packages: str) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[{extras}]")
+
+
 def _updates(arguments: list[str]) -> None:
     from .arguments import parser
 
     args = parser().parse_args(arguments)
-    if first := "torch" not in sys.modules:
-        gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
-    from .updates import main
+    _installed("analysis", "matplotlib", "pyarrow", "sklearn")
+    if "torch" in sys.modules or os.environ.get("RANK", "0") != "0":
+        from .updates import main
 
-    if first:
+        return main(args)
+    with Painter() as painter:
+        gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
+        from .updates import main
+
         gc.freeze()
         gc.enable()
-    main(args)
+        main(args, painter)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import figures
+from .figures import Picture
 from .findings import Findings
 from .report import Part, Section
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SHOWN = 20  # tokens in the report
 MOST = 200  # tokens with their text in the table
@@ -70,7 +68,7 @@ def _section(found: Findings, top: list[dict[str, Any]], lead: str) -> Section:
     )  # fmt: skip
 
 
-def _histogram(values: dict[str, Tensor], label: str) -> "Figure | None":
+def _histogram(values: dict[str, Tensor], label: str) -> Picture | None:
     """Of what is positive; None where nothing is."""
     positive = {t: v[(v > 0) & v.isfinite()] for t, v in values.items()}
     every = torch.cat(list(positive.values()))

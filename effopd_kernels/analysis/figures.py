@@ -6,8 +6,10 @@ colours can follow it.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +38,8 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "effopd",  # equal figures are equal files
 }
-WIDTH, HEIGHT, DPI = 4.8, 3.3, 150  # inches
+GREY = "#666666"
+WIDTH, HEIGHT, DPI = 4.8, 3.3, 150  # inches, dots per inch
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -51,23 +54,39 @@ class Interval(NamedTuple):
 Values = Sequence[float] | Sequence[Interval]
 
 
-def draw(paint: Callable[["Axes"], None], height: float = HEIGHT) -> "Figure":
-    """A figure of one panel: ``paint(axes)`` draws into it, under this module's style; with a legend where it labels
-    two things or more.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Picture:
+    """What to draw: the name of one of this module's functions and its arguments. Any process can: see `painter`."""
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        paint(axes)
-        handles, labels = axes.get_legend_handles_labels()
-        if len(labels) > 1:  # above the axes, where no curve can run through it
-            figure.legend(handles, labels, loc="outside upper left", ncols=3, borderaxespad=0, columnspacing=1.4)
-    return figure
+    kind: str
+    arguments: tuple
+    options: dict[str, Any]
+
+    def draw(self) -> "Figure":
+        """One panel under this module's style; with a legend where two things or more have a label."""
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+            FigureCanvasAgg(figure)
+            axes = figure.subplots()
+            globals()[self.kind].__wrapped__(axes, *self.arguments, **self.options)
+            handles, labels = axes.get_legend_handles_labels()
+            if len(labels) > 1:  # above the axes, where no curve can run through it
+                figure.legend(handles, labels, loc="outside upper left", ncols=3, borderaxespad=0, columnspacing=1.4)
+        return figure
+
+
+def described(paint: Callable[..., None]) -> Callable[..., Picture]:
+    """Of a function that paints into axes, one that takes the other arguments and returns the `Picture`."""
+
+    @wraps(paint)
+    def picture(*arguments: Any, **options: Any) -> Picture:
+        return Picture(paint.__name__, arguments, options)
+
+    return picture
 
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
@@ -88,91 +107,96 @@ def look(index: int) -> dict:
     return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
 
 
+@described
 def lines(
+    axes: "Axes",
     curves: Mapping[str, tuple[Sequence[float], Values]],
     x_label: str,
     y_label: str,
     *,
-    level: float | None = None,
+    levels: Sequence[tuple[float, str]] = (),
     markers: bool = True,
     drawstyle: str = "default",
+    whole: bool = False,
+    x_format: str | None = None,
     **axes_properties,
-) -> "Figure":
+) -> None:
     """One line per trajectory, with a legend where there are several.
 
     Args:
         curves: trajectory → (x, y), with a band around y where it is of `Interval`.
-        level: a dotted line across, such as what chance gives.
+        levels: height and colour of dotted lines across, such as what chance gives.
+        whole: no tick between whole numbers of x.
+        x_format: of the numbers at the ticks of x, such as "{x:g}".
         axes_properties: as for ``Axes.set``: xscale, ylim, title, ...
     """
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        style = look(i) | {"drawstyle": drawstyle} | ({} if markers else {"marker": ""})
+        y, ends = _ends(y)
+        axes.plot(x, y, label=name, **style)
+        if ends:
+            axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0)
+    for height, colour in levels:
+        axes.axhline(height, color=colour, linestyle=":", linewidth=1.1)
+    axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
+    if axes.get_xscale() == "log":
+        _label_powers(axes.xaxis)
+    if whole:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if x_format is not None:
+        axes.xaxis.set_major_formatter(x_format)
 
-    def paint(axes: "Axes") -> None:
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            style = look(i) | {"drawstyle": drawstyle} | ({} if markers else {"marker": ""})
-            y, ends = _ends(y)
-            axes.plot(x, y, label=name, **style)
-            if ends:
-                axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0)
-        if level is not None:
-            axes.axhline(level, color="#555555", linestyle=":", linewidth=1.2)
-        axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
-        if axes.get_xscale() == "log":
-            _label_powers(axes.xaxis)
 
-    return draw(paint)
-
-
-def paths(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str) -> "Figure":
+@described
+def paths(
+    axes: "Axes", curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str
+) -> None:
     """Ways through a plane, one per trajectory, fainter at the start, with a ring around the end."""
-
-    def paint(axes: "Axes") -> None:
-        for i, (name, (x, y)) in enumerate(curves.items()):
-            style = look(i)
-            axes.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1, alpha=0.5)
-            shades = [0.35 + 0.65 * j / max(1, len(x) - 1) for j in range(len(x))]
-            axes.scatter(x, y, color=style["color"], marker=style["marker"], alpha=shades, s=26)
-            axes.scatter(x[-1:], y[-1:], facecolors="none", edgecolors=style["color"], s=110, linewidths=1.4)
-            axes.plot([], [], label=name, **style)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.margins(0.1)
-
-    return draw(paint)
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        style = look(i)
+        axes.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1, alpha=0.5)
+        shades = [0.35 + 0.65 * j / max(1, len(x) - 1) for j in range(len(x))]
+        axes.scatter(x, y, color=style["color"], marker=style["marker"], alpha=shades, s=26)
+        axes.scatter(x[-1:], y[-1:], facecolors="none", edgecolors=style["color"], s=110, linewidths=1.4)
+        axes.plot([], [], label=name, **style)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.margins(0.1)
 
 
+@described
 def bars(
+    axes: "Axes",
     groups: Sequence[str],
     values: Mapping[str, Values],
     y_label: str,
     *,
     marks: Mapping[str, Sequence[float]] | None = None,
-) -> "Figure":
+) -> None:
     """Bars in groups, one of each group per trajectory: ``values[trajectory][i]`` belongs to ``groups[i]``, and has an
     error bar where it is an `Interval`.
 
     Args:
         marks: label → a height per group to hold bars against.
     """
-
-    def paint(axes: "Axes") -> None:
-        width = 0.8 / len(values)
-        for i, (name, heights) in enumerate(values.items()):
-            x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
-            heights, ends = _ends(heights)
-            axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
-            if ends:
-                axes.vlines(x, *ends, color="#222222", linewidth=1)
-        for label, heights in (marks or {}).items():
-            middle = range(len(groups))
-            axes.hlines(heights, [x - 0.46 for x in middle], [x + 0.46 for x in middle], color="#222222", label=label)
-        crowded = len(groups) * max(map(len, groups)) > 40  # characters that fit side by side
-        axes.set(ylabel=y_label)
-        axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
-        axes.grid(axis="x", visible=False)
-
-    return draw(paint)
+    width = 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
+        heights, ends = _ends(heights)
+        axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
+        if ends:
+            axes.vlines(x, *ends, color="#222222", linewidth=1)
+    for label, heights in (marks or {}).items():
+        middle = range(len(groups))
+        axes.hlines(heights, [x - 0.46 for x in middle], [x + 0.46 for x in middle], color="#222222", label=label)
+    crowded = len(groups) * max(map(len, groups)) > 40  # characters that fit side by side
+    axes.set(ylabel=y_label)
+    axes.set_xticks(range(len(groups)), groups, rotation=40 if crowded else 0, ha="right" if crowded else "center")
+    axes.grid(axis="x", visible=False)
 
 
+@described
 def heat_map(
+    axes: "Axes",
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
     columns: Sequence[str],
@@ -181,24 +205,22 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     title: str = "",
     row_label: str = "",
-) -> "Figure":
+) -> None:
     """``values[row][column]``, the first row at the bottom; NaN stays blank. ``limits`` make several comparable."""
     import numpy
 
-    def paint(axes: "Axes") -> None:
-        grid = numpy.ma.masked_invalid(numpy.asarray(values, dtype=float))
-        low, high = limits or (None, None)
-        mesh = axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
-        step = max(1, -(-len(rows) // 16))
-        axes.set_yticks([i + 0.5 for i in range(0, len(rows), step)], rows[::step])
-        axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=40, ha="right")
-        axes.tick_params(length=0)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.set(title=title, ylabel=row_label)
-        axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
-
-    return draw(paint, height=min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))
+    axes.figure.set_figheight(min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))
+    grid = numpy.ma.masked_invalid(numpy.asarray(values, dtype=float))
+    low, high = limits or (None, None)
+    mesh = axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
+    step = max(1, -(-len(rows) // 16))
+    axes.set_yticks([i + 0.5 for i in range(0, len(rows), step)], rows[::step])
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=40, ha="right")
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set(title=title, ylabel=row_label)
+    axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
 
 
 def _label_powers(axis: "Axis") -> None:

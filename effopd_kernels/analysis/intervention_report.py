@@ -5,16 +5,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import figures
 from .evaluations import MEASURED, Z
-from .figures import Interval
+from .figures import Interval, Picture
 from .plans import FINAL, KEPT, OWN, UNMATCHED
 from .report import Headline, Part, Section, shown, write_report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LINES = "Dotted: the base (grey) and the final models; bands: 95 % of what other prompts would give."
 BLOCK_NAMES = {"mlp": "MLP", "attention": "attention", "both": "MLP and attention"}
@@ -37,7 +34,7 @@ class Told:
     title: str
     lead: str
     how_to_read: str
-    draw: "Callable[[View, Sequence[Row]], Iterator[tuple[str, Figure]]]"
+    draw: "Callable[[View, Sequence[Row]], Iterator[tuple[str, Picture]]]"
     look: Callable[[Sequence[Row]], tuple[str, list[Row]]] = lambda rows: ("", [])
     across: str | None = "trajectory"
     headline: bool = False
@@ -121,17 +118,14 @@ class View:
             out.setdefault(tuple(about.values()), about)[column] = self.interval(row)
         return list(out.values())
 
-    def curves(self, rows: Sequence[Row], x: str, x_label: str, **axes_properties) -> "Figure":
+    def curves(self, rows: Sequence[Row], x: str, x_label: str, **options) -> Picture:
         """The metric over `x` with its 95 % bands, one line per trajectory; dotted, the base and the final models."""
         curves = {
             t: ([row[x] for row in own], [self.interval(row) for row in own]) for t, own in by_trajectory(rows).items()
         }
-        figure = figures.lines(curves, x_label, LABELS[self.metric], **axes_properties)
-        (axes,) = figure.axes
-        axes.axhline(self.base[self.metric], color="#666666", linewidth=1, linestyle=":")
-        for i, final in enumerate(self.finals.values()):
-            axes.axhline(final[self.metric], color=figures.look(i)["color"], linewidth=1, linestyle=":")
-        return figure
+        finals = [(final[self.metric], figures.look(i)["color"]) for i, final in enumerate(self.finals.values())]
+        levels = [(self.base[self.metric], figures.GREY), *finals]
+        return figures.lines(curves, x_label, LABELS[self.metric], levels=levels, **options)
 
     def limits(self, rows: Sequence[Row]) -> tuple[float, float]:
         """One range for several figures."""
@@ -140,43 +134,42 @@ class View:
         return min(ends) - margin, max(ends) + margin
 
 
-def scale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+def scale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
     yield "scale", view.curves(rows, "alpha", "α in W0 + α·ΔW")
 
 
-def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+def norm(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
     origin = [{**view.base, "trajectory": t, "update_norm": 0.0} for t in view.finals]
     yield "norm", view.curves([*origin, *rows], "update_norm", "‖ΔW‖, all tensors")
 
 
-def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+def embeddings(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
     choices = list(dict.fromkeys(row["of_the_base"] for row in rows))
     bars = {t: [view.interval(row) for row in (*own, view.base)] for t, own in by_trajectory(rows).items()}
     yield "embeddings", figures.bars([*choices, "everything"], bars, LABELS[view.metric])
 
 
-def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
     placed = [{**row, "middle": (row["first_layer"] + row["last_layer"]) / 2} for row in rows]
     for block in dict.fromkeys(row["block"] for row in rows):
         own = [row for row in placed if row["block"] == block]
-        figure = view.curves(own, "middle", "middle layer", title=BLOCK_NAMES[block], ylim=view.limits(rows))
-        figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
-        yield f"window_{block}", figure
+        properties = {"title": BLOCK_NAMES[block], "ylim": view.limits(rows)}
+        yield f"window_{block}", view.curves(own, "middle", "middle layer", whole=True, **properties)
 
 
 def truncation(part: str):
-    def draw(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+    def draw(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
         for matched in dict.fromkeys(row["norm"] for row in rows):
             own = [row for row in rows if row["norm"] == matched]
             label = f"share of the rank {'kept' if part == 'top' else 'dropped'}, from the top"
-            figure = view.curves(own, KEPT[part], label, title=f"norm: {matched}", ylim=view.limits(rows), xscale="log")
-            figure.axes[0].xaxis.set_major_formatter("{x:g}")
+            properties = {"title": f"norm: {matched}", "ylim": view.limits(rows), "xscale": "log"}
+            figure = view.curves(own, KEPT[part], label, x_format="{x:g}", **properties)
             yield f"{part}_{re.sub(r'[^A-Za-z0-9]+', '_', matched)}", figure
 
     return draw
 
 
-def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, "Figure"]]:
+def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
     views = [view]
     if view.metric != "teacher_kl" and "teacher_kl" in view.base:
         views.append(View([view.base, *view.finals.values()], "teacher_kl"))

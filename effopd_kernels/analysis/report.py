@@ -12,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import figures
-from .figures import Interval
+from .figures import Interval, Picture
+from .painter import Painter
 from .tables import Rows, write_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REPORT_NAME, FIGURES, TABLES = "report.html", "figures", "tables"
 _STYLE = Path(__file__).with_name("report.css")
@@ -49,7 +47,7 @@ class Section:
 
     title: str
     lead: str = ""
-    figures: Mapping[str, "Figure"] = field(default_factory=dict)
+    figures: Mapping[str, Picture] = field(default_factory=dict)
     how_to_read: str = ""
     table: Sequence[Mapping[str, Any]] | None = None
     table_note: str = ""
@@ -100,6 +98,7 @@ def write_report(
     *,
     lead: str = "",
     notes: Sequence[str] = (),
+    painter: Painter | None = None,
 ) -> None:
     """Write ``report.html``, ``figures`` and ``tables`` into ``folder``.
 
@@ -107,12 +106,13 @@ def write_report(
         lead: one paragraph under the title: what was compared.
         notes: what a reader must know before trusting a number, such as tensors left out; shown at the top.
         settings: shown at the end, with the versions of what computed them.
+        painter: what draws the figures, while this process writes the tables.
     """
     sections = [section for part in parts for section in part.sections]
-    for name, rows in (table for part in parts for table in part.tables.items()):
-        write_table(folder / TABLES, name, rows)
-    for name, figure in (drawn for section in sections for drawn in section.figures.items()):
-        figures.save(figure, folder / FIGURES, name)
+    every = [(figure, folder / FIGURES, name) for section in sections for name, figure in section.figures.items()]
+    with (painter or Painter()).drawing(every):
+        for name, rows in (table for part in parts for table in part.tables.items()):
+            write_table(folder / TABLES, name, rows)
     contents = "".join(f'<li><a href="#{_anchor(s.title)}">{_text(s.title)}</a></li>' for s in sections)
     body = [
         f"<header><h1>{_text(title)}</h1>{_paragraph(lead)}</header>",

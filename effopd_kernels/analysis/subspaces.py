@@ -67,7 +67,7 @@ def _alignment(found: Findings, whole: list[Row]) -> Section:
                 found.curves(own, "progress", column),
                 "training progress",
                 label,
-                level=own[0]["chance_cosine"] if column == "mean_cosine" else None,
+                levels=[(own[0]["chance_cosine"], figures.GREY)] if column == "mean_cosine" else (),
                 ylim=(0, 1.03),
                 xlim=(0, 1.03),
                 title=f"k = {k}",

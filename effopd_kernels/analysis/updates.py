@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,18 @@ from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
 from .output import check_free, whole_folder
+from .painter import Painter
 from .report import REPORT_NAME, Section, write_report
 
 ALONE = "training"  # the name of the only trajectory
 
 
-def main(args: argparse.Namespace) -> Path:
+def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
     """The sub-command, with what `arguments.parser` understood. Returns the path of the report.
 
     Raises:
         UserError: before any work; see `compare`, `check_free` and `trajectories_of`.
     """
-    if missing := [name for name in ("matplotlib", "pyarrow", "sklearn") if find_spec(name) is None]:
-        raise UserError(f"{' and '.join(missing)} must be installed: pip install effopd-kernels[analysis]")
     trajectories = trajectories_of(args.checkpoints, args.trajectory)
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
@@ -52,7 +50,7 @@ def main(args: argparse.Namespace) -> Path:
             return Path(args.output_dir) / REPORT_NAME
         seconds = time.perf_counter() - began
         with whole_folder(args.output_dir) as folder:
-            write_all(found, folder, {"seconds to read and measure": round(seconds, 1), "ranks": ranks.size})
+            write_all(found, folder, {"seconds to read and measure": round(seconds, 1), "ranks": ranks.size}, painter)
     path = Path(args.output_dir) / REPORT_NAME
     print(printable(path))
     return path
@@ -79,7 +77,7 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
     return out
 
 
-def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
+def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: Painter | None = None) -> None:
     """Tables, figures and the report of one analysis into ``folder``."""
     from .allocation import allocation
     from .embeddings import embeddings
@@ -107,7 +105,7 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any]) -> None:
     }
     write_report(
         folder, "What training did to the weights", parts, {**compared, **asked, **settings},
-        lead=_lead(comparison), notes=notes,
+        lead=_lead(comparison), notes=notes, painter=painter,
     )  # fmt: skip
 
 

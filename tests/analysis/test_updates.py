@@ -166,7 +166,7 @@ def test_every_figure_has_each_trajectory(out):
 def test_powers_on_a_logarithmic_axis():
     """Of the decades, and between them where there are few; as text, for a browser's and a person's eyes."""
     for (low, high), some in (((1e-3, 1), ["10⁻³", "10⁻²", "10⁻¹", "10⁰"]), ((3e-7, 2e-6), ["6×10⁻⁷", "10⁻⁶"])):
-        (axes,) = figures.lines({"a": ([low, high], [0, 1])}, "x", "y", xscale="log").axes
+        (axes,) = figures.lines({"a": ([low, high], [0, 1])}, "x", "y", xscale="log").draw().axes
         labels = [t.get_text() for t in axes.get_xticklabels() + axes.get_xticklabels(minor=True)]
         assert set(some) <= set(labels) and not any(set(text) & set("$^\\{}") for text in labels), labels
 

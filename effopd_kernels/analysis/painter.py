@@ -1,0 +1,68 @@
+"""Figures drawn by a second process, which imports matplotlib while this one imports PyTorch, and draws while this one
+writes tables.
+
+It is told on its stdin what to draw and ends when that is closed, so at the latest with this process, whatever ends it.
+A Ctrl-C at the terminal is this process's alone.
+"""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import figures
+
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from effopd_kernels.analysis.painter import paint; paint()"
+Job = tuple[figures.Picture, Path, str]  # a picture, and the folder and name of its files
+
+
+class Painter:
+    """Draws in a second process within ``with painter:``, and otherwise in this one."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Painter":
+        command = [sys.executable, "-c", _PROGRAM, *sys.path]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(BrokenPipeError), self.process as process:  # closes the pipes and waits
+            process.kill()  # it has drawn, or is not to
+        self.process = None
+
+    @contextmanager
+    def drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Draw and `figures.save` these while the block is at work, and raise what that raises."""
+        with suppress(BrokenPipeError):  # killed, as by a system that is short of memory
+            if self.process:
+                pickle.dump(jobs, self.process.stdin)
+                self.process.stdin.flush()
+        yield
+        answer = self.process.stdout.read() if self.process else b""
+        if not answer:
+            _draw(jobs)
+        elif error := pickle.loads(answer):
+            raise error
+
+
+def paint() -> None:
+    """What the second process does."""
+    sys.stdout, answer = sys.stderr, sys.stdout.buffer
+    figures.lines({}, "", "").draw()  # imports what it takes
+    error = None
+    try:
+        _draw(pickle.load(sys.stdin.buffer))
+    except EOFError:  # nothing to draw
+        return
+    except Exception as raised:
+        error = raised
+    pickle.dump(error, answer)
+
+
+def _draw(jobs: Sequence[Job]) -> None:
+    for picture, folder, name in jobs:
+        figures.save(picture.draw(), folder, name)

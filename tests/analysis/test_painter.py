@@ -1,0 +1,64 @@
+"""What a second process draws is what this one would, and what goes wrong there is said here."""
+
+import subprocess
+import sys
+
+import pytest
+from analysis import planted
+
+from effopd_kernels.analysis import figures
+from effopd_kernels.analysis.painter import Painter
+
+LINE = figures.lines({"a": ([0, 1], [2, 3])}, "x", "y", title="‖ΔW‖")
+
+
+def test_the_command_by_itself_writes_what_it_writes_in_this_process(folders, out, tmp_path):
+    """Which has PyTorch imported, and so draws alone."""
+    code = "import sys; from effopd_kernels.analysis.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *planted.two_trajectories(folders, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for kind in ("tables/*.csv", "figures/*"):
+        names = [path.relative_to(out) for path in sorted(out.glob(kind))]
+        assert names == [path.relative_to(tmp_path / "out") for path in sorted((tmp_path / "out").glob(kind))]
+        assert len(names) > 10
+        for name in names:
+            assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_draws_while_the_block_is_at_work(tmp_path):
+    with Painter() as painter:
+        process = painter.process
+        with painter.drawing([(LINE, tmp_path, "there")]):
+            process.wait(60)  # it needs nothing from here to finish
+    with Painter().drawing([(LINE, tmp_path, "here")]):
+        assert not (tmp_path / "here.svg").exists()
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"there.{suffix}").read_bytes() == (tmp_path / f"here.{suffix}").read_bytes()
+
+
+def test_its_errors_are_raised_here(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        Painter() as painter,
+        pytest.raises(FileExistsError) as error,
+        painter.drawing([(LINE, tmp_path / "file", "x")]),
+    ):
+        pass
+    assert error.value.filename == str(tmp_path / "file")
+
+
+def test_a_killed_one_is_done_without(tmp_path):
+    with Painter() as painter:
+        painter.process.kill()
+        painter.process.wait()
+        with painter.drawing([(LINE, tmp_path, "x")]):
+            pass
+    assert (tmp_path / "x.svg").exists()
+
+
+def test_ends_with_nothing_to_draw(capfd):
+    with Painter() as painter:
+        painter.process.stdin.close()  # as when this process is killed
+        assert painter.process.wait(60) == 0
+    assert capfd.readouterr() == ("", "")
