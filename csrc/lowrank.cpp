@@ -19,8 +19,7 @@ namespace nb = nanobind;
 namespace {
 
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
-constexpr int kBlock = 1024;      // elements summed in fp32, 16 to a lane of vectors, before the sums go on in fp64
-constexpr int kAtOnce = 4;        // vectors
+constexpr int kAtOnce = 4;        // vectors whose sums are under way
 
 // What rounding a difference to bf16 takes off, where that is anything.
 struct Rests {

@@ -1,5 +1,7 @@
 // Lines of a difference, included once per instruction set (csrc/clones.h) after csrc/vectors.h.
 
+constexpr int kBlock = 16 * kAtOnce * kLanes;  // elements summed in fp32, before the sums go on in fp64
+
 struct Statistics {
     double squares = 0, largest = 0, unchanged = 0, ulp_squares = 0, nonfinite = 0;
 };
