@@ -9,6 +9,13 @@ INLINE void put(vf x, char* p, int dtype) {
     else *(vh_any*)p = dtype == kBFloat16 ? narrow(x, kBFloat16) : narrow(x, kFloat16);
 }
 
+// The line of 64 bytes that ends at `out` goes past the caches to where ends `to`.
+INLINE void stream_line(char* to, const char* out) {
+#if X86_LEVEL >= 4
+    _mm512_stream_si512((__m512i*)(to - 64), _mm512_load_si512(out - 64));
+#endif
+}
+
 // count ≤ kBlock elements at a, c and w; m null where there is no master. What is stored goes through a buffer in the
 // L1 cache, from which it can be streamed. Whole vectors are read and written only where whole ones are.
 INLINE void block(const char* a, const char* c, char* w, char* m, int count, float alpha, const int a_dtype,
@@ -17,6 +24,11 @@ INLINE void block(const char* a, const char* c, char* w, char* m, int count, flo
     const int64_t a_size = size_of(a_dtype), c_size = size_of(c_dtype), w_size = size_of(w_dtype),
                   m_size = size_of(m_dtype);
     const bool at_a = alpha == 0, at_c = alpha == 1;
+    const char* const end = at_c && c_dtype == w_dtype   ? c
+                            : at_a && a_dtype == w_dtype ? a
+                                                         : out;  // bit for bit, NaN too
+    // As they are filled: in bursts they would wait for one another.
+    const bool by_line = X86_LEVEL >= 4 && stream && end == out && uintptr_t(w) % 64 == 0 && count * w_size % 64 == 0;
     vf delta_sq{}, weight_sq{};
     for (int i = 0; i < count; i += kLanes) {
         const char *pa = a + i * a_size, *pc = c + i * c_size;
@@ -25,10 +37,13 @@ INLINE void block(const char* a, const char* c, char* w, char* m, int count, flo
             memcpy(c_rest, pc, (count - i) * c_size);
             pa = a_rest, pc = c_rest;
         }
+        // A page ahead, since the processor's own prefetching stops where a page ends.
+        __builtin_prefetch(pa + 4096, 0, 2), __builtin_prefetch(pc + 4096, 0, 2);
         const vf x = load(pa, a_dtype), y = load(pc, c_dtype), delta = y - x;
         const vf value = at_c ? y : at_a ? x : alpha * delta + x;
         put(value, out + i * w_size, w_dtype);
         if (m) put(value, master + i * m_size, m_dtype);
+        if (const int64_t held = (i + kLanes) * w_size; by_line && held % 64 == 0) stream_line(w + held, out + held);
         if (stats) {
             const vf written = load(out + i * w_size, w_dtype);
             delta_sq += delta * delta;
@@ -46,8 +61,7 @@ INLINE void block(const char* a, const char* c, char* w, char* m, int count, flo
             }
     }
     if (m) copy_out(m, master, count * m_size, stream);
-    const char* end = at_c && c_dtype == w_dtype ? c : at_a && a_dtype == w_dtype ? a : out;  // bit for bit, NaN too
-    if (end != w) copy_out(w, end, count * w_size, stream);
+    if (end != w && !by_line) copy_out(w, end, count * w_size, stream);
 }
 
 INLINE void span_as(const Span& s, const int a_dtype, const int c_dtype, const int w_dtype, const int m_dtype,
