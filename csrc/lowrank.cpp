@@ -18,6 +18,7 @@ namespace nb = nanobind;
 
 namespace {
 
+constexpr int64_t kPage = 4096;   // bytes: where one ends the processor's own prefetching stops
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
 constexpr int kAtOnce = 4;        // vectors whose sums are under way
 

@@ -61,12 +61,14 @@ struct Partial {
 struct Span {
     const char *x, *b;
     char* out;
-    int64_t line, place;
+    int64_t line, place, ahead;
 };
 
 INLINE void difference(const Span& at, int count, float scale, const int x_dtype, const int b_dtype,
                        const int out_dtype, const bool stats, const bool full, Rests* rests, Partial sums[kAtOnce]) {
     const auto vector = [&](int i, int left, Partial& to) __attribute__((always_inline)) {
+        __builtin_prefetch(at.x + i * size_of(x_dtype) + at.ahead, 0, 2);
+        if (at.b) __builtin_prefetch(at.b + i * size_of(b_dtype) + at.ahead, 0, 2);
         const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, left);
         const vf delta = at.b ? value - load_some(at.b + i * size_of(b_dtype), b_dtype, left) : value;
         if (at.out) store_some(delta * scale, at.out + i * size_of(out_dtype), out_dtype, left);
@@ -144,7 +146,10 @@ INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const
     const auto span = [&](int64_t line, int64_t i) {
         return Span{p.x + (line * p.x_pitch + i) * size_of(x_dtype),
                     p.b ? p.b + (line * p.b_pitch + i) * size_of(b_dtype) : nullptr,
-                    p.out ? p.out + (line * p.out_pitch + i) * size_of(out_dtype) : nullptr, line, i};
+                    p.out ? p.out + (line * p.out_pitch + i) * size_of(out_dtype) : nullptr,
+                    line,
+                    i,
+                    apart ? 0 : kPage};
     };
     const int64_t together = std::max<int64_t>(1, kBlock / p.length);  // lines, where they are short
     for (int64_t first = 0; first < p.lines; first += together)
