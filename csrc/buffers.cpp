@@ -26,7 +26,7 @@ struct Pages {
     size_t bytes = 0;
 };
 
-constexpr size_t kKept = 4;  // buffers: a loss from hidden states has dW and the logits of both sides
+constexpr size_t kKept = 4;  // buffers: a loss from hidden states has dW, the logits of both sides and a block of them
 
 // The one freed last at the end. Never destroyed: a tensor may be freed as late as the process's own end.
 std::mutex& idle_lock = *new std::mutex;

@@ -9,6 +9,7 @@ void bind_buffers(nb::module_& m);
 void bind_divergence(nb::module_& m);
 void bind_extrapolation(nb::module_& m);
 void bind_lowrank(nb::module_& m);
+void bind_transpose(nb::module_& m);
 
 NB_MODULE(_C, m) {
     m.doc() = "CPU kernels of effopd_kernels";
@@ -16,4 +17,5 @@ NB_MODULE(_C, m) {
     bind_divergence(m);
     bind_extrapolation(m);
     bind_lowrank(m);
+    bind_transpose(m);
 }

@@ -12,14 +12,19 @@ are needed one tile at a time. Both sizes come from one budget in bytes: more ch
 """
 
 import itertools
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 
 MIB = 1 << 20
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
+# A CPU with units for products of matrices is kept waiting by what rearranges their operands; there (in fp32 too, where
+# MKL takes 130 MB for it) it pays to transpose logits and gradients instead. Elsewhere it was seen to cost 4 to 7 %.
+AMX = torch.cpu._is_amx_tile_supported()
 
 torch.library.define(
     "effopd::linear_divergence_rows",
@@ -44,20 +49,35 @@ def pieces(total: int, limit: int) -> list[slice]:
 
 
 def default_chunk_bytes(device: torch.device) -> int:
-    return (208 if device.type == "cpu" else 1024) * MIB
+    return (224 if device.type == "cpu" else 1024) * MIB
+
+
+def _blocks(N: int, head_VD: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the head and scratch (slice, N) for the product with each, which a CPU's caches hold; cast to the dtype
+    of `like`, a slice is no larger.
+    """
+    V, D = head_VD.shape
+    size = 4 * MIB // like.itemsize
+    scratch = ops.empty_rows(1, min(max(size, N), V * N), like)
+    for cols in pieces(V, size // max(N, 1 if head_VD.dtype == like.dtype else D)):
+        yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
 def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
     """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
-    if out_NV.dtype == hidden_ND.dtype:
+    if out_NV.dtype == hidden_ND.dtype and not (AMX and out_NV.device.type == "cpu"):
         torch.mm(hidden_ND, weight_VD.T, out=out_NV)
     elif out_NV.device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
-    else:  # no GEMM of these dtypes: in the wider of them, a slice of the head at a time
-        wide = torch.promote_types(out_NV.dtype, hidden_ND.dtype)
-        hidden = hidden_ND.to(wide)
-        for cols in pieces(weight_VD.shape[0], 16 * MIB // (4 * weight_VD.shape[1])):
-            out_NV[:, cols] = hidden @ weight_VD[cols].to(wide).T
+    else:
+        # Repacked is the second operand: here the few hidden states, and the head is used as it lies. Where there is no
+        # GEMM of these dtypes, it is one in the wider of them.
+        N, dtype = len(hidden_ND), torch.promote_types(out_NV.dtype, hidden_ND.dtype)
+        short = -N % (32 if dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
+        hidden = F.pad(hidden_ND.to(dtype), (0, 0, 0, short if 4 * short < N else 0))
+        for cols, block in _blocks(len(hidden), weight_VD, hidden):
+            torch.mm(weight_VD[cols].to(dtype), hidden.T, out=block)
+            ops.transpose(block[:, :N], out_NV[:, cols])
     if bias_V is not None:
         out_NV += bias_V
 
@@ -65,14 +85,15 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
 def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
     """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
     beta = 0 if first else 1  # 0 leaves unread what stood there
-    if acc_VD.dtype == grad_NV.dtype:
+    if acc_VD.dtype == grad_NV.dtype and not (AMX and acc_VD.device.type == "cpu" and acc_VD.itemsize == 2):
         acc_VD.addmm_(grad_NV.T, hidden_ND, beta=beta)
     elif acc_VD.device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
-    else:
+    else:  # gradᵀ at hand too
         hidden = hidden_ND.to(acc_VD.dtype)
-        for cols in pieces(grad_NV.shape[1], 16 * MIB // (4 * grad_NV.shape[0])):
-            acc_VD[cols].addmm_(grad_NV[:, cols].to(acc_VD.dtype).T, hidden, beta=beta)
+        for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV):
+            ops.transpose(grad_NV[:, cols], block)
+            acc_VD[cols].addmm_(block.to(acc_VD.dtype), hidden, beta=beta)
 
 
 def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
@@ -119,8 +140,8 @@ def _linear_rows(
     s_dtype, t_dtype = logits_dtype or dtypes[0], logits_dtype or dtypes[1]
     student_bytes = chunk_bytes * 3 // 4 if with_grad else chunk_bytes // 2
     chunks = pieces(n, student_bytes // (V * s_dtype.itemsize))
-    tile_rows = max(1, (chunk_bytes - student_bytes) // (V * t_dtype.itemsize))
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
+    tile_rows = max(1, (chunk_bytes - chunk_rows * V * s_dtype.itemsize) // (V * t_dtype.itemsize))
 
     loss = torch.zeros(
         n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)

@@ -31,7 +31,7 @@ torch.library.define(
 torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
-_KEPT_FROM = 8 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
+_KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
 def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -88,6 +88,16 @@ def empty_rows(N: int, V: int, like: Tensor, dtype: torch.dtype | None = None) -
     if large and dtype in _DLPACK_DTYPES and hasattr(native(), "fresh_rows"):
         return torch.from_dlpack(native().fresh_rows(N, V, *_DLPACK_DTYPES[dtype]))
     return like.new_empty(N, V, dtype=dtype)
+
+
+def transpose(x: Tensor, out: Tensor) -> None:
+    """out (C, R) = xᵀ of x (R, C), in out's dtype."""
+    x = x.to(out.dtype)
+    if x.device.type == "cpu" and x.stride(1) == out.stride(1) == 1 and hasattr(native(), "transpose"):
+        places = x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0)
+        native().transpose(*places, *x.shape, x.itemsize, torch.get_num_threads())
+    else:
+        out.copy_(x.T)
 
 
 def _register(device: str, launch):

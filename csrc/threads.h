@@ -1,0 +1,24 @@
+// Work on several threads: on those of the OpenMP runtime that torch has loaded, where there is one. After a product
+// they wait for the next by spinning, for milliseconds, and would take turns with threads started beside them.
+#pragma once
+
+#include <thread>
+#include <vector>
+
+#if defined(__linux__) && defined(__GNUC__)
+// Of libgomp, and for its sake of LLVM's and Intel's runtimes; null unless loaded for all to see, as torch does.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
+#else
+constexpr void (*GOMP_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+#endif
+
+// work() on about `count` threads at once, which share it out among themselves.
+template <class Work>
+void on_threads(int64_t count, Work work) {
+    // 0: as many as torch has set, since libgomp ends those that a smaller number leaves over.
+    if (count > 1 && GOMP_parallel) return GOMP_parallel([](void* p) { (*static_cast<Work*>(p))(); }, &work, 0, 0);
+    std::vector<std::thread> helpers;
+    for (int64_t i = 1; i < count; ++i) helpers.emplace_back([&] { work(); });
+    work();
+    for (auto& helper : helpers) helper.join();
+}

@@ -1,0 +1,49 @@
+"""The transposition between products with a head and the row kernels, on the CPU."""
+
+import pytest
+import torch
+
+from effopd_kernels.divergence import linear_rows, ops
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (8, 8), (33, 64), (512, 31), (1500, 700)])
+def test_transpose(shape, dtype):
+    R, C = shape
+    x = torch.randn(R, C + 3).to(dtype)[:, 1:-2]
+    out = torch.full((C, R + 5), torch.nan, dtype=dtype)
+    ops.transpose(x, out[:, 2:-3])
+    assert torch.equal(out[:, 2:-3], x.T)
+    assert out[:, :2].isnan().all() and out[:, -3:].isnan().all()
+
+
+@pytest.mark.parametrize("x", [torch.randn(40, 6).T, torch.randn(6, 40), torch.randn(0, 40), torch.randn(6, 0)])
+def test_transpose_of_any_strides_and_dtypes(x):
+    out = torch.empty(x.shape[1], x.shape[0], dtype=torch.bfloat16)
+    ops.transpose(x, out)
+    assert torch.equal(out, x.T.bfloat16())
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("operands, results", [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp32", "bf16")])
+@pytest.mark.parametrize("N, D, V", [(1, 8, 5), (31, 24, 5000), (48, 40, 70_001)])
+def test_products_with_a_head(N, D, V, operands, results, amx, monkeypatch):
+    """Both orders of operands, in one block and in several, with rows to pad and without."""
+    monkeypatch.setattr(linear_rows, "AMX", amx)
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    hidden, head, grad = (torch.randn(s).to(dtypes[operands]) for s in ((N, D), (V, D), (N, V)))
+    bias = torch.randn(V).to(dtypes[operands])
+    rtol = 2**-7 if results == "bf16" else 1e-5
+
+    logits = torch.full((N, V), torch.nan, dtype=dtypes[results])
+    linear_rows.project(logits, hidden, head, bias)
+    exact = hidden.double() @ head.double().T + bias.double()
+    torch.testing.assert_close(logits.double(), exact, rtol=rtol, atol=8 * rtol)
+
+    if operands == results or results == "fp32":
+        acc = torch.full((V, D), torch.nan, dtype=dtypes[results])
+        linear_rows.add_product(acc, grad, hidden, first=True)
+        exact = grad.double().T @ hidden.double()
+        torch.testing.assert_close(acc.double(), exact, rtol=rtol, atol=8 * rtol)
+        linear_rows.add_product(acc, grad, hidden, first=False)
+        torch.testing.assert_close(acc.double(), 2 * exact, rtol=rtol, atol=8 * rtol)
