@@ -24,7 +24,7 @@ MIB = 1 << 20
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
 # A CPU with units for products of matrices is kept waiting by what rearranges their operands; there (in fp32 too, where
 # MKL takes 130 MB for it) it pays to transpose logits and gradients instead. Elsewhere it was seen to cost 4 to 7 %.
-AMX = torch.cpu._is_amx_tile_supported()
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
 
 torch.library.define(
     "effopd::linear_divergence_rows",
