@@ -73,7 +73,9 @@ namespace bf16_dot {
 #include "lowrank_panel.h"
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
+#ifdef ASSEMBLES_AMX
 #include "lowrank_tiles.h"
+#endif
 }  // namespace bf16_dot
 #undef X86_LEVEL
 #pragma GCC pop_options
@@ -81,7 +83,7 @@ bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx
 
 // Whether the processor has tiles, and Linux lets this process use them, which it wants to be asked.
 bool has_tiles() {
-#ifdef __linux__
+#if defined(__linux__) && defined(ASSEMBLES_AMX)
     static const bool granted = [] {
         constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
         constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -96,7 +98,10 @@ bool has_tiles() {
 }
 
 void multiply(const Products& p, bool half, bool tiles) {
-    if (!tiles || !has_tiles() || !bf16_dot::products_in_tiles(p, half)) bf16_dot::products(p, half);
+#ifdef ASSEMBLES_AMX
+    if (tiles && has_tiles() && bf16_dot::products_in_tiles(p, half)) return;
+#endif
+    bf16_dot::products(p, half);
 }
 
 const auto columns_gram = bf16_dot::gram_of_columns;
