@@ -88,8 +88,8 @@ INLINE void tiles(const Operand& a, const Operand& b, const Matrix& c, int64_t i
     else clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
     for (int part = 0; part < parts; ++part)
         for (int64_t k = 0; k < pairs; k += 16) {
-            const char *const left = a.tile(i, k) + 4 * part * a.apart, *const right =
-                                                                            b.tile(k, j) + 4 * part * b.apart;
+            const char* const left = a.tile(i, k) + 4 * part * a.apart;
+            const char* const right = b.tile(k, j) + 4 * part * b.apart;
             load_tile<4>(left, a.bytes());
             load_tile<6>(right, b.bytes());
             add_product<0, 4, 6>();
