@@ -94,42 +94,14 @@ INLINE vf tanh_(vf x) {
     return size < 0.63f ? x + x * square * p : large;
 }
 
-// Two vectors at once. Of bf16 the first holds the even entries and the second the odd ones: no shuffle, and as every
-// sum is over all entries, and stores undo it, nothing else need know.
-struct Two {
-    vf x[2];
-};
-
-INLINE Two load_two(const char* p, const int dtype) {
-    if (dtype == kFloat32) return {{*(const vf_any*)p, *(const vf_any*)(p + sizeof(vf))}};
-    const vi h = *(const vi_any*)p;
-    return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
-}
-
 // To nearest, in the upper half; halfway away from zero, where results of fp32 arithmetic lie once in 2¹⁶: to even would
 // take three instructions more. NaN stays NaN, unless all its bits are set, which none is that comes of bf16.
 INLINE vi round_bf16(vf x) { return bits(x) + 0x8000; }
 INLINE vh narrow_bf16(vf x) { return __builtin_convertvector(x == x ? round_bf16(x) >> 16 : 0x7fc0 + vi{}, vh); }
 
-constexpr bool kStreams = X86_LEVEL >= 4;  // one instruction stores a whole line past the caches
-
-INLINE void put(char* p, vf x, bool stream) {
-#if X86_LEVEL >= 4
-    if (stream) return _mm512_stream_ps((float*)p, (__m512)x);
-#endif
-    *(vf_any*)p = x;
-}
-
-INLINE void store_two(char* p, const Two& g, const int dtype, bool stream) {
+INLINE void store_gradient(char* p, const Two& g, const int dtype, bool stream) {
     if (dtype == kFloat32) put(p, g.x[0], stream), put(p + sizeof(vf), g.x[1], stream);
-    else put(p, from_bits((vi)((vu)round_bf16(g.x[0]) >> 16) | (round_bf16(g.x[1]) & ~0xffff)), stream);
-}
-
-// Asks for what lies a page ahead of `bytes` read from p: the hardware's own prefetchers stop where a page ends, and
-// asking for more at once would wait for the few lines that may be under way. Past the last row this may be no memory
-// at all, which does no harm.
-INLINE void fetch_ahead(const char* p, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i, 0, 2);
+    else put(p, from_bits(joined(round_bf16(g.x[0]), round_bf16(g.x[1]))), stream);
 }
 
 // ---- blocks
@@ -187,7 +159,7 @@ INLINE float largest(vf x) {
 INLINE float top_as(const char* z, int count, const int dtype) {
     vf top = splat(-kInf);
     for (int i = 0; i < count; i += kStep) {
-        const Two two = load_two(z + i * size_of(dtype), dtype);
+        const Two two = load_two(z + i * size_of(dtype), dtype, dtype == kBFloat16);
         top = max_(two.x[1], max_(two.x[0], top));
     }
     return largest(top);
@@ -244,7 +216,8 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
     constexpr int size = size_of(dtype);
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
     for (int i = 0; i < count; i += kStep) {
-        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
+        const Two zx = load_two(x + i * size, dtype, dtype == kBFloat16),
+                  zy = load_two(y + i * size, dtype, dtype == kBFloat16);
         vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)},
            e[4];
         fetch_ahead(x + i * size, kStep * size), fetch_ahead(y + i * size, kStep * size);
@@ -363,7 +336,8 @@ static void gradient_as(const char* x, const char* y, char* g, int count, Sums s
     constexpr int size = size_of(dtype);
     const float offset = f.mean * f.x;
     for (int i = 0; i < count; i += kStep) {
-        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
+        const Two zx = load_two(x + i * size, dtype, dtype == kBFloat16),
+                  zy = load_two(y + i * size, dtype, dtype == kBFloat16);
         vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, eu[2];
         exp2_(u, eu);
         Two out;
@@ -375,7 +349,7 @@ static void gradient_as(const char* x, const char* y, char* g, int count, Sums s
             }
             out.x[k] = kind == kForward ? exp2_(v) * f.y - eu[k] * f.x : eu[k] * ((u[k] - v) * f.x - offset);
         }
-        store_two(g + i * size, out, dtype, stream);
+        store_gradient(g + i * size, out, dtype, stream);
     }
 }
 

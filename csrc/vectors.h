@@ -57,3 +57,52 @@ INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
     h = x == x ? h : 0x7e00 + vi{};
     return __builtin_convertvector(h | ((b >> 16) & 0x8000), vh);
 }
+
+// ---- two vectors at once
+
+struct Two {
+    vf x[2];
+};
+
+// by_turns, of bf16 the first holds the even elements and the second the odd ones: no shuffle, and as stores undo it,
+// sums over all elements need not know.
+INLINE Two load_two(const char* p, const int dtype, const bool by_turns) {
+    if (!by_turns) return {{load(p, dtype), load(p + kLanes * size_of(dtype), dtype)}};
+    const vi h = *(const vi_any*)p;
+    return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
+}
+
+constexpr bool kStreams = X86_LEVEL >= 3;  // stores past the caches from vectors' own registers
+
+INLINE void put(char* p, vf x, bool stream) {
+#if X86_LEVEL >= 4
+    if (stream) return _mm512_stream_ps((float*)p, (__m512)x);
+#elif X86_LEVEL == 3
+    if (stream) return _mm256_stream_ps((float*)p, (__m256)x);
+#endif
+    *(vf_any*)p = x;
+}
+
+// bf16 by turns, from its halves rounded in the upper bits.
+INLINE vi joined(vi even, vi odd) { return (vi)((vu)even >> 16) | (odd & ~0xffff); }
+
+// To nearest even, what was stored; by_turns, NaN must have come of bf16.
+INLINE Two store_two(char* p, const Two& g, const int dtype, const bool by_turns, bool stream) {
+    if (dtype == kFloat32) return put(p, g.x[0], stream), put(p + sizeof(vf), g.x[1], stream), g;
+    if (by_turns) {
+        const auto round = [](vf x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); };
+        const vi h = joined(round(g.x[0]), round(g.x[1]));
+        put(p, from_bits(h), stream);
+        return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
+    }
+    for (int k = 0; k < 2; ++k)
+        *(vh_any*)(p + 2 * k * kLanes) = narrow(g.x[k], dtype == kBFloat16 ? kBFloat16 : kFloat16);
+    return load_two(p, dtype, false);
+}
+
+// Asks for what lies a page ahead of `bytes` read from p: the hardware's own prefetchers stop where a page ends, and
+// asking for more at once would wait for the few lines that may be under way. Past the end this may be no memory at
+// all, which does no harm.
+INLINE void fetch_ahead(const char* p, int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + 4096 + i, 0, 2);
+}
