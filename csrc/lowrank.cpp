@@ -42,11 +42,6 @@ struct Panel {
     Rests* rests = nullptr;  // wanted of an `out` in bf16
 };
 
-#define KERNEL "lowrank_panel.h"
-#include "clones.h"
-
-const auto kWriters = supported(CLONES(write_panel));
-
 // Y = X q and Z += XᵀY over the panel's rows.
 struct Products {
     Panel x;
@@ -60,30 +55,27 @@ struct Products {
     bool full;
 };
 
+#define KERNEL "lowrank_kernels.h"
+#include "clones.h"
+
+const auto kWriters = supported(CLONES(write_panel));
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
-constexpr int64_t kRows = 128, kEntries = int64_t(1) << 18;  // of a block of X: 1 MiB at most, a core's own cache
-// Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
-constexpr int64_t kTerms = 64, kPairs = 256;
-constexpr int64_t kBlockRows = 64;  // of a tall matrix, widened to fp64
+#define HAS_BF16
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
 #define X86_LEVEL 5
-namespace bf16_dot {
+namespace bf16 {
 #include "vectors.h"
-#include "lowrank_panel.h"
-#include "lowrank_products.h"
-#include "lowrank_columns.h"
-#ifdef ASSEMBLES_AMX
-#include "lowrank_tiles.h"
-#endif
-}  // namespace bf16_dot
+#include KERNEL
+}  // namespace bf16
 #undef X86_LEVEL
 #pragma GCC pop_options
-bool has_products() { return kWriters.size() == 3 && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 // Whether the processor has tiles, and Linux lets this process use them, which it wants to be asked.
 bool has_tiles() {
-#if defined(__linux__) && defined(ASSEMBLES_AMX)
+#if defined(__linux__) && defined(HAS_BF16) && defined(ASSEMBLES_AMX)
     static const bool granted = [] {
         constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
         constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -97,22 +89,35 @@ bool has_tiles() {
 #endif
 }
 
-void multiply(const Products& p, bool half, bool tiles) {
-#ifdef ASSEMBLES_AMX
-    if (tiles && has_tiles() && bf16_dot::products_in_tiles(p, half)) return;
-#endif
-    bf16_dot::products(p, half);
-}
+// What multiplies. half: operands may be rounded to bf16; then z is wanted, y is not to be had, and q may be given as
+// places.
+struct Multiplier {
+    void (*products)(const Products&, bool half);
+    void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
+    void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
+};
 
-const auto columns_gram = bf16_dot::gram_of_columns;
-const auto columns_times = bf16_dot::times;
-#else
-bool has_tiles() { return false; }
-void multiply(const Products&, bool, bool) {}
-void columns_gram(const float*, int64_t, int64_t, int64_t, double*) {}
-void columns_times(const float*, int64_t, int64_t, int64_t, const double*, int64_t, float*) {}
-bool has_products() { return false; }
+// Those that this machine runs, the best last.
+const auto kMultipliers = [] {
+    std::vector<Multiplier> found;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times});
+    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times});
+#ifdef HAS_BF16
+    if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
+        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times});
+#ifdef ASSEMBLES_AMX
+    if (found.size() == 3 && has_tiles())
+        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times});
 #endif
+#endif
+#endif
+    return found;
+}();
+
+const Multiplier& multiplier(int instruction_set = -1) {
+    return kMultipliers.at(instruction_set < 0 ? kMultipliers.size() - 1 : size_t(instruction_set));
+}
 
 // statistics: 5 doubles in the order of effopd_kernels/lowrank/ops.py, or 0; those of the unscaled difference.
 void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
@@ -125,45 +130,46 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
           reinterpret_cast<double*>(statistics), full);
 }
 
-// half: operands are rounded to bf16; then z is wanted and y is not to be had, and q may be given as places. Those, y,
-// z, b and statistics may be 0. tiles: the processor's matrix tiles may be used, if it has them.
+// half: as Multiplier has it. places, y, z, b and statistics may be 0. instruction_set: an index below
+// num_multipliers(), or −1 for the best.
 void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                          int64_t lines, int64_t length, float scale, bool by_column, uintptr_t q, int64_t columns,
                          uintptr_t places, uintptr_t y, uintptr_t z, uintptr_t statistics, int signs, bool full,
-                         bool half, bool tiles) {
+                         bool half, int instruction_set) {
+    const Multiplier& best = multiplier(instruction_set);
     nb::gil_scoped_release release;
-    multiply({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
-               x_pitch, b_pitch, 0, lines, length, scale},
-              by_column,
-              reinterpret_cast<const float*>(q),
-              reinterpret_cast<const int32_t*>(places),
-              signs,
-              columns,
-              reinterpret_cast<float*>(y),
-              reinterpret_cast<float*>(z),
-              reinterpret_cast<double*>(statistics),
-              full},
-             half, tiles);
+    best.products({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
+                    x_pitch, b_pitch, 0, lines, length, scale},
+                   by_column,
+                   reinterpret_cast<const float*>(q),
+                   reinterpret_cast<const int32_t*>(places),
+                   signs,
+                   columns,
+                   reinterpret_cast<float*>(y),
+                   reinterpret_cast<float*>(z),
+                   reinterpret_cast<double*>(statistics),
+                   full},
+                  half);
 }
 
 // y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.
 void gram_of_columns(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t g) {
     nb::gil_scoped_release release;
-    columns_gram(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<double*>(g));
+    multiplier().gram_of_columns(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<double*>(g));
 }
 
 // y as above, w (L, K) fp64 → Y W (N, K) fp32.
 void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, int64_t k, uintptr_t out) {
     nb::gil_scoped_release release;
-    columns_times(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<const double*>(w), k,
-                  reinterpret_cast<float*>(out));
+    multiplier().times(reinterpret_cast<const float*>(y), pitch, n, columns, reinterpret_cast<const double*>(w), k,
+                       reinterpret_cast<float*>(out));
 }
 
 }  // namespace
 
 void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
-    m.def("has_products", &has_products);
+    m.def("num_multipliers", [] { return kMultipliers.size(); });
     m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);
     m.def("gram_of_columns", &gram_of_columns);

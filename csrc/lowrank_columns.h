@@ -2,11 +2,13 @@
 // rounded once. Rows are widened a block at a time and stay in cache. Included after vectors.h, where
 // lowrank_products.h is.
 
-typedef double vd __attribute__((vector_size(64)));
-typedef double vd_any __attribute__((vector_size(64), aligned(8), may_alias));
-typedef float vf_half __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int kWide = kLanes / 2;              // lanes of a vector of doubles
+constexpr int kTall = X86_LEVEL >= 4 ? 8 : 4;  // rows of a tile; three vectors of their sums take most registers
+constexpr int64_t kBlockRows = 64;             // of a tall matrix, widened to fp64
 
-constexpr int kWide = 8;  // lanes of a vector of doubles
+typedef double vd __attribute__((vector_size(8 * kWide)));
+typedef double vd_any __attribute__((vector_size(8 * kWide), aligned(8), may_alias));
+typedef float vf_half __attribute__((vector_size(4 * kWide), aligned(4), may_alias));
 
 // R rows and C vectors of columns of A B; term k of A's row i at left[i · row + k · step]; store(i, c, sum).
 template <int R, int C, class Store>
@@ -28,16 +30,16 @@ INLINE void wide_tile(const double* left, int64_t row, int64_t step, const doubl
         for (int c = 0; c < C; ++c) store(i, c, sums[i][c]);
 }
 
-// store(i, column, sum of kWide columns) for the first `rows` rows (a multiple of 8) and `width` columns.
+// store(i, column, sum of kWide columns) for the first `rows` rows (a multiple of kTall) and `width` columns.
 template <class Store>
 static void wide_product(const double* left, int64_t row, int64_t step, int64_t rows, const double* right,
                          int64_t pitch, int64_t from, int64_t width, int64_t terms, const Store& store) {
-    for (int64_t i = 0; i < rows; i += 8) {
+    for (int64_t i = 0; i < rows; i += kTall) {
         int64_t j = from;
         const double* const a = left + i * row;
         const auto put = [&](int r, int c, vd sum) { store(i + r, j + c * kWide, sum); };
-        for (; j + 3 * kWide <= width; j += 3 * kWide) wide_tile<8, 3>(a, row, step, right + j, pitch, terms, put);
-        for (; j < width; j += kWide) wide_tile<8, 1>(a, row, step, right + j, pitch, terms, put);
+        for (; j + 3 * kWide <= width; j += 3 * kWide) wide_tile<kTall, 3>(a, row, step, right + j, pitch, terms, put);
+        for (; j < width; j += kWide) wide_tile<kTall, 1>(a, row, step, right + j, pitch, terms, put);
     }
 }
 
@@ -54,18 +56,21 @@ static void widen(const float* y, int64_t y_pitch, int64_t rows, int64_t columns
 }
 
 static int64_t padded(int64_t columns) { return (columns + kWide - 1) / kWide * kWide; }
+static int64_t odd_lines(int64_t columns) {
+    return (columns + 7) / 8 * 8 | 8;
+}  // of cache, so that rows fall into all sets
 
 // g (L, L) fp64.
 static void gram_of_columns(const float* y, int64_t y_pitch, int64_t n, int64_t columns, double* g) {
-    const int64_t width = padded(columns), pitch = width | kWide;  // an odd number of cache lines
+    const int64_t width = padded(columns), pitch = odd_lines(columns);
     double* const block = (double*)scratch(2 * (kBlockRows * pitch + width * width));
     double* const sums = block + kBlockRows * pitch;
     memset(sums, 0, width * width * 8);
     for (int64_t start = 0; start < n; start += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, n - start);
         widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
-        for (int64_t i = 0; i < width; i += 8)  // the upper triangle
-            wide_product(block + i, 1, pitch, 8, block, pitch, i, width, rows,
+        for (int64_t i = 0; i < width; i += kTall)  // the upper triangle
+            wide_product(block + i, 1, pitch, kTall, block, pitch, i, width, rows,
                          [&](int64_t r, int64_t c, vd sum) { *(vd_any*)(sums + (i + r) * width + c) += sum; });
     }
     for (int64_t i = 0; i < columns; ++i)
@@ -74,7 +79,7 @@ static void gram_of_columns(const float* y, int64_t y_pitch, int64_t n, int64_t 
 
 // out (N, K) fp32 = y (N, L) w (L, K) fp64.
 static void times(const float* y, int64_t y_pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out) {
-    const int64_t pitch = padded(columns) | kWide, width = padded(k);
+    const int64_t pitch = odd_lines(columns), width = padded(k);
     double* const block = (double*)scratch(2 * (kBlockRows * pitch + columns * width));
     double* const right = block + kBlockRows * pitch;
     for (int64_t i = 0; i < columns; ++i) {
@@ -84,7 +89,7 @@ static void times(const float* y, int64_t y_pitch, int64_t n, int64_t columns, c
     for (int64_t start = 0; start < n; start += kBlockRows) {
         const int64_t rows = std::min(kBlockRows, n - start);
         widen(y + start * y_pitch, y_pitch, rows, columns, block, pitch);
-        wide_product(block, pitch, 1, (rows + 7) / 8 * 8, right, width, 0, width, columns,
+        wide_product(block, pitch, 1, (rows + kTall - 1) / kTall * kTall, right, width, 0, width, columns,
                      [&](int64_t i, int64_t c, vd sum) {
                          if (i >= rows) return;
                          const vf_half narrow = __builtin_convertvector(sum, vf_half);

@@ -1,5 +1,5 @@
-// Y = X q and Z += XᵀY for some rows of a difference X, with operands in fp32 or rounded to bf16, and fp32 sums.
-// Compiled once, for processors with dot products of bf16 pairs (csrc/lowrank.cpp), after lowrank_panel.h.
+// Y = X q and Z += XᵀY for some rows of a difference X, with operands in fp32 or, where the processor has dot products of
+// bf16 pairs, rounded to bf16, and fp32 sums. After lowrank_panel.h.
 //
 // Both products go through one tile: terms of the left operand along the contraction are broadcast, those of the right
 // one lie 16 columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the
@@ -7,7 +7,13 @@
 // Y goes from registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than
 // a cache.
 
-typedef uint32_t vu_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+constexpr int kStrip = X86_LEVEL >= 4 ? 4 : 2;  // vectors of columns whose sums, for some rows, take most registers
+// Of a block of X: a core's own cache at the most.
+constexpr int64_t kRows = 128, kEntries = int64_t(1) << (X86_LEVEL >= 4 ? 18 : 17);
+// Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
+constexpr int64_t kTerms = 64, kPairs = 256;
 
 INLINE vu rounded(vf x) {  // to bf16 in the upper half
     const vu b = (vu)x;
@@ -18,8 +24,10 @@ INLINE vu interleaved(vf even, vf odd) { return (rounded(even) >> 16) | (rounded
 
 template <bool half>
 INLINE vf dot(vf sum, uint32_t left, vu right) {
+#if X86_LEVEL == 5
     if (half) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
-    return (vf)_mm512_fmadd_ps((__m512)_mm512_set1_epi32(int(left)), (__m512)right, (__m512)sum);
+#endif
+    return (vf)(vu{} + left) * (vf)right + sum;
 }
 
 // A left operand: term k of row i at at[i · row + k · step].
@@ -48,7 +56,7 @@ INLINE void tile(const Terms left, const uint32_t* right, int64_t pitch, int64_t
 
 template <bool half, int C, class Store>
 static void strip(Terms left, int64_t rows, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
-    constexpr int R = C == 4 ? 6 : C == 3 ? 8 : 12;  // the sums take most registers
+    constexpr int R = C == kStrip ? 6 : C == 3 ? 8 : 12;
     int64_t i = 0;
     const auto from = [&](int64_t i) { return Terms{left.at + i * left.row, left.row, left.step}; };
     for (; i + R <= rows; i += R)
@@ -62,25 +70,25 @@ static void strip(Terms left, int64_t rows, const uint32_t* right, int64_t pitch
 // store(i, first vector of columns, sums of row i, of row i + 1, their vectors); rows are even.
 template <bool half, class Store>
 static void product(Terms left, int64_t rows, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
-    const int vectors = int(pitch / kLanes), strips = (vectors + 3) / 4;
+    const int vectors = int(pitch / kLanes), strips = (vectors + kStrip - 1) / kStrip;
     for (int s = 0, from = 0; s < strips; ++s) {
         const int to = (s + 1) * vectors / strips, count = to - from;
         const uint32_t* const b = right + from * kLanes;
         const auto put = [&, from](int64_t i, const vf* even, const vf* odd, int c) { store(i, from, even, odd, c); };
-        if (count == 4) strip<half, 4>(left, rows, b, pitch, terms, put);
-        else if (count == 3) strip<half, 3>(left, rows, b, pitch, terms, put);
-        else if (count == 2) strip<half, 2>(left, rows, b, pitch, terms, put);
-        else strip<half, 1>(left, rows, b, pitch, terms, put);
+        if constexpr (kStrip == 4) {
+            if (count == 4) strip<half, 4>(left, rows, b, pitch, terms, put);
+            if (count == 3) strip<half, 3>(left, rows, b, pitch, terms, put);
+        }
+        if (count == 2) strip<half, 2>(left, rows, b, pitch, terms, put);
+        if (count == 1) strip<half, 1>(left, rows, b, pitch, terms, put);
         from = to;
     }
 }
 
 // One stage of a transposition: swaps the quarters off the diagonal of every 2 · size lanes of as many vectors.
-template <int size>
-INLINE void swap_quarters(vu x[kLanes]) {
-    constexpr auto at = [](uint32_t i) { return i & size ? i - size + kLanes : i; };
-    const vu upper{at(0), at(1), at(2),  at(3),  at(4),  at(5),  at(6),  at(7),
-                   at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)};
+template <int size, int... lane>
+INLINE void swap_quarters(vu x[kLanes], std::integer_sequence<int, lane...>) {
+    const vu upper{uint32_t(lane & size ? lane - size + kLanes : lane)...};
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
         if (i & size) continue;
@@ -90,38 +98,45 @@ INLINE void swap_quarters(vu x[kLanes]) {
 }
 
 INLINE void transpose(vu x[kLanes]) {
-    swap_quarters<8>(x), swap_quarters<4>(x), swap_quarters<2>(x), swap_quarters<1>(x);
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    if constexpr (kLanes > 8) swap_quarters<8>(x, lanes);
+    if constexpr (kLanes > 4) swap_quarters<4>(x, lanes);
+    swap_quarters<2>(x, lanes), swap_quarters<1>(x, lanes);
 }
 
-// Pairs of rows of XΩ in bf16 for an Ω of signs: as many additions an element of X as there are signs in a row of Ω, 32
-// rows at a time, whose sums stay in the first-level cache. Term k of pair p lies at pairs[k · pitch + p] (by_term) or
-// pairs[p · pitch + k]; pairs are padded to a multiple of 16 in `out` and by_term also in memory.
-static void signed_sums(const uint32_t* pairs, int64_t pitch, bool by_term, int64_t count, int64_t terms,
+// Rows of XΩ for an Ω of signs, fp32 ones or pairs in bf16: as many additions an element of X as there are signs in a
+// row of Ω, kLanes of them at a time, whose sums stay in the first-level cache. Term k of row p lies at
+// rows[k · pitch + p] (by_term) or rows[p · pitch + k]; rows are padded to a multiple of kLanes in `out` and by_term also
+// in memory.
+template <bool half>
+static void signed_sums(const uint32_t* rows, int64_t pitch, bool by_term, int64_t count, int64_t terms,
                         const int32_t* places, int signs, int64_t width, vf* sums, uint32_t* out) {
+    constexpr int kEach = half ? 2 : 1;
     for (int64_t p = 0; p < count; p += kLanes) {
-        memset(sums, 0, 2 * width * sizeof(vf));
+        memset(sums, 0, kEach * width * sizeof(vf));
         for (int64_t k = 0; k < terms; k += kLanes) {
             const int held = int(std::min<int64_t>(kLanes, terms - k));
             vu x[kLanes] = {};
             if (by_term)
-                for (int i = 0; i < held; ++i) x[i] = *(const vu_any*)(pairs + (k + i) * pitch + p);
+                for (int i = 0; i < held; ++i) x[i] = *(const vu_any*)(rows + (k + i) * pitch + p);
             else {
-                for (int i = 0; i < kLanes && p + i < count; ++i) x[i] = *(const vu_any*)(pairs + (p + i) * pitch + k);
+                for (int i = 0; i < kLanes && p + i < count; ++i) x[i] = *(const vu_any*)(rows + (p + i) * pitch + k);
                 transpose(x);
             }
             for (int i = 0; i < held; ++i) {
-                const vu even = x[i] << 16, odd = x[i] & 0xffff0000u;
+                const vu even = half ? x[i] << 16 : x[i], odd = x[i] & 0xffff0000u;
                 for (int s = 0; s < signs; ++s) {
                     const uint32_t place = places[(k + i) * signs + s], flip = place << 31;
-                    vf* const to = sums + (place & ~1u);
+                    vf* const to = sums + (place >> 1) * kEach;
                     to[0] += (vf)(even ^ flip);
-                    to[1] += (vf)(odd ^ flip);
+                    if (half) to[1] += (vf)(odd ^ flip);
                 }
             }
         }
         for (int64_t c = 0; c < width; c += kLanes) {
             vu x[kLanes];
-            for (int i = 0; i < kLanes; ++i) x[i] = interleaved(sums[2 * (c + i)], sums[2 * (c + i) + 1]);
+            for (int i = 0; i < kLanes; ++i)
+                x[i] = half ? interleaved(sums[2 * (c + i)], sums[2 * (c + i) + 1]) : (vu)sums[c + i];
             transpose(x);
             for (int i = 0; i < kLanes; ++i) *(vu_any*)(out + (p + i) * width + c) = x[i];
         }
@@ -139,7 +154,7 @@ template <bool half>
 static void products_in(const Products& p) {
     const Panel& x = p.x;
     const int64_t n = p.by_column ? x.length : x.lines, m = p.by_column ? x.lines : x.length;
-    const int64_t width = (p.columns + kLanes - 1) / kLanes * kLanes, even_m = m + m % 2;
+    const int64_t width = (p.columns + 15) / 16 * 16, even_m = m + m % 2;
     const int64_t step = std::max<int64_t>(16, std::min<int64_t>(kRows, kEntries / m / 16 * 16));
     constexpr int kLine = half ? 32 : 16;  // elements of a cache line
     const int64_t lines = p.by_column ? even_m : step, longest = ((p.by_column ? step : even_m) + kLine - 1) / kLine;
@@ -147,7 +162,7 @@ static void products_in(const Products& p) {
     const int64_t per_term = half ? 2 : 1;
     const int64_t right_size = (even_m / per_term * width + 15) / 16 * 16,
                   middle_size = ((step + step % 32) / per_term * width + 15) / 16 * 16;
-    const int64_t partial_size = half ? std::max<int64_t>(step, 32) * width : 0;
+    const int64_t partial_size = half ? std::max<int64_t>(step, 32) * width : p.places ? kLanes * width : 0;
     uint32_t* const right = scratch(right_size + middle_size + partial_size + lines * pitch);
     uint32_t *const middle = right + right_size, *const partial = half ? middle + middle_size : middle;
     uint32_t *const along = middle + middle_size + partial_size, *const across = along + lines / 2 * pitch;
@@ -156,7 +171,7 @@ static void products_in(const Products& p) {
         for (int64_t c = 0; c < width; c += kLanes) {
             const int left = int(p.columns - c);
             const float* const at = p.q + k * p.columns + c;
-            const vf even = load_some((const char*)at, kFloat32, left);
+            const vf even = left > 0 ? load_some((const char*)at, kFloat32, left) : vf{};
             const vf odd = half && k + 1 < m ? load_some((const char*)(at + p.columns), kFloat32, left) : vf{};
             *(vu_any*)(right + k / per_term * width + c) = half ? interleaved(even, odd) : (vu)even;
         }
@@ -187,9 +202,10 @@ static void products_in(const Products& p) {
         }
         const Terms by_line{along, pitch / per_term, 1}, by_place{half ? across : along, 1, pitch};
 
-        if (half && p.places)
-            signed_sums(p.by_column ? along : across, p.by_column ? pitch / 2 : pitch, p.by_column, even_rows / 2, m,
-                        p.places, p.signs, width, (vf*)partial, middle);
+        if (p.places)
+            signed_sums<half>(half && !p.by_column ? across : along, half && p.by_column ? pitch / 2 : pitch,
+                              p.by_column, half ? even_rows / 2 : rows, m, p.places, p.signs, width,
+                              (vf*)(middle + middle_size), middle);
         // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding
         // small.
         const int64_t all = half ? even_m / 2 : m, most = half ? kPairs : kTerms;
@@ -226,6 +242,8 @@ static void products_in(const Products& p) {
 }
 
 static void products(const Products& p, bool half) {
-    if (half) products_in<true>(p);
-    else products_in<false>(p);
+#if X86_LEVEL == 5
+    if (half) return products_in<true>(p);
+#endif
+    products_in<false>(p);
 }

@@ -286,3 +286,7 @@ static bool products_in_tiles(const Products& p, bool half) {
     if (p.statistics) write_statistics(statistics, x.x_dtype, p.statistics);
     return true;
 }
+
+static void products_by_tiles(const Products& p, bool half) {
+    if (!products_in_tiles(p, half)) products(p, half);
+}

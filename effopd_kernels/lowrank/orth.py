@@ -83,7 +83,7 @@ def _in_cpp(y: Tensor) -> bool:
         and y.dtype == torch.float32
         and (y.stride(-1) == 1 or y.shape[-1] == 1)
         and native() is not None
-        and native().has_products()
+        and native().num_multipliers() > 0
     )
 
 

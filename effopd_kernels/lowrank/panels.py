@@ -112,11 +112,11 @@ def products(
     full: bool = False,
     half: bool = False,
     places: Tensor | None = None,
-    tiles: bool = True,
+    instruction_set: int = -1,
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
-    ``half``: operands may be rounded to bf16, and y is not to be had; ``places`` then are those of a q of signs, as
-    :mod:`signs` has them. ``statistics`` as in :func:`panel`. ``tiles``: the processor's may be used, if it has any.
+    ``half``: operands may be rounded to bf16, where the processor multiplies those, and y is not to be had; ``places`` then are those of a q of signs, as
+    :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the multiplier's, −1 the best.
     """
     if not multiplies(x, base, q):
         p = panel(x, base, scale, rows, q.dtype, statistics, full)
@@ -127,17 +127,20 @@ def products(
     native().difference_products(
         *_sources(a, b), *_lines(a), 1.0 if scale is None else scale.item(), _by_column(a), q.data_ptr(), q.shape[1],
         *(0 if t is None else t.data_ptr() for t in (places, y, z, statistics)),
-        0 if places is None else places.shape[1], full, half, tiles,
+        0 if places is None else places.shape[1], full, half, instruction_set,
     )  # fmt: skip
     return z[: q.shape[0], : q.shape[1]] if want_z else None
 
 
 def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
     """Whether :func:`products` is one kernel of C++, without a panel in memory: for the operands of C++ panels, on a
-    processor with dot products of bf16 pairs.
+    processor with AVX2 at least.
     """
     return (
-        q.dtype == torch.float32 and x.numel() > 0 < q.numel() and _in_cpp(x, base, q.dtype) and native().has_products()
+        q.dtype == torch.float32
+        and x.numel() > 0 < q.numel()
+        and _in_cpp(x, base, q.dtype)
+        and native().num_multipliers() > 0
     )
 
 

@@ -1,7 +1,7 @@
 """The low-rank operators panel by panel (see :mod:`panels`): in PyTorch, and on the CPU in C++ where that serves.
 
-Only there is ``fast`` heeded: PyTorch's bf16 products on the CPU round their results too, and spectra that fall off
-quickly do not bear that.
+Only there is ``fast`` heeded, and where the processor has such products: PyTorch's in bf16 on the CPU round their
+results too, and spectra that fall off quickly do not bear that.
 
 Shape legend: N rows, M columns of one matrix; L sketch columns; P a panel of X.
 
