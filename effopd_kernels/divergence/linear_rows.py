@@ -21,10 +21,15 @@ from torch import Tensor
 from . import ops
 
 MIB = 1 << 20
+BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
-# A CPU with units for products of matrices is kept waiting by what rearranges their operands; there (in fp32 too, where
-# MKL takes 130 MB for it) it pays to transpose logits and gradients instead. Elsewhere it was seen to cost 4 to 7 %.
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
+# With units for products of matrices a CPU is kept waiting by what rearranges their operands, and with AVX2 alone MKL
+# multiplies a large matrix by a small one the faster if that is the order: there (in fp32 too, where MKL takes 130 MB
+# for it) it pays to transpose logits and gradients instead. With AVX-512 and no such units it costs 4 to 7 %.
+TRANSPOSES = (
+    getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
+    or torch.backends.cpu.get_cpu_capability() == "AVX2"
+)
 
 torch.library.define(
     "effopd::linear_divergence_rows",
@@ -57,43 +62,72 @@ def _blocks(N: int, head_VD: Tensor, like: Tensor) -> Iterator[tuple[slice, Tens
     of `like`, a slice is no larger.
     """
     V, D = head_VD.shape
-    size = 4 * MIB // like.itemsize
+    size = BLOCK // like.itemsize
     scratch = ops.empty_rows(1, min(max(size, N), V * N), like)
     for cols in pieces(V, size // max(N, 1 if head_VD.dtype == like.dtype else D)):
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to multiply in: fp32 on a CPU for whose bf16 or fp16 PyTorch has loops only, of a hundredth the speed."""
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if device.type != "cpu" or name is None:
+        return dtype
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)  # not public either
+    return dtype if supported() else torch.float32
+
+
 def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
     """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
-    if out_NV.dtype == hidden_ND.dtype and not (AMX and out_NV.device.type == "cpu"):
+    device, dtype = out_NV.device, torch.promote_types(out_NV.dtype, hidden_ND.dtype)
+    product_dtype = _product_dtype(dtype, device)
+    alike = out_NV.dtype == hidden_ND.dtype == product_dtype
+    if alike and not (TRANSPOSES and device.type == "cpu"):
         torch.mm(hidden_ND, weight_VD.T, out=out_NV)
-    elif out_NV.device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
+    elif device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
     else:
         # Repacked is the second operand: here the few hidden states, and the head is used as it lies. Where there is no
-        # GEMM of these dtypes, it is one in the wider of them.
-        N, dtype = len(hidden_ND), torch.promote_types(out_NV.dtype, hidden_ND.dtype)
-        short = -N % (32 if dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
-        hidden = F.pad(hidden_ND.to(dtype), (0, 0, 0, short if 4 * short < N else 0))
+        # GEMM of these dtypes, it is one in a wider.
+        N = len(hidden_ND)
+        short = -N % (32 if product_dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
+        hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
         for cols, block in _blocks(len(hidden), weight_VD, hidden):
-            torch.mm(weight_VD[cols].to(dtype), hidden.T, out=block)
+            torch.mm(weight_VD[cols].to(product_dtype), hidden.T, out=block)
             ops.transpose(block[:, :N], out_NV[:, cols])
     if bias_V is not None:
         out_NV += bias_V
 
 
+def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
+    """grad·weight (N, D), in their dtype or a wider one."""
+    dtype = _product_dtype(grad_NV.dtype, grad_NV.device)
+    if dtype == grad_NV.dtype:
+        return grad_NV @ weight_VD
+    (N, V), D = grad_NV.shape, weight_VD.shape[1]
+    result = grad_NV.new_zeros(N, D, dtype=dtype)
+    for cols in pieces(V, BLOCK // dtype.itemsize // max(N, D, 1)):
+        result.addmm_(grad_NV[:, cols].to(dtype), weight_VD[cols].to(dtype))
+    return result
+
+
 def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
     """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
-    beta = 0 if first else 1  # 0 leaves unread what stood there
-    if acc_VD.dtype == grad_NV.dtype and not (AMX and acc_VD.device.type == "cpu" and acc_VD.itemsize == 2):
+    beta, device = 0 if first else 1, acc_VD.device  # 0 leaves unread what stood there
+    dtype = _product_dtype(acc_VD.dtype, device)
+    alike = acc_VD.dtype == grad_NV.dtype == dtype
+    if alike and not (TRANSPOSES and device.type == "cpu" and acc_VD.itemsize == 2):
         acc_VD.addmm_(grad_NV.T, hidden_ND, beta=beta)
-    elif acc_VD.device.type == "cuda":
+    elif device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:  # gradᵀ at hand too
-        hidden = hidden_ND.to(acc_VD.dtype)
+        hidden = hidden_ND.to(dtype)
         for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV):
             ops.transpose(grad_NV[:, cols], block)
-            acc_VD[cols].addmm_(block.to(acc_VD.dtype), hidden, beta=beta)
+            if acc_VD.dtype == dtype:
+                acc_VD[cols].addmm_(block.to(dtype), hidden, beta=beta)
+            else:
+                acc_VD[cols] = block.to(dtype) @ hidden + (0 if first else acc_VD[cols])
 
 
 def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +205,7 @@ def _linear_rows(
             continue
         g = s_chunk.to(dtypes[0])
         if grad_h is not None:
-            grad_h[chunk] = g @ w_s
+            grad_h[chunk] = hidden_gradient(g, w_s)
         if grad_w is not None:
             add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
         if grad_b is not None:

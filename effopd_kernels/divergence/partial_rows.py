@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .linear_rows import add_product, pieces, project
+from .linear_rows import add_product, hidden_gradient, pieces, project
 from .ops import empty_rows
 
 
@@ -122,7 +122,7 @@ def _partial_rows_backward(grad, hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     for chunk, logits in _chunks(hidden, weight, bias, chunk_rows):
         g = _rows_gradient(grad[chunk], logits, ids_Nk[chunk], *options)
         if need_h:
-            grad_h[chunk] = g @ weight
+            grad_h[chunk] = hidden_gradient(g, weight)
         if need_w:
             add_product(grad_w, g, hidden[chunk], first=chunk.start == 0)
         if need_b:

@@ -24,12 +24,16 @@ def test_transpose_of_any_strides_and_dtypes(x):
     assert torch.equal(out, x.T.bfloat16())
 
 
-@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("widened", [True, False])
+@pytest.mark.parametrize("transposes", [True, False])
 @pytest.mark.parametrize("operands, results", [("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"), ("fp32", "bf16")])
 @pytest.mark.parametrize("N, D, V", [(1, 8, 5), (31, 24, 5000), (48, 40, 70_001)])
-def test_products_with_a_head(N, D, V, operands, results, amx, monkeypatch):
-    """Both orders of operands, in one block and in several, with rows to pad and without."""
-    monkeypatch.setattr(linear_rows, "AMX", amx)
+def test_products_with_a_head(N, D, V, operands, results, transposes, widened, monkeypatch):
+    """Both orders of operands, in one block and in several, with rows to pad and without; where the processor has a
+    GEMM of bf16 and where it has not.
+    """
+    monkeypatch.setattr(linear_rows, "TRANSPOSES", transposes)
+    monkeypatch.setattr(linear_rows, "_product_dtype", lambda dtype, _: torch.float32 if widened else dtype)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     hidden, head, grad = (torch.randn(s).to(dtypes[operands]) for s in ((N, D), (V, D), (N, V)))
     bias = torch.randn(V).to(dtypes[operands])
@@ -39,6 +43,10 @@ def test_products_with_a_head(N, D, V, operands, results, amx, monkeypatch):
     linear_rows.project(logits, hidden, head, bias)
     exact = hidden.double() @ head.double().T + bias.double()
     torch.testing.assert_close(logits.double(), exact, rtol=rtol, atol=8 * rtol)
+
+    found, exact = linear_rows.hidden_gradient(grad, head), grad.double() @ head.double()
+    rtol_h = 1e-4 if widened or operands == "fp32" else 2**-7
+    torch.testing.assert_close(found.double(), exact, rtol=rtol_h, atol=rtol_h * V**0.5 * 4)
 
     if operands == results or results == "fp32":
         acc = torch.full((V, D), torch.nan, dtype=dtypes[results])
