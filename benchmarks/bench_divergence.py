@@ -12,7 +12,7 @@ that need a GPU where there is none, are left out.
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DEVICE, copy_bandwidth, gemm_rate, peak_in_child, race
+from common import DEVICE, PATIENCE, copy_bandwidth, gemm_rate, peak_in_child, race
 
 from effopd_kernels.divergence import divergence_loss, jsd, linear_reverse_kl_loss, ops, reverse_kl_loss
 
@@ -248,7 +248,7 @@ def test_linear(benchmark, report, request, device, N, D, V, dtype):
     mask = torch.rand(N, generator=torch.Generator().manual_seed(0)).argsort() < 0.4 * N
     mask = mask.to(DEVICE)
     masked = with_backward(lambda: linear_reverse_kl_loss(h, w, ht, wt, mask=mask), h, w)
-    rate = gemm_rate(N, V, D, dtype_)
+    rate = max(gemm_rate(N, V, D, kind) for kind in {dtype_, torch.float32})  # CPUs may have no GEMM of bf16
     times = race(contenders, rounds)
     pair = race({"ours": contenders["ours"], "masked": masked}, 2 * rounds)  # of each other's kind: more rounds
     times["ours, 60 % masked"] = times["ours"] * pair["masked"] / pair["ours"]
@@ -256,7 +256,7 @@ def test_linear(benchmark, report, request, device, N, D, V, dtype):
     del h, w, ht, wt, contenders, masked
     folder = str(request.path.parent)
     for row in rows:
-        if "masked" not in row["contender"]:
+        if "masked" not in row["contender"] and row["ms"] < 1e3 * PATIENCE:
             row["extra MB"] = round(extra_memory(row["contender"], N, D, V, dtype_, folder) / 1e6)
     report(f"reverse KL from hidden states, {N} tokens, D {D}, V {V}, {dtype}", rows, gemm_GFLOPs=round(rate / 1e9))
     h, w, ht, wt = linear_inputs(N, D, V, dtype_)

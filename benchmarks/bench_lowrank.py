@@ -103,7 +103,8 @@ def test_top_64(benchmark, request, report):
     ]
     column = 2 * BATCH * M * N
     rates = {dtype: gemm_rate(2048, 2048, 2048, getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
-    floor = column * (3 * 128 / rates["bfloat16"] + (2 * 96 + RANK) / rates["float32"])
+    # Sketch and iteration may be in bf16, where that is the faster; the sketch's first product is additions.
+    floor = column * (3 * 128 / max(rates.values()) + (2 * 96 + RANK) / rates["float32"])
     rows[0]["share of GEMM ceiling"] = round(floor / found["ours"], 2)
     report(f"top {RANK} of {BATCH} × ({M} × {N})", rows)
 

@@ -12,11 +12,13 @@ import time
 import torch
 
 PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
+PATIENCE = 30  # seconds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
-    """Such as nvidia-h200 or cpu-amd-epyc-2cores: the folder under results/."""
+    """Such as nvidia-h200 or cpu-amd-epyc-avx2-2cores: the folder under results/. Processors of one name differ most in
+    the width of their vectors."""
     if DEVICE == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -25,7 +27,7 @@ def device_name() -> str:
                 model = next((line.split(":")[1] for line in f if line.startswith("model name")), platform.machine())
         except OSError:
             model = platform.machine()
-        name = f"cpu {model} {torch.get_num_threads()}cores"
+        name = f"cpu {model} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -47,12 +49,11 @@ def seconds(function) -> float:
 
 def race(contenders: dict, rounds: int) -> dict[str, float]:
     """Median seconds of each, after one unmeasured call. They take turns, in rotating order, so that drift and
-    neighbours fall on all alike."""
-    times = {name: [] for name in contenders}
-    for function in contenders.values():
-        function()
-    names = list(contenders)
-    for turn in range(rounds):
+    neighbours fall on all alike. Of one that takes half a minute the first call is measured, and no other."""
+    first = {name: seconds(function) for name, function in contenders.items()}
+    times = {name: [t] if t > PATIENCE else [] for name, t in first.items()}
+    names = [name for name, t in first.items() if t <= PATIENCE]
+    for turn in range(rounds if names else 0):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(seconds(contenders[name]))
     return {name: statistics.median(t) for name, t in times.items()}

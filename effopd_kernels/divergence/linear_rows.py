@@ -69,7 +69,7 @@ def _blocks(N: int, head_VD: Tensor, like: Tensor) -> Iterator[tuple[slice, Tens
 
 
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply in: fp32 on a CPU for whose bf16 or fp16 PyTorch has loops only, of a hundredth the speed."""
+    """What to multiply in: fp32 on a CPU for whose bf16 or fp16 PyTorch has plain loops only, many times slower."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None:
         return dtype

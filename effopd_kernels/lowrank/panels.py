@@ -115,8 +115,9 @@ def products(
     instruction_set: int = -1,
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
-    ``half``: operands may be rounded to bf16, where the processor multiplies those, and y is not to be had; ``places`` then are those of a q of signs, as
-    :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the multiplier's, −1 the best.
+    ``half``: operands may be rounded to bf16, where the processor multiplies those, and y is not to be had; ``places``
+    then are those of a q of signs, as :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the
+    multiplier's, −1 the best.
     """
     if not multiplies(x, base, q):
         p = panel(x, base, scale, rows, q.dtype, statistics, full)
