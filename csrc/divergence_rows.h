@@ -22,33 +22,34 @@
 
 constexpr int kStep = 2 * kLanes;  // of the inner loops
 
-// 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
-// K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
+// Functions of K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
 #define EACH for (int k = 0; k < K; ++k)
+
+// p = (…(p·x + c₀)·x + …)·x + c_last
+template <int K, int n>
+INLINE void horner(const float (&c)[n], const vf (&x)[K], vf (&p)[K]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) EACH p[k] = p[k] * x[k] + c[j];
+}
+
+// 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
 template <int K>
 INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
     vf r[K], p[K];
 #if X86_LEVEL >= 4  // x = ⌊x⌋ + r: two instructions split and scale
     EACH r[k] = (vf)_mm512_reduce_ps((__m512)x[k], 9);
-    EACH p[k] = 0.0018671301f * r[k] + 0.0090170303f;
-    EACH p[k] = p[k] * r[k] + 0.0557999131f;
-    EACH p[k] = p[k] * r[k] + 0.2401644501f;
-    EACH p[k] = p[k] * r[k] + 0.6931513118f;
-    EACH p[k] = p[k] * r[k] + 1.0f;
+    EACH p[k] = splat(0.0018671301f);
+    horner({0.0090170303f, 0.0557999131f, 0.2401644501f, 0.6931513118f, 1.0f}, r, p);
     EACH e[k] = (vf)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
 #else  // x = n + r with |r| <= ½, for x <= ~1; n is added to the exponent bits of 2^r
     vf shifted[K];
     EACH shifted[k] = x[k] + 0x1.8p23f;  // rounds to an integer, left in the low bits
     EACH r[k] = x[k] - (shifted[k] - 0x1.8p23f);
-    EACH p[k] = 0.0013264700f * r[k] + 0.0096715339f;
-    EACH p[k] = p[k] * r[k] + 0.0555073400f;
-    EACH p[k] = p[k] * r[k] + 0.2402224176f;
-    EACH p[k] = p[k] * r[k] + 0.6931469774f;
-    EACH p[k] = p[k] * r[k] + 1.0f;
+    EACH p[k] = splat(0.0013264700f);
+    horner({0.0096715339f, 0.0555073400f, 0.2402224176f, 0.6931469774f, 1.0f}, r, p);
     EACH e[k] = x[k] < -125.0f ? vf{} : from_bits(bits(p[k]) + (bits(shifted[k]) << 23));
 #endif
 }
-#undef EACH
 
 INLINE vf exp2_(vf x) {
     const vf in[1] = {x};
@@ -58,31 +59,27 @@ INLINE vf exp2_(vf x) {
 }
 
 // log2 x for normal x > 0. x = 2^n·(1+f) with 1+f in [√½, √2).
-INLINE vf log2_(vf x) {
-    const vi shifted = bits(x) - 0x3f3504f3;
-    const vf f = from_bits((shifted & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    vf p = 0.12599961906f * f + -0.20835217027f;
-    p = p * f + 0.21610541550f;
-    p = p * f + -0.23879971940f;
-    p = p * f + 0.28786979215f;
-    p = p * f + -0.36070969824f;
-    p = p * f + 0.48091121736f;
-    p = p * f + -0.72134726049f;
-    return __builtin_convertvector(shifted >> 23, vf) + (f * 1.4426950409f + f * f * p);
+template <int K>
+INLINE void log2_(const vf (&x)[K], vf (&l)[K]) {
+    vi shifted[K];
+    vf f[K], p[K];
+    EACH shifted[k] = bits(x[k]) - 0x3f3504f3;
+    EACH f[k] = from_bits((shifted[k] & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    EACH p[k] = splat(0.12599961906f);
+    horner({-0.20835217027f, 0.21610541550f, -0.23879971940f, 0.28786979215f, -0.36070969824f, 0.48091121736f,
+            -0.72134726049f},
+           f, p);
+    EACH l[k] = __builtin_convertvector(shifted[k] >> 23, vf) + (f[k] * 1.4426950409f + f[k] * f[k] * p[k]);
 }
 
 // 2^x − 1 for x <= 0, given 2^x: near 0 the series, where subtracting would leave rounding.
-INLINE vf exp2m1(vf x, vf power) {
-    vf p = 1.5403530393e-04f * x + 1.3333558146e-03f;
-    p = p * x + 0.0096181291f;
-    p = p * x + 0.0555041087f;
-    p = p * x + 0.2402265070f;
-    p = p * x + 0.6931471806f;
-    return x > -0.25f ? p * x : power - 1.0f;
+template <int K>
+INLINE void exp2m1(const vf (&x)[K], const vf (&power)[K], vf (&result)[K]) {
+    vf p[K];
+    EACH p[k] = splat(1.5403530393e-04f);
+    horner({1.3333558146e-03f, 0.0096181291f, 0.0555041087f, 0.2402265070f, 0.6931471806f}, x, p);
+    EACH result[k] = x[k] > -0.25f ? p[k] * x[k] : power[k] - 1.0f;
 }
-
-// log2(1 + t) for t > −1; what rounding took from 1 + t is put back.
-INLINE vf log2_1p(vf t, vf sum) { return log2_(sum) + (t - (sum - 1.0f)) * 1.4426950409f; }
 
 INLINE vf tanh_(vf x) {
     const vf size = from_bits(bits(x) & 0x7fffffff), square = x * x, e = exp2_(-2.8853900818f * size);
@@ -369,34 +366,59 @@ INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
     return l == -kInf ? splat(kFloor) : l;
 }
 
-// φ (in bits) and w of one block. With e = 2^(−|lp − lq|) every quotient is of numbers in [0, 1], and none is 0/0; what
+// φ (in bits) and w of K vectors. With e = 2^(−|lp − lq|) every quotient is of numbers in [0, 1], and none is 0/0; what
 // vanishes with lp − lq is taken from 1 − e, as in the definition.
+template <int K>
+INLINE void mixture_of(const Mixture& m, const float* x, const float* y, float* w, vf& phis, vf& ws) {
+    vf lq[K], lp[K], q[K], p[K], d[K], minus[K], e[K], less[K], t[K], density[K], l[K];
+    vi teacher_larger[K];
+    EACH lq[k] = log_prob(x, k * kLanes, m.cx, m.x0, m.log_x);
+    EACH lp[k] = log_prob(y, k * kLanes, m.cy, m.y0, m.log_y);
+    EACH d[k] = lp[k] - lq[k];
+    EACH minus[k] = from_bits(bits(d[k]) | (vi)splat(-0.0f));
+    EACH teacher_larger[k] = d[k] > 0;
+    exp2_(lq, q);
+    exp2_(lp, p);
+    exp2_(minus, e);
+    exp2m1(minus, e, less);  // the smaller of p and q over the larger, minus 1
+    EACH t[k] = (teacher_larger[k] ? splat(1 - m.pi) : splat(m.pi)) * less[k];
+    EACH density[k] = 1.0f + t[k];  // m over the larger
+    log2_(density, l);
+    EACH l[k] += (t[k] - (density[k] - 1.0f)) * 1.4426950409f;  // what rounding took from 1 + t is put back
+    for (int k = 0; k < K; ++k) {
+        const vf lq_lm = teacher_larger[k] ? -d[k] - l[k] : -l[k], lp_lm = teacher_larger[k] ? -l[k] : d[k] - l[k];
+        const vf share = (teacher_larger[k] ? (1 - m.pi) * e[k] : splat(1 - m.pi)) / density[k];
+        const vf k_difference = m.kappa * ((teacher_larger[k] ? -p[k] : q[k]) * less[k]), b_term = m.b * q[k] * lq_lm;
+        const vf wi = b_term * float(kLn2) - share * k_difference;
+        *(vf*)(w + k * kLanes) = wi;
+        phis += m.a * p[k] * lp_lm + (b_term - k_difference * float(kLog2e));
+        ws += wi;
+    }
+}
+
+// One block, padded to a multiple of kStep.
 INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum,
                           double& w_sum) {
     vf phis{}, ws{};
-    for (int i = 0; i < count; i += kLanes) {
-        const vf lq = log_prob(x, i, m.cx, m.x0, m.log_x), lp = log_prob(y, i, m.cy, m.y0, m.log_y);
-        const vf q = exp2_(lq), p = exp2_(lp), d = lp - lq, size = from_bits(bits(d) & 0x7fffffff), e = exp2_(-size);
-        const vi teacher_larger = d > 0;
-        const vf less = exp2m1(-size, e);  // the smaller of p and q over the larger, minus 1
-        const vf t = (teacher_larger ? splat(1 - m.pi) : splat(m.pi)) * less, density = 1.0f + t;  // m over the larger
-        const vf l = log2_1p(t, density), lq_lm = teacher_larger ? -d - l : -l, lp_lm = teacher_larger ? -l : d - l;
-        const vf share = (teacher_larger ? (1 - m.pi) * e : splat(1 - m.pi)) / density;
-        const vf k_difference = m.kappa * ((teacher_larger ? -p : q) * less), b_term = m.b * q * lq_lm;
-        const vf wi = b_term * float(kLn2) - share * k_difference;
-        *(vf*)(w + i) = wi;
-        phis += m.a * p * lp_lm + (b_term - k_difference * float(kLog2e));
-        ws += wi;
-    }
+    int i = 0;
+    for (; i + 2 * kStep <= count; i += 2 * kStep) mixture_of<4>(m, x + i, y + i, w + i, phis, ws);
+    for (; i < count; i += kStep) mixture_of<2>(m, x + i, y + i, w + i, phis, ws);
     phi_sum += sum(phis);
     w_sum += sum(ws);
 }
 
 INLINE void mixture_gradient(const Mixture& m, const float* x, const float* w, float* g, int count, float w_sum,
                              float factor) {
-    for (int i = 0; i < count; i += kLanes)
-        *(vf*)(g + i) = (*(const vf*)(w + i) - exp2_(log_prob(x, i, m.cx, m.x0, m.log_x)) * w_sum) * factor;
+    constexpr int K = 2;
+    for (int i = 0; i < count; i += kStep) {
+        vf lq[K], q[K];
+        EACH lq[k] = log_prob(x, i + k * kLanes, m.cx, m.x0, m.log_x);
+        exp2_(lq, q);
+        EACH*(vf*)(g + i + k * kLanes) = (*(const vf*)(w + i + k * kLanes) - q[k] * w_sum) * factor;
+    }
 }
+
+#undef EACH
 
 // Chain rule through the soft cap: d tanh(x)/dx = 1 − tanh².
 INLINE void through_cap(const float* tanh, float* g, int count) {

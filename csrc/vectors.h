@@ -33,10 +33,15 @@ INLINE double sum(vf x) {
     return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// ---- dtypes: fp32, and bf16 and fp16 by integer arithmetic, which every instruction set has in vectors
+// ---- dtypes: fp32, and bf16 and fp16 by integer arithmetic where there are no instructions for them
 
 INLINE vf load(const char* p, int dtype) {
     if (dtype == kFloat32) return *(const vf_any*)p;
+#if X86_LEVEL >= 4
+    if (dtype == kFloat16) return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif X86_LEVEL == 3
+    if (dtype == kFloat16) return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
     const vi h = __builtin_convertvector(*(const vh_any*)p, vi);
     if (dtype == kBFloat16) return from_bits(h << 16);
     const vi size = (h & 0x7fff) << 13;  // fp16: rebase the exponent by a product, which also normalises subnormals
@@ -50,6 +55,11 @@ INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
         const vi rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
         return __builtin_convertvector(x == x ? rounded : 0x7fc0 + vi{}, vh);
     }
+#if X86_LEVEL >= 4
+    return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif X86_LEVEL == 3
+    return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
     const vi normal = (size + 0xfff + ((size >> 13) & 1) - (112 << 23)) >> 13;
     const vi small = bits(from_bits(size) + 0.5f) - 0x3f000000;  // subnormals have the spacing of 0.5 in fp32
     vi h = size < (113 << 23) ? small : normal;
