@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..lowrank import RSVD, Flag, batched_rsvd, ops, principal_cosines, subspace_alignment
-from ..lowrank.decompose import Settings
+from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
+from ..lowrank.decompose import Settings, decompose_group
 from ..lowrank.metrics import measured
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
@@ -27,7 +27,7 @@ from .checkpoints import Checkpoint
 from .comparison import Comparison
 from .roles import Role, role_of
 
-OVERSAMPLE = 32  # a third less time than the default of `batched_rsvd`; what it costs is inside the error bars
+OVERSAMPLE = 32  # a third less time than the default of `Settings`; what it costs is inside the error bars
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
 MOST_STEPS = 24
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
@@ -153,13 +153,14 @@ def _norms(a: Tensor, b: Tensor | None, full: bool = True) -> dict[str, Any]:
 def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any]]:
     """Factors, spectrum, and a row of metrics with bounds; zeros, not NaN, for a matrix that did not move."""
     n, m = max(a.shape), min(a.shape)
-    svd = batched_rsvd(a, options.rank, base=b, oversample=OVERSAMPLE, seed=options.seed, clip_rank=True)
-    width = Settings(min(options.rank, m), OVERSAMPLE, 2, None, 0, None).width(m)
-    exact = options.exact or choose(n, m, options.rank, width, a.device) == "exact"
+    settings = Settings(min(options.rank, m), OVERSAMPLE, 2, None, options.seed, None)
+    statistics = torch.empty(1, 5, dtype=torch.float64, device=a.device)
+    svd = RSVD(*(field[0] for field in decompose_group([a], [] if b is None else [b], settings, statistics)[0]))
+    exact = options.exact or choose(n, m, options.rank, settings.width(m), a.device) == "exact"
     top = triplets(options.top_fraction, m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
-    spectrum, metrics = measured(a, b, top, sampling, svd)
+    spectrum, metrics = measured(a, b, top, sampling, svd, statistics[0])
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:

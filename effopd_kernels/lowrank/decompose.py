@@ -72,24 +72,34 @@ def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD,
     return RSVD(*map(torch.cat, zip(*svds, strict=True))), Rest(*map(torch.cat, zip(*rests, strict=True)))
 
 
-def decompose_group(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
-    """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,)."""
-    if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
-        return _in_double(x, base, settings)
+def decompose_group(
+    x: list[Tensor], base: list[Tensor], settings: Settings, statistics: Tensor | None = None
+) -> tuple[RSVD, Rest]:
+    """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,).
+
+    ``statistics`` (B, 5) fp64: where those of `ops.stats` are put, in full, from the same reading as the first pass.
+    """
     tall = x[0].shape[0] >= x[0].shape[1]
-    svd, rest = _decompose_tall(Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base]), settings)
+    pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base])
+    if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
+        if statistics is not None:
+            statistics.copy_(ops.stats(pair.x, pair.base, True))
+        return _in_double(x, base, settings)
+    svd, rest = _decompose_tall(pair, settings, statistics)
     return with_signs(svd if tall else svd.mT), rest
 
 
-def _decompose_tall(x: Difference, settings: Settings) -> tuple[RSVD, Rest]:
+def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) -> tuple[RSVD, Rest]:
     """As `decompose_group`; those that are zero or not finite are set apart."""
-    (n, m), k = x.x[0].shape, settings.rank
+    (n, m), k, full = x.x[0].shape, settings.rank, wanted is not None
     route = settings.route or routes.choose(n, m, k, settings.width(m), x.x[0].device)
     start = None
     if k and route == "subspace" and settings.power_iters:
-        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, False, True)
+        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, full, True)
     else:
-        statistics = ops.stats(x.x, x.base, False)
+        statistics = ops.stats(x.x, x.base, full)
+    if full:
+        wanted.copy_(statistics)
     frobenius, largest = statistics[:, ops.SUM_SQUARES].sqrt(), statistics[:, ops.MAX_ABS]
     bad = (statistics[:, ops.NON_FINITE] > 0) | ~largest.isfinite()
     zero = ~bad & (largest == 0)

@@ -96,16 +96,22 @@ def spectral_metrics(
 
 @without_autocast
 def measured(
-    x: Tensor, y: Tensor | None, top: int, sampling: Sampling | None = None, svd: RSVD | None = None
+    x: Tensor,
+    y: Tensor | None,
+    top: int,
+    sampling: Sampling | None = None,
+    svd: RSVD | None = None,
+    statistics: Tensor | None = None,
 ) -> tuple[Spectrum, dict[str, Tensor]]:
     """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
 
     With ``sampling`` the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
-    sampled; without, every σ is exact.
+    sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, where they are known.
     """
     tall = x.shape[0] >= x.shape[1]
     difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
-    statistics = ops.stats(difference.x, difference.base, True)[0]
+    if statistics is None:
+        statistics = ops.stats(difference.x, difference.base, True)[0]
     usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
     if not usable:
         spectrum = Spectrum(statistics.new_zeros(0))

@@ -7,6 +7,7 @@ import torch
 from lowrank.matrices import orthogonality, with_spectrum
 
 from effopd_kernels.lowrank import ops, orth, panels, reference, signs
+from effopd_kernels.lowrank.decompose import Settings, decompose_group
 from effopd_kernels.native import native
 
 
@@ -108,6 +109,19 @@ def test_tiles_are_shared_with_torch():
     ours = panels.products(x, None, None, slice(None), q)
     assert torch.equal(x @ q.bfloat16(), before)
     assert torch.equal(panels.products(x, None, None, slice(None), q), ours)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("shape", [(50, 12), (12, 50), (200, 60), (60, 200)])
+@pytest.mark.parametrize("route", ["subspace", "gram", "exact"])
+def test_a_decomposition_brings_the_statistics(route, shape, zero):
+    """Those of the bf16 weights, also where the update is factored in fp64."""
+    base = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = base if zero else (base + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).bfloat16()
+    found = torch.full((1, 5), torch.nan, dtype=torch.float64)
+    decompose_group([x], [base], Settings(4, None, 2, None, 0, route), found)
+    torch.testing.assert_close(found, ops.stats([x], [base], True), rtol=1e-6, atol=0)
+    assert found[0, ops.SUM_ULP_SQUARES] > 0 and (found[0, ops.UNCHANGED] == x.numel()) == zero
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8, 9, 96])
