@@ -11,7 +11,7 @@ typedef uint32_t vu_any __attribute__((vector_size(4 * kLanes), aligned(4), may_
 
 constexpr int kStrip = X86_LEVEL >= 4 ? 4 : 2;  // vectors of columns whose sums, for some rows, take most registers
 // Of a block of X: a core's own cache at the most.
-constexpr int64_t kRows = 128, kEntries = int64_t(1) << (X86_LEVEL >= 4 ? 18 : 17);
+constexpr int64_t kRows = 128, kEntries = int64_t(1) << (X86_LEVEL >= 4 ? 18 : 16);
 // Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
 constexpr int64_t kTerms = 64, kPairs = 256;
 
