@@ -97,8 +97,8 @@ struct Multiplier {
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
 };
 
-// Those that this machine runs, the best last.
-const auto kMultipliers = [] {
+// Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
+std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times});
@@ -113,10 +113,15 @@ const auto kMultipliers = [] {
 #endif
 #endif
     return found;
-}();
+}
+
+const std::vector<Multiplier>& multipliers() {
+    static const std::vector<Multiplier> found = find_multipliers();
+    return found;
+}
 
 const Multiplier& multiplier(int instruction_set = -1) {
-    return kMultipliers.at(instruction_set < 0 ? kMultipliers.size() - 1 : size_t(instruction_set));
+    return multipliers().at(instruction_set < 0 ? multipliers().size() - 1 : size_t(instruction_set));
 }
 
 // statistics: 5 doubles in the order of effopd_kernels/lowrank/ops.py, or 0; those of the unscaled difference.
@@ -169,7 +174,7 @@ void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, 
 
 void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
-    m.def("num_multipliers", [] { return kMultipliers.size(); });
+    m.def("num_multipliers", [] { return multipliers().size(); });
     m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);
     m.def("gram_of_columns", &gram_of_columns);

@@ -56,9 +56,8 @@ static void widen(const float* y, int64_t y_pitch, int64_t rows, int64_t columns
 }
 
 static int64_t padded(int64_t columns) { return (columns + kWide - 1) / kWide * kWide; }
-static int64_t odd_lines(int64_t columns) {
-    return (columns + 7) / 8 * 8 | 8;
-}  // of cache, so that rows fall into all sets
+// At least so many doubles, in an odd number of cache lines: rows so far apart fall into all sets of a cache.
+static int64_t odd_lines(int64_t columns) { return (columns + 7) / 8 * 8 | 8; }
 
 // g (L, L) fp64.
 static void gram_of_columns(const float* y, int64_t y_pitch, int64_t n, int64_t columns, double* g) {

@@ -2,7 +2,7 @@
 // bf16 pairs, rounded to bf16, and fp32 sums. After lowrank_panel.h.
 //
 // Both products go through one tile: terms of the left operand along the contraction are broadcast, those of the right
-// one lie 16 columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the
+// one lie kLanes columns to a vector. A term is an fp32 number, or two bf16 ones that the contraction meets one after the
 // other. A block of the pair is written once (in bf16 once for each order of pairs: along its lines, across them), its
 // Y goes from registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than
 // a cache.
