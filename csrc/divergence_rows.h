@@ -20,8 +20,6 @@
 
 // No include here: this file stands inside a namespace.
 
-constexpr int kStep = 2 * kLanes;  // of the inner loops
-
 // Functions of K vectors go in lockstep: one chain of dependent steps leaves most of the arithmetic units waiting.
 #define EACH for (int k = 0; k < K; ++k)
 
@@ -93,12 +91,14 @@ INLINE vf tanh_(vf x) {
 
 // To nearest, in the upper half; halfway away from zero, where results of fp32 arithmetic lie once in 2¹⁶: to even would
 // take three instructions more. NaN stays NaN, unless all its bits are set, which none is that comes of bf16.
-INLINE vi round_bf16(vf x) { return bits(x) + 0x8000; }
-INLINE vh narrow_bf16(vf x) { return __builtin_convertvector(x == x ? round_bf16(x) >> 16 : 0x7fc0 + vi{}, vh); }
+INLINE vu round_bf16(vf x) { return (vu)x + 0x8000; }
+INLINE vh narrow_bf16(vf x) { return __builtin_convertvector(x == x ? (vi)(round_bf16(x) >> 16) : 0x7fc0 + vi{}, vh); }
+
+INLINE Two load_two(const char* p, const int dtype) { return load_two(p, dtype, dtype == kBFloat16); }
 
 INLINE void store_gradient(char* p, const Two& g, const int dtype, bool stream) {
     if (dtype == kFloat32) put(p, g.x[0], stream), put(p + sizeof(vf), g.x[1], stream);
-    else put(p, from_bits(joined(round_bf16(g.x[0]), round_bf16(g.x[1]))), stream);
+    else put(p, (vf)joined(round_bf16(g.x[0]), round_bf16(g.x[1])), stream);
 }
 
 // ---- blocks
@@ -156,7 +156,7 @@ INLINE float largest(vf x) {
 INLINE float top_as(const char* z, int count, const int dtype) {
     vf top = splat(-kInf);
     for (int i = 0; i < count; i += kStep) {
-        const Two two = load_two(z + i * size_of(dtype), dtype, dtype == kBFloat16);
+        const Two two = load_two(z + i * size_of(dtype), dtype);
         top = max_(two.x[1], max_(two.x[0], top));
     }
     return largest(top);
@@ -213,8 +213,7 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
     constexpr int size = size_of(dtype);
     vf X{}, Y{}, gap{}, hole{}, xu{}, yv{};
     for (int i = 0; i < count; i += kStep) {
-        const Two zx = load_two(x + i * size, dtype, dtype == kBFloat16),
-                  zy = load_two(y + i * size, dtype, dtype == kBFloat16);
+        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
         vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)},
            e[4];
         fetch_ahead(x + i * size, kStep * size), fetch_ahead(y + i * size, kStep * size);
@@ -333,8 +332,7 @@ static void gradient_as(const char* x, const char* y, char* g, int count, Sums s
     constexpr int size = size_of(dtype);
     const float offset = f.mean * f.x;
     for (int i = 0; i < count; i += kStep) {
-        const Two zx = load_two(x + i * size, dtype, dtype == kBFloat16),
-                  zy = load_two(y + i * size, dtype, dtype == kBFloat16);
+        const Two zx = load_two(x + i * size, dtype), zy = load_two(y + i * size, dtype);
         vf u[2] = {at(zx.x[0], s.cx, s.x0), at(zx.x[1], s.cx, s.x0)}, eu[2];
         exp2_(u, eu);
         Two out;
@@ -396,7 +394,7 @@ INLINE void mixture_of(const Mixture& m, const float* x, const float* y, float* 
     }
 }
 
-// One block, padded to a multiple of kStep.
+// One block, all of whose arrays are padded to a multiple of kStep.
 INLINE void mixture_block(const Mixture& m, const float* x, const float* y, float* w, int count, double& phi_sum,
                           double& w_sum) {
     vf phis{}, ws{};
@@ -414,7 +412,8 @@ INLINE void mixture_gradient(const Mixture& m, const float* x, const float* w, f
         vf lq[K], q[K];
         EACH lq[k] = log_prob(x, i + k * kLanes, m.cx, m.x0, m.log_x);
         exp2_(lq, q);
-        EACH*(vf*)(g + i + k * kLanes) = (*(const vf*)(w + i + k * kLanes) - q[k] * w_sum) * factor;
+        for (int k = 0; k < K; ++k)
+            *(vf*)(g + i + k * kLanes) = (*(const vf*)(w + i + k * kLanes) - q[k] * w_sum) * factor;
     }
 }
 

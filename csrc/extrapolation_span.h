@@ -4,8 +4,6 @@ struct Sums {
     double delta_sq = 0, weight_sq = 0, nonfinite = 0;
 };
 
-constexpr int kStep = 2 * kLanes;
-
 // count ≤ kBlock elements at a, c and w; m null where there is no master. What is stored goes past the caches from
 // registers if it can, else through a buffer in the L1 cache. Whole vectors are read and written only where whole ones
 // are.

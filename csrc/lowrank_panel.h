@@ -35,10 +35,7 @@ INLINE void store_some(vf x, char* p, const int dtype, int left) {
 
 #if X86_LEVEL == 5
 // What rounding to bf16 takes off.
-INLINE vf rest_of(vf x) {
-    const vi b = bits(x);
-    return x - from_bits((b + 0x7fff + ((b >> 16) & 1)) & int(0xffff0000));
-}
+INLINE vf rest_of(vf x) { return x - (vf)(rounded(x) & 0xffff0000u); }
 
 INLINE void take(vf delta, int64_t line, int64_t place, Rests& to) {
     unsigned some = _mm512_test_epi32_mask((__m512i)delta, (__m512i)(vi{} + 0xffff));

@@ -15,12 +15,7 @@ constexpr int64_t kRows = 128, kEntries = int64_t(1) << (X86_LEVEL >= 4 ? 18 : 1
 // Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
 constexpr int64_t kTerms = 64, kPairs = 256;
 
-INLINE vu rounded(vf x) {  // to bf16 in the upper half
-    const vu b = (vu)x;
-    return b + 0x7fff + ((b >> 16) & 1);
-}
-
-INLINE vu interleaved(vf even, vf odd) { return (rounded(even) >> 16) | (rounded(odd) & 0xffff0000u); }
+INLINE vu interleaved(vf even, vf odd) { return joined(rounded(even), rounded(odd)); }
 
 template <bool half>
 INLINE vf dot(vf sum, uint32_t left, vu right) {

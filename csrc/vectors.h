@@ -49,12 +49,15 @@ INLINE vf load(const char* p, int dtype) {
     return from_bits((size >= (0x7c00 << 13) ? infinite : finite) | ((h & 0x8000) << 16));
 }
 
+// To bf16 in the upper half, to nearest even. NaN stays NaN if it came of bf16.
+INLINE vu rounded(vf x) {
+    const vu b = (vu)x;
+    return b + 0x7fff + ((b >> 16) & 1);
+}
+
 INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
     const vi b = bits(x), size = b & 0x7fffffff;
-    if (dtype == kBFloat16) {
-        const vi rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-        return __builtin_convertvector(x == x ? rounded : 0x7fc0 + vi{}, vh);
-    }
+    if (dtype == kBFloat16) return __builtin_convertvector(x == x ? (vi)(rounded(x) >> 16) : 0x7fc0 + vi{}, vh);
 #if X86_LEVEL >= 4
     return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif X86_LEVEL == 3
@@ -69,6 +72,8 @@ INLINE vh narrow(vf x, int dtype) {  // to nearest even; NaN stays NaN
 }
 
 // ---- two vectors at once
+
+constexpr int kStep = 2 * kLanes;
 
 struct Two {
     vf x[2];
@@ -94,19 +99,17 @@ INLINE void put(char* p, vf x, bool stream) {
 }
 
 // bf16 by turns, from its halves rounded in the upper bits.
-INLINE vi joined(vi even, vi odd) { return (vi)((vu)even >> 16) | (odd & ~0xffff); }
+INLINE vu joined(vu even, vu odd) { return (even >> 16) | (odd & 0xffff0000u); }
 
 // To nearest even, what was stored; by_turns, NaN must have come of bf16.
 INLINE Two store_two(char* p, const Two& g, const int dtype, const bool by_turns, bool stream) {
     if (dtype == kFloat32) return put(p, g.x[0], stream), put(p + sizeof(vf), g.x[1], stream), g;
     if (by_turns) {
-        const auto round = [](vf x) { return bits(x) + 0x7fff + ((bits(x) >> 16) & 1); };
-        const vi h = joined(round(g.x[0]), round(g.x[1]));
-        put(p, from_bits(h), stream);
-        return {{from_bits(h << 16), from_bits(h & ~0xffff)}};
+        const vu h = joined(rounded(g.x[0]), rounded(g.x[1]));
+        put(p, (vf)h, stream);
+        return {{(vf)(h << 16), (vf)(h & 0xffff0000u)}};
     }
-    for (int k = 0; k < 2; ++k)
-        *(vh_any*)(p + 2 * k * kLanes) = narrow(g.x[k], dtype == kBFloat16 ? kBFloat16 : kFloat16);
+    for (int k = 0; k < 2; ++k) *(vh_any*)(p + 2 * k * kLanes) = narrow(g.x[k], dtype);
     return load_two(p, dtype, false);
 }
 

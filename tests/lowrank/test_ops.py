@@ -94,11 +94,12 @@ def test_products_in_cpp(dtype, transposed, near, instruction_set):
                 assert distance(found, truth) <= 2 * distance(same, truth) + 2e-7
             torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-6, atol=0)
             fast = products(x, base, torch.tensor(2.0), slice(None), q, half=True)
-            # Four roundings of at most 2⁻⁹, where nothing averages.
-            assert distance(fast, 4 * exact.mT @ expected) < 8e-3
+            # Four roundings of at most 2⁻⁹, where nothing averages; without products of bf16 pairs none.
+            bar = 8e-3 if instruction_set > 1 else 2e-6
+            assert distance(fast, 4 * exact.mT @ expected) < bar
             omega, places = signs.dense(0, m, width, x.device), signs.sparse(0, m, width)
             of_signs = products(*matrix, omega, half=True, places=places)
-            assert distance(of_signs, exact.mT @ (exact @ omega.double())) < 8e-3
+            assert distance(of_signs, exact.mT @ (exact @ omega.double())) < bar
 
 
 @pytest.mark.skipif(not native() or not native().has_tiles(), reason="needs matrix tiles")
