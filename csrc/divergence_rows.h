@@ -30,7 +30,8 @@ INLINE void horner(const float (&c)[n], const vf (&x)[K], vf (&p)[K]) {
     for (int j = 0; j < n; ++j) EACH p[k] = p[k] * x[k] + c[j];
 }
 
-// 2^x, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN stays NaN.
+// 2^x for x < 128, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN
+// stays NaN. What may be larger goes through `below_overflow` first.
 template <int K>
 INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
     vf r[K], p[K];
@@ -39,13 +40,22 @@ INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
     EACH p[k] = splat(0.0018671301f);
     horner({0.0090170303f, 0.0557999131f, 0.2401644501f, 0.6931513118f, 1.0f}, r, p);
     EACH e[k] = (vf)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
-#else  // x = n + r with |r| <= ½, for x <= ~1; n is added to the exponent bits of 2^r
+#else  // x = n + r with |r| <= ½; n is added to the exponent bits of 2^r
     vf shifted[K];
     EACH shifted[k] = x[k] + 0x1.8p23f;  // rounds to an integer, left in the low bits
     EACH r[k] = x[k] - (shifted[k] - 0x1.8p23f);
     EACH p[k] = splat(0.0013264700f);
     horner({0.0096715339f, 0.0555073400f, 0.2402224176f, 0.6931469774f, 1.0f}, r, p);
     EACH e[k] = x[k] < -125.0f ? vf{} : from_bits(bits(p[k]) + (bits(shifted[k]) << 23));
+#endif
+}
+
+// AVX-512 overflows to infinity by itself; elsewhere the exponent would wrap, and 2^1000 look like 2^−24.
+INLINE vf below_overflow(vf x) {
+#if X86_LEVEL >= 4
+    return x;
+#else
+    return x > 127.0f ? splat(127.0f) : x;
 #endif
 }
 
@@ -217,6 +227,7 @@ static Part part_of(const Sums& s, const char* x, const char* y, int count) {
         vf z[4] = {at(zx.x[0], s.cx, s.x0), at(zy.x[0], s.cy, s.y0), at(zx.x[1], s.cx, s.x0), at(zy.x[1], s.cy, s.y0)},
            e[4];
         fetch_ahead(x + i * size, kStep * size), fetch_ahead(y + i * size, kStep * size);
+        for (vf& u : z) u = below_overflow(u);  // the reference may lie far below this block
         exp2_(z, e);
         for (int k = 0; k < 4; k += 2) {
             vf u = z[k], v = z[k + 1];

@@ -23,10 +23,12 @@ FLOOR = -1e4
 
 
 def _transform(logits: Tensor, scale: float, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
-    """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none) and dz/dx, in at least fp32."""
+    """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none), up to a shift of the row, and dz/dx, in at
+    least fp32. Uncapped, x comes relative to the row's largest: a product rounds by its own size, and softmax would
+    subtract the largest only after that."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not softcap:
-        return x * (scale / temperature), scale / temperature
+        return (x - x.amax(-1, keepdim=True)) * (scale / temperature), scale / temperature
     tanh = torch.tanh(x * (scale / softcap))
     return tanh * (softcap / temperature), (1 - tanh.square()) * (scale / temperature)
 

@@ -117,6 +117,15 @@ def test_unequal_vocabularies_share_their_prefix(member, Vs, Vt):
 
 @needs_kernels
 @every_route
+def test_rows_that_rise(member):
+    """Each slice's logits lie hundreds of bits above all before."""
+    rising = logits(2, 4097, spread=300.0).sort().values
+    check(rising, logits(2, 4097, seed=1), member)
+    check(logits(2, 4097, seed=1), rising, member)
+
+
+@needs_kernels
+@every_route
 def test_masked_rows_cost_nothing_and_leak_nothing(member):
     student, teacher = logits(4, 1100), logits(4, 1100, seed=1)
     mask = torch.tensor([True, False, True, False], device=DEVICE)
