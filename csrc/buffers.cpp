@@ -1,7 +1,7 @@
-// Memory for large gradients and scratch. A page touched for the first time costs more than the arithmetic that fills
+// Memory for large gradients and scratch, and for tensors read from files. A page touched for the first time costs more than the arithmetic that fills
 // it: the system clears it, and on a virtual machine the host may as well. So pages that were freed are kept for the
 // next buffer of about their size, as a GPU's caching allocator does: each step of a training loop asks for the same
-// ones. Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. A few are kept at
+// ones, each layer of a file for the same shapes. Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. A few are kept at
 // most.
 #include "tensors.h"
 
@@ -26,45 +26,55 @@ struct Pages {
     size_t bytes = 0;
 };
 
-constexpr size_t kKept = 4;  // buffers: a loss from hidden states has dW, the logits of both sides and a block of them
-
-// The one freed last at the end. Never destroyed: a tensor may be freed as late as the process's own end.
-std::mutex& idle_lock = *new std::mutex;
-std::vector<Pages>& idle = *new std::vector<Pages>;
-
 void unmap(Pages pages) {
     if (pages.data) munmap(pages.data, pages.bytes);
 }
 
-Pages take_idle(size_t bytes) {
-    std::lock_guard<std::mutex> guard(idle_lock);
-    for (size_t i = idle.size(); i-- > 0;) {
-        const Pages pages = idle[i];
-        if (pages.bytes < bytes || pages.bytes > bytes + bytes / 4 + (size_t(4) << 20)) continue;
-        idle.erase(idle.begin() + i);
-        return pages;
-    }
-    return {};
-}
+class Idle {
+   public:
+    explicit Idle(size_t kept) : kept_(kept) {}
 
-void put_idle(Pages pages) {
-    Pages oldest;
-    {
-        std::lock_guard<std::mutex> guard(idle_lock);
-        if (idle.size() == kKept) {
-            oldest = idle.front();
-            idle.erase(idle.begin());
+    Pages take(size_t bytes) {
+        std::lock_guard<std::mutex> guard(lock_);
+        for (size_t i = pages_.size(); i-- > 0;) {
+            const Pages pages = pages_[i];
+            if (pages.bytes < bytes || pages.bytes > bytes + bytes / 4 + (size_t(4) << 20)) continue;
+            pages_.erase(pages_.begin() + i);
+            return pages;
         }
-        idle.push_back(pages);
+        return {};
     }
-    unmap(oldest);
-}
 
-void release_idle() {
-    std::lock_guard<std::mutex> guard(idle_lock);
-    for (const Pages& pages : idle) unmap(pages);
-    idle.clear();
-}
+    void put(Pages pages) {
+        Pages oldest;
+        {
+            std::lock_guard<std::mutex> guard(lock_);
+            if (pages_.size() == kept_) {
+                oldest = pages_.front();
+                pages_.erase(pages_.begin());
+            }
+            pages_.push_back(pages);
+        }
+        unmap(oldest);
+    }
+
+    void release() {
+        std::lock_guard<std::mutex> guard(lock_);
+        for (const Pages& pages : pages_) unmap(pages);
+        pages_.clear();
+    }
+
+   private:
+    const size_t kept_;
+    std::mutex lock_;
+    std::vector<Pages> pages_;  // the one freed last at the end
+};
+
+// Never destroyed: a tensor may be freed as late as the process's own end. A loss from hidden states has dW, the logits
+// of both sides and a block of them; of a file a few threads each hold a tensor or two, of two sizes.
+Idle &idle_rows = *new Idle(4), &idle_reads = *new Idle(8);
+
+void release_idle() { idle_rows.release(), idle_reads.release(); }
 
 Pages map(size_t bytes) {
     constexpr size_t huge = size_t(2) << 20;  // pages of 2 MB: 512 times fewer faults
@@ -83,13 +93,14 @@ struct Rows {
     DLManagedTensor managed;
     int64_t shape[2];
     Pages pages;
+    Idle* idle;
 };
 
 // Called by whoever holds the tensor last, on any thread and with or without the GIL.
 void give_back(DLManagedTensor* managed) {
     Rows* const rows = reinterpret_cast<Rows*>(managed);
     madvise(rows->pages.data, rows->pages.bytes, MADV_FREE);
-    put_idle(rows->pages);
+    rows->idle->put(rows->pages);
     delete rows;
 }
 
@@ -98,21 +109,27 @@ void drop_capsule(PyObject* capsule) {  // of a tensor that nobody took over
         give_back(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
 }
 
-// An uninitialised (N, V) tensor as a DLPack capsule. code and bits: of the DLPack dtype.
-nb::object fresh_rows(int64_t N, int64_t V, int code, int bits) {
+nb::object fresh(Idle& idle, int64_t N, int64_t V, int code, int bits) {
     const size_t bytes = size_t(N) * V * bits / 8;
-    Pages pages = take_idle(bytes);
+    Pages pages = idle.take(bytes);
     if (!pages.data) pages = map(bytes);
-    Rows* const rows = new Rows{{}, {N, V}, pages};
+    Rows* const rows = new Rows{{}, {N, V}, pages, &idle};
     rows->managed.tensor = {pages.data, kCPU, 0, 2, uint8_t(code), uint8_t(bits), 1, rows->shape, nullptr, 0};
     rows->managed.deleter = give_back;
     return nb::steal(PyCapsule_New(rows, "dltensor", drop_capsule));
 }
 
+// An uninitialised (N, V) tensor as a DLPack capsule. code and bits: of the DLPack dtype.
+nb::object fresh_rows(int64_t N, int64_t V, int code, int bits) { return fresh(idle_rows, N, V, code, bits); }
+
+// The same of bytes (1, size).
+nb::object fresh_bytes(int64_t size) { return fresh(idle_reads, 1, size, 1, 8); }
+
 }  // namespace
 
 void bind_buffers(nb::module_& m) {
     m.def("fresh_rows", &fresh_rows);
+    m.def("fresh_bytes", &fresh_bytes);
     m.def("release_rows", &release_idle);
 }
 

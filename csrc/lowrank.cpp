@@ -157,6 +157,20 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                   half);
 }
 
+// Whether this processor's products of bf16 serve: then g (M, M) fp32 = XᵀX with exact products, and the statistics, or 0.
+bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
+                     int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics, bool full) {
+#ifdef HAS_BF16
+    if (multipliers().size() < 3) return false;
+    nb::gil_scoped_release release;
+    return bf16::gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
+                       x_pitch, b_pitch, 0, lines, length, 1},
+                      by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics), full);
+#else
+    return false;
+#endif
+}
+
 // y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.
 void gram_of_columns(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t g) {
     nb::gil_scoped_release release;
@@ -177,6 +191,7 @@ void bind_lowrank(nb::module_& m) {
     m.def("num_multipliers", [] { return multipliers().size(); });
     m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);
+    m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);
     m.def("times", &times);
 }

@@ -5,6 +5,9 @@
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
 #endif
+#if X86_LEVEL == 5
+#include "lowrank_gram.h"
+#endif
 #if X86_LEVEL == 5 && defined(ASSEMBLES_AMX)
 #include "lowrank_tiles.h"
 #endif

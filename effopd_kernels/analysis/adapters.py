@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..extrapolation.lora import CHANGES_BASE, COMPANION
+from ..lowrank.checkpoints import EVERY
 from .checkpoints import Checkpoint, listed, read_json
 
 CONFIG = "adapter_config.json"
@@ -68,12 +69,12 @@ class Adapter(Checkpoint):
                 if f.file.shapes[f.b][0][1] != rank:
                     raise UserError(f"the LoRA factors of {name} in {f.file.path} do not fit each other")
 
-    def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pair(self, name: str, base: Tensor, rows: slice = EVERY) -> tuple[Tensor, Tensor | None]:
         """As `Checkpoint.pair`; the product is fp32 on its own, without the base's rounding."""
-        product = sum(_product(f) for f in self._factors.get(name, ()))
+        product = sum(_product(f, rows) for f in self._factors.get(name, ()))
         if name in self._whole:  # an embedding under LoRA is saved with its base layer
             file, stored = self._whole[name]
-            return file.read(stored) + product, base
+            return file.read(stored, rows) + product, base
         return (product, None) if name in self._factors else (base, base)
 
     def alias(self, name: str, source: str) -> None:
@@ -118,9 +119,9 @@ class Adapter(Checkpoint):
             )
 
 
-def _product(f: Factors) -> Tensor:
-    product = f.scale * (f.file.read(f.b).float() @ f.file.read(f.a).float())
-    return product.mT.contiguous() if f.transposed else product
+def _product(f: Factors, rows: slice) -> Tensor:
+    b, a = f.file.read(f.b).float(), f.file.read(f.a).float()
+    return f.scale * (b @ a[:, rows]).mT.contiguous() if f.transposed else f.scale * (b[rows] @ a)
 
 
 def _by_pattern(pattern: dict | None, module: str, default: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
-from ..lowrank.checkpoints import open_checkpoint
+from ..lowrank.checkpoints import EVERY, open_checkpoint
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LISTED = 10  # names in an error message
@@ -60,16 +60,18 @@ class Checkpoint:
         self._stored = {plain_name(name): name for name in self._file.shapes}
         self.shapes = {name: self._file.shapes[stored] for name, stored in self._stored.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in fresh memory. Raises UserError where the file has been cut short since it was opened."""
+    def read(self, name: str, rows: slice = EVERY) -> Tensor:
+        """One tensor, or rows start:stop of it, in memory of its own. Raises UserError where the file has been cut
+        short since it was opened.
+        """
         try:
-            return self._file.read(self._stored[name])
+            return self._file.read(self._stored[name], rows)
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def pair(self, name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(a, b) with ΔW = a − b; b None stands for zero. ``base`` is the base's tensor of that name."""
-        return self.read(name), base
+    def pair(self, name: str, base: Tensor, rows: slice = EVERY) -> tuple[Tensor, Tensor | None]:
+        """(a, b) with ΔW = a − b; b None stands for zero. ``base`` is the base's tensor of that name, or rows of it."""
+        return self.read(name, rows), base
 
     def merged(self, name: str, base: Tensor) -> Tensor:
         """The weight itself, whatever it is stored as, in the base's dtype."""

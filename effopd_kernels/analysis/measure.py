@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
-from ..lowrank.decompose import Settings, decompose_group
+from ..lowrank.checkpoints import EVERY
+from ..lowrank.decompose import Settings, decompose_group, oriented
 from ..lowrank.metrics import measured
+from ..lowrank.panels import add_statistics, exact_gram
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
 from ..lowrank.types import least_rounding, triplets
@@ -30,9 +32,12 @@ from .roles import Role, role_of
 OVERSAMPLE = 32  # a third less time than the default of `Settings`; what it costs is inside the error bars
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
 MOST_STEPS = 24
+GRAM_SIDE = 1536  # shorter sides up to which the Gram in bf16 costs less than the products that it stands for
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
-ROWS = 1 << 7  # tokens at a time, which stay in cache
+BLOCK = 1 << 21  # entries of a tensor at a time, of which norms alone are wanted
+ROWS = 1 << 7  # tokens of those
+TOKEN_COLUMNS = ("shift", "relative_shift", "cosine")
 
 
 class Options(NamedTuple):
@@ -64,38 +69,11 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
     Args:
         embedding: it is the token embedding; every row is measured in the last checkpoint of every trajectory.
     """
-    found, role = Measured(name), role_of(name)
-    base = comparison.base.read(name).to(options.device)
-    spectral = role.part in ("attention", "mlp") and base.ndim >= 2 and min(base.shape[-2:]) > 1
-    first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
-    for trajectory, checkpoints in comparison.trajectories.items():
-        last, finals = len(checkpoints) - 1, []
-        for position in (last, *range(last)):  # the last first: the others' subspaces are held against its
-            a, b = _pair(checkpoints[position], name, base, options.device)
-            where = {
-                "trajectory": trajectory,
-                "checkpoint": checkpoints[position].label,
-                "step": checkpoints[position].step,
-                "progress": comparison.progress[trajectory][position],
-            }
-            if embedding and position == last:
-                found.tokens[trajectory] = _tokens(a, b, base)
-            if not spectral:
-                found.rows.append({**where, **_named(name, role, base), **_norms(a, b), "weight_norm": _norm(base)})
-                continue
-            for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
-                named = _named(label, place, x)
-                svd, spectrum, row = _spectrum(x, y, options)
-                found.rows.append({**where, **named, **row, "weight_norm": _norm(w)})
-                if position == last:
-                    finals.append(svd)
-                if row["non_finite"] or row["update_norm"] == 0:
-                    continue
-                found.energy.append((trajectory, position, role.type, _energy(spectrum, min(x.shape), row)))
-                found.alignment += [{**where, **named, **r} for r in _alignment(svd, finals[i], options.ks)]
-                first.setdefault(trajectory, {}).setdefault(position, {})[i] = svd.U[:, 0].float().cpu()
-    if spectral:
-        found.directions = _directions(comparison, first)
+    role, shape = role_of(name), comparison.base.shapes[name][0]
+    spectral = role.part in ("attention", "mlp") and len(shape) >= 2 and min(shape[-2:]) > 1
+    found = (
+        _spectra(comparison, name, role, options) if spectral else _sizes(comparison, name, role, options, embedding)
+    )
     for row in found.rows:
         row["relative_update"] = relative(row["update_norm"], row["weight_norm"])
         if math.isnan(row["weight_norm"]):  # the base's fault: `Findings` says so
@@ -103,13 +81,83 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
     return found
 
 
+def _spectra(comparison: Comparison, name: str, role: Role, options: Options) -> Measured:
+    found, base = Measured(name), comparison.base.read(name).to(options.device)
+    first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
+    for trajectory, checkpoints in comparison.trajectories.items():
+        last, finals = len(checkpoints) - 1, []
+        for position in (last, *range(last)):  # the last first: the others' subspaces are held against its
+            a, b = _pair(checkpoints[position], name, base, options.device)
+            where = _where(comparison, trajectory, position)
+            for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
+                named = _named(label, place, x)
+                svd, spectrum, row = _spectrum(x, y, options)
+                found.rows.append(
+                    {**where, **named, **row, "weight_norm": _norms(_statistics(w, None), w)["update_norm"]}
+                )
+                if position == last:
+                    finals.append(svd)
+                if row["non_finite"] or row["update_norm"] == 0:
+                    continue
+                found.energy.append((trajectory, position, role.type, _energy(spectrum, min(x.shape), row)))
+                found.alignment += [{**where, **named, **r} for r in _alignment(svd, finals[i], options.ks)]
+                first.setdefault(trajectory, {}).setdefault(position, {})[i] = svd.U[:, 0].float().cpu()
+    found.directions = _directions(comparison, first)
+    return found
+
+
+def _sizes(comparison: Comparison, name: str, role: Role, options: Options, embedding: bool) -> Measured:
+    """Norms alone, and every token's, from blocks of rows that are read in all checkpoints while they are in cache."""
+    shape, checkpoints = comparison.base.shapes[name][0], comparison.checkpoints()
+    like = torch.empty(shape, device="meta")
+    totals = torch.zeros(1 + len(checkpoints), 5, dtype=torch.float64, device=options.device)
+    tokens: dict[str, list[Tensor]] = {}
+    for rows in _blocks(shape):
+        base = comparison.base.read(name, rows).to(options.device)
+        add_statistics(totals[0], _statistics(base, None))
+        for total, (trajectory, position, checkpoint) in zip(totals[1:], checkpoints, strict=True):
+            a, b = _pair(checkpoint, name, base, options.device, rows)
+            add_statistics(total, _statistics(a, b))
+            if embedding and position == len(comparison.trajectories[trajectory]) - 1:
+                tokens.setdefault(trajectory, []).append(_tokens(a, b, base))
+    weight_norm = _norms(totals[0], like)["update_norm"]
+    return Measured(
+        name,
+        [
+            {**_where(comparison, *at), **_named(name, role, like), **_norms(total, like), "weight_norm": weight_norm}
+            for total, (*at, _) in zip(totals[1:], checkpoints, strict=True)
+        ],
+        tokens={t: dict(zip(TOKEN_COLUMNS, torch.cat(parts, 1), strict=True)) for t, parts in tokens.items()},
+    )
+
+
+def _blocks(shape: tuple[int, ...]) -> list[slice]:
+    """Rows together, all of them where there are no rows."""
+    if len(shape) < 2 or 0 in shape:
+        return [EVERY]
+    step = max(1, BLOCK * shape[0] // math.prod(shape))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def _where(comparison: Comparison, trajectory: str, position: int) -> dict[str, Any]:
+    checkpoint = comparison.trajectories[trajectory][position]
+    return {
+        "trajectory": trajectory,
+        "checkpoint": checkpoint.label,
+        "step": checkpoint.step,
+        "progress": comparison.progress[trajectory][position],
+    }
+
+
 def relative(update: float, weight: float) -> float:
     """‖ΔW‖ / ‖W‖; infinite where W is zero, unless it still is."""
     return update / weight if weight else update * math.inf if update else 0.0
 
 
-def _pair(checkpoint: Checkpoint, name: str, base: Tensor, device: str | None) -> tuple[Tensor, Tensor | None]:
-    a, b = checkpoint.pair(name, base)
+def _pair(
+    checkpoint: Checkpoint, name: str, base: Tensor, device: str | None, rows: slice = EVERY
+) -> tuple[Tensor, Tensor | None]:
+    a, b = checkpoint.pair(name, base, rows)
     return a.to(device), None if b is None else b.to(device)
 
 
@@ -134,18 +182,19 @@ def _named(name: str, role: Role, like: Tensor) -> dict[str, Any]:
     }
 
 
-def _norm(w: Tensor) -> float:
-    return _norms(w, None, full=False)["update_norm"]
-
-
-def _norms(a: Tensor, b: Tensor | None, full: bool = True) -> dict[str, Any]:
-    """The update's norm and what is wrong with it, for any shape; the share that did not move only when ``full``."""
+def _statistics(a: Tensor, b: Tensor | None) -> Tensor:
+    """Those of `ops.stats` (5,), in full, for any shape."""
     x, y = (None if t is None else t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
-    squares, largest, unchanged, _, bad = ops.stats([x], [] if y is None else [y], full)[0].tolist()
+    return ops.stats([x], [] if y is None else [y], True)[0]
+
+
+def _norms(statistics: Tensor, like: Tensor) -> dict[str, Any]:
+    """The update's norm, the share that did not move, and what is wrong with it."""
+    squares, largest, unchanged, _, bad = statistics.tolist()
     bad = int(bad) or int(not math.isfinite(largest))
     return {
         "update_norm": math.nan if bad else math.sqrt(squares),
-        "unchanged_fraction": unchanged / a.numel(),
+        "unchanged_fraction": unchanged / like.numel(),
         "non_finite": bad,
     }
 
@@ -155,12 +204,15 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     n, m = max(a.shape), min(a.shape)
     settings = Settings(min(options.rank, m), OVERSAMPLE, 2, None, options.seed, None)
     statistics = torch.empty(1, 5, dtype=torch.float64, device=a.device)
-    svd = RSVD(*(field[0] for field in decompose_group([a], [] if b is None else [b], settings, statistics)[0]))
     exact = options.exact or choose(n, m, options.rank, settings.width(m), a.device) == "exact"
+    known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics[0], True)
+    group = [a], [] if b is None else [b]
+    found, _ = decompose_group(*group, settings, statistics, None if known is None else known.unsqueeze(0))
+    svd = RSVD(*(field[0] for field in found))
     top = triplets(options.top_fraction, m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
-    spectrum, metrics = measured(a, b, top, sampling, svd, statistics[0])
+    spectrum, metrics = measured(a, b, top, sampling, svd, statistics[0], known)
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:
@@ -183,6 +235,11 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     for name in ("participation_ratio", "rank_above_noise"):
         row.pop(f"{name} error", None)
     return svd, spectrum, row
+
+
+def _tall(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    tall = a.shape[0] >= a.shape[1]
+    return oriented(a, tall), None if b is None else oriented(b, tall)
 
 
 def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) -> tuple[float, float, float]:
@@ -262,9 +319,9 @@ def _directions(comparison: Comparison, first: dict[str, dict[int, dict[int, Ten
     return products
 
 
-def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
-    """Per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0), each (V,) fp64. Of a row that was zero and no longer is the
-    second is infinite; of one that was or became zero the third is NaN.
+def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> Tensor:
+    """`TOKEN_COLUMNS` (3, V) fp64: per token ‖Δe‖, ‖Δe‖/‖e‖ and cos(e_t, e_0). Of a row that was zero and no longer is
+    the second is infinite; of one that was or became zero the third is NaN.
 
     1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
     """
@@ -281,6 +338,5 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> dict[str, Tensor]:
         still = shift == 0
         cosine = 1 - torch.where(still, 0.0, (shift.square() - (after - length).square()) / both)
         ratio = torch.where(still, 0.0, shift / length)
-        parts.append(torch.stack([shift, ratio, cosine.clamp(-1, 1)]).cpu())
-    shift, ratio, cosine = torch.cat(parts, 1)
-    return {"shift": shift, "relative_shift": ratio, "cosine": cosine}
+        parts.append(torch.stack([shift, ratio, cosine.clamp(-1, 1)]))
+    return torch.cat(parts, 1).cpu()

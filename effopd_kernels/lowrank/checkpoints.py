@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..native import native
+
+EVERY = slice(None)
 _MAPPED_FROM = 1 << 20  # bytes
 _DTYPES = {
     "F64": torch.float64,
@@ -47,6 +50,13 @@ class Entry(NamedTuple):
     start: int
     stop: int
 
+    def part(self, rows: slice) -> "Entry":
+        start, stop, _ = rows.indices(self.shape[0])
+        each = (self.stop - self.start) // self.shape[0]
+        return self._replace(
+            shape=(stop - start, *self.shape[1:]), start=self.start + start * each, stop=self.start + stop * each
+        )
+
 
 class MappingCheckpoint:
     """Tensors already in memory, in the mapping's order."""
@@ -59,8 +69,8 @@ class MappingCheckpoint:
         self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self.devices = {t.device for t in tensors.values()}
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+    def read(self, name: str, rows: slice = EVERY) -> Tensor:
+        return self._tensors[name].detach()[rows] if rows != EVERY else self._tensors[name].detach()
 
 
 class FileCheckpoint:
@@ -80,8 +90,11 @@ class FileCheckpoint:
                 self._entries[name] = entry
         self.shapes = {name: (entry.shape, entry.dtype) for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice = EVERY) -> Tensor:
+        """The tensor, or those of its first dimension, start:stop, that are asked for."""
         entry = self._entries[name]
+        if rows != EVERY:
+            entry = entry.part(rows)
         raw = _pages(entry.stop - entry.start)
         view, done = memoryview(raw.numpy()), 0
         with open(entry.path, "rb", buffering=0) as file:
@@ -95,9 +108,11 @@ class FileCheckpoint:
 
 
 def _pages(size: int) -> Tensor:
-    """Uninitialised bytes that go back to the system with the tensor: among the small blocks of several threads,
-    malloc may keep twice as much as is in use.
+    """Uninitialised bytes. Among the small blocks of several threads malloc may keep twice as much as is in use, so
+    large ones are the extension's, which has the pages of the last few that were freed, or go back to the system.
     """
+    if size >= _MAPPED_FROM and hasattr(native(), "fresh_bytes"):
+        return torch.from_dlpack(native().fresh_bytes(size))[0]
     if size < _MAPPED_FROM or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, orth, routes, signs
-from .difference import Difference
+from .difference import Difference, resolves
 from .types import ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
 
@@ -73,14 +73,20 @@ def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD,
 
 
 def decompose_group(
-    x: list[Tensor], base: list[Tensor], settings: Settings, statistics: Tensor | None = None
+    x: list[Tensor],
+    base: list[Tensor],
+    settings: Settings,
+    statistics: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[RSVD, Rest]:
     """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,).
 
-    ``statistics`` (B, 5) fp64: where those of `ops.stats` are put, in full, from the same reading as the first pass.
+    Args:
+        statistics: (B, 5) fp64, where those of `ops.stats` are put, in full, from the same reading as the first pass.
+        known: (B, M, M), the Gram on the short side, from a reading that has filled in ``statistics``.
     """
     tall = x[0].shape[0] >= x[0].shape[1]
-    pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base])
+    pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base], known=known)
     if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
         if statistics is not None:
             statistics.copy_(ops.stats(pair.x, pair.base, True))
@@ -94,7 +100,9 @@ def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) ->
     (n, m), k, full = x.x[0].shape, settings.rank, wanted is not None
     route = settings.route or routes.choose(n, m, k, settings.width(m), x.x[0].device)
     start = None
-    if k and route == "subspace" and settings.power_iters:
+    if x.known is not None:
+        statistics = wanted
+    elif k and route == "subspace" and settings.power_iters:
         start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, full, True)
     else:
         statistics = ops.stats(x.x, x.base, full)
@@ -131,11 +139,38 @@ def _factor(
     """The SVD of nonzero, finite x, scaled to where fp32 can square entries."""
     scale = power_of_two(largest)
     if (scale != 1).any():
-        start = None  # was taken of the unscaled ones
+        start, x = None, replace(x, known=None)  # were taken of the unscaled ones
     x = replace(x, scale=scale)
+    if x.known is not None:
+        found = _from_gram(x, frobenius, settings)
+        if found is not None:
+            return found
+        x = replace(x, known=None)
     q = _first_basis(x, start, route, settings)
     svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=route != "exact")
     return _unscaled(svd, rest, scale, settings.kept(settings.width(x.x[0].shape[1])) - settings.rank)
+
+
+def _from_gram(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD, Rest] | None:
+    """Rayleigh–Ritz in a right subspace V, as cheap iterations with G = XᵀX leave it: X V = U S by construction, and
+    Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k.
+    """
+    k, width = settings.rank, settings.width(x.x[0].shape[1])
+    q = orth.basis(x.gram_apply(_omega(x, width, settings)))
+    q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))
+    u, s, w = orth.svd_of_tall(x.apply(q), k)
+    v, leading, eps = orth.times(q, w.double()), s[:, :k], torch.finfo(q.dtype).eps
+    if not resolves(frobenius, leading[:, -1]).all():
+        return None
+    v, further = v[..., :k].contiguous(), v[..., k:]
+    gap = torch.addcmul(x.gram_apply(v), v, leading.square().to(v.dtype).unsqueeze(-2), value=-1)
+    rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
+    rho = (gap.double().square().sum(-2).sqrt() + rounding * frobenius.unsqueeze(-1)) / leading + rounding
+    svd = RSVD(
+        u, leading.to(u.dtype), v.mT, _residual_norm(x, u, leading.to(u.dtype), v, frobenius, eps), frobenius, rho,
+        _flags(s, k, rounding, torch.ones(len(s), dtype=torch.bool, device=s.device)),
+    )  # fmt: skip
+    return svd, Rest(s[:, k:].to(u.dtype), further)
 
 
 def with_signs(svd: RSVD) -> RSVD:
@@ -208,14 +243,18 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
 
     v, further = v[..., :k], v[..., k:]
     residual = _residual_norm(x, u, leading.to(u.dtype), v, frobenius, eps)
+    svd = RSVD(u, leading.to(u.dtype), v.mT, residual, frobenius, rho, _flags(s, k, rounding, met))
+    return svd, Rest(s[:, k:].to(u.dtype), further)
+
+
+def _flags(s: Tensor, k: int, rounding: Tensor, met: Tensor) -> Tensor:
     flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
     flags[~met] |= int(Flag.TOL_NOT_MET)
-    deficient = leading[:, -1] <= rounding[:, 0]
+    deficient = s[:, k - 1] <= rounding[:, 0]
     flags[deficient] |= int(Flag.RANK_DEFICIENT)
     if s.shape[-1] > k:
-        flags[~deficient & (s[:, k] > 0.999 * leading[:, -1])] |= int(Flag.CLUSTERED)
-    svd = RSVD(u, leading.to(u.dtype), v.mT, residual, frobenius, rho, flags)
-    return svd, Rest(s[:, k:].to(u.dtype), further)
+        flags[~deficient & (s[:, k] > 0.999 * s[:, k - 1])] |= int(Flag.CLUSTERED)
+    return flags
 
 
 def _ritz(x: Difference, q: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

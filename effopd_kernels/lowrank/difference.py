@@ -7,15 +7,26 @@ from torch import Tensor
 
 from . import ops
 from .panels import over_panels
+from .types import least_rounding
+
+
+def resolves(frobenius: Tensor, s: Tensor) -> Tensor:
+    """Whether σ of a matrix of this Frobenius norm come out of its Gram in fp32: rounding moves σ² by `ROUNDING` ε ‖X‖²
+    at the most, by a hundredth of that where it averages out.
+    """
+    return s.square() >= 64 * least_rounding(frobenius.square(), torch.float32)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """B differences of N × M views. ``scale`` is a (B,) tensor of powers of two, or None for 1."""
+    """B differences of N × M views. ``scale`` is a (B,) tensor of powers of two, or None for 1. ``known`` (B, M, M) is
+    (x − base)ᵀ(x − base) where it was taken, and stands for two products with the pair.
+    """
 
     x: list[Tensor]
     base: list[Tensor]
     scale: Tensor | None = None
+    known: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -24,7 +35,7 @@ class Difference:
 
     @property
     def mT(self) -> "Difference":
-        return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base])
+        return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base], known=None)
 
     def apply(self, q: Tensor, fast: bool = False) -> Tensor:
         """X Q, (B, N, L)."""
@@ -32,6 +43,9 @@ class Difference:
 
     def gram_apply(self, q: Tensor, fast: bool = False) -> Tensor:
         """XᵀX Q, (B, M, L)."""
+        if self.known is not None:
+            z = ops.skinny(list(self.known), [], q, None, False)
+            return z if self.scale is None else z.mul_(self.scale.square().to(z.dtype)[:, None, None])
         return ops.gram_apply(self.x, self.base, q, self.scale, fast)
 
     def project(self, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,14 +102,17 @@ def measured(
     sampling: Sampling | None = None,
     svd: RSVD | None = None,
     statistics: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Spectrum, dict[str, Tensor]]:
     """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
 
     With ``sampling`` the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
-    sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, where they are known.
+    sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, and ``known`` (M, M) the Gram
+    on the short side, where they were taken.
     """
     tall = x.shape[0] >= x.shape[1]
-    difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)])
+    known = None if known is None else known.unsqueeze(0)
+    difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)], known=known)
     if statistics is None:
         statistics = ops.stats(difference.x, difference.base, True)[0]
     usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0

@@ -60,9 +60,14 @@ def over_rows(
     for part, found in (shared_out if x.device.type == "cpu" else map)(run, split(x)):
         total = part if total is None else total.add_(part)
         if found is not None:
-            largest = torch.maximum(statistics[1], found[1])
-            statistics.add_(found)[1] = largest
+            add_statistics(statistics, found)
     return total
+
+
+def add_statistics(to: Tensor, found: Tensor) -> None:
+    """Those of further rows (5,) to those of the rows before."""
+    largest = torch.maximum(to[1], found[1])
+    to.add_(found)[1] = largest
 
 
 def split(x: Tensor) -> list[slice]:
@@ -131,6 +136,21 @@ def products(
         0 if places is None else places.shape[1], full, half, instruction_set,
     )  # fmt: skip
     return z[: q.shape[0], : q.shape[1]] if want_z else None
+
+
+def exact_gram(x: Tensor, base: Tensor | None, statistics: Tensor | None = None, full: bool = False) -> Tensor | None:
+    """(x − base)ᵀ(x − base) (M, M), exactly symmetric, fp32 sums of exact products: of bf16 matrices whose differences
+    bf16 holds, but for some in a thousand; None for others, and without dot products of bf16. ``statistics`` as in
+    :func:`panel`.
+    """
+    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype):
+        return None
+    g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
+    taken = native().difference_gram(
+        *_sources(x, base), *_lines(x), _by_column(x), g.data_ptr(),
+        0 if statistics is None else statistics.data_ptr(), full,
+    )  # fmt: skip
+    return g if taken else None
 
 
 def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:

@@ -16,13 +16,14 @@ Shape legend: M short side; P probes; T steps; K leading triplets.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .decompose import Settings, decompose_group
-from .difference import Difference
+from .difference import Difference, resolves
 from .types import RSVD, least_rounding
 
 FAILURE = 1e-9  # probability that `Spectrum.rest_norm` is not a bound
@@ -91,7 +92,8 @@ def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None
     if k == m:
         return Spectrum(s)
     scale = torch.exp2(-s[:1].log2().floor())
-    x = Difference(x.x, x.base, scale)
+    mean_rest = ((svd.frobenius_norm.square() - s.square().sum()).clamp_min(0) / (m - k)).sqrt()
+    x = replace(x, scale=scale, known=x.known if resolves(svd.frobenius_norm, mean_rest) else None)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(m, probes, generator=generator, dtype=torch.float32, device="cpu").to(v.device, v.dtype)
     rules, squares = _lanczos(x, v, z, least, min(most, m - k))

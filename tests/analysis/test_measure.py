@@ -105,8 +105,8 @@ def test_small_turns_of_a_token_are_resolved():
     """cos = 1 − 5e-9 would be 1 ± 1e-7 from unit vectors in fp32."""
     base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     current = torch.tensor([[1.0, 1e-4], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    tokens = _tokens(current, base, base)
-    assert tokens["shift"].tolist() == pytest.approx([1e-4, 1.0, 0.0, 1.0, 1.0])
-    assert tokens["relative_shift"].tolist() == pytest.approx([1e-4, 0.5, 0.0, math.inf, 1.0])
-    assert 1 - float(tokens["cosine"][0]) == pytest.approx(5e-9, rel=0.01)
-    assert tokens["cosine"][1:3].tolist() == [1.0, 1.0] and tokens["cosine"][3:].isnan().all()
+    shift, relative, cosine = _tokens(current, base, base)
+    assert shift.tolist() == pytest.approx([1e-4, 1.0, 0.0, 1.0, 1.0])
+    assert relative.tolist() == pytest.approx([1e-4, 0.5, 0.0, math.inf, 1.0])
+    assert 1 - float(cosine[0]) == pytest.approx(5e-9, rel=0.01)
+    assert cosine[1:3].tolist() == [1.0, 1.0] and cosine[3:].isnan().all()

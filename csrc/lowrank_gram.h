@@ -1,0 +1,145 @@
+// G = XᵀX of a difference X of bf16 matrices, with fp32 sums of exact products: X is taken in bf16 as it is, if it is what
+// bf16 weights changed by (a few units in their last place), all but some in a hundred, whose rests are added one by one.
+// Included after lowrank_products.h.
+//
+// A block of X is written as pairs of rows, which the contraction meets one after the other; both operands of a tile are
+// columns of it, so one order serves. Their sums gather in the upper triangle of F. A rest r of X's entry (k, j) adds
+// r · X[k] to row j of A, whose sums stay small, and G = F + A + Aᵀ.
+
+constexpr int64_t kGramEntries = int64_t(1) << 18;  // of a block of X: half of a core's own cache
+constexpr int kGramRows = 6;                        // of a tile, and kStrip vectors of columns
+const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Adds the sums of kGramRows rows from i on and of C vectors of columns from j on to F; where `crosses` the diagonal
+// does, only from there on.
+template <int C>
+INLINE void gram_tile(const uint32_t* pairs, int64_t pitch, int64_t count, int64_t i, int64_t j, float* f,
+                      int64_t f_pitch, bool crosses) {
+    for (int r = 0; r < kGramRows; ++r)
+        for (int c = 0; c < C; ++c) __builtin_prefetch(f + (i + r) * f_pitch + j + c * kLanes, 1);
+    const auto add = [&](int64_t row, int c, vf sums) __attribute__((always_inline)) {
+        vf_any* const to = (vf_any*)(f + row * f_pitch + j + c * kLanes);
+        const vi kept = lanes >= (crosses ? int(row - j) - c * kLanes : 0);
+        *to += kept ? sums : vf{};
+    };
+    tile<true, kGramRows, C>({pairs + i, 1, pitch}, pairs + j, pitch, count,
+                             [&](int r, const vf* even, const vf* odd) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                                 for (int c = 0; c < C; ++c) add(i + r, c, even[c]), add(i + r + 1, c, odd[c]);
+                             });
+}
+
+// Where X is written for the tiles.
+struct Pairs {
+    uint32_t* at;
+    int64_t pitch;
+    // Both of a pair, as floats: an even row in the lower half of an element.
+    vf row(int64_t k, int64_t column) const {
+        const vu both = *(const vu_any*)(at + k / 2 * pitch + column);
+        return (vf)(k % 2 ? both & 0xffff0000u : both << 16);
+    }
+};
+
+// Whether it was taken: not where X is not what `exact` says. g (M, M), contiguous.
+static bool gram(const Panel& x, bool by_column, float* g, double* statistics, bool full) {
+    if (x.x_dtype != kBFloat16 || (x.b && x.b_dtype != kBFloat16)) return false;
+    const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
+    const int64_t n = by_column ? x.length : x.lines, m = by_column ? x.lines : x.length;
+    const int64_t width = up(m, kLanes), height = up(m, kGramRows), tall = std::max(width, height);
+    const int64_t step = std::max<int64_t>(32, std::min<int64_t>(256, kGramEntries / width / 32 * 32));
+    const int64_t lines = by_column ? width : step, longest = by_column ? step : width;
+    // Odd numbers of cache lines, so that lines fall into all sets of a cache.
+    const int64_t line_pitch = (up(longest, 32) / 32 | 1) * 32, pitch = (up(tall, 16) / 16 | 1) * 16;
+    uint32_t* const written = scratch(lines * line_pitch / 2 + step / 2 * pitch + tall * width + width * width);
+    const Pairs pairs{written + lines * line_pitch / 2, pitch};
+    float *const f = (float*)(pairs.at + step / 2 * pitch), *const a = f + tall * width;
+    memset(pairs.at, 0, step / 2 * pitch * 4);
+    memset(f, 0, (tall + width) * width * 4);
+
+    Statistics sums;
+    Rests rests{{}, 0};
+    for (int64_t start = 0; start < n; start += step) {
+        const int64_t rows = std::min(step, n - start), count = (rows + 1) / 2;
+        Panel block = x;
+        (by_column ? block.length : block.lines) = rows;
+        block.x += (by_column ? start : start * x.x_pitch) * 2;
+        if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
+        block.out = (char*)written, block.out_dtype = kBFloat16, block.out_pitch = line_pitch;
+        block.rests = &rests;
+        rests.held.clear(), rests.most = size_t(rows * m / 128);
+        write_lines(block, sums, statistics, full);
+        if (rests.held.size() > rests.most) return false;
+        if (rows % 2) {  // the last row's pair
+            uint16_t* const to = (uint16_t*)written;
+            if (by_column)
+                for (int64_t line = 0; line < m; ++line) to[line * line_pitch + rows] = 0;
+            else memset(to + rows * line_pitch, 0, m * 2);
+        }
+        if (by_column) {
+            for (int64_t k = 0; k < count; k += kLanes)
+                for (int64_t c = 0; c < m; c += kLanes) {
+                    vu of[kLanes] = {};
+                    for (int64_t i = 0; i < std::min<int64_t>(kLanes, m - c); ++i)
+                        of[i] = *(const vu_any*)(written + (c + i) * line_pitch / 2 + k);
+                    transpose(of);
+                    for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - k); ++i)
+                        *(vu_any*)(pairs.at + (k + i) * pitch + c) = of[i];
+                }
+        } else {
+            for (int64_t k = 0; k < count; ++k)
+                for (int64_t c = 0; c < m; c += kLanes) {
+                    const uint16_t* const at = (const uint16_t*)written + 2 * k * line_pitch + c;
+                    const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
+                    const vu odd = __builtin_convertvector(*(const vh_any*)(at + line_pitch), vu);
+                    *(vu_any*)(pairs.at + k * pitch + c) = even | odd << 16;
+                }
+            if (m % kLanes)
+                for (int64_t k = 0; k < count; ++k) memset(pairs.at + k * pitch + m, 0, (width - m) * 4);
+        }
+
+        for (int64_t j = 0; j < width; j += kStrip * kLanes)
+            for (int64_t i = 0; i < std::min(height, j + kStrip * kLanes); i += kGramRows) {
+                const int vectors = int(std::min<int64_t>(kStrip, (width - j) / kLanes));
+                const bool crosses = i + kGramRows > j;
+                if (vectors == 4) gram_tile<4>(pairs.at, pitch, count, i, j, f, width, crosses);
+                if (vectors == 3) gram_tile<3>(pairs.at, pitch, count, i, j, f, width, crosses);
+                if (vectors == 2) gram_tile<2>(pairs.at, pitch, count, i, j, f, width, crosses);
+                if (vectors == 1) gram_tile<1>(pairs.at, pitch, count, i, j, f, width, crosses);
+            }
+
+        const auto row_of = [&](const Rests::Entry& x) { return by_column ? x.place : x.line; };
+        const auto column_of = [&](const Rests::Entry& x) { return by_column ? x.line : x.place; };
+        std::sort(rests.held.begin(), rests.held.end(),
+                  [&](const auto& x, const auto& y) { return row_of(x) < row_of(y); });
+        for (auto x = rests.held.begin(), first = x; x != rests.held.end(); ++x) {
+            const int64_t k = row_of(*x), j = column_of(*x);
+            if (row_of(*first) != k) first = x;
+            float* const to = a + j * width;
+            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * pairs.row(k, c);
+            to[j] += x->value * x->value / 2;
+            for (auto y = first; y != x; ++y) to[column_of(*y)] += x->value * y->value;  // two rests of a row
+        }
+    }
+    const auto put = [&](int64_t i, int64_t j, const vu rows[kLanes]) {
+        for (int64_t r = 0; r < std::min<int64_t>(kLanes, m - i); ++r)
+            store_some((vf)rows[r], (char*)(g + (i + r) * m + j), kFloat32, int(std::min<int64_t>(kLanes, m - j)));
+    };
+    for (int64_t i = 0; i < m; i += kLanes)
+        for (int64_t j = i; j < m; j += kLanes) {
+            vu sums[kLanes], mirrored[kLanes];
+            for (int64_t r = 0; r < kLanes; ++r) mirrored[r] = *(const vu_any*)(a + (j + r) * width + i);
+            transpose(mirrored);
+            for (int64_t r = 0; r < kLanes; ++r) {
+                const int64_t place = (i + r) * width + j;
+                sums[r] = (vu)(*(const vf_any*)(f + place) + (*(const vf_any*)(a + place) + (vf)mirrored[r]));
+                mirrored[r] = sums[r];
+            }
+            transpose(mirrored);
+            if (i == j)  // only the upper half of these holds
+                for (int64_t r = 0; r < kLanes; ++r) sums[r] = lanes < int(r) ? mirrored[r] : sums[r];
+            put(i, j, sums);
+            if (i != j) put(j, i, mirrored);
+        }
+    if (statistics) write_statistics(sums, x.x_dtype, statistics);
+    return true;
+}

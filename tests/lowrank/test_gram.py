@@ -1,0 +1,124 @@
+"""The Gram of a bf16 pair by dot products of bf16 pairs, and what is taken from it instead of from the pair."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lowrank import matrices
+
+from effopd_kernels.lowrank import RSVD, Flag, ops
+from effopd_kernels.lowrank.decompose import Settings, decompose_group, oriented
+from effopd_kernels.lowrank.difference import Difference
+from effopd_kernels.lowrank.panels import exact_gram
+from effopd_kernels.lowrank.slq import Sampling, sampled_spectrum
+from effopd_kernels.lowrank.types import least_rounding
+from effopd_kernels.native import native
+
+pytestmark = pytest.mark.skipif(not native() or native().num_multipliers() < 3, reason="needs dot products of bf16")
+
+
+def of_pair(a, b, settings):
+    """(svd, its statistics, its Gram)."""
+    statistics = torch.zeros(1, 5, dtype=torch.float64)
+    tall = a.shape[0] >= a.shape[1]
+    g = exact_gram(oriented(a, tall), oriented(b, tall), statistics[0], True)
+    svd, _ = decompose_group([a], [b], settings, statistics, None if g is None else g.unsqueeze(0))
+    return RSVD(*(field[0] for field in svd)), statistics, g
+
+
+def assert_gram(found, x, base, statistics):
+    n = len(x)
+    exact = x.double() - (0 if base is None else base.double())
+    assert torch.equal(found, found.mT)
+    same = exact.float().mT @ exact.float()
+    error, bar = ((g.double() - exact.mT @ exact).norm() for g in (found, same))
+    assert error <= 2 * bar + least_rounding(exact.square().sum(), torch.float32)
+    assert n < 1000 or error <= 2 * bar
+    torch.testing.assert_close(statistics, ops.stats([x], [] if base is None else [base], True)[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (40, 17), (257, 64), (700, 65), (513, 100), (1301, 300), (90, 1025)])
+def test_gram(shape, pair, transposed):
+    """Sizes that cross blocks, tiles and strips raggedly, lines apart, and rests that meet in a row."""
+    n, m = shape
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(m if transposed else n, (n if transposed else m) + 5, generator=generator).bfloat16()
+    x = (base.float() + 2**-8 * torch.randn(base.shape, generator=generator)).bfloat16() if pair else base
+    x, base = (v[:, 3:-2].T if transposed else v[:, 3:-2] for v in (x, base))
+    if pair:  # differences that bf16 would round, two in each of some rows
+        x[: n // 2 : 8, :2], base[: n // 2 : 8, :2] = 1.0, 2**-9 * 1.5
+    statistics = torch.zeros(5, dtype=torch.float64)
+    found = exact_gram(x, base if pair else None, statistics, True)
+    if pair and m < 64 and n > 1:  # too many of them
+        assert found is None
+    else:
+        assert_gram(found, x, base if pair else None, statistics)
+
+
+def test_differences_that_bf16_would_round_are_refused():
+    x, base = torch.randn(300, 40).bfloat16(), torch.randn(300, 40).bfloat16()
+    assert exact_gram(x, base) is None
+    assert exact_gram(x, x) is not None
+    assert exact_gram(x.float(), None) is None and exact_gram(x, x.half()) is None
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_non_finite_entries_are_counted(poison):
+    base = torch.randn(300, 80).bfloat16()
+    x = base.clone()
+    x[7, 5] = poison
+    svd, statistics, _ = of_pair(x, base, Settings(8, None, 2, None, 0, None))
+    assert statistics[0, ops.NON_FINITE] == 1 and svd.flags == int(Flag.NON_FINITE) and svd.U.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1400, 640), (640, 1400), (600, 600)])
+@pytest.mark.parametrize(("rank", "ratio"), [(64, 1e-3), (64, 1e-2), (300, 3e-3)])
+def test_a_decomposition(shape, rank, ratio):
+    a, b = matrices.bf16_pair(*shape, rank, ratio)
+    svd, _, g = of_pair(a, b, Settings(32, None, 2, None, 0, None))
+    assert g is not None
+    exact = a.double() - b.double()
+    matrices.assert_certified(svd, exact)
+    s = torch.linalg.svdvals(exact)[:32]
+    usual = decompose_group([a], [b], Settings(32, None, 2, None, 0, None))[0]
+    errors = [((s - found.double()) / s).abs().max() for found in (svd.S, usual.S[0])]
+    assert errors[0] <= 1.5 * errors[1] + 1e-5
+    assert svd.triplet_residual.max() < 2 * usual.triplet_residual[0].max() + 1e-3 * s[0]
+
+
+def test_what_rounding_would_swamp_is_taken_from_the_pair():
+    """Of an update of rank 4 the Gram in fp32 knows no fifth σ."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.zeros(700, 520, dtype=torch.bfloat16)
+    u, v = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((700, 4), (4, 520)))
+    a = (u @ v).bfloat16()  # whole numbers, exactly
+    svd, statistics, g = of_pair(a, b, Settings(16, None, 2, None, 0, None))
+    assert g is not None and statistics[0, ops.NON_FINITE] == 0
+    usual = decompose_group([a], [b], Settings(16, None, 2, None, 0, None))[0]
+    for field, same in zip(svd, usual, strict=True):
+        assert torch.equal(field, same[0])
+
+
+def test_a_sampled_spectrum():
+    a, b = matrices.bf16_pair(1200, 560, 200, 3e-3)
+    settings = Settings(32, None, 2, None, 0, None)
+    svd, _, g = of_pair(a, b, settings)
+    pair = Difference([a], [b])
+    usual, found = (
+        sampled_spectrum(x, 32, Sampling(16, 8, 8, 0), svd) for x in (pair, replace(pair, known=g.unsqueeze(0)))
+    )
+    torch.testing.assert_close(found.nodes, usual.nodes, rtol=1e-3, atol=1e-5 * float(svd.S[0]))
+    assert found.rest_norm() == pytest.approx(usual.rest_norm(), rel=1e-4)
+    rest = torch.linalg.matrix_norm(
+        (a.double() - b.double()) @ (torch.eye(560).double() - svd.Vh.mT.double() @ svd.Vh.double()), 2
+    )
+    assert rest < found.rest_norm()
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
+def test_scales(scale):
+    a, b = (scale * v for v in matrices.bf16_pair(600, 530, 40, 1e-2))
+    svd, _, _ = of_pair(a, b, Settings(16, None, 2, None, 0, None))
+    matrices.assert_certified(svd, a.double() - b.double())
