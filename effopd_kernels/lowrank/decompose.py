@@ -153,24 +153,24 @@ def _factor(
 
 def _from_gram(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD, Rest] | None:
     """Rayleigh–Ritz in a right subspace V, as cheap iterations with G = XᵀX leave it: X V = U S by construction, and
-    Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k.
+    Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k. Nothing beyond the rank.
     """
-    k, width = settings.rank, settings.width(x.x[0].shape[1])
+    k, width, scale = settings.rank, settings.width(x.x[0].shape[1]), frobenius.unsqueeze(-1)
     q = orth.basis(x.gram_apply(_omega(x, width, settings)))
     q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))
-    u, s, w = orth.svd_of_tall(x.apply(q), k)
-    v, leading, eps = orth.times(q, w.double()), s[:, :k], torch.finfo(q.dtype).eps
-    if not resolves(frobenius, leading[:, -1]).all():
+    z = x.gram_apply(q)
+    u, s, w = orth.svd_of_tall(x.apply(q[..., :k]), k)
+    if not resolves(frobenius, s[:, -1]).all():
         return None
-    v, further = v[..., :k].contiguous(), v[..., k:]
-    gap = torch.addcmul(x.gram_apply(v), v, leading.square().to(v.dtype).unsqueeze(-2), value=-1)
-    rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
-    rho = (gap.double().square().sum(-2).sqrt() + rounding * frobenius.unsqueeze(-1)) / leading + rounding
-    svd = RSVD(
-        u, leading.to(u.dtype), v.mT, _residual_norm(x, u, leading.to(u.dtype), v, frobenius, eps), frobenius, rho,
-        _flags(s, k, rounding, torch.ones(len(s), dtype=torch.bool, device=s.device)),
-    )  # fmt: skip
-    return svd, Rest(s[:, k:].to(u.dtype), further)
+    v = orth.times(q[..., :k], w.double())
+    gap = torch.addcmul(z[..., :k] @ w, v, s.square().to(v.dtype).unsqueeze(-2), value=-1)
+    rounding = least_rounding(scale, v.dtype)
+    rho = (gap.double().square().sum(-2).sqrt() + rounding * scale) / s + rounding
+    beyond = (q[..., k:] * z[..., k:]).sum(-2).double().clamp_min(0).sqrt()  # of the σ that follow, by Ritz values
+    residual = _residual_norm(x, u, s.to(u.dtype), v, frobenius, torch.finfo(v.dtype).eps)
+    flags = _flags(torch.cat([s, beyond], -1), k, rounding, torch.ones_like(frobenius, dtype=torch.bool))
+    svd = RSVD(u, s.to(u.dtype), v.mT, residual, frobenius, rho, flags)
+    return svd, Rest(s[:, :0].to(u.dtype), v[..., :0])
 
 
 def with_signs(svd: RSVD) -> RSVD:

@@ -107,17 +107,19 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
     """
 
     def outside(y: Tensor) -> Tensor:
-        y = y - v @ (v.mT @ y)
-        return y - v @ (v.mT @ y)
+        return torch.addmm(y, v, v.mT @ y, alpha=-1)
 
-    z = outside(z)
+    z = outside(outside(z))
     length = torch.linalg.vector_norm(z, dim=0)
-    q = [z / length]
+    q = z.new_empty(most, *z.shape)
+    torch.div(z, length, out=q[0])
     diagonal, off, rules = [], [], []
     while True:
-        y = outside(x.gram_apply(q[-1].unsqueeze(0))[0])
-        diagonal.append((q[-1] * y).sum(0))
-        past = torch.stack(q)  # (t, M, P)
+        latest = q[len(diagonal)]
+        # Once is enough here: V is nearly invariant, so little of the product lies in it.
+        y = outside(x.gram_apply(latest.unsqueeze(0))[0])
+        diagonal.append((latest * y).sum(0))
+        past = q[: len(diagonal)]  # (t, M, P)
         for _ in range(2):
             y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
         beta = torch.linalg.vector_norm(y, dim=0)
@@ -132,7 +134,7 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
         # Where an invariant subspace was found the rest is rounding. Zero vectors decouple T, with no weight.
         alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
         off.append(torch.where(alive, beta, 0.0))
-        q.append(torch.where(alive, y / torch.where(alive, beta, 1.0), 0.0))
+        torch.mul(y, torch.where(alive, 1 / beta, 0.0), out=q[steps])
     return rules, length.double().square()
 
 
