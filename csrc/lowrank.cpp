@@ -157,15 +157,18 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                   half);
 }
 
-// Whether this processor's products of bf16 serve: then g (M, M) fp32 = XᵀX with exact products, and the statistics, or 0.
+// Whether this processor's products of bf16 serve: then g (M, M) fp32 = XᵀX of exact products. statistics, in full, and
+// Σb², a double, or 0 for both.
 bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
-                     int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics, bool full) {
+                     int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics,
+                     uintptr_t base_squares) {
 #ifdef HAS_BF16
     if (multipliers().size() < 3) return false;
     nb::gil_scoped_release release;
     return bf16::gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
                        x_pitch, b_pitch, 0, lines, length, 1},
-                      by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics), full);
+                      by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
+                      reinterpret_cast<double*>(base_squares));
 #else
     return false;
 #endif

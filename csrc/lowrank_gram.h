@@ -40,8 +40,8 @@ struct Pairs {
     }
 };
 
-// Whether it was taken: not where X is not what `exact` says. g (M, M), contiguous.
-static bool gram(const Panel& x, bool by_column, float* g, double* statistics, bool full) {
+// Whether it was taken: not where X is something else. g (M, M), contiguous; statistics, in full, and Σb² or neither.
+static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
     if (x.x_dtype != kBFloat16 || (x.b && x.b_dtype != kBFloat16)) return false;
     const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
     const int64_t n = by_column ? x.length : x.lines, m = by_column ? x.lines : x.length;
@@ -67,7 +67,7 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, b
         block.out = (char*)written, block.out_dtype = kBFloat16, block.out_pitch = line_pitch;
         block.rests = &rests;
         rests.held.clear(), rests.most = size_t(rows * m / 128);
-        write_lines(block, sums, statistics, full);
+        write_lines(block, sums, statistics, statistics);
         if (rests.held.size() > rests.most) return false;
         if (rows % 2) {  // the last row's pair
             uint16_t* const to = (uint16_t*)written;
@@ -140,6 +140,6 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, b
             put(i, j, sums);
             if (i != j) put(j, i, mirrored);
         }
-    if (statistics) write_statistics(sums, x.x_dtype, statistics);
+    if (statistics) write_statistics(sums, x.x_dtype, statistics), *base_squares = sums.base_squares;
     return true;
 }

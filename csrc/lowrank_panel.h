@@ -3,7 +3,7 @@
 constexpr int kBlock = 16 * kAtOnce * kLanes;  // elements summed in fp32, before the sums go on in fp64
 
 struct Statistics {
-    double squares = 0, largest = 0, unchanged = 0, ulp_squares = 0, nonfinite = 0;
+    double squares = 0, largest = 0, unchanged = 0, ulp_squares = 0, nonfinite = 0, base_squares = 0;
 };
 
 // The power of two at or below |x|, 0 for numbers that are denormal in their dtype; times its eps, the distance to the
@@ -50,7 +50,7 @@ INLINE vi max_(vi a, vi b) { return a > b ? a : b; }
 
 // Sums under way, of which there are several at once, or each would wait for its last addition.
 struct Partial {
-    vf squares{}, ulp_squares{};
+    vf squares{}, ulp_squares{}, base_squares{};
     vi largest{}, widest{}, zeros{};
 };
 
@@ -67,7 +67,7 @@ INLINE void difference(const Span& at, int count, float scale, const int x_dtype
         __builtin_prefetch(at.x + i * size_of(x_dtype) + at.ahead, 0, 2);
         if (at.b) __builtin_prefetch(at.b + i * size_of(b_dtype) + at.ahead, 0, 2);
         const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, left);
-        const vf delta = at.b ? value - load_some(at.b + i * size_of(b_dtype), b_dtype, left) : value;
+        const vf base = at.b ? load_some(at.b + i * size_of(b_dtype), b_dtype, left) : vf{}, delta = value - base;
         if (at.out) store_some(delta * scale, at.out + i * size_of(out_dtype), out_dtype, left);
 #if X86_LEVEL == 5
         if (rests) take(delta * scale, at.line, at.place + i, *rests);
@@ -81,6 +81,7 @@ INLINE void difference(const Span& at, int count, float scale, const int x_dtype
         to.zeros -= size == 0;
         to.ulp_squares += step * step;
         to.widest = max_(bits(step), to.widest);
+        to.base_squares += base * base;
     };
     int i = 0;
     for (; i + kAtOnce * kLanes <= count; i += kAtOnce * kLanes)
@@ -91,12 +92,13 @@ INLINE void difference(const Span& at, int count, float scale, const int x_dtype
 
 // Whether what was summed in fp32 is finite and in range.
 INLINE bool add_up(const Partial p[kAtOnce], Statistics& sums) {
-    vf squares{}, ulp_squares{};
+    vf squares{}, ulp_squares{}, base_squares{};
     vi largest{}, widest{}, zeros{};
 #pragma GCC unroll 4
     for (int j = 0; j < kAtOnce; ++j) {
         squares += p[j].squares;
         ulp_squares += p[j].ulp_squares;
+        base_squares += p[j].base_squares;
         largest = max_(largest, p[j].largest);
         widest = max_(widest, p[j].widest);
         zeros += p[j].zeros;
@@ -112,6 +114,7 @@ INLINE bool add_up(const Partial p[kAtOnce], Statistics& sums) {
     if (!held(top) || !held(top_step)) return false;
     sums.squares += sum(squares);
     sums.ulp_squares += sum(ulp_squares);
+    sums.base_squares += sum(base_squares);
     sums.largest = std::max(sums.largest, double(from_bits(vi{} + top)[0]));
     return true;
 }
@@ -120,13 +123,13 @@ INLINE bool add_up(const Partial p[kAtOnce], Statistics& sums) {
 static void add_up_each(const Span& at, int count, int x_dtype, int b_dtype, bool full, Statistics& sums) {
     for (int i = 0; i < count; i += kLanes) {
         const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, count - i), step = power(value, x_dtype);
-        const vf delta = at.b ? value - load_some(at.b + i * size_of(b_dtype), b_dtype, count - i) : value;
+        const vf base = at.b ? load_some(at.b + i * size_of(b_dtype), b_dtype, count - i) : vf{}, delta = value - base;
         for (int j = 0; j < kLanes && i + j < count; ++j) {
             const double size = std::fabs(delta[j]);
             sums.squares += size * size;
             sums.nonfinite += !(size - size == 0);
             sums.largest = size > sums.largest ? size : sums.largest;
-            if (full) sums.ulp_squares += double(step[j]) * step[j];
+            if (full) sums.ulp_squares += double(step[j]) * step[j], sums.base_squares += double(base[j]) * base[j];
         }
     }
 }

@@ -84,6 +84,7 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
 def _spectra(comparison: Comparison, name: str, role: Role, options: Options) -> Measured:
     found, base = Measured(name), comparison.base.read(name).to(options.device)
     first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
+    weights: dict[int, float] = {}  # ‖W‖ of every matrix
     for trajectory, checkpoints in comparison.trajectories.items():
         last, finals = len(checkpoints) - 1, []
         for position in (last, *range(last)):  # the last first: the others' subspaces are held against its
@@ -91,10 +92,11 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
             where = _where(comparison, trajectory, position)
             for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
                 named = _named(label, place, x)
-                svd, spectrum, row = _spectrum(x, y, options)
-                found.rows.append(
-                    {**where, **named, **row, "weight_norm": _norms(_statistics(w, None), w)["update_norm"]}
-                )
+                svd, spectrum, row, subtracted = _spectrum(x, y, options)
+                if i not in weights:
+                    known = b is base and subtracted is not None
+                    weights[i] = subtracted if known else _norms(_statistics(w, None), w)["update_norm"]
+                found.rows.append({**where, **named, **row, "weight_norm": weights[i]})
                 if position == last:
                     finals.append(svd)
                 if row["non_finite"] or row["update_norm"] == 0:
@@ -199,20 +201,24 @@ def _norms(statistics: Tensor, like: Tensor) -> dict[str, Any]:
     }
 
 
-def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any]]:
-    """Factors, spectrum, and a row of metrics with bounds; zeros, not NaN, for a matrix that did not move."""
+def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any], float | None]:
+    """Factors, spectrum, and a row of metrics with bounds, zeros, not NaN, for a matrix that did not move; and ‖b‖, if
+    it came with the rest.
+    """
     n, m = max(a.shape), min(a.shape)
     settings = Settings(min(options.rank, m), OVERSAMPLE, 2, None, options.seed, None)
-    statistics = torch.empty(1, 5, dtype=torch.float64, device=a.device)
+    statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
     exact = options.exact or choose(n, m, options.rank, settings.width(m), a.device) == "exact"
-    known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics[0], True)
-    group = [a], [] if b is None else [b]
-    found, _ = decompose_group(*group, settings, statistics, None if known is None else known.unsqueeze(0))
+    known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
+    subtracted = None if known is None else math.sqrt(statistics[5]) if statistics[5].isfinite() else math.nan
+    statistics, group = statistics[:5], ([a], [] if b is None else [b])
+    grams = None if known is None else known.unsqueeze(0)
+    found, _ = decompose_group(*group, settings, statistics.unsqueeze(0), grams)
     svd = RSVD(*(field[0] for field in found))
     top = triplets(options.top_fraction, m)
     steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
-    spectrum, metrics = measured(a, b, top, sampling, svd, statistics[0], known)
+    spectrum, metrics = measured(a, b, top, sampling, svd, statistics, known)
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:
@@ -234,7 +240,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     }
     for name in ("participation_ratio", "rank_above_noise"):
         row.pop(f"{name} error", None)
-    return svd, spectrum, row
+    return svd, spectrum, row, subtracted
 
 
 def _tall(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -138,17 +138,17 @@ def products(
     return z[: q.shape[0], : q.shape[1]] if want_z else None
 
 
-def exact_gram(x: Tensor, base: Tensor | None, statistics: Tensor | None = None, full: bool = False) -> Tensor | None:
+def exact_gram(x: Tensor, base: Tensor | None, statistics: Tensor | None = None) -> Tensor | None:
     """(x − base)ᵀ(x − base) (M, M), exactly symmetric, fp32 sums of exact products: of bf16 matrices whose differences
-    bf16 holds, but for some in a thousand; None for others, and without dot products of bf16. ``statistics`` as in
-    :func:`panel`.
+    bf16 holds, but for some in a thousand; None for others, and without dot products of bf16. ``statistics`` (6,) fp64
+    takes those of `ops.stats` in full, and Σ base².
     """
     if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype):
         return None
     g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     taken = native().difference_gram(
         *_sources(x, base), *_lines(x), _by_column(x), g.data_ptr(),
-        0 if statistics is None else statistics.data_ptr(), full,
+        *((0, 0) if statistics is None else (statistics.data_ptr(), statistics[5:].data_ptr())),
     )  # fmt: skip
     return g if taken else None
 

@@ -19,9 +19,10 @@ pytestmark = pytest.mark.skipif(not native() or native().num_multipliers() < 3, 
 
 def of_pair(a, b, settings):
     """(svd, its statistics, its Gram)."""
-    statistics = torch.zeros(1, 5, dtype=torch.float64)
+    statistics = torch.zeros(6, dtype=torch.float64)
     tall = a.shape[0] >= a.shape[1]
-    g = exact_gram(oriented(a, tall), oriented(b, tall), statistics[0], True)
+    g = exact_gram(oriented(a, tall), oriented(b, tall), statistics)
+    statistics = statistics[:5].unsqueeze(0)
     svd, _ = decompose_group([a], [b], settings, statistics, None if g is None else g.unsqueeze(0))
     return RSVD(*(field[0] for field in svd)), statistics, g
 
@@ -34,7 +35,9 @@ def assert_gram(found, x, base, statistics):
     error, bar = ((g.double() - exact.mT @ exact).norm() for g in (found, same))
     assert error <= 2 * bar + least_rounding(exact.square().sum(), torch.float32)
     assert n < 1000 or error <= 2 * bar
-    torch.testing.assert_close(statistics, ops.stats([x], [] if base is None else [base], True)[0], rtol=1e-6, atol=0)
+    expected = ops.stats([x], [] if base is None else [base], True)[0]
+    squares = 0.0 if base is None else float(base.double().square().sum())
+    torch.testing.assert_close(statistics, torch.cat([expected, expected.new_tensor([squares])]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -49,8 +52,8 @@ def test_gram(shape, pair, transposed):
     x, base = (v[:, 3:-2].T if transposed else v[:, 3:-2] for v in (x, base))
     if pair:  # differences that bf16 would round, two in each of some rows
         x[: n // 2 : 8, :2], base[: n // 2 : 8, :2] = 1.0, 2**-9 * 1.5
-    statistics = torch.zeros(5, dtype=torch.float64)
-    found = exact_gram(x, base if pair else None, statistics, True)
+    statistics = torch.zeros(6, dtype=torch.float64)
+    found = exact_gram(x, base if pair else None, statistics)
     if pair and m < 64 and n > 1:  # too many of them
         assert found is None
     else:
