@@ -95,20 +95,22 @@ struct Multiplier {
     void (*products)(const Products&, bool half);
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
+    void (*lanczos_step)(const float* g, int64_t m, float scale, const float* v, int64_t k, float* q, int64_t t,
+                         float* diagonal, float* off);
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
 std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times});
-    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times});
+    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times, v3::lanczos_step});
+    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times, v4::lanczos_step});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times});
+        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::lanczos_step});
 #ifdef ASSEMBLES_AMX
     if (found.size() == 3 && has_tiles())
-        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times});
+        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::lanczos_step});
 #endif
 #endif
 #endif
@@ -187,6 +189,16 @@ void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, 
                        reinterpret_cast<float*>(out));
 }
 
+// g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16), all contiguous; M, K even.
+void lanczos_step(uintptr_t g, int64_t m, float scale, uintptr_t v, int64_t k, uintptr_t q, int64_t t,
+                  uintptr_t diagonal, uintptr_t off, int instruction_set) {
+    const Multiplier& best = multiplier(instruction_set);
+    nb::gil_scoped_release release;
+    best.lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
+                      reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
+                      reinterpret_cast<float*>(off));
+}
+
 }  // namespace
 
 void bind_lowrank(nb::module_& m) {
@@ -197,4 +209,5 @@ void bind_lowrank(nb::module_& m) {
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);
     m.def("times", &times);
+    m.def("lanczos_step", &lanczos_step);
 }

@@ -4,6 +4,7 @@
 #if X86_LEVEL >= 3
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
+#include "lowrank_lanczos.h"
 #endif
 #if X86_LEVEL == 5
 #include "lowrank_gram.h"

@@ -10,12 +10,16 @@ On the CPU the C++ extension makes them: subtraction, rounding to bf16 and stati
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..native import DTYPES, native
 from .workers import shared_out
+
+if TYPE_CHECKING:
+    from .difference import Difference
 
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
 
@@ -163,6 +167,30 @@ def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
         and _in_cpp(x, base, q.dtype)
         and native().num_multipliers() > 0
     )
+
+
+def has_lanczos_step(x: "Difference", q: Tensor, v: Tensor) -> bool:
+    """Whether :func:`lanczos_step` takes it: a Gram at hand, probes that fill a vector, even sizes."""
+    return (
+        x.known is not None
+        and q.device.type == "cpu"
+        and q.dtype == torch.float32
+        and q.shape[2] == 16
+        and q.shape[1] % 2 == v.shape[1] % 2 == 0
+        and native() is not None
+        and native().num_multipliers() > 0
+    )
+
+
+def lanczos_step(
+    x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor, instruction_set: int = -1
+) -> None:
+    """As `slq._step`, of contiguous tensors, in one kernel."""
+    scale = 1.0 if x.scale is None else x.scale.item() ** 2
+    native().lanczos_step(
+        x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
+        diagonal.data_ptr(), off.data_ptr(), instruction_set,
+    )  # fmt: skip
 
 
 def _sources(a: Tensor, b: Tensor | None) -> list[int]:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import panels
 from .decompose import Settings, decompose_group
 from .difference import Difference, resolves
 from .types import RSVD, least_rounding
@@ -86,7 +87,7 @@ def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None
         found, _ = decompose_group(x.x, x.base, Settings(min(k, m), None, 2, None, seed, None))
         svd = RSVD(*(field[0] for field in found))
     k = svd.S.shape[-1]
-    s, v = svd.S.double(), svd.Vh.mT
+    s, v = svd.S.double(), svd.Vh.mT.contiguous()
     floor = least_rounding(svd.frobenius_norm, v.dtype)  # below it nodes are rounding
     s = torch.where(s > floor, s, 0.0)
     if k == m:
@@ -105,44 +106,46 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
     """Nodes and weights (P, t), each probe's summing to 1, of (1 − VVᵀ) XᵀX (1 − VVᵀ) for starting vectors z (M, P)
     after the last steps t = … T, two at least where T ≥ 2, and ‖z‖² (P,) outside V; with full reorthogonalisation.
     """
-
-    def outside(y: Tensor) -> Tensor:
-        return torch.addmm(y, v, v.mT @ y, alpha=-1)
-
-    z = outside(outside(z))
+    z = _outside(v, _outside(v, z))
     length = torch.linalg.vector_norm(z, dim=0)
-    q = z.new_empty(most, *z.shape)
+    q, (diagonal, off), rules = z.new_empty(most + 1, *z.shape), z.new_empty(2, most, len(length)), []
     torch.div(z, length, out=q[0])
-    diagonal, off, rules = [], [], []
-    while True:
-        latest = q[len(diagonal)]
-        # Once is enough here: V is nearly invariant, so little of the product lies in it.
-        y = outside(x.gram_apply(latest.unsqueeze(0))[0])
-        diagonal.append((latest * y).sum(0))
-        past = q[: len(diagonal)]  # (t, M, P)
-        for _ in range(2):
-            y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
-        beta = torch.linalg.vector_norm(y, dim=0)
-        if (steps := len(diagonal)) >= min(least, most) - 1:  # the last two are wanted
-            rules.append(_quadrature(diagonal, off))
-        if steps == most:
-            break
-        if steps >= max(least, 2):
+    step = panels.lanczos_step if panels.has_lanczos_step(x, q, v) else _step
+    for t in range(most):
+        step(x, v, q, t, diagonal, off)
+        if t + 1 >= min(least, most) - 1:  # the last two are wanted
+            rules.append(_quadrature(diagonal[: t + 1], off[:t]))
+        if t + 1 >= max(least, 2):
             before, now = ((nodes * weights).sum(1) for nodes, weights in rules[-2:])
-            if (steps - 1) * (now.mean() - before.mean()).abs() <= now.std() / math.sqrt(len(length)):
+            if t * (now.mean() - before.mean()).abs() <= now.std() / math.sqrt(len(length)):
                 break
-        # Where an invariant subspace was found the rest is rounding. Zero vectors decouple T, with no weight.
-        alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
-        off.append(torch.where(alive, beta, 0.0))
-        torch.mul(y, torch.where(alive, 1 / beta, 0.0), out=q[steps])
     return rules, length.double().square()
 
 
-def _quadrature(diagonal: list[Tensor], off: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Singular values and weights (P, t) from the t entries (P,) of T's diagonal and the t − 1 beside it."""
-    t = torch.diag_embed(torch.stack(diagonal, -1).double())
-    if off:
-        side = torch.stack(off, -1).double()
-        t = t + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
+def _outside(v: Tensor, y: Tensor) -> Tensor:
+    return torch.addmm(y, v, v.mT @ y, alpha=-1)
+
+
+def _step(x: Difference, v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor) -> None:
+    """Step t of the Lanczos vectors q (T + 1, M, P), which has q[0 … t]: fills in q[t + 1], diagonal[t] and off[t], of
+    (T, P) each.
+    """
+    # Once outside is enough here: V is nearly invariant, so little of the product lies in it.
+    y = _outside(v, x.gram_apply(q[t].unsqueeze(0))[0])
+    torch.sum(q[t] * y, 0, out=diagonal[t])
+    past = q[: t + 1]
+    for _ in range(2):
+        y = y - ((past * y).sum(1, keepdim=True) * past).sum(0)
+    beta = torch.linalg.vector_norm(y, dim=0)
+    # Where an invariant subspace was found the rest is rounding. Zero vectors decouple T, with no weight.
+    alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
+    off[t] = torch.where(alive, beta, 0.0)
+    q[t + 1] = torch.where(alive, y / torch.where(alive, beta, 1.0), 0.0)
+
+
+def _quadrature(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and weights (P, t) from the diagonal (t, P) of T and what stands beside it, (t − 1, P)."""
+    side = off.mT.double()
+    t = torch.diag_embed(diagonal.mT.double()) + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
     theta, y = torch.linalg.eigh(t)
     return theta.clamp_min(0).sqrt(), y[:, 0].square()
