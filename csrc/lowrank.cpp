@@ -59,6 +59,7 @@ struct Products {
 #include "clones.h"
 
 const auto kWriters = supported(CLONES(write_panel));
+const auto kLineSquares = supported(CLONES(line_squares));
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
 #define HAS_BF16
@@ -95,22 +96,20 @@ struct Multiplier {
     void (*products)(const Products&, bool half);
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
-    void (*lanczos_step)(const float* g, int64_t m, float scale, const float* v, int64_t k, float* q, int64_t t,
-                         float* diagonal, float* off);
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
 std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times, v3::lanczos_step});
-    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times, v4::lanczos_step});
+    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times});
+    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::lanczos_step});
+        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times});
 #ifdef ASSEMBLES_AMX
     if (found.size() == 3 && has_tiles())
-        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::lanczos_step});
+        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times});
 #endif
 #endif
 #endif
@@ -135,6 +134,16 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
     write({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out), x_dtype,
            b_dtype, out_dtype, x_pitch, b_pitch, out_pitch, lines, length, scale},
           reinterpret_cast<double*>(statistics), full);
+}
+
+// out (lines, 3) fp64 = (Σ(x − b)², Σx², Σb²) of every line.
+void line_squares(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
+                  int64_t length, uintptr_t out, int instruction_set) {
+    const auto sum = kLineSquares.at(instruction_set < 0 ? kLineSquares.size() - 1 : size_t(instruction_set));
+    nb::gil_scoped_release release;
+    sum({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0, x_pitch,
+         b_pitch, 0, lines, length, 1},
+        reinterpret_cast<double*>(out));
 }
 
 // half: as Multiplier has it. places, y, z, b and statistics may be 0. instruction_set: an index below
@@ -189,20 +198,23 @@ void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, 
                        reinterpret_cast<float*>(out));
 }
 
-// g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16), all contiguous; M, K even.
+// Where difference_gram serves. g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
+// all contiguous; M, K even.
 void lanczos_step(uintptr_t g, int64_t m, float scale, uintptr_t v, int64_t k, uintptr_t q, int64_t t,
-                  uintptr_t diagonal, uintptr_t off, int instruction_set) {
-    const Multiplier& best = multiplier(instruction_set);
+                  uintptr_t diagonal, uintptr_t off) {
+#ifdef HAS_BF16
     nb::gil_scoped_release release;
-    best.lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
-                      reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
-                      reinterpret_cast<float*>(off));
+    bf16::lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
+                       reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
+                       reinterpret_cast<float*>(off));
+#endif
 }
 
 }  // namespace
 
 void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
+    m.def("line_squares", &line_squares);
     m.def("num_multipliers", [] { return multipliers().size(); });
     m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);

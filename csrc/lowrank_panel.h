@@ -195,6 +195,28 @@ static void write_lines(const Panel& p, Statistics& sums, bool stats, bool full)
     else lines_of<true, false>(p, sums);
 }
 
+// Of every line Σ(x − b)², Σx² and Σb², in fp32 a block at a time.
+static void line_squares(const Panel& p, double* out) {
+    for (int64_t line = 0; line < p.lines; ++line, out += 3) {
+        const char* const x = p.x + line * p.x_pitch * size_of(p.x_dtype);
+        const char* const b = p.b + line * p.b_pitch * size_of(p.b_dtype);
+        out[0] = out[1] = out[2] = 0;
+        for (int64_t start = 0; start < p.length; start += kBlock) {
+            const int64_t stop = std::min<int64_t>(start + kBlock, p.length);
+            vf sums[3][2] = {};  // by turns: one addition need not wait for the last
+            for (int64_t i = start; i < stop; i += kLanes) {
+                const int left = int(stop - i), turn = i / kLanes % 2;
+                fetch_ahead(x + i * size_of(p.x_dtype), kLanes * 2),
+                    fetch_ahead(b + i * size_of(p.b_dtype), kLanes * 2);
+                const vf value = load_some(x + i * size_of(p.x_dtype), p.x_dtype, left);
+                const vf base = load_some(b + i * size_of(p.b_dtype), p.b_dtype, left), delta = value - base;
+                sums[0][turn] += delta * delta, sums[1][turn] += value * value, sums[2][turn] += base * base;
+            }
+            for (int s = 0; s < 3; ++s) out[s] += sum(sums[s][0]) + sum(sums[s][1]);
+        }
+    }
+}
+
 static void write_panel(const Panel& p, double* statistics, bool full) {
     Statistics sums;
     write_lines(p, sums, statistics, full);

@@ -21,7 +21,7 @@ from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
 from ..lowrank.checkpoints import EVERY
 from ..lowrank.decompose import Settings, decompose_group, oriented
 from ..lowrank.metrics import measured
-from ..lowrank.panels import add_statistics, exact_gram
+from ..lowrank.panels import add_statistics, exact_gram, row_squares, squares_of_rows
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
 from ..lowrank.types import least_rounding, triplets
@@ -36,7 +36,6 @@ GRAM_SIDE = 1536  # shorter sides up to which the Gram in bf16 costs less than t
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
 BLOCK = 1 << 21  # entries of a tensor at a time, of which norms alone are wanted
-ROWS = 1 << 7  # tokens of those
 TOKEN_COLUMNS = ("shift", "relative_shift", "cosine")
 
 
@@ -331,18 +330,9 @@ def _tokens(a: Tensor, b: Tensor | None, base: Tensor) -> Tensor:
 
     1 − cos = (‖Δ‖² − (‖e_t‖ − ‖e_0‖)²) / (2 ‖e_t‖ ‖e_0‖) keeps small angles, which the product of unit vectors loses.
     """
-    parts = []
-    buffers = torch.empty(2, ROWS, base.shape[1], device=base.device)
-    for start in range(0, len(base), ROWS):
-        rows = slice(start, start + ROWS)
-        before, delta = (buffer[: len(t)].copy_(t) for buffer, t in zip(buffers, (base[rows], a[rows]), strict=True))
-        if b is not None:
-            delta -= before if b is base else b[rows].float()
-        shift, length = (torch.linalg.vector_norm(t, dim=1).double() for t in (delta, before))
-        after = torch.linalg.vector_norm(before.add_(delta), dim=1).double()
-        both = 2 * length * after
-        still = shift == 0
-        cosine = 1 - torch.where(still, 0.0, (shift.square() - (after - length).square()) / both)
-        ratio = torch.where(still, 0.0, shift / length)
-        parts.append(torch.stack([shift, ratio, cosine.clamp(-1, 1)]))
-    return torch.cat(parts, 1).cpu()
+    # Of an update that is given as such the weight is base + a.
+    squares = squares_of_rows(a, base.float() + a, base) if b is None else row_squares(a, b)
+    shift, after, length = squares.sqrt().unbind(1)
+    still = shift == 0
+    cosine = 1 - torch.where(still, 0.0, (shift.square() - (after - length).square()) / (2 * length * after))
+    return torch.stack([shift, torch.where(still, 0.0, shift / length), cosine.clamp(-1, 1)]).cpu()

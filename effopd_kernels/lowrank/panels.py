@@ -109,6 +109,23 @@ def panel(
     return out
 
 
+def row_squares(x: Tensor, base: Tensor, instruction_set: int | None = -1) -> Tensor:
+    """Of every row of x and base (N, M): Σ (x − base)², Σ x² and Σ base², (N, 3) fp64. instruction_set as in
+    :func:`panel`.
+    """
+    if instruction_set is not None and _in_cpp(x, base, torch.float32) and not _by_column(x):
+        out = torch.empty(len(x), 3, dtype=torch.float64)
+        native().line_squares(*_sources(x, base), *_lines(x), out.data_ptr(), instruction_set)
+        return out
+    return squares_of_rows(x.to(arithmetic(x)) - base, x, base)
+
+
+def squares_of_rows(*matrices: Tensor) -> Tensor:
+    """Σ v² of every row of each, (N, …) fp64."""
+    norms = (torch.linalg.vector_norm(v.to(arithmetic(v)), dim=1) for v in matrices)
+    return torch.stack([norm.double().square() for norm in norms], 1)
+
+
 def products(
     x: Tensor,
     base: Tensor | None,
@@ -178,18 +195,16 @@ def has_lanczos_step(x: "Difference", q: Tensor, v: Tensor) -> bool:
         and q.shape[2] == 16
         and q.shape[1] % 2 == v.shape[1] % 2 == 0
         and native() is not None
-        and native().num_multipliers() > 0
+        and native().num_multipliers() > 2
     )
 
 
-def lanczos_step(
-    x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor, instruction_set: int = -1
-) -> None:
+def lanczos_step(x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor) -> None:
     """As `slq._step`, of contiguous tensors, in one kernel."""
     scale = 1.0 if x.scale is None else x.scale.item() ** 2
     native().lanczos_step(
         x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
-        diagonal.data_ptr(), off.data_ptr(), instruction_set,
+        diagonal.data_ptr(), off.data_ptr(),
     )  # fmt: skip
 
 

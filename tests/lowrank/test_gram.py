@@ -6,11 +6,11 @@ import pytest
 import torch
 from lowrank import matrices
 
-from effopd_kernels.lowrank import RSVD, Flag, ops
+from effopd_kernels.lowrank import RSVD, Flag, ops, panels
 from effopd_kernels.lowrank.decompose import Settings, decompose_group, oriented
 from effopd_kernels.lowrank.difference import Difference
 from effopd_kernels.lowrank.panels import exact_gram
-from effopd_kernels.lowrank.slq import Sampling, sampled_spectrum
+from effopd_kernels.lowrank.slq import Sampling, _outside, _step, sampled_spectrum
 from effopd_kernels.lowrank.types import least_rounding
 from effopd_kernels.native import native
 
@@ -125,3 +125,32 @@ def test_scales(scale):
     a, b = (scale * v for v in matrices.bf16_pair(600, 530, 40, 1e-2))
     svd, _, _ = of_pair(a, b, Settings(16, None, 2, None, 0, None))
     matrices.assert_certified(svd, a.double() - b.double())
+
+
+@pytest.mark.parametrize(("m", "k"), [(560, 32), (98, 6), (34, 2)])
+def test_a_step_of_lanczos(m, k):
+    """In one kernel as in PyTorch; a probe in an invariant subspace ends as zeros."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2 * m, m, generator=generator) * torch.arange(1, m + 1) ** -0.5
+    v = torch.linalg.eigh(a.mT @ a)[1][:, -k:].flip(-1).contiguous()
+    x = Difference([a], [], torch.tensor([0.5]), (a.mT @ a).unsqueeze(0))
+    z = torch.randn(m, 16, generator=generator)
+    z[:, 5] = torch.linalg.eigh(a.mT @ a)[1][:, 0]
+    z = _outside(v, z)
+    z /= z.norm(dim=0)
+    results = []
+    for step in (_step, panels.lanczos_step):
+        q, (diagonal, off) = torch.full((6, m, 16), torch.nan), torch.full((2, 5, 16), torch.nan)
+        q[0] = z
+        assert panels.has_lanczos_step(x, q, v)
+        for t in range(5):
+            step(x, v, q, t, diagonal, off)
+        results.append((q, diagonal, off))
+    others = torch.arange(16) != 5
+    for found, same in zip(*results, strict=True):
+        torch.testing.assert_close(
+            found[..., others], same[..., others], rtol=2e-3, atol=2e-4 * float(same[..., others].abs().max())
+        )
+    q = results[1][0][..., others]
+    products = torch.einsum("tmp,smp->pts", q.double(), q.double())
+    assert (products - torch.eye(6)).abs().max() < 2e-6 and (v.mT @ q).abs().max() < 1e-5

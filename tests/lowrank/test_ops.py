@@ -244,3 +244,15 @@ def test_fp32_gram_would_not_do():
     r, info = torch.linalg.cholesky_ex(y.mT @ y, upper=True)
     q = torch.linalg.solve_triangular(r, y, upper=True, left=False)
     assert info != 0 or orthogonality(q) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_squares_of_rows(dtype):
+    x, base = (v.to(dtype) for v in torch.randn(2, 7, 1301, generator=torch.Generator().manual_seed(0)))
+    x[3] = base[3]
+    x, base = x[:, 2:-3], base[:, 2:-3]
+    truth = torch.stack([v.double().square().sum(1) for v in (x.double() - base.double(), x, base)], 1)
+    for instruction_set in (None, *range(native().num_instruction_sets() if native() else 0)):
+        found = panels.row_squares(x, base, instruction_set)
+        torch.testing.assert_close(found, truth, rtol=2e-6, atol=0)
+        assert found[3, 0] == 0
