@@ -96,20 +96,21 @@ struct Multiplier {
     void (*products)(const Products&, bool half);
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
+    double (*orthonormal)(const float* y, int64_t pitch, int64_t n, int64_t columns, float* out);
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
 std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times});
-    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times});
+    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times, v3::orthonormal});
+    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times, v4::orthonormal});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times});
+        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::orthonormal});
 #ifdef ASSEMBLES_AMX
     if (found.size() == 3 && has_tiles())
-        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times});
+        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal});
 #endif
 #endif
 #endif
@@ -198,6 +199,13 @@ void times(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t w, 
                        reinterpret_cast<float*>(out));
 }
 
+// y as above → its columns (N, L) after a round of CholeskyQR, and ‖R⁻¹‖_F; infinite, and nothing, where that fails.
+double orthonormal(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintptr_t out) {
+    nb::gil_scoped_release release;
+    return multiplier().orthonormal(reinterpret_cast<const float*>(y), pitch, n, columns,
+                                    reinterpret_cast<float*>(out));
+}
+
 // Where difference_gram serves. g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
 // all contiguous; M, K even.
 void lanczos_step(uintptr_t g, int64_t m, float scale, uintptr_t v, int64_t k, uintptr_t q, int64_t t,
@@ -221,5 +229,6 @@ void bind_lowrank(nb::module_& m) {
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);
     m.def("times", &times);
+    m.def("orthonormal", &orthonormal);
     m.def("lanczos_step", &lanczos_step);
 }

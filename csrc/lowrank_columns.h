@@ -96,3 +96,40 @@ static void times(const float* y, int64_t y_pitch, int64_t n, int64_t columns, c
                      });
     }
 }
+
+// A round of CholeskyQR: out (N, L) = Y D R⁻¹ for RᵀR = D YᵀY D, D such that its diagonal is 1. Returns ‖R⁻¹‖_F, infinite
+// where there is no R, and then nothing of out is written.
+static double orthonormal(const float* y, int64_t y_pitch, int64_t n, int64_t columns, float* out) {
+    const int64_t size = columns;
+    std::vector<double> held(size * size + size), inverse(size * size);
+    double *const r = held.data(), *const d = r + size * size, *const w = inverse.data();
+    gram_of_columns(y, y_pitch, n, size, r);
+    for (int64_t i = 0; i < size; ++i) d[i] = 1 / std::sqrt(r[i * size + i]);
+    for (int64_t i = 0; i < size; ++i)
+        for (int64_t j = i; j < size; ++j) r[i * size + j] *= d[i] * d[j];
+    for (int64_t k = 0; k < size; ++k) {
+        const double pivot = r[k * size + k];
+        if (!(pivot > 0)) return kInf;
+        const double unit = 1 / std::sqrt(pivot);
+        for (int64_t j = k; j < size; ++j) r[k * size + j] *= unit;
+        for (int64_t i = k + 1; i < size; ++i) {
+            const double factor = r[k * size + i];
+            for (int64_t j = i; j < size; ++j) r[i * size + j] -= factor * r[k * size + j];
+        }
+    }
+    double squares = 0;
+    for (int64_t i = size - 1; i >= 0; --i) {  // R⁻¹ from below: its row i is that of 1 − R R⁻¹ beyond i, over r_ii
+        const double unit = 1 / r[i * size + i];
+        w[i * size + i] = 1;
+        for (int64_t k = i + 1; k < size; ++k) {
+            const double factor = r[i * size + k];
+            for (int64_t j = k; j < size; ++j) w[i * size + j] -= factor * w[k * size + j];
+        }
+        for (int64_t j = i; j < size; ++j) w[i * size + j] *= unit, squares += w[i * size + j] * w[i * size + j];
+    }
+    if (!(squares < kInf)) return kInf;
+    for (int64_t i = 0; i < size; ++i)
+        for (int64_t j = i; j < size; ++j) w[i * size + j] *= d[i];
+    times(y, y_pitch, n, size, w, size, out);
+    return std::sqrt(squares);
+}

@@ -24,16 +24,18 @@ _ROWS = 512  # taken to fp64 at a time on the CPU: they stay in cache
 
 def basis(y: Tensor) -> Tensor:
     """A basis of span(y) (B, N, L), orthonormal as far as one round goes: for use inside iterations."""
-    inverse, size = _cholesky_inverse(_gram(y))
-    return _householder_where(~(size < torch.inf), y, times(y, inverse))
+    q, size = _one_round(y)
+    return _householder_where(~(size < torch.inf), y, q)
 
 
 def orthonormal(y: Tensor) -> Tensor:
     """Columns orthonormal to rounding with the span of y (B, N, L); completed to L columns where y is deficient."""
-    inverse, size = _cholesky_inverse(_gram(y))
-    if y.dtype != torch.float64 and (size < _ONE_ROUND).all():
-        return times(y, inverse)
+    if y.dtype != torch.float64:
+        q, size = _one_round(y)
+        if (size < _ONE_ROUND).all():
+            return q
     wide = y.double()
+    inverse, size = _cholesky_inverse(_gram(y))
     q = wide @ inverse
     inverse, again = _cholesky_inverse(_gram(q))
     q = _householder_where(~(size < _TWO_ROUNDS) | ~(again < _ONE_ROUND), wide, q @ inverse)
@@ -75,6 +77,19 @@ def svd_of_projection(y: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor, Ten
     w, s = inverse @ w, torch.where(s * _CONDITION > s[:, :1], s, 0.0)
     v = times(z, w * torch.where(s > 0, 1 / s, 0.0).unsqueeze(-2))
     return times(y, w[..., :k]), s, v
+
+
+def _one_round(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(Y R⁻¹ in y's dtype, the size of R⁻¹ for unit columns); the first is anything where the second is infinite."""
+    if not _in_cpp(y):
+        inverse, size = _cholesky_inverse(_gram(y))
+        return times(y, inverse), size
+    q = y.new_empty(y.shape)
+    sizes = [
+        native().orthonormal(y_i.data_ptr(), y_i.stride(0), *y_i.shape, q_i.data_ptr())
+        for y_i, q_i in zip(y, q, strict=True)
+    ]
+    return q, torch.tensor(sizes, dtype=torch.float64)
 
 
 def _in_cpp(y: Tensor) -> bool:
