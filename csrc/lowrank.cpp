@@ -97,6 +97,7 @@ struct Multiplier {
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
     double (*orthonormal)(const float* y, int64_t pitch, int64_t n, int64_t columns, float* out);
+    bool (*gram)(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) = nullptr;
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
@@ -107,10 +108,11 @@ std::vector<Multiplier> find_multipliers() {
     if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times, v4::orthonormal});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::orthonormal});
+        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::orthonormal, bf16::gram});
 #ifdef ASSEMBLES_AMX
     if (found.size() == 3 && has_tiles())
-        found.push_back({bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal});
+        found.push_back(
+            {bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal, bf16::gram_in_tiles});
 #endif
 #endif
 #endif
@@ -169,21 +171,17 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                   half);
 }
 
-// Whether this processor's products of bf16 serve: then g (M, M) fp32 = XᵀX of exact products. statistics, in full, and
-// Σb², a double, or 0 for both.
+// Whether products of bf16 pairs serve: then g (M, M) fp32 = XᵀX of exact products. statistics, in full, and Σb², a double,
+// or 0 for both.
 bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                      int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics,
-                     uintptr_t base_squares) {
-#ifdef HAS_BF16
-    if (multipliers().size() < 3) return false;
+                     uintptr_t base_squares, int instruction_set) {
+    const auto gram = multiplier(instruction_set).gram;
     nb::gil_scoped_release release;
-    return bf16::gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
-                       x_pitch, b_pitch, 0, lines, length, 1},
-                      by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
-                      reinterpret_cast<double*>(base_squares));
-#else
-    return false;
-#endif
+    return gram && gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype,
+                         0, x_pitch, b_pitch, 0, lines, length, 1},
+                        by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
+                        reinterpret_cast<double*>(base_squares));
 }
 
 // y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.

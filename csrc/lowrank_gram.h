@@ -10,50 +10,65 @@ constexpr int64_t kGramEntries = int64_t(1) << 18;  // of a block of X: half of 
 constexpr int kGramRows = 6;                        // of a tile, and kStrip vectors of columns
 const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Adds the sums of kGramRows rows from i on and of C vectors of columns from j on to F; where `crosses` the diagonal
-// does, only from there on.
-template <int C>
-INLINE void gram_tile(const uint32_t* pairs, int64_t pitch, int64_t count, int64_t i, int64_t j, float* f,
-                      int64_t f_pitch, bool crosses) {
-    for (int r = 0; r < kGramRows; ++r)
-        for (int c = 0; c < C; ++c) __builtin_prefetch(f + (i + r) * f_pitch + j + c * kLanes, 1);
-    const auto add = [&](int64_t row, int c, vf sums) __attribute__((always_inline)) {
-        vf_any* const to = (vf_any*)(f + row * f_pitch + j + c * kLanes);
-        const vi kept = lanes >= (crosses ? int(row - j) - c * kLanes : 0);
-        *to += kept ? sums : vf{};
-    };
-    tile<true, kGramRows, C>({pairs + i, 1, pitch}, pairs + j, pitch, count,
-                             [&](int r, const vf* even, const vf* odd) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-                                 for (int c = 0; c < C; ++c) add(i + r, c, even[c]), add(i + r + 1, c, odd[c]);
-                             });
-}
+// A block of X, and where its products go.
+struct GramBlock {
+    uint32_t* pairs;  // of rows, the even one in the lower half of an element
+    int64_t pitch, count;
+    uint32_t* written;  // by_column, the same along lines, which are columns; else room for as much
+    int64_t line_pitch;
+    bool by_column;
+    float* f;  // (height, width), of which the upper triangle is wanted
+    int64_t height, width;
 
-// Where X is written for the tiles.
-struct Pairs {
-    uint32_t* at;
-    int64_t pitch;
-    // Both of a pair, as floats: an even row in the lower half of an element.
     vf row(int64_t k, int64_t column) const {
-        const vu both = *(const vu_any*)(at + k / 2 * pitch + column);
+        const vu both = *(const vu_any*)(pairs + k / 2 * pitch + column);
         return (vf)(k % 2 ? both & 0xffff0000u : both << 16);
     }
 };
 
+// Those of kGramRows rows from i on and of C vectors of columns from j on.
+template <int C>
+INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
+    float* const f = b.f + i * b.width + j;
+    for (int r = 0; r < kGramRows; ++r)
+        for (int c = 0; c < C; ++c) __builtin_prefetch(f + r * b.width + c * kLanes, 1);
+    tile<true, kGramRows, C>({b.pairs + i, 1, b.pitch}, b.pairs + j, b.pitch, b.count,
+                             [&](int r, const vf* even, const vf* odd) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+                                 for (int c = 0; c < C; ++c) {
+                                     *(vf_any*)(f + r * b.width + c * kLanes) += even[c];
+                                     *(vf_any*)(f + (r + 1) * b.width + c * kLanes) += odd[c];
+                                 }
+                             });
+}
+
+static void add_products(const GramBlock& b) {
+    for (int64_t j = 0; j < b.width; j += kStrip * kLanes)
+        for (int64_t i = 0; i < std::min(b.height, j + kStrip * kLanes); i += kGramRows) {
+            const int vectors = int(std::min<int64_t>(kStrip, (b.width - j) / kLanes));
+            if (vectors == 4) add_tile<4>(b, i, j);
+            if (vectors == 3) add_tile<3>(b, i, j);
+            if (vectors == 2) add_tile<2>(b, i, j);
+            if (vectors == 1) add_tile<1>(b, i, j);
+        }
+}
+
 // Whether it was taken: not where X is something else. g (M, M), contiguous; statistics, in full, and Σb² or neither.
-static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
+template <void add_products(const GramBlock&)>
+static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
     if (x.x_dtype != kBFloat16 || (x.b && x.b_dtype != kBFloat16)) return false;
     const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
     const int64_t n = by_column ? x.length : x.lines, m = by_column ? x.lines : x.length;
     const int64_t width = up(m, kLanes), height = up(m, kGramRows), tall = std::max(width, height);
     const int64_t step = std::max<int64_t>(32, std::min<int64_t>(256, kGramEntries / width / 32 * 32));
-    const int64_t lines = by_column ? width : step, longest = by_column ? step : width;
     // Odd numbers of cache lines, so that lines fall into all sets of a cache.
-    const int64_t line_pitch = (up(longest, 32) / 32 | 1) * 32, pitch = (up(tall, 16) / 16 | 1) * 16;
-    uint32_t* const written = scratch(lines * line_pitch / 2 + step / 2 * pitch + tall * width + width * width);
-    const Pairs pairs{written + lines * line_pitch / 2, pitch};
-    float *const f = (float*)(pairs.at + step / 2 * pitch), *const a = f + tall * width;
-    memset(pairs.at, 0, step / 2 * pitch * 4);
+    const auto odd = [&](int64_t size, int64_t unit) { return (up(size, unit) / unit | 1) * unit; };
+    const int64_t pitch = odd(tall, 16), line_pitch = odd(by_column ? step : width, 32);
+    const int64_t lines = by_column ? width * line_pitch / 2 : std::max(step * line_pitch, width * odd(step, 32)) / 2;
+    uint32_t *const written = scratch(lines + step / 2 * pitch + tall * width + width * width), *const pairs =
+                                                                                                    written + lines;
+    float *const f = (float*)(pairs + step / 2 * pitch), *const a = f + tall * width;
+    memset(pairs, 0, step / 2 * pitch * 4);
     memset(f, 0, (tall + width) * width * 4);
 
     Statistics sums;
@@ -83,7 +98,7 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, d
                         of[i] = *(const vu_any*)(written + (c + i) * line_pitch / 2 + k);
                     transpose(of);
                     for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - k); ++i)
-                        *(vu_any*)(pairs.at + (k + i) * pitch + c) = of[i];
+                        *(vu_any*)(pairs + (k + i) * pitch + c) = of[i];
                 }
         } else {
             for (int64_t k = 0; k < count; ++k)
@@ -91,21 +106,13 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, d
                     const uint16_t* const at = (const uint16_t*)written + 2 * k * line_pitch + c;
                     const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
                     const vu odd = __builtin_convertvector(*(const vh_any*)(at + line_pitch), vu);
-                    *(vu_any*)(pairs.at + k * pitch + c) = even | odd << 16;
+                    *(vu_any*)(pairs + k * pitch + c) = even | odd << 16;
                 }
             if (m % kLanes)
-                for (int64_t k = 0; k < count; ++k) memset(pairs.at + k * pitch + m, 0, (width - m) * 4);
+                for (int64_t k = 0; k < count; ++k) memset(pairs + k * pitch + m, 0, (width - m) * 4);
         }
-
-        for (int64_t j = 0; j < width; j += kStrip * kLanes)
-            for (int64_t i = 0; i < std::min(height, j + kStrip * kLanes); i += kGramRows) {
-                const int vectors = int(std::min<int64_t>(kStrip, (width - j) / kLanes));
-                const bool crosses = i + kGramRows > j;
-                if (vectors == 4) gram_tile<4>(pairs.at, pitch, count, i, j, f, width, crosses);
-                if (vectors == 3) gram_tile<3>(pairs.at, pitch, count, i, j, f, width, crosses);
-                if (vectors == 2) gram_tile<2>(pairs.at, pitch, count, i, j, f, width, crosses);
-                if (vectors == 1) gram_tile<1>(pairs.at, pitch, count, i, j, f, width, crosses);
-            }
+        const GramBlock held{pairs, pitch, count, written, line_pitch / 2, by_column, f, height, width};
+        add_products(held);
 
         const auto row_of = [&](const Rests::Entry& x) { return by_column ? x.place : x.line; };
         const auto column_of = [&](const Rests::Entry& x) { return by_column ? x.line : x.place; };
@@ -115,7 +122,7 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, d
             const int64_t k = row_of(*x), j = column_of(*x);
             if (row_of(*first) != k) first = x;
             float* const to = a + j * width;
-            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * pairs.row(k, c);
+            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * held.row(k, c);
             to[j] += x->value * x->value / 2;
             for (auto y = first; y != x; ++y) to[column_of(*y)] += x->value * y->value;  // two rests of a row
         }
@@ -142,4 +149,8 @@ static bool gram(const Panel& x, bool by_column, float* g, double* statistics, d
         }
     if (statistics) write_statistics(sums, x.x_dtype, statistics), *base_squares = sums.base_squares;
     return true;
+}
+
+static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
+    return gram_by<add_products>(x, by_column, g, statistics, base_squares);
 }

@@ -290,3 +290,38 @@ static bool products_in_tiles(const Products& p, bool half) {
 static void products_by_tiles(const Products& p, bool half) {
     if (!products_in_tiles(p, half)) products(p, half);
 }
+
+// As add_products of lowrank_gram.h: a tile's lines are columns of X, with pairs of rows along them.
+static void add_products_in_tiles(const GramBlock& block) {
+    const int64_t pairs = (block.count + 15) / 16 * 16;
+    for (int64_t k = block.count; k < pairs; ++k) memset(block.pairs + k * block.pitch, 0, block.width * 4);
+    const Operand across{{block.pairs, block.pitch}};
+    const Operand along{{block.written, block.by_column ? block.line_pitch : (pairs / 16 | 1) * 16}};
+    if (block.by_column)
+        for (int64_t line = 0; line < block.width; ++line)
+            memset(along.tile(line, block.count), 0, (pairs - block.count) * 4);
+    else
+        transposed(
+            pairs, block.width, [&](int64_t k, int64_t c) { return *(const vu_any*)across.tile(k, c); },
+            [&](int64_t line, int64_t k, vu elements) { *(vu_any*)along.tile(line, k) = elements; });
+
+    const TileShapes shapes;
+    alignas(64) float of_some[32 * 32];
+    const Matrix sums{of_some, 32};
+    for (int64_t i = 0; i < block.width; i += 32)
+        for (int64_t j = i; j < block.width; j += 32) {  // sums of a block, then sums of those
+            const bool tall = i + 16 < block.width, wide = j + 16 < block.width;
+            const Operand left{{along.tile(i, 0), along.pitch}}, right{{across.tile(0, j), across.pitch}};
+            if (tall && wide) tiles<false, 2, 2>(left, right, sums, 0, 0, pairs, 1);
+            else if (tall) tiles<false, 2, 1>(left, right, sums, 0, 0, pairs, 1);
+            else if (wide) tiles<false, 1, 2>(left, right, sums, 0, 0, pairs, 1);
+            else tiles<false, 1, 1>(left, right, sums, 0, 0, pairs, 1);
+            for (int64_t r = 0; r < (tall ? 32 : 16); ++r)
+                for (int64_t c = 0; c < (wide ? 32 : 16); c += kLanes)
+                    *(vf_any*)(block.f + (i + r) * block.width + j + c) += *(const vf*)(of_some + 32 * r + c);
+        }
+}
+
+static bool gram_in_tiles(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
+    return gram_by<add_products_in_tiles>(x, by_column, g, statistics, base_squares);
+}

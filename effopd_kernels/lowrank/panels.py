@@ -159,17 +159,19 @@ def products(
     return z[: q.shape[0], : q.shape[1]] if want_z else None
 
 
-def exact_gram(x: Tensor, base: Tensor | None, statistics: Tensor | None = None) -> Tensor | None:
+def exact_gram(
+    x: Tensor, base: Tensor | None, statistics: Tensor | None = None, instruction_set: int = -1
+) -> Tensor | None:
     """(x − base)ᵀ(x − base) (M, M), exactly symmetric, fp32 sums of exact products: of bf16 matrices whose differences
     bf16 holds, but for some in a thousand; None for others, and without dot products of bf16. ``statistics`` (6,) fp64
-    takes those of `ops.stats` in full, and Σ base².
+    takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the best.
     """
-    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype):
+    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().num_multipliers():
         return None
     g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     taken = native().difference_gram(
         *_sources(x, base), *_lines(x), _by_column(x), g.data_ptr(),
-        *((0, 0) if statistics is None else (statistics.data_ptr(), statistics[5:].data_ptr())),
+        *((0, 0) if statistics is None else (statistics.data_ptr(), statistics[5:].data_ptr())), instruction_set,
     )  # fmt: skip
     return g if taken else None
 

@@ -40,10 +40,11 @@ def assert_gram(found, x, base, statistics):
     torch.testing.assert_close(statistics, torch.cat([expected, expected.new_tensor([squares])]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("instruction_set", range(2, native().num_multipliers() if native() else 0))
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("pair", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (40, 17), (257, 64), (700, 65), (513, 100), (1301, 300), (90, 1025)])
-def test_gram(shape, pair, transposed):
+def test_gram(shape, pair, transposed, instruction_set):
     """Sizes that cross blocks, tiles and strips raggedly, lines apart, and rests that meet in a row."""
     n, m = shape
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +54,7 @@ def test_gram(shape, pair, transposed):
     if pair:  # differences that bf16 would round, two in each of some rows
         x[: n // 2 : 8, :2], base[: n // 2 : 8, :2] = 1.0, 2**-9 * 1.5
     statistics = torch.zeros(6, dtype=torch.float64)
-    found = exact_gram(x, base if pair else None, statistics)
+    found = exact_gram(x, base if pair else None, statistics, instruction_set)
     if pair and m < 64 and n > 1:  # too many of them
         assert found is None
     else:
