@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, orth, routes, signs
+from . import ops, orth, panels, routes, signs
 from .difference import Difference, resolves
 from .types import ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
@@ -156,7 +156,7 @@ def _from_gram(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RS
     Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k. Nothing beyond the rank.
     """
     k, width, scale = settings.rank, settings.width(x.x[0].shape[1]), frobenius.unsqueeze(-1)
-    q = orth.basis(x.gram_apply(_omega(x, width, settings)))
+    q = orth.basis(torch.stack([panels.times_signs(g, width, settings.seed) for g in x.known]))
     q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))
     z = x.gram_apply(q)
     u, s, w = orth.svd_of_tall(x.apply(q[..., :k]), k)
@@ -248,13 +248,11 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
 
 
 def _flags(s: Tensor, k: int, rounding: Tensor, met: Tensor) -> Tensor:
-    flags = torch.zeros(len(met), dtype=torch.int32, device=met.device)
-    flags[~met] |= int(Flag.TOL_NOT_MET)
     deficient = s[:, k - 1] <= rounding[:, 0]
-    flags[deficient] |= int(Flag.RANK_DEFICIENT)
+    flags = ~met * int(Flag.TOL_NOT_MET) + deficient * int(Flag.RANK_DEFICIENT)
     if s.shape[-1] > k:
-        flags[~deficient & (s[:, k] > 0.999 * s[:, k - 1])] |= int(Flag.CLUSTERED)
-    return flags
+        flags += (~deficient & (s[:, k] > 0.999 * s[:, k - 1])) * int(Flag.CLUSTERED)
+    return flags.int()
 
 
 def _ritz(x: Difference, q: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

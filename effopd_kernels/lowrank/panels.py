@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..native import DTYPES, native
+from . import signs
 from .workers import shared_out
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def products(
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
     ``half``: operands may be rounded to bf16, where the processor multiplies those, and y is not to be had; ``places``
-    then are those of a q of signs, as :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the
+    are those of a q of signs, as :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the
     multiplier's, −1 the best.
     """
     if not multiplies(x, base, q):
@@ -174,6 +175,16 @@ def exact_gram(
         *((0, 0) if statistics is None else (statistics.data_ptr(), statistics[5:].data_ptr())), instruction_set,
     )  # fmt: skip
     return g if taken else None
+
+
+def times_signs(x: Tensor, columns: int, seed: int) -> Tensor:
+    """x Ω (N, columns) of an fp32 x with the test matrix of :mod:`signs`: as many additions an entry as a row of that
+    has signs.
+    """
+    omega = signs.dense(seed, x.shape[1], columns, x.device)
+    y = torch.empty(len(x), columns, dtype=torch.float32)
+    products(x, None, None, slice(None), omega, y, want_z=False, places=signs.sparse(seed, x.shape[1], columns))
+    return y
 
 
 def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
