@@ -1,8 +1,8 @@
-// Memory for large gradients and scratch, and for tensors read from files. A page touched for the first time costs more than the arithmetic that fills
-// it: the system clears it, and on a virtual machine the host may as well. So pages that were freed are kept for the
-// next buffer of about their size, as a GPU's caching allocator does: each step of a training loop asks for the same
-// ones, each layer of a file for the same shapes. Meanwhile they are marked MADV_FREE, so the system takes them back whenever it is short. A few are kept at
-// most.
+// Memory for large gradients and scratch, and for tensors read from files. A page touched for the first time costs more
+// than the arithmetic that fills it: the system clears it, and on a virtual machine the host may as well. So pages that
+// were freed are kept for the next buffer of about their size, as a GPU's caching allocator does: each step of a
+// training loop asks for the same ones, each layer of a file for the same shapes. Meanwhile they are marked MADV_FREE,
+// so the system takes them back whenever it is short. A few are kept at most.
 #include "tensors.h"
 
 #ifdef __linux__

@@ -1,5 +1,5 @@
 // G = XᵀX of a difference X of bf16 matrices, with fp32 sums of exact products: X is taken in bf16 as it is, if it is what
-// bf16 weights changed by (a few units in their last place), all but some in a hundred, whose rests are added one by one.
+// bf16 weights changed by (a few units in their last place), all but some in a thousand, whose rests are added one by one.
 // Included after lowrank_products.h.
 //
 // A block of X is written as pairs of rows, which the contraction meets one after the other; both operands of a tile are
@@ -8,7 +8,6 @@
 
 constexpr int64_t kGramEntries = int64_t(1) << 18;  // of a block of X: half of a core's own cache
 constexpr int kGramRows = 6;                        // of a tile, and kStrip vectors of columns
-const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // A block of X, and where its products go.
 struct GramBlock {
@@ -131,6 +130,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
         for (int64_t r = 0; r < std::min<int64_t>(kLanes, m - i); ++r)
             store_some((vf)rows[r], (char*)(g + (i + r) * m + j), kFloat32, int(std::min<int64_t>(kLanes, m - j)));
     };
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t i = 0; i < m; i += kLanes)
         for (int64_t j = i; j < m; j += kLanes) {
             vu sums[kLanes], mirrored[kLanes];

@@ -141,7 +141,7 @@ def _factor(
     if (scale != 1).any():
         start, x = None, replace(x, known=None)  # were taken of the unscaled ones
     x = replace(x, scale=scale)
-    if x.known is not None:
+    if x.known is not None and settings.tol is None:
         found = _from_gram(x, frobenius, settings)
         if found is not None:
             return found

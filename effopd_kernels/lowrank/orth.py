@@ -89,7 +89,7 @@ def _one_round(y: Tensor) -> tuple[Tensor, Tensor]:
         native().orthonormal(y_i.data_ptr(), y_i.stride(0), *y_i.shape, q_i.data_ptr())
         for y_i, q_i in zip(y, q, strict=True)
     ]
-    return q, torch.tensor(sizes, dtype=torch.float64)
+    return q, torch.tensor(sizes, dtype=torch.float64, device="cpu")
 
 
 def _in_cpp(y: Tensor) -> bool:

@@ -115,7 +115,7 @@ def row_squares(x: Tensor, base: Tensor, instruction_set: int | None = -1) -> Te
     :func:`panel`.
     """
     if instruction_set is not None and _in_cpp(x, base, torch.float32) and not _by_column(x):
-        out = torch.empty(len(x), 3, dtype=torch.float64)
+        out = torch.empty(len(x), 3, dtype=torch.float64, device="cpu")
         native().line_squares(*_sources(x, base), *_lines(x), out.data_ptr(), instruction_set)
         return out
     return squares_of_rows(x.to(arithmetic(x)) - base, x, base)
@@ -182,7 +182,7 @@ def times_signs(x: Tensor, columns: int, seed: int) -> Tensor:
     has signs.
     """
     omega = signs.dense(seed, x.shape[1], columns, x.device)
-    y = torch.empty(len(x), columns, dtype=torch.float32)
+    y = torch.empty(len(x), columns, dtype=torch.float32, device="cpu")
     products(x, None, None, slice(None), omega, y, want_z=False, places=signs.sparse(seed, x.shape[1], columns))
     return y
 
