@@ -111,7 +111,7 @@ def _sizes(comparison: Comparison, name: str, role: Role, options: Options, embe
     """Norms alone, and every token's, from blocks of rows that are read in all checkpoints while they are in cache."""
     shape, checkpoints = comparison.base.shapes[name][0], comparison.checkpoints()
     like = torch.empty(shape, device="meta")
-    totals = torch.zeros(1 + len(checkpoints), 5, dtype=torch.float64, device=options.device)
+    totals = torch.zeros(1 + len(checkpoints), 5, dtype=torch.float64, device=options.device or "cpu")
     tokens: dict[str, list[Tensor]] = {}
     for rows in _blocks(shape):
         base = comparison.base.read(name, rows).to(options.device)
