@@ -64,8 +64,8 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     const auto odd = [&](int64_t size, int64_t unit) { return (up(size, unit) / unit | 1) * unit; };
     const int64_t pitch = odd(tall, 16), line_pitch = odd(by_column ? step : width, 32);
     const int64_t lines = by_column ? width * line_pitch / 2 : std::max(step * line_pitch, width * odd(step, 32)) / 2;
-    uint32_t *const written = scratch(lines + step / 2 * pitch + tall * width + width * width), *const pairs =
-                                                                                                    written + lines;
+    uint32_t* const written = scratch(lines + step / 2 * pitch + tall * width + width * width);
+    uint32_t* const pairs = written + lines;
     float *const f = (float*)(pairs + step / 2 * pitch), *const a = f + tall * width;
     memset(pairs, 0, step / 2 * pitch * 4);
     memset(f, 0, (tall + width) * width * 4);

@@ -130,7 +130,7 @@ def test_scales(scale):
 
 @pytest.mark.parametrize(("m", "k"), [(560, 32), (98, 6), (34, 2)])
 def test_a_step_of_lanczos(m, k):
-    """In one kernel as in PyTorch; a probe in an invariant subspace ends as zeros."""
+    """In one kernel as in PyTorch; a probe in an invariant subspace, of which only rounding is left, harms no other."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2 * m, m, generator=generator) * torch.arange(1, m + 1) ** -0.5
     v = torch.linalg.eigh(a.mT @ a)[1][:, -k:].flip(-1).contiguous()
