@@ -3,13 +3,21 @@
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 
 def run(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 def test_import_brings_no_heavy_package():
@@ -46,6 +54,7 @@ def test_help_and_wrong_options_need_no_torch():
     assert said.count("usage: effopd-analyze") == 2
 
 
+@needs("trl", "peft", "matplotlib", "pyarrow", "sklearn")
 def test_an_interrupt_while_importing_is_one_sentence():
     run(
         """
@@ -129,6 +138,7 @@ def test_tests_are_collected_without_the_extension():
     )
 
 
+@needs("trl", "peft")
 def test_the_trainer_names_what_is_missing_before_any_training():
     run(
         """
@@ -145,6 +155,7 @@ def test_the_trainer_names_what_is_missing_before_any_training():
     )
 
 
+@needs("matplotlib", "pyarrow", "sklearn")
 def test_every_benchmark_is_collected_from_its_folder():
     """`pytest benchmarks/ --benchmark-only` finds files by pattern, not by name."""
     root = Path(__file__).parents[1]

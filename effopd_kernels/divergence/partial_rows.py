@@ -99,11 +99,15 @@ def _chunks(hidden_ND, weight_VD, bias_V, chunk_rows) -> Iterator[tuple[slice, T
             yield chunk, own
 
 
+def _empty(hidden_ND, ids_Nk, token, tail, dtype) -> Tensor:
+    columns = ids_Nk.shape[1] + int(tail and not token)  # int: sizes are symbols under torch.compile, which add no bools
+    return hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+
+
 def _partial_rows(hidden_ND, weight_VD, bias_V, ids_Nk, *args):
     """_rows(hidden·weightᵀ + bias, ids, …), a chunk of rows at a time."""
     token, tail, *transform, dtype, chunk_rows = args
-    columns = ids_Nk.shape[1] + (tail and not token)
-    out = hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+    out = _empty(hidden_ND, ids_Nk, token, tail, dtype)
     for chunk, logits in _chunks(*_in(dtype, hidden_ND, weight_VD, bias_V), chunk_rows):
         out[chunk] = _rows(logits, ids_Nk[chunk], token, tail, *transform)
     return out
@@ -136,8 +140,7 @@ torch.library.impl("effopd::partial_rows_backward", "CompositeExplicitAutograd",
 
 @torch.library.register_fake("effopd::partial_rows")
 def _(hidden, weight, bias, ids, token, tail, temperature, scale, softcap, dtype, chunk_rows):
-    columns = ids.shape[1] + (tail and not token)
-    return hidden.new_empty((hidden.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
+    return _empty(hidden, ids, token, tail, dtype)
 
 
 @torch.library.register_fake("effopd::partial_rows_backward")
