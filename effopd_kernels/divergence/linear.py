@@ -25,7 +25,7 @@ def _rows(tensors, row_scale, spec, needs, with_stats):
 def compute_dtype(prefix: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the products. prefix: of the arguments' names, in the error."""
     device = hidden.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # is_autocast_available: not compiled by torch 2.11
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch 2.11 cannot trace is_autocast_available
     if autocast and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:

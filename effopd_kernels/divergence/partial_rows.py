@@ -100,7 +100,7 @@ def _chunks(hidden_ND, weight_VD, bias_V, chunk_rows) -> Iterator[tuple[slice, T
 
 
 def _empty(hidden_ND, ids_Nk, token, tail, dtype) -> Tensor:
-    columns = ids_Nk.shape[1] + int(tail and not token)  # int: sizes are symbols under torch.compile, which add no bools
+    columns = ids_Nk.shape[1] + int(tail and not token)  # under torch.compile sizes are symbols, which add no bools
     return hidden_ND.new_empty((hidden_ND.shape[0], columns), dtype=torch.promote_types(dtype, torch.float32))
 
 

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..extrapolation import CheckpointError, EffOPDController, checkpoint
-from ..extrapolation.lora import LoraWeights
+from ..extrapolation.lora import COMPANION, LoraWeights
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,17 +70,20 @@ class EffOPDCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.state, self.saved_step = state, None
+        given = Path(args.resume_from_checkpoint or "")
+        known = args.resume_from_checkpoint and (given / TRAINER_STATE_NAME).is_file()
+        resumed = None if state.global_step == 0 else given if known else _checkpoint(args, state)
+        if resumed is not None:
+            load_trained_adapter(model, resumed)
         try:
             self.controller = EffOPDController(model, self.score_fn, optimizer=optimizer, **self.controller_args)
         except ValueError as e:
             raise UserError(str(e)) from e
-        if state.global_step > 0:
-            given = Path(args.resume_from_checkpoint or "")
-            known = args.resume_from_checkpoint and (given / TRAINER_STATE_NAME).is_file()
-            folder = (given if known else _checkpoint(args, state)) / STATE_DIR
+        if resumed is not None:
+            folder = resumed / STATE_DIR
             if not folder.is_dir():
                 raise UserError(
-                    f"checkpoint '{folder.parent}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
+                    f"checkpoint '{resumed}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
                     "resume with EffOPD disabled, or start afresh"
                     + ("" if known else "; if another folder is resumed from, set args.resume_from_checkpoint to it")
                 )
@@ -153,6 +156,14 @@ class EffOPDCallback(TrainerCallback):
         """A checksum of what the events decided: the same on every rank, and of every version."""
         events = [(e.step, e.alpha, e.score_initial, e.score_best, e.delta_norm) for e in self.controller.events]
         return {"events": zlib.crc32(json.dumps(events).encode())}
+
+
+def load_trained_adapter(model, checkpoint: Path) -> None:
+    """Beside EffOPD's adapter, which lies in a folder of its own, transformers before 5.23 passes over the trained one,
+    and training would go on from a fresh one.
+    """
+    if COMPANION in getattr(model, "peft_config", {}) and (checkpoint / "adapter_model.safetensors").is_file():
+        model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
 
 
 def _checkpoint(args, state) -> Path:

@@ -27,8 +27,7 @@ from ..commands import written
 from ..divergence import REVERSE_KL
 from ..errors import one_line
 from ..extrapolation import Scores
-from ..extrapolation.lora import COMPANION
-from .callback import EffOPDCallback
+from .callback import EffOPDCallback, load_trained_adapter
 from .checkpoint import (
     STAGING,
     check_settings,
@@ -295,17 +294,13 @@ class OPDTrainer(trl.DistillationTrainer):
             self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """The trained adapter is loaded here too: beside EffOPD's, which lies in a folder of its own, transformers 5.17
-        passes it over, and training would go on from a fresh one."""
         student = self.model if model is None else model
         _check_rank(resume_from_checkpoint, student)
         with _fitting(resume_from_checkpoint):
             if self._load_renamed(student, resume_from_checkpoint):
                 return
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            trained = Path(resume_from_checkpoint) / "adapter_model.safetensors"
-            if trained.is_file() and COMPANION in getattr(student, "peft_config", {}):
-                student.load_adapter(resume_from_checkpoint, student.active_adapters[0], is_trainable=True)
+            load_trained_adapter(student, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(self.model, self.state.best_model_checkpoint):
