@@ -20,6 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from effopd_kernels.launch import options as launch_options
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -74,6 +76,7 @@ def _divergence(arch: str) -> Iterator[Variant]:
     size = {"bf16": 2, "fp16": 2, "fp32": 4}
     for name, kind, student, teacher, grad, stats, capped in (
         ("reverse", tk.REVERSE, "bf16", "bf16", True, False, False),
+        ("reverse, statistics", tk.REVERSE, "bf16", "bf16", True, True, False),
         ("reverse, value only, statistics", tk.REVERSE, "bf16", "bf16", False, True, False),
         ("reverse fp32, statistics", tk.REVERSE, "fp32", "fp32", True, True, False),
         ("forward fp16, capped", tk.FORWARD, "fp16", "bf16", True, False, True),
@@ -105,7 +108,7 @@ def _divergence(arch: str) -> Iterator[Variant]:
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):
         arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}
-        yield Variant(f"divergence scale {dtype}", tk._scale_kernel, arguments, ("numel",), {"num_warps": 4}, 32)
+        yield Variant(f"divergence scale {dtype}", tk._scale_kernel, arguments, ("numel",), launch_options(4), 32)
 
 
 def _extrapolation(arch: str) -> Iterator[Variant]:
@@ -131,7 +134,7 @@ def _extrapolation(arch: str) -> Iterator[Variant]:
         }  # fmt: skip
         yield Variant(f"extrapolate_ {name}", tk._extrapolate_kernel, lists | constants, (), options, loads * vector)
     chunk_sums = {"row_ptr": "*i64", "stats_ptr": "*fp32", "chunks": "i32", "BLOCK": 1024}
-    yield Variant("extrapolate_ sums", tk._sum_chunks_kernel, lists | chunk_sums, (), {"num_warps": 4}, 1024 // 128)
+    yield Variant("extrapolate_ sums", tk._sum_chunks_kernel, lists | chunk_sums, (), launch_options(4), 1024 // 128)
     pointers = {
         **dict.fromkeys(("w0_ptr", "delta_ptr", "out_ptr", "grad_ptr", "grad_delta_ptr"), "*bf16"),
         "alpha_ptr": "*fp32", "partial_ptr": "*fp32", "numel": "i64", "BLOCK": block,
@@ -194,14 +197,17 @@ def _lowrank(arch: str) -> Iterator[Variant]:
             options = config("gram", types, SMALL_CARD)[1]
             yield Variant(f"lowrank XᵀX {name}, small card", tk._gram_kernel, arguments, sizes, options, elements)
     arguments = pair | half | {"FULL": True, "SPAN": tk.SPAN, "ROWS": tk.STATS_ROWS, "BLOCK": 256}
-    elements = tk.STATS_ROWS * 256 // (4 * TARGETS[arch].warp_size)
-    yield Variant("lowrank statistics bf16", tk._stats_kernel, arguments, sizes, {"num_warps": 4}, elements)
+    elements = tk.STATS_ROWS * 256 // (tk.STATS_WARPS * TARGETS[arch].warp_size)
+    yield Variant(
+        "lowrank statistics bf16", tk._stats_kernel, arguments, sizes, launch_options(tk.STATS_WARPS), elements
+    )
     jacobi = {"w_ptr": "*fp64", "value_ptr": "*fp64", "L": "i32", "SWEEPS": "i32", "tolerance": "fp32"}
-    elements = tk.JACOBI_TILE // (tk.JACOBI_WARPS * TARGETS[arch].warp_size)
+    entries, options = tk.JACOBI["hip" if amd else "cuda"]
+    elements = entries // (options["num_warps"] * TARGETS[arch].warp_size)
     for half in (tk.JACOBI_LIMIT // 8, tk.JACOBI_LIMIT // 4, tk.JACOBI_LIMIT // 2):
-        tile = {"HALF": half, "BLOCK": tk.JACOBI_TILE // half}
+        tile = {"HALF": half, "BLOCK": entries // half}
         name = f"lowrank eigh fp64, up to {2 * half}"
-        yield Variant(name, tk._jacobi_kernel, jacobi | tile, (), {"num_warps": tk.JACOBI_WARPS}, elements)
+        yield Variant(name, tk._jacobi_kernel, jacobi | tile, (), options, elements)
 
 
 def _is_type(argument) -> bool:

@@ -51,7 +51,7 @@ def _careless_kernel(x_ptr, x_stride):
 
 
 def test_rows_are_addressed_in_64_bits():
-    careless = aot.Variant("", _careless_kernel, {"x_ptr": "*fp32", "x_stride": "i32"}, (), {"num_warps": 1}, 1)
+    careless = aot.Variant("", _careless_kernel, {"x_ptr": "*fp32", "x_stride": "i32"}, (), aot.launch_options(1), 1)
     assert narrow_uses_of_strides(careless)
     checked = 0
     for variant in aot.variants("sm_90"):

@@ -33,13 +33,14 @@ Every sum has a fixed order (the last slice to arrive adds all S partial results
 repeatable. No autotuning: the gradient may overwrite the student, so a trial launch would destroy the input.
 """
 
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from ..launch import on_device, options
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,9 +65,10 @@ class Launch(NamedTuple):
 
     def options(self, stats: bool, aligned: bool) -> dict[str, int]:
         if not self.registers:
-            return {"num_warps": self.warps}
-        # statistics hold twice as many sums, and rows that are not aligned an address for every element
-        return {"num_warps": self.warps, "maxnreg": self.registers + 32 * (stats + (not aligned))}
+            return options(self.warps)
+        # Statistics hold twice as many sums (and Triton 3.9 more of them at once), and rows that are not aligned an
+        # address for every element.
+        return options(self.warps, maxnreg=self.registers + 48 * stats + 32 * (not aligned))
 
 
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
@@ -573,7 +575,7 @@ def launch_divergence_rows(
         loads, vector, stages = UNALIGNED_LOADS, 1, 1
     ks, pre_s = constants(student_scale, student_temperature, student_softcap)
     kt, pre_t = constants(teacher_scale, teacher_temperature, teacher_softcap)
-    with torch.cuda.device(student.device) if student.is_cuda else nullcontext():
+    with on_device(student.device):
         _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
             N, T, V, Vs, S, *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
@@ -609,5 +611,5 @@ def launch_scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """
     grid = min(SCALE_PROGRAMS, triton.cdiv(x.numel(), SCALE_BLOCK))
     if grid:
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            _scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
+        with on_device(x.device):
+            _scale_kernel[(grid,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, **options(4))

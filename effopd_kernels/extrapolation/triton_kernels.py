@@ -12,7 +12,6 @@ memory some turns ahead, so that memory is always busy; a turn's tile is read be
 what lets the parameters be their own currents.
 """
 
-from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -21,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_cache import device_cache
+from ..launch import on_device, options
 from . import reference
 
 CHUNK = 32768
 LANES = 256  # threads of a program: 8 warps, or 4 waves of 64
-CUDA, HIP = {"num_warps": 8}, {"num_warps": 4}
+CUDA, HIP = options(8), options(4)
 LAUNCH = HIP if torch.version.hip else CUDA
 # 16-byte loads of a thread from each tensor in a turn; turns that overlap: all tiles but one are under way while one is
 # used. Where addresses are no multiples of 16, loads are of single elements.
@@ -148,10 +148,6 @@ def _backward_kernel(grad_ptr, delta_ptr, alpha_ptr, grad_delta_ptr, partial_ptr
     tl.store(partial_ptr + tl.program_id(0), tl.sum(grad * delta, 0))
 
 
-def _on(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 @device_cache(maxsize=16)
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """The device's copy (7, L) of a list's first chunks, sizes, addresses and rows in alphas and statistics.
@@ -220,7 +216,7 @@ def launch_extrapolate(
         partial = narrow.new_empty(3 * chunks if stats_out is not None else 0)
         widest = max(d.itemsize for d in (p, a, c, *([torch.float32] if masters else [])))
         loads, vector, stages = (LOADS, 16 // widest, STAGES) if aligned else (UNALIGNED_LOADS, 1, 1)
-        with _on(alphas):
+        with on_device(alphas.device):
             _extrapolate_kernel[(chunks,)](
                 table, narrow if len(group) == len(params) else narrow[rows], partial, len(group),
                 P=_TL_DTYPE[p], A=_TL_DTYPE[a], C=_TL_DTYPE[c], MASTER=bool(masters), STATS=stats_out is not None,
@@ -229,7 +225,7 @@ def launch_extrapolate(
             )  # fmt: skip
             if stats_out is not None:
                 _sum_chunks_kernel[(len(group),)](
-                    partial, table, rows, stats_out, len(group), chunks, BLOCK=1024, num_warps=4
+                    partial, table, rows, stats_out, len(group), chunks, BLOCK=1024, **options(4)
                 )
 
 
@@ -239,7 +235,7 @@ def launch_extrapolate_forward(w0: Tensor, delta: Tensor, alpha: Tensor) -> Tens
     out = torch.empty_like(w0)
     block = PER_THREAD * LANES
     if w0.numel():
-        with _on(w0):
+        with on_device(w0.device):
             _forward_kernel[(triton.cdiv(w0.numel(), block),)](w0, delta, alpha, out, w0.numel(), BLOCK=block, **LAUNCH)
     return out
 
@@ -252,6 +248,6 @@ def launch_extrapolate_backward(grad: Tensor, delta: Tensor, alpha: Tensor) -> t
     programs = triton.cdiv(grad.numel(), block)
     partial = torch.empty(programs, dtype=torch.float32, device=grad.device)
     if programs:
-        with _on(grad):
+        with on_device(grad.device):
             _backward_kernel[(programs,)](grad, delta, alpha, grad_delta, partial, grad.numel(), BLOCK=block, **LAUNCH)
     return grad_delta, partial.sum(dtype=torch.float64).to(alpha.dtype)

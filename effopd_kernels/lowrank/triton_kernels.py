@@ -14,7 +14,6 @@ of 16-bit pairs takes three bf16 products of X = hi + lo, whose dropped lo·lo i
 fp64 is left to the reference.
 """
 
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -23,16 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_cache import device_cache
+from ..launch import on_device, options
 from . import reference, signs
 
 SPAN = 2048  # columns that one program multiplies
 COLUMNS = 128  # of an output tile
 GRAM_TILE = 128
-STATS_ROWS = 8
+STATS_ROWS, STATS_WARPS = 8, 4
 MAX_GRID = 65535  # programs along a grid's second and third dimension
 JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
-JACOBI_TILE = 4096  # entries of half the rows at a time; twice as many spill
-JACOBI_WARPS = 16
+# Entries of half the rows at a time (twice as many spill), and the launch: ptxas, left to itself, spills to make room
+# for two programs.
+JACOBI = {"cuda": (2048, options(16, maxnreg=128)), "hip": (4096, options(16))}
 JACOBI_ALONE = 100  # L from which a matrix alone is left to LAPACK's way: twice that for two, and so on
 HALF_DTYPE = torch.bfloat16  # of rounded operands
 # Statistics keep fp64 sums per row and need the smaller tile; three TF32 products hold each operand twice.
@@ -44,8 +45,8 @@ _TILES = {
 }
 _STAGES = {"rounded": 3, "rounded, statistics": 4, "exact": 4, "gram": 2}
 _REGISTERS = {"rounded": 255, "rounded, statistics": 128, "exact": 255, "gram": 255}
-CUDA = {k: {**v, "num_warps": 8, "num_stages": _STAGES[k], "maxnreg": _REGISTERS[k]} for k, v in _TILES.items()}
-HIP = {k: {**v, "num_warps": 8, "num_stages": 1} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
+CUDA = {k: {**v, **options(8, num_stages=_STAGES[k], maxnreg=_REGISTERS[k])} for k, v in _TILES.items()}
+HIP = {k: {**v, **options(8, num_stages=1)} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
 CONFIG, PRECISION = (HIP, "ieee") if torch.version.hip else (CUDA, "tf32x3")
 _BESIDE = {**dict.fromkeys(_TILES, 32 << 10), "gram": 64 << 10}  # bytes of shared memory besides tiles on their way
 
@@ -320,10 +321,6 @@ def launch_config(kind: str, itemsize: int, shared: int) -> dict[str, int]:
     return {**config, "num_stages": max(1, min(config["num_stages"], fitting))}
 
 
-def _guard(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 class _Pair:
     """What every kernel takes of a batch of differences: addresses, strides and compile-time facts."""
 
@@ -366,7 +363,7 @@ def _multiply(
     q = (q.to(HALF_DTYPE) if fast else q).contiguous()
     y = q.new_empty((spans, B, N, L), dtype=torch.float32)
     partial = q.new_empty((B, tiles * spans, 5), dtype=torch.float64) if stats else None
-    with _guard(pair.device):
+    with on_device(pair.device):
         _skinny_kernel[(tiles, spans, B * triton.cdiv(L, COLUMNS))](
             pair.addresses, scale, q, y, partial, B, N, M, L, *pair.strides, **pair.constants,
             STATS=stats, FULL=full, BY_COLUMN=pair.strides[0] == 1, PRECISION=PRECISION, SPAN=SPAN, COLUMNS=COLUMNS,
@@ -417,10 +414,10 @@ def launch_stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     pair = _Pair(x, base)
     tiles, spans = triton.cdiv(N, STATS_ROWS), triton.cdiv(M, SPAN)
     partial = torch.empty((B, tiles * spans, 5), dtype=torch.float64, device=pair.device)
-    with _guard(pair.device):
+    with on_device(pair.device):
         _stats_kernel[(tiles, spans, B)](
             pair.addresses, partial, B, N, M, *pair.strides, **pair.constants,
-            FULL=full, SPAN=SPAN, ROWS=STATS_ROWS, BLOCK=256, num_warps=4,
+            FULL=full, SPAN=SPAN, ROWS=STATS_ROWS, BLOCK=256, **options(STATS_WARPS),
         )  # fmt: skip
     return _sum_partials(partial)
 
@@ -434,7 +431,7 @@ def launch_gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, doubl
     tiles = triton.cdiv(M, GRAM_TILE)
     g = torch.empty((B, M, M), dtype=torch.float32, device=pair.device)
     sixteen_bits = all(t.dtype != torch.float32 for t in (*x[:1], *base[:1]))
-    with _guard(pair.device):
+    with on_device(pair.device):
         _gram_kernel[(tiles * (tiles + 1) // 2, B)](
             pair.addresses, scale, g, B, N, M, *pair.strides, **pair.constants,
             HALF=_TL_DTYPE[HALF_DTYPE] if sixteen_bits else None, PRECISION=PRECISION, TILE=GRAM_TILE,
@@ -456,10 +453,11 @@ def launch_eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     w[:, :, even:].diagonal(dim1=-2, dim2=-1).fill_(1)
     values = g.new_empty((B, even))
     half = triton.next_power_of_2(even // 2)
-    with _guard(g.device):
+    tile, launch = JACOBI["hip" if torch.version.hip else "cuda"]
+    with on_device(g.device):
         _jacobi_kernel[(B,)](
             w, values, even, 20, L * torch.finfo(g.dtype).eps,
-            HALF=half, BLOCK=min(2 * half, JACOBI_TILE // half), num_warps=JACOBI_WARPS,
+            HALF=half, BLOCK=min(2 * half, tile // half), **launch,
         )  # fmt: skip
     values, order = values[:, :L].sort(dim=-1, descending=True)
     vectors = w[:, :L, even : even + L].gather(1, order[..., None].expand(B, L, L))

@@ -31,7 +31,8 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(kernels, "GRAM_TILE", 32)
         monkeypatch.setattr(kernels, "HALF_DTYPE", torch.float16)
         monkeypatch.setattr(kernels, "STATS_ROWS", 64)
-        monkeypatch.setattr(kernels, "JACOBI_TILE", 16)
+        for device, (_, launch) in kernels.JACOBI.items():
+            monkeypatch.setitem(kernels.JACOBI, device, (16, launch))
         config = {name: {**launch, "BLOCK": 64} for name, launch in kernels.CONFIG.items()}
         monkeypatch.setattr(kernels, "CONFIG", config)
 
