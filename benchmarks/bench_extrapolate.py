@@ -6,14 +6,14 @@ The lists are what EffOPD moves: attention and MLP weights and biases of Qwen2.5
 layer of the latter, whose tensors are so large that an allocator gives temporaries of them back each time; and small
 tensors. Traffic: read A and C, write W, so 3 elements moved per parameter; statistics move nothing more where they are
 fused. A machine's ceiling is its measured copy bandwidth on tensors of this size (4 GiB at most). Contenders take turns
-within each round, in rotating order, so that drift and neighbours fall on all of them alike; ratios are of medians.
+(see `common.turns`); ratios are of medians.
 """
 
-import statistics
+import functools
 
 import pytest
 import torch
-from common import DEVICE, seconds
+from common import DEVICE, race
 
 from effopd_kernels.extrapolation import extrapolate_
 
@@ -100,26 +100,19 @@ def test_extrapolate(benchmark, request, report, name, dtype):
     size = sum(t.nbytes for t in w)
     # beside three lists of Qwen3-8B in fp32 and a contender's temporaries, copies of that size would not fit a GPU
     flat, source = (torch.zeros(min(size, 1 << 32), dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    times = {f: [] for f in CONTENDERS}
-    copies = []
-    for f in CONTENDERS:
-        f(w, a, c)
-    for turn in range(6):
-        copies.append(seconds(lambda: flat.copy_(source)))
-        for f in CONTENDERS[turn % len(CONTENDERS) :] + CONTENDERS[: turn % len(CONTENDERS)]:
-            times[f].append(seconds(lambda f=f: f(w, a, c)))
+    contenders = {f.__name__: functools.partial(f, w, a, c) for f in CONTENDERS}
+    times = race({"copy": lambda: flat.copy_(source), **contenders}, rounds=7)
     benchmark.pedantic(ours, (w, a, c), rounds=3)
-    bandwidth = 2 * flat.nbytes / statistics.median(copies)
-    lerp = statistics.median(times[lerp_out])
+    bandwidth = 2 * flat.nbytes / times["copy"]
     rows = []
     for f in CONTENDERS:
-        median = statistics.median(times[f])
+        median = times[f.__name__]
         rows.append(
             {
                 "contender": f.__name__,
                 "ms": round(1e3 * median, 2),
                 "of copy bandwidth": round(3 * size / median / bandwidth, 3),
-                "speed / lerp": round(lerp / median, 3),
+                "speed / lerp": round(times["lerp_out"] / median, 3),
                 "extra memory / list": round(extra_memory(f, (w, a, c)) / size, 3),
             }
         )

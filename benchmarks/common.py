@@ -17,18 +17,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
-    """Such as nvidia-h200 or cpu-amd-epyc-avx2-2cores: the folder under results/. Processors of one name differ most in
-    the width of their vectors."""
+    """Such as nvidia-h200 or cpu-amd-epyc-family-25-avx2-2cores: the folder under results/. Processors of one name
+    differ in generation and in the width of their vectors."""
     if DEVICE == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        try:
-            with open("/proc/cpuinfo") as f:
-                model = next((line.split(":")[1] for line in f if line.startswith("model name")), platform.machine())
-        except OSError:
-            model = platform.machine()
-        name = f"cpu {model} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}cores"
+        name = f"cpu {_processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            said = dict(re.findall(r"^(model name|cpu family)\s*: *(.*)$", f.read(), re.MULTILINE))
+    except OSError:
+        said = {}
+    family = f" family {said['cpu family']}" if "cpu family" in said else ""
+    return said.get("model name", platform.machine()) + family
 
 
 def when_and_with_what() -> dict[str, str]:
@@ -48,15 +53,23 @@ def seconds(function) -> float:
 
 
 def race(contenders: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one unmeasured call. They take turns, in rotating order, so that drift and
-    neighbours fall on all alike. Of one that takes half a minute the first call is measured, and no other."""
+    """Median seconds of each, after one unmeasured call. They take turns, in the orders of `turns`. Of one that takes
+    half a minute the first call is measured, and no other."""
     first = {name: seconds(function) for name, function in contenders.items()}
     times = {name: [t] if t > PATIENCE else [] for name, t in first.items()}
-    names = [name for name, t in first.items() if t <= PATIENCE]
-    for turn in range(rounds if names else 0):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for order in turns([name for name, t in first.items() if t <= PATIENCE], rounds):
+        for name in order:
             times[name].append(seconds(contenders[name]))
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def turns(names: list[str], rounds: int) -> list[list[str]]:
+    """Orders by which drift falls on all alike, and so does what a contender leaves to the next, such as memory that
+    the system takes back after it: in as many rounds as names, of an even number of them, each follows every other once
+    (Williams 1949); of an odd number, twice in twice as many."""
+    n = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]
+    return [[names[(i + turn) % n] for i in (zigzag[::-1] if n * turn % 2 else zigzag)] for turn in range(rounds)]
 
 
 def copy_bandwidth(nbytes: int = 1 << (32 if DEVICE == "cuda" else 28)) -> float:

@@ -117,7 +117,7 @@ def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) ->
     svd, rest = _blank(len(x.x), n, m, settings, x.dtype, frobenius.device)
     svd.frobenius_norm.copy_(frobenius)
     if not k:
-        svd.residual_norm.copy_(frobenius)
+        svd.residual_norm.copy_(frobenius + least_rounding(frobenius, x.dtype))
     svd.flags[zero] = int(Flag.ZERO | Flag.RANK_DEFICIENT) if k else int(Flag.ZERO)
     for field in svd[:-1]:
         field[bad] = float("nan")
