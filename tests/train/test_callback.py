@@ -117,6 +117,27 @@ def test_resumes_exactly(build, world, tmp_path):
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
 
 
+def test_resumes_where_transformers_loads_the_companion_alone(world, tmp_path, monkeypatch):
+    """As before 5.23: what it leaves of the trained adapter is what the trainer was made with."""
+    whole, effopd = with_effopd(lora_trainer, world, tmp_path)
+    whole.train()
+    resumed, again = with_effopd(lora_trainer, world, tmp_path)
+    fresh = {n: p.detach().clone() for n, p in resumed.model.named_parameters() if p.requires_grad}
+    load = transformers.Trainer._load_from_checkpoint
+
+    def load_companion(self, *args, **kwargs):
+        load(self, *args, **kwargs)
+        with torch.no_grad():
+            for name, made in fresh.items():
+                self.model.get_parameter(name).copy_(made)
+
+    monkeypatch.setattr(transformers.Trainer, "_load_from_checkpoint", load_companion)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [e.alpha for e in again.controller.events] == [e.alpha for e in effopd.controller.events]
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(resumed.model.get_parameter(name), parameter), name
+
+
 def test_jumps_stay_active_beside_a_reference(world, tmp_path):
     """GRPO of a LoRA student scores its reference by switching adapters, there and back, in every step."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
