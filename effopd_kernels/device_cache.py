@@ -29,7 +29,9 @@ def device_cache(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[...
             if not tensor.is_cuda:
                 return tensor
             stream = torch.cuda.current_stream(tensor.device)
-            if torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(tensor.device):  # whose stream it is that may be capturing
+                capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
                 captured.append(tensor)
             elif stream != home:
                 stream.wait_event(done)
