@@ -1,5 +1,7 @@
 """What is made once on one stream and read on others, with streams that only take notes."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ class Stream:
 
 
 class OnDevice:
-    is_cuda, device = True, torch.device("cuda", 0)
+    is_cuda, device = True, torch.device("cuda", 1)
 
     def __init__(self):
         self.readers = []
@@ -29,9 +31,19 @@ class OnDevice:
 
 @pytest.fixture
 def on_stream(monkeypatch):
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
     def switch(stream, capturing=False):
+        capturing_on = OnDevice.device if capturing else None
+        monkeypatch.setattr(torch.cuda, "device", guard)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == capturing_on)
 
     monkeypatch.setattr(device_cache, "captured", [])
     return switch
