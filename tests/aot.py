@@ -130,7 +130,7 @@ def _extrapolation(arch: str) -> Iterator[Variant]:
         vector = 16 // widest if aligned else 1
         constants = {
             **dict(zip("PAC", dtypes, strict=True)), "MASTER": master, "STATS": True, "ALIGNED": aligned,
-            "CHUNK": tk.CHUNK, "LOADS": loads, "LANES": tk.LANES, "VECTOR": vector, "STAGES": stages, "L_POW2": 512,
+            "CHUNK": tk.CHUNK, "LOADS": loads, "LANES": tk.LANES, "VECTOR": vector, "STAGES": stages, "L_POW2": tk.MOST,
         }  # fmt: skip
         yield Variant(f"extrapolate_ {name}", tk._extrapolate_kernel, lists | constants, (), options, loads * vector)
     chunk_sums = {"row_ptr": "*i64", "stats_ptr": "*fp32", "chunks": "i32", "BLOCK": 1024}

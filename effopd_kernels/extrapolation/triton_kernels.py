@@ -24,6 +24,7 @@ from ..launch import on_device, options
 from . import reference
 
 CHUNK = 32768
+MOST = 4096  # tensors of a launch: each program looks its own up among all, and beyond 16,384 registers spill
 LANES = 256  # threads of a program: 8 warps, or 4 waves of 64
 CUDA, HIP = options(8), options(4)
 LAUNCH = HIP if torch.version.hip else CUDA
@@ -177,7 +178,8 @@ def launch_extrapolate(
     masters: list[Tensor] | None,
     stats_out: Tensor | None,
 ) -> None:
-    """Write anchor + α·(current − anchor) into each parameter, and its fp32 master if given; one launch per dtype mix.
+    """Write anchor + α·(current − anchor) into each parameter, and its fp32 master if given; one launch per dtype mix
+    and `MOST` tensors.
 
     Lists of L tensors of equal shapes; currents may be the params themselves. alphas (L,) on the device.
     stats_out (L, 3) fp32: ‖C − A‖², ‖W‖² as written to the parameter, elements of W that are not finite.
@@ -207,7 +209,8 @@ def launch_extrapolate(
                 stats_out[i] = row[0]
 
     narrow = alphas.float().contiguous()
-    for (p, a, c, aligned), group in groups.items():
+    parts = [(mix, group[i : i + MOST]) for mix, group in groups.items() for i in range(0, len(group), MOST)]
+    for (p, a, c, aligned), group in parts:
         addresses = [tuple(t[i].data_ptr() for i in group) for t in (params, anchors, currents, masters or params)]
         sizes = tuple(params[i].numel() for i in group)
         *first_chunks, chunks = accumulate((-(-size // CHUNK) for size in sizes), initial=0)

@@ -85,6 +85,16 @@ def test_without_statistics_the_values_are_the_same():
 
 
 @needs_kernels
+def test_long_lists_take_several_launches(monkeypatch):
+    whole, anchors, currents = weights()
+    stats = run(whole, anchors, currents, ALPHAS)
+    monkeypatch.setattr(triton_kernels, "MOST", 2)
+    params, _, _ = weights()
+    assert torch.equal(run(params, anchors, currents, ALPHAS), stats)
+    assert all(torch.equal(p, q) for p, q in zip(params, whole, strict=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_the_ends_are_copies_bit_for_bit(dtype):
     """Also of −0, and of a finite end when the other one is not finite."""
