@@ -138,7 +138,9 @@ def row_factor(
     if num_tokens is None:
         total = weight.sum()
     elif isinstance(num_tokens, Tensor):
-        total = num_tokens.reshape(()).to(device, non_blocking=True)
+        total = num_tokens.reshape(())
+        if total.device != device:  # its clone is out of the caller's reach, who may go on counting while it is copied
+            total = total.clone().to(device, non_blocking=True)
     else:  # filled there: a copy would wait for the device
         total = torch.full((), num_tokens, dtype=dtype, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
