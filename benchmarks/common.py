@@ -64,9 +64,9 @@ def race(contenders: dict, rounds: int) -> dict[str, float]:
 
 
 def turns(names: list[str], rounds: int) -> list[list[str]]:
-    """Orders by which drift falls on all alike, and so does what a contender leaves to the next, such as memory that
-    the system takes back after it: in as many rounds as names, of an even number of them, each follows every other once
-    (Williams 1949); of an odd number, twice in twice as many."""
+    """Orders by which drift falls on all alike, and so does what a contender leaves to the next: in as many rounds as
+    names, of an even number of them, each follows every other once (Williams 1949); of an odd number, twice in twice as
+    many."""
     n = len(names)
     zigzag = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]
     return [[names[(i + turn) % n] for i in (zigzag[::-1] if n * turn % 2 else zigzag)] for turn in range(rounds)]

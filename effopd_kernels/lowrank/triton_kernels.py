@@ -31,8 +31,8 @@ GRAM_TILE = 128
 STATS_ROWS, STATS_WARPS = 8, 4
 MAX_GRID = 65535  # programs along a grid's second and third dimension
 JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
-# Entries of half the rows at a time (twice as many spill), and the launch: ptxas, left to itself, spills to make room
-# for two programs.
+# Entries of half the rows at a time (on CUDA twice as many spill with Triton 3.9), and the launch: ptxas, left to
+# itself, spills to make room for two programs.
 JACOBI = {"cuda": (2048, options(16, maxnreg=128)), "hip": (4096, options(16))}
 JACOBI_ALONE = 100  # L from which a matrix alone is left to LAPACK's way: twice that for two, and so on
 HALF_DTYPE = torch.bfloat16  # of rounded operands
