@@ -79,27 +79,29 @@ def _divergence(arch: str) -> Iterator[Variant]:
         ("reverse, statistics", tk.REVERSE, "bf16", "bf16", True, True, False),
         ("reverse, value only, statistics", tk.REVERSE, "bf16", "bf16", False, True, False),
         ("reverse fp32, statistics", tk.REVERSE, "fp32", "fp32", True, True, False),
-        ("forward fp16, capped", tk.FORWARD, "fp16", "bf16", True, False, True),
+        ("forward fp16, capped, sequences", tk.FORWARD, "fp16", "bf16", True, False, True),
         ("mixture", tk.MIXTURE, "bf16", "bf16", True, False, False),
         ("mixture fp32/bf16, statistics, capped", tk.MIXTURE, "fp32", "bf16", True, True, True),
         ("reverse unaligned", tk.REVERSE, "bf16", "bf16", True, False, False),
         ("forward fp32 unaligned, statistics", tk.FORWARD, "fp32", "fp32", True, True, False),
-        ("mixture unaligned, capped", tk.MIXTURE, "bf16", "bf16", True, False, True),
+        ("mixture unaligned, capped, sequences", tk.MIXTURE, "bf16", "bf16", True, False, True),
     ):
         aligned = "unaligned" not in name
+        columns = launch.slice // max(size[student], size[teacher])
+        S = triton.cdiv(151936, columns)
         vector = 16 // max(size[student], size[teacher]) if aligned else 1
         loads, stages = (launch.loads, launch.stages) if aligned else (tk.UNALIGNED_LOADS, 1)
         arguments = {
             "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
             "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
             **dict.fromkeys(("loss_ptr", "stats_ptr", "partial_ptr", "record_ptr"), "*fp32"),
-            **dict.fromkeys(("N", "T", "V", "Vs", "S", "skew"), "i32"),
+            **dict.fromkeys(("N", "V", "Vs", "skew"), "i32"), "T": "i32" if "sequences" in name else None,
             **dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), "i32"),
             **dict.fromkeys(("student_sequence", "teacher_sequence", "grad_sequence"), "i64"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
             "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
-            "SLICE": launch.slice // max(size[student], size[teacher]), "S_POW2": 32,
+            "SLICE": columns, "S": S, "S_POW2": triton.next_power_of_2(S),
             "FAST": max(size[student], size[teacher]) == 2, "LG2": arch != "gfx942",
         }  # fmt: skip
         sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]

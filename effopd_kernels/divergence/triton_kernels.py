@@ -17,17 +17,19 @@ Legend: N rows, V shared vocabulary, Vs student columns, S slices per row.
 Traffic. A row of both tensors is 608 KB in bf16 at V = 151936, too large for one multiprocessor and, times every
 resident program, for the L2. So a row is cut in S slices, and the work is a queue of items (phase, row, slice) in which
 phase k of row r stands `skew` rows behind phase k−1, far enough that none has to wait: resident programs / (phases·S).
-On an H200 that is 28 rows of 19 slices: the second read comes 17 MB after the first and is meant to hit the L2, so that
+On an H200 that is 27 rows of 13 slices: the second read comes 16 MB after the first and is meant to hit the L2, so that
 device memory sees read s, read t, write ds and nothing else. An item waits only for items before it in the queue, and
 the queue is drawn in order from a counter, so the wait always ends however few programs fit on the device (and the
 sequential interpreter can run it).
 
-Latency. An item of 16 KB of each tensor lasts a few microseconds, and waits for most of them: for its place in the
+Latency. An item of 24 KB of each tensor lasts a few microseconds, and waits for most of them: for its place in the
 queue, for memory, for its count to be seen. So tiles are copied to shared memory several turns ahead, and few registers
-are taken, so that eight programs share a multiprocessor.
+are taken, so that five programs share a multiprocessor.
 
-Instructions per element, reverse KL in bf16 for sm_90 (`python tests/aot.py`): 20.0 and 14.0, of which 2.2 and 1.0 are
-exp2. At 4 per clock and 32 lanes on 132 multiprocessors, 34 take 1.4 ms for 8192 rows where the memory takes 1.7 ms.
+Instructions per element, reverse KL in bf16 for sm_90: 16.2 and 12.3 in the loops (`python tests/aot.py`), of which 2.1
+and 1.0 are exp2, and 6.4 around them (619 of a thread for the two items of its 96 elements: drawing, filling the
+pipeline, adding up, announcing). At 4 per clock and 32 lanes on 132 multiprocessors of 1.98 GHz, 35 take 1.3 ms for
+8192 rows where the memory takes 1.7 ms.
 
 Every sum has a fixed order (the last slice to arrive adds all S partial results by index): results are bitwise
 repeatable. No autotuning: the gradient may overwrite the student, so a trial launch would destroy the input.
@@ -74,9 +76,9 @@ class Launch(NamedTuple):
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
 UNALIGNED_LOADS = 8  # of single elements, where rows are not aligned: as many as spill nothing
 LAUNCH = {
-    "sm_80": Launch(4, 128, loads=1, stages=5, slice=16384, resident=8, registers=64),
-    "sm_90": Launch(4, 128, loads=1, stages=6, slice=16384, resident=8, registers=64),
-    "sm_100": Launch(4, 128, loads=1, stages=6, slice=16384, resident=8, registers=64),
+    "sm_80": Launch(4, 128, loads=2, stages=4, slice=24576, resident=5, registers=96),
+    "sm_90": Launch(4, 128, loads=2, stages=4, slice=24576, resident=5, registers=96),
+    "sm_100": Launch(4, 128, loads=2, stages=4, slice=24576, resident=5, registers=96),
     "gfx942": Launch(4, 256, loads=2, stages=1, slice=16384, resident=3),
 }
 
@@ -95,10 +97,19 @@ def _tanh(x):
 
 
 @triton.jit
-def _load(row_ptr, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, POLICY: tl.constexpr):
-    """A tile of logits in fp32, PAD past V; with a soft cap, tanh(scale·x/cap), where pre = 2·log2e·scale/cap."""
+def _load(
+    row_ptr, start, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, POLICY: tl.constexpr
+):
+    """The tile of logits at `start`, in fp32, PAD past V; with a soft cap, tanh(scale·x/cap), where
+    pre = 2·log2e·scale/cap. bf16 is loaded in pairs: a shift and a mask widen what takes three conversions."""
     if MASKED:
         x = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    elif row_ptr.dtype.element_ty == tl.bfloat16 and cols.shape[1] > LANES:
+        HALF: tl.constexpr = cols.shape[1] // 2
+        pairs = tl.arange(0, cols.shape[0])[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        pair = tl.load((row_ptr + start).to(tl.pointer_type(tl.int32)) + pairs, eviction_policy=POLICY)
+        first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        x = tl.reshape(tl.join(first, second), cols.shape)
     else:
         x = tl.load(row_ptr + cols, eviction_policy=POLICY).to(tl.float32)
     if CAPPED:
@@ -133,14 +144,21 @@ def _argmax(x, cols, top):
 
 
 @triton.jit
-def _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my):
-    """Sums taken relative to (mx, my), restated relative to (new_mx, new_my). c = Σ 2^u over entries with y = −inf."""
+def _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my, EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr):
+    """Sums taken relative to (mx, my), restated relative to (new_mx, new_my): those that are taken. For EXACT,
+    c = Σ 2^u over entries with y = −inf; without it there are none, and lx = 0 where my is yet NOTHING."""
     dx = mx - new_mx
     dy = my - new_my
     fx = tl.exp2(dx)
     fy = tl.exp2(dy)
-    a = fx * (a + dx * lx - tl.where(my > NOTHING, dy, 0.0) * (lx - c))
-    return fx * lx, fy * ly, a, fx * c, fx * (bx + dx * lx), fy * (by + dy * ly)
+    if PAIR:
+        a = fx * (a + dx * lx - tl.where(my > NOTHING, dy, 0.0) * (lx - c) if EXACT else a + (dx - dy) * lx)
+    if EXACT:
+        c = fx * c
+    if STATS:
+        bx = fx * (bx + dx * lx)
+        by = fy * (by + dy * ly)
+    return fx * lx, fy * ly, a, c, bx, by
 
 
 @triton.jit
@@ -149,17 +167,22 @@ def _larger(x, y, x2, y2):
 
 
 @triton.jit
-def _add(lx, ly, a, c, bx, by, lx2, ly2, a2, c2, bx2, by2):
-    return lx + lx2, ly + ly2, a + a2, c + c2, bx + bx2, by + by2
+def _add(lx, ly, a, lx2, ly2, a2):
+    return lx + lx2, ly + ly2, a + a2
 
 
 @triton.jit
-def _reduce(mx, lx, my, ly, a, c, bx, by):
-    """One state out of a vector of states (threads of a program, slices of a row). Together, for threads wait for each
-    other in every reduction."""
+def _reduce(mx, lx, my, ly, a, c, bx, by, EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr):
+    """One state out of a vector of states (threads of a program, slices of a row); 0 for sums that are not taken.
+    Several at a time, for threads wait for each other in every reduction."""
     top_x, top_y = tl.reduce((mx, my), 0, _larger)
-    lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, top_x, top_y)
-    lx, ly, a, c, bx, by = tl.reduce((lx, ly, a, c, bx, by), 0, _add)
+    lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, top_x, top_y, EXACT, PAIR, STATS)
+    lx, ly, a = tl.reduce((lx, ly, a), 0, _add)
+    if STATS:
+        bx, by, c = tl.reduce((bx, by, c), 0, _add)
+    else:
+        bx, by = 0.0, 0.0
+        c = tl.sum(c, 0) if EXACT else 0.0
     return top_x, lx, top_y, ly, a, c, bx, by
 
 
@@ -167,7 +190,7 @@ def _reduce(mx, lx, my, ly, a, c, bx, by):
 def _statistics(
     x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
     EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Online pass over columns [begin, end) of a row, partial sums into its slot; False if an infinity spoiled them."""
     zero = tl.zeros([LANES], tl.float32)
@@ -175,18 +198,19 @@ def _statistics(
     lx, ly, a, c, bx, by = zero, zero, zero, zero, zero, zero
     best_x, best_y = zero - float("inf"), zero - float("inf")
     arg_x, arg_y = tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    TILE: tl.constexpr = cols0.shape[0] * cols0.shape[1]
     whole = begin if EXACT else begin + tl.maximum(end - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):  # whole tiles, then the row's tail
         first, last = whole if MASKED else begin, end if MASKED else whole
         for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
             cols = start + cols0
-            x = _by_lane(_load(x_row, cols, V, pre_x, CAP_X, MASKED, POLICY), LANES)
-            y = _by_lane(_load(y_row, cols, V, pre_y, CAP_Y, MASKED, POLICY), LANES)
+            x = _by_lane(_load(x_row, start, cols, V, pre_x, CAP_X, MASKED, LANES, POLICY), LANES)
+            y = _by_lane(_load(y_row, start, cols, V, pre_y, CAP_Y, MASKED, LANES, POLICY), LANES)
             top_x = _tile_max(x)
             top_y = _tile_max(y)
             new_mx = tl.maximum(mx, top_x * kx)
             new_my = tl.maximum(my, top_y * ky)
-            lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my)
+            lx, ly, a, c, bx, by = _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my, EXACT, PAIR, STATS)
             mx, my = new_mx, new_my
             u = tl.fma(x, kx, -mx[None, :, None])
             v = tl.fma(y, ky, -my[None, :, None])
@@ -207,7 +231,7 @@ def _statistics(
                 arg_x = tl.where(top_x > best_x, _argmax(x, _by_lane(cols, LANES), top_x), arg_x)
                 arg_y = tl.where(top_y > best_y, _argmax(y, _by_lane(cols, LANES), top_y), arg_y)
                 best_x, best_y = tl.maximum(best_x, top_x), tl.maximum(best_y, top_y)
-    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, a, c, bx, by)
+    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, a, c, bx, by, EXACT, PAIR, STATS)
     tl.store(slot, mx1)
     tl.store(slot + S, lx1)
     tl.store(slot + 2 * S, my1)
@@ -231,16 +255,16 @@ def _statistics(
 def _slice_statistics(
     x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
     PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
-    LANES: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Infinities are rare: only a slice that meets one is read again with the care they need."""
     if not _statistics(
         x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-        False, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, STAGES, POLICY,
+        False, PAIR, STATS, CAP_X, CAP_Y, LANES, STAGES, POLICY,
     ):  # fmt: skip
         _statistics(
             x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-            True, PAIR, STATS, CAP_X, CAP_Y, LANES, TILE, STAGES, POLICY,
+            True, PAIR, STATS, CAP_X, CAP_Y, LANES, STAGES, POLICY,
         )  # fmt: skip
 
 
@@ -270,7 +294,7 @@ def _finish_statistics(slots, k, ok, S, record, loss_ptr, stats_ptr, N, a, b, KI
     if STATS:
         bx = tl.load(slots + 7 * S + k, mask=ok, other=0.0)
         by = tl.load(slots + 8 * S + k, mask=ok, other=0.0)
-    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, part_a, part_c, bx, by)
+    mx1, lx1, my1, ly1, a1, c1, bx1, by1 = _reduce(mx, lx, my, ly, part_a, part_c, bx, by, True, True, STATS)
     log_lx = tl.log2(lx1)
     log_ly = tl.log2(ly1)
     if STATS:
@@ -357,16 +381,17 @@ def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, FAST: tl.cons
 @triton.jit
 def _gradient(
     s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor, ms, ls, mt, lt, mean, floor,
-    EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, TILE: tl.constexpr,
+    EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
     STAGES: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
+    TILE: tl.constexpr = cols0.shape[0] * cols0.shape[1]
     whole = begin if EXACT else begin + tl.maximum(tl.minimum(end, V) - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):
         first, last = whole if MASKED else begin, end if MASKED else whole
         for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
             cols = start + cols0
-            x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, "evict_first")
-            y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, "evict_first")
+            x = _load(s_row, start, cols, V, pre_s, CAP_S, MASKED, LANES, "evict_first")
+            y = _load(t_row, start, cols, V, pre_t, CAP_T, MASKED, LANES, "evict_first")
             if KIND == MIXTURE:
                 q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, FAST, LG2)
                 g = tl.fma(-mean, q, w) * (factor * LN2)
@@ -391,36 +416,39 @@ def _gradient(
                 tl.store(g_row + cols, g, eviction_policy="evict_first")  # the L2 is for rows yet to be read again
 
 
-@triton.jit(do_not_specialize=["N", "T", "S", "skew"])  # N changes at every step, and a compilation takes seconds
+@triton.jit(do_not_specialize=["N", "T", "skew"])  # N changes at every step, and a compilation takes seconds
 def _divergence_kernel(
     student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
     partial_ptr, record_ptr, count_ptr,
-    N, T, V, Vs, S, student_stride, teacher_stride, grad_stride,
+    N, T, V, Vs, student_stride, teacher_stride, grad_stride,
     student_sequence, teacher_sequence, grad_sequence, skew,
     ks, kt, pre_s, pre_t, a, b, pi, chain,
     KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, STAGES: tl.constexpr, SLICE: tl.constexpr,
-    S_POW2: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
+    S: tl.constexpr, S_POW2: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
-    """One item of the queue. `chain` is scale/temperature, the factor of d loss / d logit that no row changes."""
+    """One item of the queue. `chain` is scale/temperature, the factor of d loss / d logit that no row changes. T: rows
+    of a sequence, None where all rows are a stride apart."""
     MIXED: tl.constexpr = KIND == MIXTURE
     PHASES: tl.constexpr = 1 + MIXED + GRAD
     TILE: tl.constexpr = LOADS * LANES * VECTOR
     # of loads that go to registers: copies to shared memory, ahead of their use, take no policy
     KEEP: tl.constexpr = "evict_last" if PHASES > 1 else "evict_first"
 
-    ticket = tl.atomic_add(count_ptr, 1, sem="relaxed")
-    item = ticket % (PHASES * S)
+    ticket = tl.atomic_add(count_ptr, 1, sem="relaxed").to(tl.uint32)  # unsigned: divided in fewer instructions
+    item = (ticket % (PHASES * S)).to(tl.int32)
     phase = item // S
     piece = item % S
-    row = ticket // (PHASES * S) - phase * skew
+    row = (ticket // (PHASES * S)).to(tl.int32) - phase * skew
     if (row < 0) | (row >= N):
         return
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
     row64 = row.to(tl.int64)  # a row starts beyond 2^31 elements long before N does
-    sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    sequence, place = tl.full((), 0, tl.int64), row64
+    if T is not None:
+        sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
     s_row = student_ptr + sequence * student_sequence + place * student_stride
     t_row = teacher_ptr + sequence * teacher_sequence + place * teacher_stride
     record = record_ptr + row64 * RECORD
@@ -435,12 +463,12 @@ def _divergence_kernel(
             if KIND == FORWARD:
                 _slice_statistics(
                     t_row, s_row, cols0, begin, stop, V, kt, ks, pre_t, pre_s, slots + piece, S,
-                    True, STATS, CAP_T, CAP_S, LANES, TILE, STAGES, KEEP,
+                    True, STATS, CAP_T, CAP_S, LANES, STAGES, KEEP,
                 )  # fmt: skip
             else:
                 _slice_statistics(
                     s_row, t_row, cols0, begin, stop, V, ks, kt, pre_s, pre_t, slots + piece, S,
-                    not MIXED, STATS, CAP_S, CAP_T, LANES, TILE, STAGES, KEEP,
+                    not MIXED, STATS, CAP_S, CAP_T, LANES, STAGES, KEEP,
                 )  # fmt: skip
             if _arrive(count_ptr + 1 + row) == S - 1:
                 k = tl.arange(0, S_POW2)
@@ -463,8 +491,8 @@ def _divergence_kernel(
                 first, last = whole if MASKED else begin, stop if MASKED else whole
                 for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
                     cols = start + cols0
-                    x = _load(s_row, cols, V, pre_s, CAP_S, MASKED, KEEP)
-                    y = _load(t_row, cols, V, pre_t, CAP_T, MASKED, KEEP)
+                    x = _load(s_row, start, cols, V, pre_s, CAP_S, MASKED, LANES, KEEP)
+                    y = _load(t_row, start, cols, V, pre_t, CAP_T, MASKED, LANES, KEEP)
                     _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, FAST, LG2)
                     phi += _tile_sum(_by_lane(phi_here, LANES))
                     sum_w += _tile_sum(_by_lane(w, LANES))
@@ -491,7 +519,7 @@ def _divergence_kernel(
                 if infinities == EXACT:
                     _gradient(
                         s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor,
-                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, TILE, STAGES, FAST, LG2,
+                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, LANES, STAGES, FAST, LG2,
                     )  # fmt: skip
         else:
             for start in range(begin, end, TILE):
@@ -542,7 +570,7 @@ def launch_divergence_rows(
         raise ValueError(f"logit scales must be positive, got {student_scale} and {teacher_scale}")
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.contiguous()
-    *_, T, Vs = student.shape
+    *sequences, T, Vs = student.shape
     N, V = student.shape[:-1].numel(), min(Vs, teacher.shape[-1])
     loss = torch.empty(N, dtype=torch.float32, device=student.device)
     stats = torch.empty((3, N) if with_stats else (0,), dtype=torch.float32, device=student.device)
@@ -578,11 +606,12 @@ def launch_divergence_rows(
     with on_device(student.device):
         _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
-            N, T, V, Vs, S, *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
+            N, T if sequences else None, V, Vs,
+            *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
             ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
             LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
-            S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,
+            S=S, S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,
             **launch.options(with_stats, aligned),
         )  # fmt: skip
     return loss, stats
