@@ -172,6 +172,11 @@ def _lowrank(arch: str) -> Iterator[Variant]:
     for name, launch, types in (
         ("bf16, rounded, statistics", "rounded, statistics", half | {"STATS": True, "FULL": True, "scale_ptr": None}),
         (
+            "fp32, rounded, statistics",
+            "rounded, statistics",
+            single | {"STATS": True, "FULL": False, "scale_ptr": None},
+        ),
+        (
             "bf16 transposed, rounded, statistics",
             "rounded, statistics",
             half | transposed | {"STATS": True, "FULL": True, "scale_ptr": None, "BY_COLUMN": True},
@@ -179,15 +184,18 @@ def _lowrank(arch: str) -> Iterator[Variant]:
         ("bf16 transposed, rounded", "rounded", half | transposed | {"STATS": False, "FULL": False}),
         ("fp32, rounded", "rounded", single | {"STATS": False, "FULL": False}),
         ("bf16", "exact", half | {"STATS": False, "FULL": False}),
-        ("fp32, statistics", "exact", single | {"STATS": True, "FULL": False, "scale_ptr": None}),
+        ("bf16 transposed", "exact", half | transposed | {"STATS": False, "FULL": False}),
+        ("bf16 and fp32", "exact", half | {"BASE": tl.float32, "STATS": False, "FULL": False}),
+        ("fp32", "exact", single | {"STATS": False, "FULL": False}),
+        ("fp32 transposed", "exact", single | transposed | {"STATS": False, "FULL": False}),
     ):
         blocks, options = config(launch, types, SHARED_MEMORY[arch])
         tile = {"SPAN": tk.SPAN, "COLUMNS": tk.COLUMNS, **blocks, "PRECISION": precision, "BY_COLUMN": False}
-        q = "*fp32" if launch == "exact" else "*bf16"
+        q = "*bf16" if launch.startswith("rounded") else "*fp32"
         arguments = pair | tile | types | {"q_ptr": q, "y_ptr": "*fp32"}
         elements = blocks["ROWS"] * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
         yield Variant(f"lowrank X·Q {name}", tk._skinny_kernel, arguments, sizes, options, elements)
-        if arch == "sm_80" and launch == "rounded":
+        if arch == "sm_80" and "statistics" not in launch:
             options = config(launch, types, SMALL_CARD)[1]
             yield Variant(f"lowrank X·Q {name}, small card", tk._skinny_kernel, arguments, sizes, options, elements)
     for name, types in (("bf16", half | {"HALF": tl.bfloat16}), ("fp32", single | {"HALF": None})):

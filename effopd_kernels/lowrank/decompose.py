@@ -103,7 +103,7 @@ def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) ->
     if x.known is not None:
         statistics = wanted
     elif k and route == "subspace" and settings.power_iters:
-        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, full, True)
+        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, full)
     else:
         statistics = ops.stats(x.x, x.base, full)
     if full:

@@ -52,13 +52,11 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 
 @_operator
-def sketch(
-    x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool, fast: bool
-) -> tuple[Tensor, Tensor]:
-    """The first pass: (:func:`gram_apply` of the unscaled differences and the test matrix of :mod:`signs`,
+def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool) -> tuple[Tensor, Tensor]:
+    """The first pass: (fast :func:`gram_apply` of the unscaled differences and the test matrix of :mod:`signs`,
     :func:`stats`), the second from the same reading.
     """
-    return reference.sketch(x, base, columns, seed, full, fast)
+    return reference.sketch(x, base, columns, seed, full)
 
 
 @_operator
@@ -109,7 +107,7 @@ def _(x, base, full):
 
 
 @torch.library.register_fake("effopd::lowrank_sketch", lib=LIBRARY)
-def _(x, base, columns, seed, full, fast):
+def _(x, base, columns, seed, full):
     z = x[0].new_empty((len(x), x[0].shape[1], columns), dtype=_arithmetic(x[0].dtype == torch.float64))
     return z, x[0].new_empty((len(x), 5), dtype=torch.float64)
 

@@ -29,16 +29,14 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     return result
 
 
-def sketch(
-    x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool, fast: bool
-) -> tuple[Tensor, Tensor]:
+def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool) -> tuple[Tensor, Tensor]:
     rows = x[0].shape[1]
     z = x[0].new_empty(len(x), rows, columns, dtype=arithmetic(x[0]))
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=z.device)
     omega = signs.dense(seed, rows, columns, z.device, z.dtype)
-    places = signs.sparse(seed, rows, columns) if fast else None
+    places = signs.sparse(seed, rows, columns)
     for i, matrix in enumerate(_each(x, base, None)):
-        z[i] = _products(matrix, omega, statistics=result[i], full=full, half=fast, places=places)
+        z[i] = _products(matrix, omega, statistics=result[i], full=full, half=True, places=places)
     return z, result
 
 

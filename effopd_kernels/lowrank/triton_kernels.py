@@ -36,19 +36,23 @@ JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
 JACOBI = {"cuda": (2048, options(16, maxnreg=128)), "hip": (4096, options(16))}
 JACOBI_ALONE = 100  # L from which a matrix alone is left to LAPACK's way: twice that for two, and so on
 HALF_DTYPE = torch.bfloat16  # of rounded operands
-# Statistics keep fp64 sums per row and need the smaller tile; three TF32 products hold each operand twice.
+# Statistics keep fp64 sums per row and need the smaller tile. Three TF32 products hold each operand twice, and every
+# program splits Q anew: the more rows it has, the better, and where matrix units read shared memory they have room.
 _TILES = {
     "rounded": {"ROWS": 128, "BLOCK": 64},
     "rounded, statistics": {"ROWS": 64, "BLOCK": 32},
-    "exact": {"ROWS": 64, "BLOCK": 16},
+    "exact": {"ROWS": 128, "BLOCK": 32},
+    "exact, before Hopper": {"ROWS": 64, "BLOCK": 32},
     "gram": {"BLOCK": 32},
 }
-_STAGES = {"rounded": 3, "rounded, statistics": 4, "exact": 4, "gram": 2}
-_REGISTERS = {"rounded": 255, "rounded, statistics": 128, "exact": 255, "gram": 255}
+_STAGES = {"rounded": 3, "rounded, statistics": 4, "exact": 3, "exact, before Hopper": 3, "gram": 2}
+_REGISTERS = {**dict.fromkeys(_TILES, 255), "rounded, statistics": 128}
 CUDA = {k: {**v, **options(8, num_stages=_STAGES[k], maxnreg=_REGISTERS[k])} for k, v in _TILES.items()}
 HIP = {k: {**v, **options(8, num_stages=1)} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
 CONFIG, PRECISION = (HIP, "ieee") if torch.version.hip else (CUDA, "tf32x3")
-_BESIDE = {**dict.fromkeys(_TILES, 32 << 10), "gram": 64 << 10}  # bytes of shared memory besides tiles on their way
+# bytes of shared memory besides tiles on their way
+_BESIDE = {**dict.fromkeys(_TILES, 32 << 10), "exact": 64 << 10, "gram": 64 << 10}
+_HOPPER = 200 << 10  # a program's shared memory there, and on what came after it for data centres, is larger
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -312,11 +316,13 @@ def launch_config(kind: str, itemsize: int, shared: int) -> dict[str, int]:
     """The launch of a kernel on pairs of so many bytes an entry, with as many turns overlapping, up to the best number,
     as ``shared`` bytes of shared memory hold: a GeForce has less than half of an H100's.
     """
+    if kind == "exact" and shared < _HOPPER:
+        kind = "exact, before Hopper"
     config = CONFIG[kind]
     if kind == "gram":
         loaded = 2 * GRAM_TILE * config["BLOCK"] * itemsize
     else:
-        loaded = config["BLOCK"] * (config["ROWS"] * itemsize + COLUMNS * (4 if kind == "exact" else 2))
+        loaded = config["BLOCK"] * (config["ROWS"] * itemsize + COLUMNS * (2 if kind.startswith("rounded") else 4))
     fitting = 1 + (shared - _BESIDE[kind]) // loaded
     return {**config, "num_stages": max(1, min(config["num_stages"], fitting))}
 
@@ -357,8 +363,8 @@ def _multiply(
     x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool, stats: bool = False, full=False
 ) -> tuple[Tensor, Tensor | None]:
     (N, M), B, L = x[0].shape, len(x), q.shape[2]
-    pair, kind = _Pair(x, base), ("rounded, statistics" if stats else "rounded") if fast else "exact"
-    config = pair.config(kind)
+    pair = _Pair(x, base)
+    config = pair.config(("rounded, statistics" if stats else "rounded") if fast else "exact")
     tiles, spans = triton.cdiv(N, config["ROWS"]), triton.cdiv(M, SPAN)
     q = (q.to(HALF_DTYPE) if fast else q).contiguous()
     y = q.new_empty((spans, B, N, L), dtype=torch.float32)
@@ -391,17 +397,15 @@ def launch_project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor
     return y, launch_skinny([t.mT for t in x], [t.mT for t in base], y, scale, False)
 
 
-def launch_sketch(
-    x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool, fast: bool
-) -> tuple[Tensor, Tensor]:
+def launch_sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool) -> tuple[Tensor, Tensor]:
     """(X_bᵀ (X_b Ω) of the unscaled differences, Ω (M, columns) of :mod:`signs`; their statistics as in
     :func:`launch_stats`) from two readings."""
     B, M = len(x), x[0].shape[1]
     q = signs.dense(seed, M, columns, x[0].device).expand(B, M, columns)
     if not _served(x, base, q) or q.numel() == 0:
-        return reference.sketch(x, base, columns, seed, full, fast)
-    y, statistics = _multiply(x, base, q, None, fast, True, full)
-    return launch_skinny([t.mT for t in x], [t.mT for t in base], y, None, fast), statistics
+        return reference.sketch(x, base, columns, seed, full)
+    y, statistics = _multiply(x, base, q, None, True, True, full)
+    return launch_skinny([t.mT for t in x], [t.mT for t in base], y, None, True), statistics
 
 
 def launch_stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
