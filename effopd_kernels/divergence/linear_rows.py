@@ -181,35 +181,38 @@ def _linear_rows(
         n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)
     )
     stats = loss.new_zeros(3, n) if with_stats else loss.new_empty(0)
-    s_buf = ops.empty_rows(chunk_rows, V, h_s, s_dtype)
-    t_buf = ops.empty_rows(min(tile_rows, chunk_rows), V, h_s, t_dtype)
     acc_dtype = torch.promote_types(dtypes[0], torch.float32)
     grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
     grad_w = _weight_gradient(student[1], V, len(chunks), dtypes[0], acc_dtype) if needs[1] else None
     grad_b = torch.zeros(full_V, device=device, dtype=acc_dtype) if needs[2] else None
 
-    for chunk in chunks:
-        s_chunk = s_buf[: chunk.stop - chunk.start]
-        project(s_chunk, h_s[chunk], w_s, b_s)
-        for tile in pieces(s_chunk.shape[0], tile_rows):
-            rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
-            s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
-            project(t_tile, h_t[rows], w_t, b_t)
-            row_scale = None if row_scale_N is None else row_scale_N[rows]
-            loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
-                s_tile, t_tile, None if valid is None else valid[rows], row_scale, *spec, with_grad, with_stats
-            )
-            if with_stats:
-                stats[:, rows] = tile_stats
-        if not with_grad:
-            continue
-        g = s_chunk.to(dtypes[0])
-        if grad_h is not None:
-            grad_h[chunk] = hidden_gradient(g, w_s)
-        if grad_w is not None:
-            add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
-        if grad_b is not None:
-            grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
+    def fill():  # a function, that its logits are gone when dW is rounded
+        s_buf = ops.empty_rows(chunk_rows, V, h_s, s_dtype)
+        t_buf = ops.empty_rows(min(tile_rows, chunk_rows), V, h_s, t_dtype)
+        for chunk in chunks:
+            s_chunk = s_buf[: chunk.stop - chunk.start]
+            project(s_chunk, h_s[chunk], w_s, b_s)
+            for tile in pieces(s_chunk.shape[0], tile_rows):
+                rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
+                s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
+                project(t_tile, h_t[rows], w_t, b_t)
+                row_scale = None if row_scale_N is None else row_scale_N[rows]
+                loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
+                    s_tile, t_tile, None if valid is None else valid[rows], row_scale, *spec, with_grad, with_stats
+                )
+                if with_stats:
+                    stats[:, rows] = tile_stats
+            if not with_grad:
+                continue
+            g = s_chunk.to(dtypes[0])
+            if grad_h is not None:
+                grad_h[chunk] = hidden_gradient(g, w_s)
+            if grad_w is not None:
+                add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
+            if grad_b is not None:
+                grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
+
+    fill()
 
     def spread(rows, full):  # index_add, for absent tokens repeat index 0 (with zeros)
         return (
