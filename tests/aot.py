@@ -106,7 +106,7 @@ def _divergence(arch: str) -> Iterator[Variant]:
         }  # fmt: skip
         sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]
         sizes = tuple(sizes) if aligned else ()
-        options, elements = launch.options(stats, aligned), loads * vector
+        options, elements = launch.options(stats, aligned, capped), loads * vector
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):
         arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}

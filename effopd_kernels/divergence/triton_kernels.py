@@ -65,12 +65,12 @@ class Launch(NamedTuple):
     resident: int  # programs per multiprocessor; sets how many rows are under way
     registers: int | None = None  # a cap that makes `resident` programs fit
 
-    def options(self, stats: bool, aligned: bool) -> dict[str, int]:
+    def options(self, stats: bool, aligned: bool, capped: bool) -> dict[str, int]:
         if not self.registers:
             return options(self.warps)
-        # Statistics hold twice as many sums (and Triton 3.9 more of them at once), and rows that are not aligned an
-        # address for every element.
-        return options(self.warps, maxnreg=self.registers + 48 * stats + 32 * (not aligned))
+        # Statistics hold twice as many sums (and Triton 3.9 more of them at once), rows that are not aligned an address
+        # for every element, and tanh its terms.
+        return options(self.warps, maxnreg=self.registers + 72 * stats + 32 * (not aligned) + 16 * capped)
 
 
 # tests/aot.py compiles them: no spill, and registers that let `resident` programs share a multiprocessor.
@@ -612,7 +612,7 @@ def launch_divergence_rows(
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
             LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
             S=S, S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,
-            **launch.options(with_stats, aligned),
+            **launch.options(with_stats, aligned, student_softcap != 0 or teacher_softcap != 0),
         )  # fmt: skip
     return loss, stats
 

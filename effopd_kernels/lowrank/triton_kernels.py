@@ -34,7 +34,9 @@ JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
 # Entries of half the rows at a time (on CUDA twice as many spill with Triton 3.9), and the launch: ptxas, left to
 # itself, spills to make room for two programs.
 JACOBI = {"cuda": (2048, options(16, maxnreg=128)), "hip": (4096, options(16))}
-JACOBI_ALONE = 100  # L from which a matrix alone is left to LAPACK's way: twice that for two, and so on
+# L from which a matrix alone is left to LAPACK's way, twice that for four, and so on: ours takes time as L³, but no more
+# for more matrices; LAPACK's, latencies mostly, about as L, and so much for each (an estimate, to be measured).
+JACOBI_ALONE = 100
 HALF_DTYPE = torch.bfloat16  # of rounded operands
 # Statistics keep fp64 sums per row and need the smaller tile. Three TF32 products hold each operand twice, and every
 # program splits Q anew: the more rows it has, the better, and where matrix units read shared memory they have room.
@@ -45,7 +47,7 @@ _TILES = {
     "exact, before Hopper": {"ROWS": 64, "BLOCK": 32},
     "gram": {"BLOCK": 32},
 }
-_STAGES = {"rounded": 3, "rounded, statistics": 4, "exact": 3, "exact, before Hopper": 3, "gram": 2}
+_STAGES = {"rounded": 3, "rounded, statistics": 2, "exact": 3, "exact, before Hopper": 3, "gram": 2}
 _REGISTERS = {**dict.fromkeys(_TILES, 255), "rounded, statistics": 128}
 CUDA = {k: {**v, **options(8, num_stages=_STAGES[k], maxnreg=_REGISTERS[k])} for k, v in _TILES.items()}
 HIP = {k: {**v, **options(8, num_stages=1)} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
@@ -449,7 +451,7 @@ def launch_eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     or fp64. One program per matrix, which stays in the L2: 40·L³ bytes and 9·L³ operations a sweep, ~8 sweeps. That is
     slow but the same for 1 matrix or 100, where PyTorch takes one after another."""
     B, L = g.shape[:2]
-    if not 2 <= L <= JACOBI_LIMIT or B * JACOBI_ALONE < L:
+    if not 2 <= L <= JACOBI_LIMIT or B * JACOBI_ALONE**2 < L**2:
         return reference.eigh(g)
     even = L + L % 2  # an extra row and column of zeros meets every row at right angles and stays what it is
     w = g.new_zeros((B, even, 2 * even))

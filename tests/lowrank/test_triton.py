@@ -197,8 +197,9 @@ def test_odd_shapes(shape):
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 5] + [10, 136, 257] * ON_GPU)
-def test_eigh(dtype, size):
+def test_eigh(dtype, size, monkeypatch):
     """Well-conditioned, of deficient rank, zero and diagonal, in one batch."""
+    monkeypatch.setattr(kernels, "JACOBI_ALONE", kernels.JACOBI_LIMIT)
     y = normal(4, 3 * size, size).to(DEVICE, dtype)
     y[1, :, size // 2 :] = y[1, :, : size - size // 2]
     y[2] = 0
@@ -219,7 +220,7 @@ def test_eigh(dtype, size):
 @needs_kernels
 def test_large_eigenproblems_are_left_to_the_reference_unless_they_are_many(monkeypatch):
     g = torch.diag(torch.arange(1.0, 6)).to(DEVICE).expand(2, 5, 5)
-    monkeypatch.setattr(kernels, "JACOBI_ALONE", 2)
+    monkeypatch.setattr(kernels, "JACOBI_ALONE", 3)
     monkeypatch.setattr(kernels, "_jacobi_kernel", None)
     assert kernels.launch_eigh(g)[0].tolist() == [[5, 4, 3, 2, 1]] * 2
     with pytest.raises(TypeError):
