@@ -34,8 +34,8 @@ JACOBI_LIMIT = 512  # largest L of the batched eigenproblem
 # Entries of half the rows at a time (on CUDA twice as many spill with Triton 3.9), and the launch: ptxas, left to
 # itself, spills to make room for two programs.
 JACOBI = {"cuda": (2048, options(16, maxnreg=128)), "hip": (4096, options(16))}
-# L from which a matrix alone is left to LAPACK's way, twice that for four, and so on: ours takes time as L³, but no more
-# for more matrices; LAPACK's, latencies mostly, about as L, and so much for each (an estimate, to be measured).
+# L from which a matrix alone is left to LAPACK's way, twice that for four, and so on: ours takes time as L³, however
+# many matrices; LAPACK's, latencies mostly, about as L for each (an estimate, to be measured).
 JACOBI_ALONE = 100
 HALF_DTYPE = torch.bfloat16  # of rounded operands
 # Statistics keep fp64 sums per row and need the smaller tile. Three TF32 products hold each operand twice, and every
