@@ -22,6 +22,7 @@ from . import ops
 
 MIB = 1 << 20
 BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
+PITCH = 64  # elements, of which a GPU's rows of logits are multiples
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
 # With units for products of matrices a CPU is kept waiting by what rearranges their operands, and with AVX2 alone MKL
 # multiplies a large matrix by a small one the faster if that is the order: there (in fp32 too, where MKL takes 130 MB
@@ -55,6 +56,12 @@ def pieces(total: int, limit: int) -> list[slice]:
 
 def default_chunk_bytes(device: torch.device) -> int:
     return (224 if device.type == "cpu" else 1024) * MIB
+
+
+def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, V) to be written; on a GPU in rows that start where GEMMs and the row kernel load vectors, whatever V is."""
+    pitch = 1 if like.device.type == "cpu" else PITCH
+    return ops.empty_rows(N, -(-V // pitch) * pitch, like, dtype)[:, :V]
 
 
 def _blocks(N: int, head_VD: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -187,8 +194,8 @@ def _linear_rows(
     grad_b = torch.zeros(full_V, device=device, dtype=acc_dtype) if needs[2] else None
 
     def fill():  # a function, that its logits are gone when dW is rounded
-        s_buf = ops.empty_rows(chunk_rows, V, h_s, s_dtype)
-        t_buf = ops.empty_rows(min(tile_rows, chunk_rows), V, h_s, t_dtype)
+        s_buf = _logits(chunk_rows, V, h_s, s_dtype)
+        t_buf = _logits(min(tile_rows, chunk_rows), V, h_s, t_dtype)
         for chunk in chunks:
             s_chunk = s_buf[: chunk.stop - chunk.start]
             project(s_chunk, h_s[chunk], w_s, b_s)
