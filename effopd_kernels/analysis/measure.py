@@ -233,7 +233,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         "spectral_norm_high": high,
         "spectral_to_frobenius_low": low / unit,
         "spectral_to_frobenius_high": high / unit,
-        "top_fraction_norm_ratio_high": row["top_fraction_norm_ratio"] if exact else min(top_high / unit, 1.0),
+        "top_fraction_norm_ratio_high": min(top_high / unit, 1.0),
         "effective_rank_error": row.pop("effective_rank error", 0.0),
         "spectrum": "exact" if exact else "sampled",
     }
@@ -251,8 +251,10 @@ def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) 
     """(lower, upper) for σ₁ and the upper for ‖Δ_top‖_F."""
     norm = float(svd.frobenius_norm)
     rounding = float(svd.rounding())
-    if exact or not math.isfinite(norm) or norm == 0:
-        return first - (rounding if norm else 0.0), first + rounding, norm
+    if not math.isfinite(norm) or norm == 0:
+        return first, first, norm
+    if exact:
+        return first - rounding, first + rounding, float(torch.linalg.vector_norm(spectrum.leading[:top])) + rounding
     s, gap, rest = svd.S.double(), float(svd.triplet_residual.square().sum()), spectrum.rest_norm() ** 2
     beyond = float(svd.residual_norm) ** 2  # Weyl with the Frobenius norm of the rest holds too
 

@@ -35,17 +35,29 @@ def case(request):
     return request.param, a, b, exact, *_spectrum(a, b, Options(RANK))[1:3]
 
 
+def assert_bounds(row, exact):
+    assert row["spectral_norm_low"] <= exact[0] <= row["spectral_norm_high"]
+    norm, top = float(exact.norm()), math.ceil(0.01 * len(exact))
+    ratio = float(exact[:top].norm()) / norm
+    assert row["top_fraction_norm_ratio"] <= ratio * (1 + 1e-6) and ratio <= row["top_fraction_norm_ratio_high"]
+    assert row["update_norm"] == pytest.approx(norm, rel=1e-6)
+
+
 def test_bounds_hold_and_are_narrow(case):
     kind, _, _, exact, _, row = case
     assert row["spectrum"] == "sampled"
-    slack = 1 + 1e-6
-    assert row["spectral_norm_low"] <= exact[0] * slack and exact[0] <= row["spectral_norm_high"] * slack
-    norm, top = float(exact.norm()), math.ceil(0.01 * M)
-    ratio = float(exact[:top].norm()) / norm
-    assert row["top_fraction_norm_ratio"] <= ratio * slack and ratio <= row["top_fraction_norm_ratio_high"] * slack
-    assert row["update_norm"] == pytest.approx(norm, rel=1e-6)
+    assert_bounds(row, exact)
     if kind != "flat":  # where every direction is as good as any other a sketch resolves none
         assert row["spectral_norm_high"] < 1.1 * exact[0]
+
+
+def test_bounds_of_exact_spectra_leave_room_for_rounding():
+    generator = torch.Generator().manual_seed(0)
+    for shape in [(2, 64), (17, 2), (200, 5), (64, 96)] * 5:
+        a = torch.randn(shape, generator=generator)
+        row = _spectrum(a, None, Options(4, exact=True))[2]
+        assert row["spectrum"] == "exact"
+        assert_bounds(row, torch.linalg.svdvals(a.double()))
 
 
 def test_the_whole_spectrum_is_estimated(case):
