@@ -101,7 +101,7 @@ def _load(
     row_ptr, start, cols, V, pre, CAPPED: tl.constexpr, MASKED: tl.constexpr, LANES: tl.constexpr, POLICY: tl.constexpr
 ):
     """The tile of logits at `start`, in fp32, PAD past V; with a soft cap, tanh(scale·x/cap), where
-    pre = 2·log2e·scale/cap. bf16 is loaded in pairs: a shift and a mask widen what takes three conversions."""
+    pre = 2·log2e·scale/cap. bf16 is loaded in pairs, which a shift and a mask widen."""
     if MASKED:
         x = tl.load(row_ptr + cols, mask=cols < V, other=0.0, eviction_policy=POLICY).to(tl.float32)
     elif row_ptr.dtype.element_ty == tl.bfloat16 and cols.shape[1] > LANES:
@@ -145,8 +145,8 @@ def _argmax(x, cols, top):
 
 @triton.jit
 def _rebase(mx, lx, my, ly, a, c, bx, by, new_mx, new_my, EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr):
-    """Sums taken relative to (mx, my), restated relative to (new_mx, new_my): those that are taken. For EXACT,
-    c = Σ 2^u over entries with y = −inf; without it there are none, and lx = 0 where my is yet NOTHING."""
+    """Sums taken relative to (mx, my), restated relative to (new_mx, new_my): those that are taken. c = Σ 2^u over
+    entries with y = −inf, whose u − v does not change with my; they spoil all that is not EXACT."""
     dx = mx - new_mx
     dy = my - new_my
     fx = tl.exp2(dx)
