@@ -1,0 +1,88 @@
+"""What launchers launch binds, specialises and compiles, sizes of 1 included, on a machine without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from effopd_kernels.divergence import triton_kernels as divergence
+from effopd_kernels.extrapolation import triton_kernels as extrapolation
+from effopd_kernels.lowrank import triton_kernels as lowrank
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests launch on this GPU")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Absent:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """The kernels that were compiled where they would have been launched."""
+    found, launch = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        found.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(lowrank, "_shared_memory", lambda device: 227 << 10)
+    monkeypatch.setattr(driver, "_active", Absent())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "member", "stats"),
+    [
+        ((1, 1), (BF16, BF16), (0.0, 1.0, 1.0), True),
+        ((2, 1, 16), (BF16, FP32), (1.0, 0.0, 0.0), False),
+        ((2, 3, 127), (FP32, FP16), (0.5, 0.5, 0.5), True),
+    ],
+)
+def test_divergence(shape, dtypes, member, stats, compiled):
+    student, teacher = (torch.zeros(shape, dtype=dtype) for dtype in dtypes)
+    N = student.shape[:-1].numel()
+    for mask, row_scale, softcap, grad in (
+        (None, None, 0.0, torch.empty_like(student)),
+        (torch.ones(N, dtype=torch.bool), torch.ones(N), 30.0, None),
+    ):
+        divergence.launch_divergence_rows(
+            student, teacher, mask, row_scale, *member, 1.0, 2.0, 1.0, 1.0, softcap, 0.0, grad, stats
+        )
+    divergence.launch_scale(student, torch.ones(()))
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("sizes", [(1,), (16, 7, 40000)])
+def test_extrapolation(sizes, compiled):
+    params, anchors, currents = ([torch.zeros(n, dtype=d) for n in sizes] for d in (BF16, BF16, FP32))
+    alphas, masters = torch.ones(len(sizes)), [torch.zeros(n) for n in sizes]
+    extrapolation.launch_extrapolate(params, anchors, currents, alphas, masters, torch.zeros(len(sizes), 3))
+    extrapolation.launch_extrapolate(params, anchors, params, alphas, None, None)
+    extrapolation.launch_extrapolate_forward(params[0], anchors[0], alphas[0])
+    extrapolation.launch_extrapolate_backward(params[0], anchors[0], alphas[0])
+    assert len(compiled) == 5
+
+
+@pytest.mark.parametrize("N, M, L", [(1, 1, 1), (129, 33, 7)])
+def test_lowrank(N, M, L, compiled):
+    x, base = [torch.zeros(N, M, dtype=BF16)], [torch.zeros(N, M, dtype=FP32)]
+    lowrank.launch_gram_apply(x, base, torch.zeros(1, M, L), torch.ones(1), False)
+    lowrank.launch_sketch(x, [], L, 0, True)
+    lowrank.launch_stats(x, base, True)
+    lowrank.launch_gram(x, base, None, False)
+    lowrank.launch_eigh(torch.eye(2 + M).expand(40, -1, -1))
+    assert len(compiled) == 7
