@@ -187,7 +187,6 @@ def _lowrank(arch: str) -> Iterator[Variant]:
         ("bf16 transposed", "exact", half | transposed | {"STATS": False, "FULL": False}),
         ("bf16 and fp32", "exact", half | {"BASE": tl.float32, "STATS": False, "FULL": False}),
         ("fp32", "exact", single | {"STATS": False, "FULL": False}),
-        ("fp32 transposed", "exact", single | transposed | {"STATS": False, "FULL": False}),
     ):
         blocks, options = config(launch, types, SHARED_MEMORY[arch])
         tile = {"SPAN": tk.SPAN, "COLUMNS": tk.COLUMNS, **blocks, "PRECISION": precision, "BY_COLUMN": False}
@@ -195,7 +194,7 @@ def _lowrank(arch: str) -> Iterator[Variant]:
         arguments = pair | tile | types | {"q_ptr": q, "y_ptr": "*fp32"}
         elements = blocks["ROWS"] * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)
         yield Variant(f"lowrank X·Q {name}", tk._skinny_kernel, arguments, sizes, options, elements)
-        if arch == "sm_80" and "statistics" not in launch:
+        if arch == "sm_80" and "statistics" not in launch and "transposed" not in name:
             options = config(launch, types, SMALL_CARD)[1]
             yield Variant(f"lowrank X·Q {name}, small card", tk._skinny_kernel, arguments, sizes, options, elements)
     for name, types in (("bf16", half | {"HALF": tl.bfloat16}), ("fp32", single | {"HALF": None})):
