@@ -6,6 +6,8 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
+from .launch import on_device
+
 captured: list[Tensor] = []  # read by a CUDA graph whenever it is replayed, whatever the caches forget
 
 
@@ -29,7 +31,7 @@ def device_cache(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[...
             if not tensor.is_cuda:
                 return tensor
             stream = torch.cuda.current_stream(tensor.device)
-            with torch.cuda.device(tensor.device):  # whose stream it is that may be capturing
+            with on_device(tensor.device):  # whose stream it is that may be capturing
                 capturing = torch.cuda.is_current_stream_capturing()
             if capturing:
                 captured.append(tensor)

@@ -71,8 +71,8 @@ def spectral_metrics(
         method: "exact" takes every σ from an fp64 Gram matrix (σ down to 1e-8 σ₁ resolved). "slq" samples: the leading
             triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes`` vectors, of as many
             steps as make the quadrature as exact as the sample, at most ``steps``; for screening, see
-            ``standard_error``. σ₁, and what is taken from it, is never too large; of flat spectra, such as noise, it
-            was up to 4 % too small (`batched_rsvd` bounds it).
+            ``standard_error``. σ₁ is too large by no more than rounding; of flat spectra, such as noise, it was up to
+            4 % too small (`batched_rsvd` bounds it), and what is taken from it is off with it.
         seed: of the samples.
 
     Raises:
