@@ -90,30 +90,48 @@ bool has_tiles() {
 #endif
 }
 
-// What multiplies. half: operands may be rounded to bf16; then z is wanted, y is not to be had, and q may be given as
-// places.
+// Whether products of bf16 pairs outrun those of fp32 without tiles: on Intel's processors, which have tiles for it, a dot
+// product takes two cycles where two of fp32 take one (measured on Emerald Rapids).
+bool pairs_pay() {
+#ifdef HAS_BF16
+    return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
+// What multiplies. half: operands may be rounded to bf16, and are if it `rounds`; then z is wanted, y is not to be had,
+// and q may be given as places.
 struct Multiplier {
+    bool rounds;
     void (*products)(const Products&, bool half);
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
     double (*orthonormal)(const float* y, int64_t pitch, int64_t n, int64_t columns, float* out);
+    // Both or neither.
     bool (*gram)(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) = nullptr;
+    void (*lanczos_step)(const float* g, int64_t m, float scale, const float* v, int64_t k, float* q, int64_t t,
+                         float* diagonal, float* off) = nullptr;
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
 std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (kWriters.size() > 1) found.push_back({v3::products, v3::gram_of_columns, v3::times, v3::orthonormal});
-    if (kWriters.size() > 2) found.push_back({v4::products, v4::gram_of_columns, v4::times, v4::orthonormal});
-#ifdef HAS_BF16
-    if (found.size() == 2 && __builtin_cpu_supports("avx512bf16"))
-        found.push_back({bf16::products, bf16::gram_of_columns, bf16::times, bf16::orthonormal, bf16::gram});
-#ifdef ASSEMBLES_AMX
-    if (found.size() == 3 && has_tiles())
+    if (kWriters.size() > 1) found.push_back({false, v3::products, v3::gram_of_columns, v3::times, v3::orthonormal});
+    if (kWriters.size() > 2)
         found.push_back(
-            {bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal, bf16::gram_in_tiles});
+            {false, v4::products, v4::gram_of_columns, v4::times, v4::orthonormal, v4::gram, v4::lanczos_step});
+#ifdef HAS_BF16
+    if (found.size() == 2 && __builtin_cpu_supports("avx512bf16")) {
+        found.insert(found.end() - !pairs_pay(), {true, bf16::products, bf16::gram_of_columns, bf16::times,
+                                                  bf16::orthonormal, bf16::gram, bf16::lanczos_step});
+#ifdef ASSEMBLES_AMX
+        if (has_tiles())
+            found.push_back({true, bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal,
+                             bf16::gram_in_tiles, bf16::lanczos_step});
 #endif
+    }
 #endif
 #endif
     return found;
@@ -171,8 +189,8 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                   half);
 }
 
-// Whether products of bf16 pairs serve: then g (M, M) fp32 = XᵀX of exact products. statistics, in full, and Σb², a double,
-// or 0 for both.
+// Whether it was taken: where there is a Gram at all, and it rounds only if that serves; then g (M, M) fp32 = XᵀX.
+// statistics, in full, and Σb², a double, or 0 for both.
 bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                      int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics,
                      uintptr_t base_squares, int instruction_set) {
@@ -204,16 +222,14 @@ double orthonormal(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintp
                                     reinterpret_cast<float*>(out));
 }
 
-// Where difference_gram serves. g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
+// Where has_gram(). g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
 // all contiguous; M, K even.
 void lanczos_step(uintptr_t g, int64_t m, float scale, uintptr_t v, int64_t k, uintptr_t q, int64_t t,
                   uintptr_t diagonal, uintptr_t off) {
-#ifdef HAS_BF16
     nb::gil_scoped_release release;
-    bf16::lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
-                       reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
-                       reinterpret_cast<float*>(off));
-#endif
+    multiplier().lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
+                              reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
+                              reinterpret_cast<float*>(off));
 }
 
 }  // namespace
@@ -222,7 +238,10 @@ void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
     m.def("line_squares", &line_squares);
     m.def("num_multipliers", [] { return multipliers().size(); });
+    m.def("rounds", [](int instruction_set) { return multiplier(instruction_set).rounds; });
+    m.def("has_gram", [] { return !multipliers().empty() && multiplier().gram; });
     m.def("has_tiles", &has_tiles);
+    m.def("multiplies_bf16", [] { return pairs_pay() || has_tiles(); });
     m.def("difference_products", &difference_products);
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);

@@ -1,37 +1,39 @@
-// G = XᵀX of a difference X of bf16 matrices, with fp32 sums of exact products: X is taken in bf16 as it is, if it is what
-// bf16 weights changed by (a few units in their last place), all but some in a thousand, whose rests are added one by one.
-// Included after lowrank_products.h.
+// G = XᵀX of a difference X of bf16 matrices, with fp32 sums. Included after lowrank_products.h.
 //
-// A block of X is written as pairs of rows, which the contraction meets one after the other; both operands of a tile are
-// columns of it, so one order serves. Their sums gather in the upper triangle of F. A rest r of X's entry (k, j) adds
-// r · X[k] to row j of A, whose sums stay small, and G = F + A + Aᵀ.
+// A block of X is written in rows that the contraction meets one after the other; both operands of a tile are columns of
+// it, so one order serves. Their sums gather in the upper triangle of F.
+//
+// half: with dot products of bf16 pairs, so in pairs of rows, and products are exact: X is taken in bf16 as it is, if it is
+// what bf16 weights changed by (a few units in their last place), all but some in a thousand, whose rests are added one by
+// one. A rest r of X's entry (k, j) adds r · X[k] to row j of A, whose sums stay small, and G = F + A + Aᵀ.
 
-constexpr int64_t kGramEntries = int64_t(1) << 18;  // of a block of X: half of a core's own cache
-constexpr int kGramRows = 6;                        // of a tile, and kStrip vectors of columns
+constexpr int64_t kGramBytes = int64_t(1) << 19;  // of a block of X: part of a core's own cache
+constexpr int64_t kGramSteps = 128;               // along the contraction, in a block
+constexpr int kGramRows = 6;                      // of a tile, and kStrip vectors of columns
 
 // A block of X, and where its products go.
 struct GramBlock {
-    uint32_t* pairs;  // of rows, the even one in the lower half of an element
+    uint32_t* terms;  // rows of floats or, half, pairs of rows, the even one in the lower half of an element
     int64_t pitch, count;
-    uint32_t* written;  // by_column, the same along lines, which are columns; else room for as much
+    uint32_t* written;  // by_column, the same along lines, which are columns; else, half, room for as much
     int64_t line_pitch;
     bool by_column;
     float* f;  // (height, width), of which the upper triangle is wanted
     int64_t height, width;
 
-    vf row(int64_t k, int64_t column) const {
-        const vu both = *(const vu_any*)(pairs + k / 2 * pitch + column);
+    vf half_row(int64_t k, int64_t column) const {
+        const vu both = *(const vu_any*)(terms + k / 2 * pitch + column);
         return (vf)(k % 2 ? both & 0xffff0000u : both << 16);
     }
 };
 
 // Those of kGramRows rows from i on and of C vectors of columns from j on.
-template <int C>
+template <bool half, int C>
 INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
     float* const f = b.f + i * b.width + j;
     for (int r = 0; r < kGramRows; ++r)
         for (int c = 0; c < C; ++c) __builtin_prefetch(f + r * b.width + c * kLanes, 1);
-    tile<true, kGramRows, C>({b.pairs + i, 1, b.pitch}, b.pairs + j, b.pitch, b.count,
+    tile<half, kGramRows, C>({b.terms + i, 1, b.pitch}, b.terms + j, b.pitch, b.count,
                              [&](int r, const vf* even, const vf* odd) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                                  for (int c = 0; c < C; ++c) {
@@ -41,49 +43,53 @@ INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
                              });
 }
 
+template <bool half>
 static void add_products(const GramBlock& b) {
     for (int64_t j = 0; j < b.width; j += kStrip * kLanes)
         for (int64_t i = 0; i < std::min(b.height, j + kStrip * kLanes); i += kGramRows) {
             const int vectors = int(std::min<int64_t>(kStrip, (b.width - j) / kLanes));
-            if (vectors == 4) add_tile<4>(b, i, j);
-            if (vectors == 3) add_tile<3>(b, i, j);
-            if (vectors == 2) add_tile<2>(b, i, j);
-            if (vectors == 1) add_tile<1>(b, i, j);
+            if (vectors == 4) add_tile<half, 4>(b, i, j);
+            if (vectors == 3) add_tile<half, 3>(b, i, j);
+            if (vectors == 2) add_tile<half, 2>(b, i, j);
+            if (vectors == 1) add_tile<half, 1>(b, i, j);
         }
 }
 
 // Whether it was taken: not where X is something else. g (M, M), contiguous; statistics, in full, and Σb² or neither.
-template <void add_products(const GramBlock&)>
+template <bool half, void add_products(const GramBlock&)>
 static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
     if (x.x_dtype != kBFloat16 || (x.b && x.b_dtype != kBFloat16)) return false;
+    constexpr int per_term = half ? 2 : 1, kLine = 16 * per_term;  // rows in a term; elements in a cache line
     const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
     const int64_t n = by_column ? x.length : x.lines, m = by_column ? x.lines : x.length;
     const int64_t width = up(m, kLanes), height = up(m, kGramRows), tall = std::max(width, height);
-    const int64_t step = std::max<int64_t>(32, std::min<int64_t>(256, kGramEntries / width / 32 * 32));
+    const int64_t step = per_term * std::max<int64_t>(16, std::min(kGramSteps, kGramBytes / (4 * width) / 16 * 16));
     // Odd numbers of cache lines, so that lines fall into all sets of a cache.
     const auto odd = [&](int64_t size, int64_t unit) { return (up(size, unit) / unit | 1) * unit; };
-    const int64_t pitch = odd(tall, 16), line_pitch = odd(by_column ? step : width, 32);
-    const int64_t lines = by_column ? width * line_pitch / 2 : std::max(step * line_pitch, width * odd(step, 32)) / 2;
-    uint32_t* const written = scratch(lines + step / 2 * pitch + tall * width + width * width);
-    uint32_t* const pairs = written + lines;
-    float *const f = (float*)(pairs + step / 2 * pitch), *const a = f + tall * width;
-    memset(pairs, 0, step / 2 * pitch * 4);
-    memset(f, 0, (tall + width) * width * 4);
+    const int64_t pitch = odd(tall, 16);
+    const int64_t line_pitch = by_column ? odd(step, kLine) : half ? odd(width, kLine) : pitch;
+    const int64_t lines =
+        by_column ? width * line_pitch : half ? std::max(step * line_pitch, width * odd(step, kLine)) : 0;
+    const int64_t terms_size = step / per_term * pitch;
+    uint32_t* const terms = scratch(lines / per_term + terms_size + (tall + (half ? width : 0)) * width);
+    float *const f = (float*)(terms + terms_size), *const a = f + tall * width;
+    uint32_t* const written = lines ? (uint32_t*)(half ? a + width * width : a) : terms;
+    memset(terms, 0, (terms_size + (tall + (half ? width : 0)) * width) * 4);
 
     Statistics sums;
     Rests rests{{}, 0};
     for (int64_t start = 0; start < n; start += step) {
-        const int64_t rows = std::min(step, n - start), count = (rows + 1) / 2;
+        const int64_t rows = std::min(step, n - start), count = (rows + per_term - 1) / per_term;
         Panel block = x;
         (by_column ? block.length : block.lines) = rows;
         block.x += (by_column ? start : start * x.x_pitch) * 2;
         if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
-        block.out = (char*)written, block.out_dtype = kBFloat16, block.out_pitch = line_pitch;
-        block.rests = &rests;
+        block.out = (char*)written, block.out_dtype = half ? kBFloat16 : kFloat32, block.out_pitch = line_pitch;
+        if (half) block.rests = &rests;
         rests.held.clear(), rests.most = size_t(rows * m / 128);
         write_lines(block, sums, statistics, statistics);
         if (rests.held.size() > rests.most) return false;
-        if (rows % 2) {  // the last row's pair
+        if (rows % per_term) {  // the last row's pair
             uint16_t* const to = (uint16_t*)written;
             if (by_column)
                 for (int64_t line = 0; line < m; ++line) to[line * line_pitch + rows] = 0;
@@ -94,23 +100,23 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
                 for (int64_t c = 0; c < m; c += kLanes) {
                     vu of[kLanes] = {};
                     for (int64_t i = 0; i < std::min<int64_t>(kLanes, m - c); ++i)
-                        of[i] = *(const vu_any*)(written + (c + i) * line_pitch / 2 + k);
+                        of[i] = *(const vu_any*)(written + (c + i) * line_pitch / per_term + k);
                     transpose(of);
                     for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - k); ++i)
-                        *(vu_any*)(pairs + (k + i) * pitch + c) = of[i];
+                        *(vu_any*)(terms + (k + i) * pitch + c) = of[i];
                 }
-        } else {
+        } else if (half) {
             for (int64_t k = 0; k < count; ++k)
                 for (int64_t c = 0; c < m; c += kLanes) {
                     const uint16_t* const at = (const uint16_t*)written + 2 * k * line_pitch + c;
                     const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
                     const vu odd = __builtin_convertvector(*(const vh_any*)(at + line_pitch), vu);
-                    *(vu_any*)(pairs + k * pitch + c) = even | odd << 16;
+                    *(vu_any*)(terms + k * pitch + c) = even | odd << 16;
                 }
             if (m % kLanes)
-                for (int64_t k = 0; k < count; ++k) memset(pairs + k * pitch + m, 0, (width - m) * 4);
+                for (int64_t k = 0; k < count; ++k) memset(terms + k * pitch + m, 0, (width - m) * 4);
         }
-        const GramBlock held{pairs, pitch, count, written, line_pitch / 2, by_column, f, height, width};
+        const GramBlock held{terms, pitch, count, written, line_pitch / per_term, by_column, f, height, width};
         add_products(held);
 
         const auto row_of = [&](const Rests::Entry& x) { return by_column ? x.place : x.line; };
@@ -121,7 +127,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
             const int64_t k = row_of(*x), j = column_of(*x);
             if (row_of(*first) != k) first = x;
             float* const to = a + j * width;
-            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * held.row(k, c);
+            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * held.half_row(k, c);
             to[j] += x->value * x->value / 2;
             for (auto y = first; y != x; ++y) to[column_of(*y)] += x->value * y->value;  // two rests of a row
         }
@@ -134,11 +140,12 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     for (int64_t i = 0; i < m; i += kLanes)
         for (int64_t j = i; j < m; j += kLanes) {
             vu sums[kLanes], mirrored[kLanes];
-            for (int64_t r = 0; r < kLanes; ++r) mirrored[r] = *(const vu_any*)(a + (j + r) * width + i);
-            transpose(mirrored);
+            for (int64_t r = 0; half && r < kLanes; ++r) mirrored[r] = *(const vu_any*)(a + (j + r) * width + i);
+            if (half) transpose(mirrored);
             for (int64_t r = 0; r < kLanes; ++r) {
                 const int64_t place = (i + r) * width + j;
-                sums[r] = (vu)(*(const vf_any*)(f + place) + (*(const vf_any*)(a + place) + (vf)mirrored[r]));
+                const vf sum = *(const vf_any*)(f + place);
+                sums[r] = (vu)(half ? sum + (*(const vf_any*)(a + place) + (vf)mirrored[r]) : sum);
                 mirrored[r] = sums[r];
             }
             transpose(mirrored);
@@ -152,5 +159,6 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
 }
 
 static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    return gram_by<add_products>(x, by_column, g, statistics, base_squares);
+    constexpr bool half = X86_LEVEL == 5;
+    return gram_by<half, add_products<half>>(x, by_column, g, statistics, base_squares);
 }

@@ -5,7 +5,7 @@
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
 #endif
-#if X86_LEVEL == 5
+#if X86_LEVEL >= 4
 #include "lowrank_gram.h"
 #include "lowrank_lanczos.h"
 #endif

@@ -294,8 +294,8 @@ static void products_by_tiles(const Products& p, bool half) {
 // As add_products of lowrank_gram.h: a tile's lines are columns of X, with pairs of rows along them.
 static void add_products_in_tiles(const GramBlock& block) {
     const int64_t pairs = (block.count + 15) / 16 * 16;
-    for (int64_t k = block.count; k < pairs; ++k) memset(block.pairs + k * block.pitch, 0, block.width * 4);
-    const Operand across{{block.pairs, block.pitch}};
+    for (int64_t k = block.count; k < pairs; ++k) memset(block.terms + k * block.pitch, 0, block.width * 4);
+    const Operand across{{block.terms, block.pitch}};
     const Operand along{{block.written, block.by_column ? block.line_pitch : (pairs / 16 | 1) * 16}};
     if (block.by_column)
         for (int64_t line = 0; line < block.width; ++line)
@@ -323,5 +323,5 @@ static void add_products_in_tiles(const GramBlock& block) {
 }
 
 static bool gram_in_tiles(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    return gram_by<add_products_in_tiles>(x, by_column, g, statistics, base_squares);
+    return gram_by<true, add_products_in_tiles>(x, by_column, g, statistics, base_squares);
 }

@@ -208,7 +208,7 @@ def has_lanczos_step(x: "Difference", q: Tensor, v: Tensor) -> bool:
         and q.shape[2] == 16
         and q.shape[1] % 2 == v.shape[1] % 2 == 0
         and native() is not None
-        and native().num_multipliers() > 2
+        and native().has_gram()
     )
 
 
