@@ -93,10 +93,11 @@ bool has_tiles() {
 // Whether products of bf16 pairs outrun those of fp32 without tiles: on Intel's processors, which have tiles for it, a dot
 // product takes two cycles where two of fp32 take one (measured on Emerald Rapids).
 bool pairs_pay() {
-#ifdef HAS_BF16
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
+    __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
 #else
-    return false;
+    return true;  // for all that is known
 #endif
 }
 
@@ -241,7 +242,7 @@ void bind_lowrank(nb::module_& m) {
     m.def("rounds", [](int instruction_set) { return multiplier(instruction_set).rounds; });
     m.def("has_gram", [] { return !multipliers().empty() && multiplier().gram; });
     m.def("has_tiles", &has_tiles);
-    m.def("multiplies_bf16", [] { return pairs_pay() || has_tiles(); });
+    m.def("multiplies_bf16", &pairs_pay);
     m.def("difference_products", &difference_products);
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);

@@ -68,8 +68,9 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     const auto odd = [&](int64_t size, int64_t unit) { return (up(size, unit) / unit | 1) * unit; };
     const int64_t pitch = odd(tall, 16);
     const int64_t line_pitch = by_column ? odd(step, kLine) : half ? odd(width, kLine) : pitch;
-    const int64_t lines =
-        by_column ? width * line_pitch : half ? std::max(step * line_pitch, width * odd(step, kLine)) : 0;
+    const int64_t lines = by_column ? width * line_pitch
+                          : half    ? std::max(step * line_pitch, width * odd(step, kLine))
+                                    : 0;
     const int64_t terms_size = step / per_term * pitch;
     uint32_t* const terms = scratch(lines / per_term + terms_size + (tall + (half ? width : 0)) * width);
     float *const f = (float*)(terms + terms_size), *const a = f + tall * width;

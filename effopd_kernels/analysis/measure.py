@@ -32,7 +32,7 @@ from .roles import Role, role_of
 OVERSAMPLE = 32  # a third less time than the default of `Settings`; what it costs is inside the error bars
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
 MOST_STEPS = 24
-GRAM_SIDE = 1536  # shorter sides up to which, by count, the Gram in bf16 costs less than the products it stands for
+GRAM_SIDE = 1536  # shorter sides up to which, by count, the Gram costs less than the products it stands for
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
 BLOCK = 1 << 21  # entries of a tensor at a time, of which norms alone are wanted

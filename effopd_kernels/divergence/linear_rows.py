@@ -12,12 +12,13 @@ are needed one tile at a time. Both sizes come from one budget in bytes: more ch
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native import native
 from . import ops
 
 MIB = 1 << 20
@@ -27,10 +28,8 @@ TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it compu
 # With units for products of matrices a CPU is kept waiting by what rearranges their operands, and with AVX2 alone MKL
 # multiplies a large matrix by a small one the faster if that is the order: there (in fp32 too, where MKL takes 130 MB
 # for it) it pays to transpose logits and gradients instead. With AVX-512 and no such units it costs 4 to 7 %.
-TRANSPOSES = (
-    getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
-    or torch.backends.cpu.get_cpu_capability() == "AVX2"
-)
+TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
+TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 torch.library.define(
     "effopd::linear_divergence_rows",
@@ -64,33 +63,45 @@ def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return ops.empty_rows(N, -(-V // pitch) * pitch, like, dtype)[:, :V]
 
 
-def _blocks(N: int, head_VD: Tensor, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the head and scratch (slice, N) for the product with each, which a CPU's caches hold; cast to the dtype
-    of `like`, a slice is no larger.
+def _blocks(N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the head and scratch (slice, N) of the dtype of `like`, which a CPU's caches hold; so they do a slice
+    where it is not of `dtype` and therefore cast.
     """
     V, D = head_VD.shape
-    size = BLOCK // like.itemsize
+    size = BLOCK // dtype.itemsize
     scratch = ops.empty_rows(1, min(max(size, N), V * N), like)
-    for cols in pieces(V, size // max(N, 1 if head_VD.dtype == like.dtype else D)):
+    for cols in pieces(V, size // max(N, 1 if head_VD.dtype == dtype else D)):
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
+def _in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """x as it is or cast to `dtype`, in memory that the next takes over: new pages cost a CPU more than the cast."""
+    room = torch.empty(0, dtype=dtype)
+    return lambda x: x if x.dtype == dtype else room.resize_(x.shape).copy_(x)
+
+
 def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to multiply in: fp32 on a CPU for whose bf16 or fp16 PyTorch has plain loops only, many times slower."""
+    """What to multiply in: fp32 on a CPU whose bf16 or fp16 PyTorch multiplies in plain loops, or the processor itself
+    more slowly than fp32.
+    """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None:
         return dtype
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)  # not public either
-    return dtype if supported() else torch.float32
+    slow = dtype == torch.bfloat16 and not TILES and native() is not None and not native().multiplies_bf16()
+    return dtype if supported() and not slow else torch.float32
 
 
 def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
     """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
     device, dtype = out_NV.device, torch.promote_types(out_NV.dtype, hidden_ND.dtype)
-    product_dtype = _product_dtype(dtype, device)
+    product_dtype, (V, D) = _product_dtype(dtype, device), weight_VD.shape
     alike = out_NV.dtype == hidden_ND.dtype == product_dtype
     if alike and not (TRANSPOSES and device.type == "cpu"):
-        torch.mm(hidden_ND, weight_VD.T, out=out_NV)
+        # MKL packs whatever it is given, up to 50 MB of a head. Products of other dtypes want their rows together.
+        few = device.type == "cpu" and dtype == torch.float32
+        for cols in pieces(V, 4 * BLOCK // dtype.itemsize // max(D, 1) if few else V):
+            torch.mm(hidden_ND, weight_VD[cols].T, out=out_NV[:, cols])
     elif device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
     else:
@@ -99,8 +110,9 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         N = len(hidden_ND)
         short = -N % (32 if product_dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
         hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
-        for cols, block in _blocks(len(hidden), weight_VD, hidden):
-            torch.mm(weight_VD[cols].to(product_dtype), hidden.T, out=block)
+        cast = _in(product_dtype)
+        for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype):
+            torch.mm(cast(weight_VD[cols]), hidden.T, out=block)
             ops.transpose(block[:, :N], out_NV[:, cols])
     if bias_V is not None:
         out_NV += bias_V
@@ -112,9 +124,9 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
     if dtype == grad_NV.dtype:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
-    result = grad_NV.new_zeros(N, D, dtype=dtype)
+    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype), _in(dtype)
     for cols in pieces(V, BLOCK // dtype.itemsize // max(N, D, 1)):
-        result.addmm_(grad_NV[:, cols].to(dtype), weight_VD[cols].to(dtype))
+        result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
 
 
@@ -128,13 +140,14 @@ def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool)
     elif device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:  # gradᵀ at hand too
-        hidden = hidden_ND.to(dtype)
-        for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV):
+        hidden, cast, product = hidden_ND.to(dtype), _in(dtype), torch.empty(0, dtype=dtype)
+        for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV, dtype):
             ops.transpose(grad_NV[:, cols], block)
             if acc_VD.dtype == dtype:
-                acc_VD[cols].addmm_(block.to(dtype), hidden, beta=beta)
+                acc_VD[cols].addmm_(cast(block), hidden, beta=beta)
             else:
-                acc_VD[cols] = block.to(dtype) @ hidden + (0 if first else acc_VD[cols])
+                torch.mm(cast(block), hidden, out=product.resize_(len(block), hidden.shape[1]))
+                acc_VD[cols] = product if first else product.add_(acc_VD[cols])
 
 
 def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:

@@ -163,9 +163,10 @@ def products(
 def exact_gram(
     x: Tensor, base: Tensor | None, statistics: Tensor | None = None, instruction_set: int = -1
 ) -> Tensor | None:
-    """(x − base)ᵀ(x − base) (M, M), exactly symmetric, fp32 sums of exact products: of bf16 matrices whose differences
-    bf16 holds, but for some in a thousand; None for others, and without dot products of bf16. ``statistics`` (6,) fp64
-    takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the best.
+    """(x − base)ᵀ(x − base) (M, M) of bf16 matrices, exactly symmetric, with fp32 sums. None for others, without
+    AVX-512, and where products are of bf16 numbers while differences are not, but for some in a thousand.
+    ``statistics`` (6,) fp64 takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the
+    best.
     """
     if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().num_multipliers():
         return None
