@@ -18,11 +18,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def device_name() -> str:
     """Such as nvidia-h200 or cpu-amd-epyc-family-25-avx2-2cores: the folder under results/. Processors of one name
-    differ in generation and in the width of their vectors."""
+    differ in generation and in the width of their vectors, and virtual ones may hide their matrix tiles."""
     if DEVICE == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        name = f"cpu {_processor()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}cores"
+        tiles = " amx" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else ""
+        name = f"cpu {_processor()} {torch.backends.cpu.get_cpu_capability()}{tiles} {torch.get_num_threads()}cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -74,9 +74,9 @@ def _blocks(N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype) -> Iterat
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
-def _in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _in(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
     """x as it is or cast to `dtype`, in memory that the next takes over: new pages cost a CPU more than the cast."""
-    room = torch.empty(0, dtype=dtype)
+    room = torch.empty(0, dtype=dtype, device=device)
     return lambda x: x if x.dtype == dtype else room.resize_(x.shape).copy_(x)
 
 
@@ -110,7 +110,7 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         N = len(hidden_ND)
         short = -N % (32 if product_dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
         hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
-        cast = _in(product_dtype)
+        cast = _in(product_dtype, device)
         for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype):
             torch.mm(cast(weight_VD[cols]), hidden.T, out=block)
             ops.transpose(block[:, :N], out_NV[:, cols])
@@ -120,11 +120,12 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
 
 def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
     """grad·weight (N, D), in their dtype or a wider one."""
-    dtype = _product_dtype(grad_NV.dtype, grad_NV.device)
+    device = grad_NV.device
+    dtype = _product_dtype(grad_NV.dtype, device)
     if dtype == grad_NV.dtype:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
-    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype), _in(dtype)
+    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype, device), _in(dtype, device)
     for cols in pieces(V, BLOCK // dtype.itemsize // max(N, D, 1)):
         result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
@@ -140,7 +141,7 @@ def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool)
     elif device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:  # gradᵀ at hand too
-        hidden, cast, product = hidden_ND.to(dtype), _in(dtype), torch.empty(0, dtype=dtype)
+        hidden, cast, product = hidden_ND.to(dtype), _in(dtype, device), hidden_ND.new_empty(0, dtype=dtype)
         for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV, dtype):
             ops.transpose(grad_NV[:, cols], block)
             if acc_VD.dtype == dtype:
