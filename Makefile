@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
+# Bytecode of what is imported is written when it is, of all the rest never: a third of installing.
+INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test bench lint clean
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch  # first and alone: the tested build, not the newest
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(INSTALL) torch  # first and alone: the tested build, not the newest
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -20,7 +24,7 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(INSTALL) -e '.[bench]'
 	touch $@
 
 bench: $(VENV)/.bench
