@@ -64,13 +64,13 @@ def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the head and scratch (slice, N) of the dtype of `like`, which a CPU's caches hold; so they do a slice
-    where it is not of `dtype` and therefore cast.
+    """Slices of the head and scratch (slice, N) of the dtype of `like`, which a CPU's caches hold; and a slice beside
+    it, where that is not of `dtype` and therefore cast.
     """
     V, D = head_VD.shape
-    size = BLOCK // dtype.itemsize
-    scratch = ops.empty_rows(1, min(max(size, N), V * N), like)
-    for cols in pieces(V, size // max(N, 1 if head_VD.dtype == dtype else D)):
+    rows = max(BLOCK // dtype.itemsize // max(N if head_VD.dtype == dtype else N + D, 1), 1)
+    scratch = ops.empty_rows(1, min(rows, V) * N, like)
+    for cols in pieces(V, rows):
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
@@ -126,7 +126,7 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
     result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype, device), _in(dtype, device)
-    for cols in pieces(V, BLOCK // dtype.itemsize // max(N, D, 1)):
+    for cols in pieces(V, BLOCK // dtype.itemsize // max(N + D, 1)):
         result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
 
