@@ -190,8 +190,8 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                   half);
 }
 
-// Whether it was taken: where there is a Gram at all, and it rounds only if that serves; then g (M, M) fp32 = XᵀX.
-// statistics, in full, and Σb², a double, or 0 for both.
+// Whether it was taken: not without a Gram, nor where that would round too much. Then g (M, M) fp32 = XᵀX. statistics, in
+// full, and Σb², a double, or 0 for both.
 bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                      int64_t lines, int64_t length, bool by_column, uintptr_t g, uintptr_t statistics,
                      uintptr_t base_squares, int instruction_set) {

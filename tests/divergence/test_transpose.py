@@ -1,4 +1,6 @@
-"""The transposition between products with a head and the row kernels, on the CPU."""
+"""Products with a head on the CPU, and the transposition between them and the row kernels."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ def test_products_with_a_head(N, D, V, operands, results, transposes, widened, m
     """Both orders of operands, in one block and in several, with rows to pad and without; where the processor has a
     GEMM of bf16 and where it has not.
     """
+    monkeypatch.setattr(linear_rows, "BLOCK", 1 << 18)
     monkeypatch.setattr(linear_rows, "TRANSPOSES", transposes)
     monkeypatch.setattr(linear_rows, "_product_dtype", lambda dtype, _: torch.float32 if widened else dtype)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,3 +58,20 @@ def test_products_with_a_head(N, D, V, operands, results, transposes, widened, m
         torch.testing.assert_close(acc.double(), exact, rtol=rtol, atol=8 * rtol)
         linear_rows.add_product(acc, grad, hidden, first=False)
         torch.testing.assert_close(acc.double(), 2 * exact, rtol=rtol, atol=8 * rtol)
+
+
+@pytest.mark.parametrize("outruns", [True, False])
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_multiplied_where_that_is_faster(supported, tiles, outruns, monkeypatch):
+    """By PyTorch at all, and by a processor with matrix tiles, or vectors whose products of bf16 outrun fp32's."""
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(linear_rows, "TILES", tiles)
+    monkeypatch.setattr(linear_rows, "native", lambda: SimpleNamespace(multiplies_bf16=lambda: outruns))
+    expected = bf16 if supported and (tiles or outruns) else torch.float32
+    assert linear_rows._product_dtype(bf16, cpu) == expected
+    monkeypatch.setattr(linear_rows, "native", lambda: None)  # then PyTorch is asked alone
+    assert linear_rows._product_dtype(bf16, cpu) == (bf16 if supported else torch.float32)
+    assert linear_rows._product_dtype(bf16, torch.device("cuda")) == bf16
+    assert linear_rows._product_dtype(torch.float64, cpu) == torch.float64
