@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*) CMakeLists.txt pyproject.toml constraints.txt
 
-# Bytecode of what is imported is written when it is, of all the rest never: a third of installing.
+# Bytecode of what is imported is written when it is, of all the rest never: nearly half of installing.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 

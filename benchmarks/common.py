@@ -11,6 +11,8 @@ import time
 
 import torch
 
+from effopd_kernels.divergence.linear_rows import TILES
+
 PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
 PATIENCE = 30  # seconds
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,8 +24,8 @@ def device_name() -> str:
     if DEVICE == "cuda":
         name = torch.cuda.get_device_name()
     else:
-        tiles = " amx" if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)() else ""
-        name = f"cpu {_processor()} {torch.backends.cpu.get_cpu_capability()}{tiles} {torch.get_num_threads()}cores"
+        vectors = torch.backends.cpu.get_cpu_capability() + " amx" * TILES
+        name = f"cpu {_processor()} {vectors} {torch.get_num_threads()}cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -90,17 +90,6 @@ bool has_tiles() {
 #endif
 }
 
-// Whether products of bf16 pairs outrun those of fp32 without tiles: on Intel's processors, which have tiles for it, a dot
-// product takes two cycles where two of fp32 take one (measured on Emerald Rapids).
-bool pairs_pay() {
-#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 10)
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
-#else
-    return true;  // for all that is known
-#endif
-}
-
 // What multiplies. half: operands may be rounded to bf16, and are if it `rounds`; then z is wanted, y is not to be had,
 // and q may be given as places.
 struct Multiplier {
@@ -125,8 +114,8 @@ std::vector<Multiplier> find_multipliers() {
             {false, v4::products, v4::gram_of_columns, v4::times, v4::orthonormal, v4::gram, v4::lanczos_step});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16")) {
-        found.insert(found.end() - !pairs_pay(), {true, bf16::products, bf16::gram_of_columns, bf16::times,
-                                                  bf16::orthonormal, bf16::gram, bf16::lanczos_step});
+        found.insert(found.end() - !multiplies_bf16(), {true, bf16::products, bf16::gram_of_columns, bf16::times,
+                                                        bf16::orthonormal, bf16::gram, bf16::lanczos_step});
 #ifdef ASSEMBLES_AMX
         if (has_tiles())
             found.push_back({true, bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal,
@@ -242,7 +231,6 @@ void bind_lowrank(nb::module_& m) {
     m.def("rounds", [](int instruction_set) { return multiplier(instruction_set).rounds; });
     m.def("has_gram", [] { return !multipliers().empty() && multiplier().gram; });
     m.def("has_tiles", &has_tiles);
-    m.def("multiplies_bf16", &pairs_pay);
     m.def("difference_products", &difference_products);
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);

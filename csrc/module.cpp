@@ -3,6 +3,8 @@
 // torch version.
 #include <nanobind/nanobind.h>
 
+#include "cpu.h"
+
 namespace nb = nanobind;
 
 void bind_buffers(nb::module_& m);
@@ -18,4 +20,5 @@ NB_MODULE(_C, m) {
     bind_extrapolation(m);
     bind_lowrank(m);
     bind_transpose(m);
+    m.def("multiplies_bf16", &multiplies_bf16);
 }

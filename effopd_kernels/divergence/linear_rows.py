@@ -98,9 +98,8 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
     product_dtype, (V, D) = _product_dtype(dtype, device), weight_VD.shape
     alike = out_NV.dtype == hidden_ND.dtype == product_dtype
     if alike and not (TRANSPOSES and device.type == "cpu"):
-        # MKL packs whatever it is given, up to 50 MB of a head. Products of other dtypes want their rows together.
-        few = device.type == "cpu" and dtype == torch.float32
-        for cols in pieces(V, 4 * BLOCK // dtype.itemsize // max(D, 1) if few else V):
+        # In parts on a CPU: MKL packs whatever it is given, up to 50 MB of a head.
+        for cols in pieces(V, 4 * BLOCK // dtype.itemsize // max(D, 1) if device.type == "cpu" else V):
             torch.mm(hidden_ND, weight_VD[cols].T, out=out_NV[:, cols])
     elif device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)

@@ -168,7 +168,7 @@ def exact_gram(
     ``statistics`` (6,) fp64 takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the
     best.
     """
-    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().num_multipliers():
+    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().has_gram():
         return None
     g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     taken = native().difference_gram(
