@@ -16,6 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum Dtype { kFloat32, kBFloat16, kFloat16 };  // the order of DTYPES in effopd_kernels/native.py
+constexpr int kInt16 = 3;                      // of what kernels write for themselves
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kLarge = int64_t(8) << 20;  // bytes from which an output outgrows the caches

@@ -22,7 +22,7 @@ constexpr int64_t kPage = 4096;   // bytes: where one ends the processor's own p
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
 constexpr int kAtOnce = 4;        // vectors whose sums are under way
 
-// What rounding a difference to bf16 takes off, where that is anything.
+// What writing a difference in 16 bits takes off, where that is anything.
 struct Rests {
     struct Entry {
         int64_t line, place;
@@ -39,7 +39,7 @@ struct Panel {
     int64_t x_pitch, b_pitch, out_pitch;  // elements from one line to the next
     int64_t lines, length;
     float scale;
-    Rests* rests = nullptr;  // wanted of an `out` in bf16
+    Rests* rests = nullptr;  // wanted of an `out` of 16 bits
 };
 
 // Y = X q and Z += XᵀY over the panel's rows.
@@ -108,10 +108,12 @@ struct Multiplier {
 std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (kWriters.size() > 1) found.push_back({false, v3::products, v3::gram_of_columns, v3::times, v3::orthonormal});
+    if (kWriters.size() > 1)
+        found.push_back({false, v3::products, v3::gram_of_columns, v3::times, v3::orthonormal, v3::gram_of_integers,
+                         v3::lanczos_step});
     if (kWriters.size() > 2)
-        found.push_back(
-            {false, v4::products, v4::gram_of_columns, v4::times, v4::orthonormal, v4::gram, v4::lanczos_step});
+        found.push_back({false, v4::products, v4::gram_of_columns, v4::times, v4::orthonormal,
+                         __builtin_cpu_supports("avx512vnni") ? v4::gram_of_integers : v4::gram, v4::lanczos_step});
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16")) {
         found.insert(found.end() - !multiplies_bf16(), {true, bf16::products, bf16::gram_of_columns, bf16::times,

@@ -3,63 +3,87 @@
 // A block of X is written in rows that the contraction meets one after the other; both operands of a tile are columns of
 // it, so one order serves. Their sums gather in the upper triangle of F.
 //
-// half: with dot products of bf16 pairs, so in pairs of rows, and products are exact: X is taken in bf16 as it is, if it is
-// what bf16 weights changed by (a few units in their last place), all but some in a thousand, whose rests are added one by
-// one. A rest r of X's entry (k, j) adds r · X[k] to row j of A, whose sums stay small, and G = F + A + Aᵀ.
+// Where terms are pairs of 16 bits, products are exact and X is taken as it is, all but some in a thousand of its entries,
+// whose rests are added one by one: a rest r of X's entry (k, j) adds r · X[k] to row j of A, whose sums stay small, and
+// G = F + A + Aᵀ. What bf16 weights changed by fits: a few units in their last place. bf16 holds that of each entry for
+// itself. Integers hold multiples of a unit of the block: 2^-9 or less of the root of its mean square, so that rests are
+// left of outliers, and of weights much smaller than most changes, whose units in the last place are finer.
 
 constexpr int64_t kGramBytes = int64_t(1) << 19;  // of a block of X: part of a core's own cache
-constexpr int64_t kGramSteps = 128;               // along the contraction, in a block
+constexpr int64_t kGramSteps = 128;               // along the contraction, in a block: see kMostWhole
 constexpr int kGramRows = 6;                      // of a tile, and kStrip vectors of columns
+static_assert(kMostWhole * kMostWhole * (2 * kGramSteps) < 0x1p31, "sums of integers");
 
 // A block of X, and where its products go.
 struct GramBlock {
-    uint32_t* terms;  // rows of floats or, half, pairs of rows, the even one in the lower half of an element
+    uint32_t* terms;  // rows of floats or pairs of rows, the even one in the lower half of an element
     int64_t pitch, count;
-    uint32_t* written;  // by_column, the same along lines, which are columns; else, half, room for as much
+    uint32_t* written;  // by_column, the same along lines, which are columns; else, of pairs, room for as much
     int64_t line_pitch;
     bool by_column;
     float* f;  // (height, width), of which the upper triangle is wanted
     int64_t height, width;
+    float unit;  // of X, of integers
 
-    vf half_row(int64_t k, int64_t column) const {
-        const vu both = *(const vu_any*)(terms + k / 2 * pitch + column);
-        return (vf)(k % 2 ? both & 0xffff0000u : both << 16);
+    // A row of pairs.
+    template <Kind kind>
+    vf row(int64_t k, int64_t column) const {
+        const vu both = *(const vu_any*)(terms + k / 2 * pitch + column), upper = k % 2 ? both : both << 16;
+        if (kind == kIntegers) return __builtin_convertvector((vi)upper >> 16, vf) * unit;
+        return (vf)(upper & 0xffff0000u);
     }
 };
 
 // Those of kGramRows rows from i on and of C vectors of columns from j on.
-template <bool half, int C>
+template <Kind kind, int C>
 INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
     float* const f = b.f + i * b.width + j;
+    const auto add = [&](float* to, vf sum) __attribute__((always_inline)) {
+        *(vf_any*)to += kind == kIntegers ? __builtin_convertvector((vi)sum, vf) * (b.unit * b.unit) : sum;
+    };
     for (int r = 0; r < kGramRows; ++r)
         for (int c = 0; c < C; ++c) __builtin_prefetch(f + r * b.width + c * kLanes, 1);
-    tile<half, kGramRows, C>({b.terms + i, 1, b.pitch}, b.terms + j, b.pitch, b.count,
+    tile<kind, kGramRows, C>({b.terms + i, 1, b.pitch}, b.terms + j, b.pitch, b.count,
                              [&](int r, const vf* even, const vf* odd) __attribute__((always_inline)) {
 #pragma GCC unroll 4
                                  for (int c = 0; c < C; ++c) {
-                                     *(vf_any*)(f + r * b.width + c * kLanes) += even[c];
-                                     *(vf_any*)(f + (r + 1) * b.width + c * kLanes) += odd[c];
+                                     add(f + r * b.width + c * kLanes, even[c]);
+                                     add(f + (r + 1) * b.width + c * kLanes, odd[c]);
                                  }
                              });
 }
 
-template <bool half>
+template <Kind kind>
 static void add_products(const GramBlock& b) {
     for (int64_t j = 0; j < b.width; j += kStrip * kLanes)
         for (int64_t i = 0; i < std::min(b.height, j + kStrip * kLanes); i += kGramRows) {
             const int vectors = int(std::min<int64_t>(kStrip, (b.width - j) / kLanes));
-            if (vectors == 4) add_tile<half, 4>(b, i, j);
-            if (vectors == 3) add_tile<half, 3>(b, i, j);
-            if (vectors == 2) add_tile<half, 2>(b, i, j);
-            if (vectors == 1) add_tile<half, 1>(b, i, j);
+            if constexpr (kStrip == 4) {
+                if (vectors == 4) add_tile<kind, 4>(b, i, j);
+                if (vectors == 3) add_tile<kind, 3>(b, i, j);
+            }
+            if (vectors == 2) add_tile<kind, 2>(b, i, j);
+            if (vectors == 1) add_tile<kind, 1>(b, i, j);
         }
 }
 
+// Of a block, a power of two; 0 where none will do.
+static float unit_of(Panel block, int64_t entries) {
+    Statistics sums;
+    block.out = nullptr, block.rests = nullptr;
+    write_lines(block, sums, true, false);
+    if (sums.largest == 0) return 1;
+    const int usual = std::ilogb(std::sqrt(sums.squares / double(entries))) - 8,
+              unit = std::min(usual, std::ilogb(sums.largest / kMostWhole) + 1);  // finer where that clamps nothing
+    return sums.nonfinite || std::abs(unit) > 60 ? 0 : std::ldexp(1.0f, unit);
+}
+
 // Whether it was taken: not where X is something else. g (M, M), contiguous; statistics, in full, and Σb² or neither.
-template <bool half, void add_products(const GramBlock&)>
+template <Kind kind, void add_products(const GramBlock&)>
 static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
     if (x.x_dtype != kBFloat16 || (x.b && x.b_dtype != kBFloat16)) return false;
-    constexpr int per_term = half ? 2 : 1, kLine = 16 * per_term;  // rows in a term; elements in a cache line
+    constexpr bool paired = kind != kFloats;
+    constexpr int per_term = paired ? 2 : 1, kLine = 16 * per_term;  // rows in a term; elements in a cache line
     const auto up = [](int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; };
     const int64_t n = by_column ? x.length : x.lines, m = by_column ? x.lines : x.length;
     const int64_t width = up(m, kLanes), height = up(m, kGramRows), tall = std::max(width, height);
@@ -67,15 +91,15 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     // Odd numbers of cache lines, so that lines fall into all sets of a cache.
     const auto odd = [&](int64_t size, int64_t unit) { return (up(size, unit) / unit | 1) * unit; };
     const int64_t pitch = odd(tall, 16);
-    const int64_t line_pitch = by_column ? odd(step, kLine) : half ? odd(width, kLine) : pitch;
+    const int64_t line_pitch = by_column ? odd(step, kLine) : paired ? odd(width, kLine) : pitch;
     const int64_t lines = by_column ? width * line_pitch
-                          : half    ? std::max(step * line_pitch, width * odd(step, kLine))
+                          : paired  ? std::max(step * line_pitch, width * odd(step, kLine))
                                     : 0;
     const int64_t terms_size = step / per_term * pitch;
-    uint32_t* const terms = scratch(lines / per_term + terms_size + (tall + (half ? width : 0)) * width);
+    uint32_t* const terms = scratch(lines / per_term + terms_size + (tall + (paired ? width : 0)) * width);
     float *const f = (float*)(terms + terms_size), *const a = f + tall * width;
-    uint32_t* const written = lines ? (uint32_t*)(half ? a + width * width : a) : terms;
-    memset(terms, 0, (terms_size + (tall + (half ? width : 0)) * width) * 4);
+    uint32_t* const written = lines ? (uint32_t*)(paired ? a + width * width : a) : terms;
+    memset(terms, 0, (terms_size + (tall + (paired ? width : 0)) * width) * 4);
 
     Statistics sums;
     Rests rests{{}, 0};
@@ -85,8 +109,12 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
         (by_column ? block.length : block.lines) = rows;
         block.x += (by_column ? start : start * x.x_pitch) * 2;
         if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
-        block.out = (char*)written, block.out_dtype = half ? kBFloat16 : kFloat32, block.out_pitch = line_pitch;
-        if (half) block.rests = &rests;
+        block.out = (char*)written, block.out_pitch = line_pitch;
+        block.out_dtype = kind == kFloats ? kFloat32 : kind == kHalves ? kBFloat16 : kInt16;
+        const float unit = kind == kIntegers ? unit_of(block, rows * m) : 1;
+        if (unit == 0) return false;
+        block.scale = 1 / unit;
+        if (paired) block.rests = &rests;
         rests.held.clear(), rests.most = size_t(rows * m / 128);
         write_lines(block, sums, statistics, statistics);
         if (rests.held.size() > rests.most) return false;
@@ -106,7 +134,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
                     for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - k); ++i)
                         *(vu_any*)(terms + (k + i) * pitch + c) = of[i];
                 }
-        } else if (half) {
+        } else if (paired) {
             for (int64_t k = 0; k < count; ++k)
                 for (int64_t c = 0; c < m; c += kLanes) {
                     const uint16_t* const at = (const uint16_t*)written + 2 * k * line_pitch + c;
@@ -117,7 +145,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
             if (m % kLanes)
                 for (int64_t k = 0; k < count; ++k) memset(terms + k * pitch + m, 0, (width - m) * 4);
         }
-        const GramBlock held{terms, pitch, count, written, line_pitch / per_term, by_column, f, height, width};
+        const GramBlock held{terms, pitch, count, written, line_pitch / per_term, by_column, f, height, width, unit};
         add_products(held);
 
         const auto row_of = [&](const Rests::Entry& x) { return by_column ? x.place : x.line; };
@@ -128,25 +156,27 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
             const int64_t k = row_of(*x), j = column_of(*x);
             if (row_of(*first) != k) first = x;
             float* const to = a + j * width;
-            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += x->value * held.half_row(k, c);
-            to[j] += x->value * x->value / 2;
-            for (auto y = first; y != x; ++y) to[column_of(*y)] += x->value * y->value;  // two rests of a row
+            const float value = x->value * unit;
+            for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += value * held.template row<kind>(k, c);
+            to[j] += value * value / 2;
+            for (auto y = first; y != x; ++y) to[column_of(*y)] += value * y->value * unit;  // two rests of a row
         }
     }
     const auto put = [&](int64_t i, int64_t j, const vu rows[kLanes]) {
         for (int64_t r = 0; r < std::min<int64_t>(kLanes, m - i); ++r)
             store_some((vf)rows[r], (char*)(g + (i + r) * m + j), kFloat32, int(std::min<int64_t>(kLanes, m - j)));
     };
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi lanes;
+    for (int i = 0; i < kLanes; ++i) lanes[i] = i;
     for (int64_t i = 0; i < m; i += kLanes)
         for (int64_t j = i; j < m; j += kLanes) {
             vu sums[kLanes], mirrored[kLanes];
-            for (int64_t r = 0; half && r < kLanes; ++r) mirrored[r] = *(const vu_any*)(a + (j + r) * width + i);
-            if (half) transpose(mirrored);
+            for (int64_t r = 0; paired && r < kLanes; ++r) mirrored[r] = *(const vu_any*)(a + (j + r) * width + i);
+            if (paired) transpose(mirrored);
             for (int64_t r = 0; r < kLanes; ++r) {
                 const int64_t place = (i + r) * width + j;
                 const vf sum = *(const vf_any*)(f + place);
-                sums[r] = (vu)(half ? sum + (*(const vf_any*)(a + place) + (vf)mirrored[r]) : sum);
+                sums[r] = (vu)(paired ? sum + (*(const vf_any*)(a + place) + (vf)mirrored[r]) : sum);
                 mirrored[r] = sums[r];
             }
             transpose(mirrored);
@@ -159,7 +189,20 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     return true;
 }
 
+#if X86_LEVEL >= 4
 static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    constexpr bool half = X86_LEVEL == 5;
-    return gram_by<half, add_products<half>>(x, by_column, g, statistics, base_squares);
+    constexpr Kind kind = X86_LEVEL == 5 ? kHalves : kFloats;
+    return gram_by<kind, add_products<kind>>(x, by_column, g, statistics, base_squares);
 }
+#endif
+
+// For processors that multiply integers faster than floats: with VNNI, and with AVX2, where floats would save nothing.
+#if X86_LEVEL < 5
+static bool gram_of_integers(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
+    if (gram_by<kIntegers, add_products<kIntegers>>(x, by_column, g, statistics, base_squares)) return true;
+#if X86_LEVEL >= 4
+    return gram(x, by_column, g, statistics, base_squares);
+#endif
+    return false;
+}
+#endif

@@ -4,8 +4,6 @@
 #if X86_LEVEL >= 3
 #include "lowrank_products.h"
 #include "lowrank_columns.h"
-#endif
-#if X86_LEVEL >= 4
 #include "lowrank_gram.h"
 #include "lowrank_lanczos.h"
 #endif

@@ -21,10 +21,20 @@ INLINE vf load_some(const char* p, const int dtype, int left) {
     return load(rest, dtype);
 }
 
+// The largest integer that is written: the squares of 256 of them sum up to less than 2^31.
+constexpr float kMostWhole = 2895;
+constexpr float kWhole = 0x1.8p23f;  // x + kWhole is x rounded to an integer, which its lower bits are
+
+INLINE vf clamped(vf x) {
+    const vf most = splat(kMostWhole), low = x < -most ? -most : x;
+    return low > most ? most : low;
+}
+
 INLINE void store_some(vf x, char* p, const int dtype, int left) {
     char rest[64];
     char* const to = left < kLanes ? rest : p;
     if (dtype == kFloat32) *(vf_any*)to = x;
+    else if (dtype == kInt16) *(vh_any*)to = __builtin_convertvector((vu)(clamped(x) + kWhole), vh);
 #if X86_LEVEL == 5
     else *(vh_any*)to = (vh)_mm512_cvtneps_pbh((__m512)x);
 #else
@@ -33,14 +43,21 @@ INLINE void store_some(vf x, char* p, const int dtype, int left) {
     if (left < kLanes) memcpy(p, rest, left * size_of(dtype));
 }
 
-#if X86_LEVEL == 5
-// What rounding to bf16 takes off.
-INLINE vf rest_of(vf x) { return x - (vf)(rounded(x) & 0xffff0000u); }
+#if X86_LEVEL >= 3
+// What 16 bits take off.
+INLINE vf rest_of(vf x, const int dtype) {
+    return x - (dtype == kInt16 ? clamped(x) + kWhole - kWhole : (vf)(rounded(x) & 0xffff0000u));
+}
 
-INLINE void take(vf delta, int64_t line, int64_t place, Rests& to) {
-    unsigned some = _mm512_test_epi32_mask((__m512i)delta, (__m512i)(vi{} + 0xffff));
+INLINE void take(vf x, const int dtype, int64_t line, int64_t place, Rests& to) {
+    const vf rest = rest_of(x, dtype);
+#if X86_LEVEL >= 4
+    unsigned some = _mm512_cmp_ps_mask((__m512)rest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#else
+    unsigned some = _mm256_movemask_ps(_mm256_cmp_ps((__m256)rest, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#endif
     for (; __builtin_expect(some != 0, 0) && to.held.size() <= to.most; some &= some - 1)
-        to.held.push_back({line, place + __builtin_ctz(some), rest_of(delta)[__builtin_ctz(some)]});
+        to.held.push_back({line, place + __builtin_ctz(some), rest[__builtin_ctz(some)]});
 }
 #endif
 
@@ -69,8 +86,8 @@ INLINE void difference(const Span& at, int count, float scale, const int x_dtype
         const vf value = load_some(at.x + i * size_of(x_dtype), x_dtype, left);
         const vf base = at.b ? load_some(at.b + i * size_of(b_dtype), b_dtype, left) : vf{}, delta = value - base;
         if (at.out) store_some(delta * scale, at.out + i * size_of(out_dtype), out_dtype, left);
-#if X86_LEVEL == 5
-        if (rests) take(delta * scale, at.line, at.place + i, *rests);
+#if X86_LEVEL >= 3
+        if (rests) take(delta * scale, out_dtype, at.line, at.place + i, *rests);
 #endif
         if (!stats) return;
         const vi size = size_bits(delta);
@@ -175,10 +192,11 @@ INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const
 
 template <bool stats, bool full>
 static void lines_of(const Panel& p, Statistics& sums) {  // the usual dtypes as constants
-    const bool alike = !p.b || p.x_dtype == p.b_dtype, half = p.out_dtype == kBFloat16;
+    const bool alike = !p.b || p.x_dtype == p.b_dtype, half = p.out_dtype == kBFloat16, whole = p.out_dtype == kInt16;
     if (alike && p.x_dtype == kFloat32 && half) lines_as(p, kFloat32, kFloat32, kBFloat16, stats, full, sums);
     else if (alike && p.x_dtype == kFloat32) lines_as(p, kFloat32, kFloat32, kFloat32, stats, full, sums);
     else if (alike && p.x_dtype == kBFloat16 && half) lines_as(p, kBFloat16, kBFloat16, kBFloat16, stats, full, sums);
+    else if (alike && p.x_dtype == kBFloat16 && whole) lines_as(p, kBFloat16, kBFloat16, kInt16, stats, full, sums);
     else if (alike && p.x_dtype == kBFloat16) lines_as(p, kBFloat16, kBFloat16, kFloat32, stats, full, sums);
     else lines_as(p, p.x_dtype, p.b_dtype, p.out_dtype, stats, full, sums);
 }

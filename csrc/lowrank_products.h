@@ -17,12 +17,25 @@ constexpr int64_t kTerms = 64, kPairs = 256;
 
 INLINE vu interleaved(vf even, vf odd) { return joined(rounded(even), rounded(odd)); }
 
-template <bool half>
+// Terms: fp32 numbers, or pairs of bf16 or of 16-bit integers. Sums of the last are integers too.
+enum Kind { kFloats, kHalves, kIntegers };
+
+template <Kind kind>
 INLINE vf dot(vf sum, uint32_t left, vu right) {
+    const vu both = vu{} + left;
 #if X86_LEVEL == 5
-    if (half) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)right);
+    if (kind == kHalves) return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)right);
 #endif
-    return (vf)(vu{} + left) * (vf)right + sum;
+    if (kind == kIntegers) {
+#if X86_LEVEL >= 4  // for processors with VNNI, which the level does not ask for
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(both), "v"(right));
+#else  // in one piece: the compiler would keep all products until it adds them, in memory
+        vf products;
+        asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(both), "x"(right));
+#endif
+        return sum;
+    }
+    return (vf)both * (vf)right + sum;
 }
 
 // A left operand: term k of row i at at[i · row + k · step].
@@ -32,7 +45,7 @@ struct Terms {
 };
 
 // R rows and C vectors of columns; store(i, sums of row i, of row i + 1) for even i.
-template <bool half, int R, int C, class Store>
+template <Kind kind, int R, int C, class Store>
 INLINE void tile(const Terms left, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
     vf sums[R][C] = {};
     const uint32_t* at = left.at;
@@ -43,7 +56,7 @@ INLINE void tile(const Terms left, const uint32_t* right, int64_t pitch, int64_t
 #pragma GCC unroll 12
         for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) sums[i][c] = dot<half>(sums[i][c], at[i * left.row], columns[c]);
+            for (int c = 0; c < C; ++c) sums[i][c] = dot<kind>(sums[i][c], at[i * left.row], columns[c]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < R; i += 2) store(i, sums[i], sums[i + 1]);
@@ -51,14 +64,15 @@ INLINE void tile(const Terms left, const uint32_t* right, int64_t pitch, int64_t
 
 template <bool half, int C, class Store>
 static void strip(Terms left, int64_t rows, const uint32_t* right, int64_t pitch, int64_t terms, const Store& store) {
+    constexpr Kind kind = half ? kHalves : kFloats;
     constexpr int R = C == kStrip ? 6 : C == 3 ? 8 : 12;
     int64_t i = 0;
     const auto from = [&](int64_t i) { return Terms{left.at + i * left.row, left.row, left.step}; };
     for (; i + R <= rows; i += R)
-        tile<half, R, C>(from(i), right, pitch, terms,
+        tile<kind, R, C>(from(i), right, pitch, terms,
                          [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
     for (; i < rows; i += 2)
-        tile<half, 2, C>(from(i), right, pitch, terms,
+        tile<kind, 2, C>(from(i), right, pitch, terms,
                          [&](int j, const vf* even, const vf* odd) { store(i + j, even, odd, C); });
 }
 

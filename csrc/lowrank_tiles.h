@@ -181,7 +181,7 @@ static bool products_in_tiles(const Products& p, bool half) {
     memset(z.at, 0, deep * width * 4);
 
     const auto rest = [](vf v, int times) {
-        while (times--) v = rest_of(v);
+        while (times--) v = rest_of(v, kBFloat16);
         return v;
     };
     const auto into = [](const Operand& to, int part) {
@@ -323,5 +323,5 @@ static void add_products_in_tiles(const GramBlock& block) {
 }
 
 static bool gram_in_tiles(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    return gram_by<true, add_products_in_tiles>(x, by_column, g, statistics, base_squares);
+    return gram_by<kHalves, add_products_in_tiles>(x, by_column, g, statistics, base_squares);
 }

@@ -163,8 +163,8 @@ def products(
 def exact_gram(
     x: Tensor, base: Tensor | None, statistics: Tensor | None = None, instruction_set: int = -1
 ) -> Tensor | None:
-    """(x − base)ᵀ(x − base) (M, M) of bf16 matrices, exactly symmetric, with fp32 sums. None for others, without
-    AVX-512, and where products are of bf16 numbers while differences are not, but for some in a thousand.
+    """(x − base)ᵀ(x − base) (M, M) of bf16 matrices, exactly symmetric, as exact as products in fp32. None for others,
+    without AVX2, and where differences have more than the 16 bits of an operand, but for some in a thousand.
     ``statistics`` (6,) fp64 takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the
     best.
     """
