@@ -90,10 +90,10 @@ bool has_tiles() {
 #endif
 }
 
-// What multiplies. half: operands may be rounded to bf16, and are if it `rounds`; then z is wanted, y is not to be had,
-// and q may be given as places.
+// What multiplies. half: operands may be rounded, and are `rounded` to bf16 or to integers of 16 bits, if that is not
+// empty; then z is wanted, y is not to be had, and q may be given as places.
 struct Multiplier {
-    bool rounds;
+    const char* rounded;
     void (*products)(const Products&, bool half);
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
@@ -109,18 +109,23 @@ std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     if (kWriters.size() > 1)
-        found.push_back({false, v3::products, v3::gram_of_columns, v3::times, v3::orthonormal, v3::gram_of_integers,
-                         v3::lanczos_step});
-    if (kWriters.size() > 2)
-        found.push_back({false, v4::products, v4::gram_of_columns, v4::times, v4::orthonormal,
-                         __builtin_cpu_supports("avx512vnni") ? v4::gram_of_integers : v4::gram, v4::lanczos_step});
+        found.push_back({"int16", v3::products_of_integers, v3::gram_of_columns, v3::times, v3::orthonormal,
+                         v3::gram_of_integers, v3::lanczos_step});
+    if (kWriters.size() > 2) {
+        found.push_back(
+            {"", v4::products, v4::gram_of_columns, v4::times, v4::orthonormal, v4::gram, v4::lanczos_step});
+        if (__builtin_cpu_supports("avx512vnni")) {
+            Multiplier& best = found.back();
+            best.rounded = "int16", best.products = v4::products_of_integers, best.gram = v4::gram_of_integers;
+        }
+    }
 #ifdef HAS_BF16
     if (found.size() == 2 && __builtin_cpu_supports("avx512bf16")) {
-        found.insert(found.end() - !multiplies_bf16(), {true, bf16::products, bf16::gram_of_columns, bf16::times,
+        found.insert(found.end() - !multiplies_bf16(), {"bf16", bf16::products, bf16::gram_of_columns, bf16::times,
                                                         bf16::orthonormal, bf16::gram, bf16::lanczos_step});
 #ifdef ASSEMBLES_AMX
         if (has_tiles())
-            found.push_back({true, bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal,
+            found.push_back({"bf16", bf16::products_by_tiles, bf16::gram_of_columns, bf16::times, bf16::orthonormal,
                              bf16::gram_in_tiles, bf16::lanczos_step});
 #endif
     }
@@ -230,7 +235,7 @@ void bind_lowrank(nb::module_& m) {
     m.def("difference_panel", &difference_panel);
     m.def("line_squares", &line_squares);
     m.def("num_multipliers", [] { return multipliers().size(); });
-    m.def("rounds", [](int instruction_set) { return multiplier(instruction_set).rounds; });
+    m.def("rounded", [](int instruction_set) { return multiplier(instruction_set).rounded; });
     m.def("has_gram", [] { return !multipliers().empty() && multiplier().gram; });
     m.def("has_tiles", &has_tiles);
     m.def("difference_products", &difference_products);

@@ -28,9 +28,8 @@ struct GramBlock {
     // A row of pairs.
     template <Kind kind>
     vf row(int64_t k, int64_t column) const {
-        const vu both = *(const vu_any*)(terms + k / 2 * pitch + column), upper = k % 2 ? both : both << 16;
-        if (kind == kIntegers) return __builtin_convertvector((vi)upper >> 16, vf) * unit;
-        return (vf)(upper & 0xffff0000u);
+        const vu both = *(const vu_any*)(terms + k / 2 * pitch + column);
+        return (k % 2 ? second_of<kind>(both) : first_of<kind>(both)) * unit;
     }
 };
 
@@ -39,7 +38,7 @@ template <Kind kind, int C>
 INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
     float* const f = b.f + i * b.width + j;
     const auto add = [&](float* to, vf sum) __attribute__((always_inline)) {
-        *(vf_any*)to += kind == kIntegers ? __builtin_convertvector((vi)sum, vf) * (b.unit * b.unit) : sum;
+        *(vf_any*)to += kind == kIntegers ? sum_of<kind>(sum) * (b.unit * b.unit) : sum;
     };
     for (int r = 0; r < kGramRows; ++r)
         for (int c = 0; c < C; ++c) __builtin_prefetch(f + r * b.width + c * kLanes, 1);
@@ -65,17 +64,6 @@ static void add_products(const GramBlock& b) {
             if (vectors == 2) add_tile<kind, 2>(b, i, j);
             if (vectors == 1) add_tile<kind, 1>(b, i, j);
         }
-}
-
-// Of a block, a power of two; 0 where none will do.
-static float unit_of(Panel block, int64_t entries) {
-    Statistics sums;
-    block.out = nullptr, block.rests = nullptr;
-    write_lines(block, sums, true, false);
-    if (sums.largest == 0) return 1;
-    const int usual = std::ilogb(std::sqrt(sums.squares / double(entries))) - 8,
-              unit = std::min(usual, std::ilogb(sums.largest / kMostWhole) + 1);  // finer where that clamps nothing
-    return sums.nonfinite || std::abs(unit) > 60 ? 0 : std::ldexp(1.0f, unit);
 }
 
 // Whether it was taken: not where X is something else. g (M, M), contiguous; statistics, in full, and Σb² or neither.
@@ -111,12 +99,19 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
         if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
         block.out = (char*)written, block.out_pitch = line_pitch;
         block.out_dtype = kind == kFloats ? kFloat32 : kind == kHalves ? kBFloat16 : kInt16;
-        const float unit = kind == kIntegers ? unit_of(block, rows * m) : 1;
-        if (unit == 0) return false;
+        float unit = 1;
+        if (kind == kIntegers) {
+            const Statistics own = measured(block, statistics);
+            sums.add(own);
+            if (own.nonfinite) return false;
+            if (own.largest)  // finer than usual where that clamps nothing
+                unit = unit_of(std::min(std::ilogb(usual(own, block)) - 8, least_unit(own.largest)));
+            if (!unit) return false;
+        }
         block.scale = 1 / unit;
         if (paired) block.rests = &rests;
         rests.held.clear(), rests.most = size_t(rows * m / 128);
-        write_lines(block, sums, statistics, statistics);
+        write_lines(block, sums, statistics && kind != kIntegers, statistics);
         if (rests.held.size() > rests.most) return false;
         if (rows % per_term) {  // the last row's pair
             uint16_t* const to = (uint16_t*)written;

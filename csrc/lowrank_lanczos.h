@@ -21,13 +21,13 @@ static vf dot_of(const float* a, const float* b, int64_t m) {
 // even.
 template <class Put>
 INLINE void narrow_product(Terms left, int64_t rows, const float* right, int64_t terms, float* to, const Put& put) {
-    product<false>(left, rows, (const uint32_t*)right, kProbes, terms,
-                   [&](int64_t i, int vector, const vf* even, const vf* odd, int count) {
-                       for (int c = 0; c < count; ++c) {
-                           float* const at = to + i * kProbes + (vector + c) * kLanes;
-                           put(*(vf*)at, even[c]), put(*(vf*)(at + kProbes), odd[c]);
-                       }
-                   });
+    product<kFloats>(left, rows, (const uint32_t*)right, kProbes, terms,
+                     [&](int64_t i, int vector, const vf* even, const vf* odd, int count) {
+                         for (int c = 0; c < count; ++c) {
+                             float* const at = to + i * kProbes + (vector + c) * kLanes;
+                             put(*(vf*)at, even[c]), put(*(vf*)(at + kProbes), odd[c]);
+                         }
+                     });
 }
 
 INLINE vf root(vf x) {

@@ -4,6 +4,12 @@ constexpr int kBlock = 16 * kAtOnce * kLanes;  // elements summed in fp32, befor
 
 struct Statistics {
     double squares = 0, largest = 0, unchanged = 0, ulp_squares = 0, nonfinite = 0, base_squares = 0;
+
+    void add(const Statistics& other) {
+        squares += other.squares, unchanged += other.unchanged, ulp_squares += other.ulp_squares;
+        nonfinite += other.nonfinite, base_squares += other.base_squares;
+        largest = std::max(largest, other.largest);
+    }
 };
 
 // The power of two at or below |x|, 0 for numbers that are denormal in their dtype; times its eps, the distance to the
@@ -192,12 +198,14 @@ INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const
 
 template <bool stats, bool full>
 static void lines_of(const Panel& p, Statistics& sums) {  // the usual dtypes as constants
-    const bool alike = !p.b || p.x_dtype == p.b_dtype, half = p.out_dtype == kBFloat16, whole = p.out_dtype == kInt16;
-    if (alike && p.x_dtype == kFloat32 && half) lines_as(p, kFloat32, kFloat32, kBFloat16, stats, full, sums);
-    else if (alike && p.x_dtype == kFloat32) lines_as(p, kFloat32, kFloat32, kFloat32, stats, full, sums);
-    else if (alike && p.x_dtype == kBFloat16 && half) lines_as(p, kBFloat16, kBFloat16, kBFloat16, stats, full, sums);
-    else if (alike && p.x_dtype == kBFloat16 && whole) lines_as(p, kBFloat16, kBFloat16, kInt16, stats, full, sums);
-    else if (alike && p.x_dtype == kBFloat16) lines_as(p, kBFloat16, kBFloat16, kFloat32, stats, full, sums);
+    const auto of = [&](auto in) {
+        if (p.out_dtype == kBFloat16) lines_as(p, in.value, in.value, kBFloat16, stats, full, sums);
+        else if (p.out_dtype == kInt16) lines_as(p, in.value, in.value, kInt16, stats, full, sums);
+        else lines_as(p, in.value, in.value, kFloat32, stats, full, sums);
+    };
+    const bool alike = !p.b || p.x_dtype == p.b_dtype;
+    if (alike && p.x_dtype == kFloat32) of(std::integral_constant<int, kFloat32>());
+    else if (alike && p.x_dtype == kBFloat16) of(std::integral_constant<int, kBFloat16>());
     else lines_as(p, p.x_dtype, p.b_dtype, p.out_dtype, stats, full, sums);
 }
 

@@ -61,8 +61,8 @@ def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: b
 
 @_operator
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to bf16 (accumulation
-    stays fp32).
+    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to 16 bits (sums
+    stay in fp32).
     """
     return reference.skinny(x, base, q, scale, fast)
 

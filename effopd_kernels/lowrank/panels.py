@@ -22,6 +22,7 @@ from .workers import shared_out
 if TYPE_CHECKING:
     from .difference import Difference
 
+MOST_WHOLE = 2895  # kMostWhole of csrc/lowrank_panel.h
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
 
 # The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
@@ -142,7 +143,7 @@ def products(
     instruction_set: int = -1,
 ) -> Tensor | None:
     """X[rows]ᵀ (X[rows] q), q (M, L) in the panel's dtype, if ``want_z``; y (rows, L), contiguous, takes X[rows] q.
-    ``half``: operands may be rounded to bf16, where the processor multiplies those, and y is not to be had; ``places``
+    ``half``: operands may be rounded to 16 bits, where those are multiplied faster, and y is not to be had; ``places``
     are those of a q of signs, as :mod:`signs` has them. ``statistics`` as in :func:`panel`. instruction_set: the
     multiplier's, −1 the best.
     """
@@ -158,6 +159,18 @@ def products(
         0 if places is None else places.shape[1], full, half, instruction_set,
     )  # fmt: skip
     return z[: q.shape[0], : q.shape[1]] if want_z else None
+
+
+def rounded(q: Tensor) -> Tensor:
+    """An fp32 q (..., M, L) as products in 16 bits round it: to bf16, on a GPU as well, or to integers of a unit of each
+    column.
+    """
+    if q.device.type != "cpu" or native() is None or not native().num_multipliers() or native().rounded(-1) != "int16":
+        return q.bfloat16().float()
+    largest = torch.linalg.vector_norm(q, torch.inf, -2, keepdim=True)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 12)
+    unit = torch.where(largest > MOST_WHOLE * unit, 2 * unit, unit)
+    return q.div(unit).round_().mul_(unit)
 
 
 def exact_gram(

@@ -12,7 +12,7 @@ follow.
 
 Whatever the route, :mod:`decompose` ends with two fp32 products with the pair itself, and only they decide σ: the first
 damps what rounding brought into Q from outside the subspace, and an error δ of the subspace costs δ² in σ. Therefore
-the iterations may run in bf16. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
+the iterations may run in 16 bits. Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, panels
 from .difference import Difference
 from .orth import basis
 
@@ -32,7 +32,7 @@ def choose(n: int, m: int, rank: int, width: int, device: torch.device) -> str:
     """The fastest accurate route for X (n × m, n ≥ m)."""
     if m <= 512 or width > 0.3 * m:
         return "exact"
-    # On CPU bf16 products make iterating on the pair cheaper for longer than on a GPU, where the Gram is one launch.
+    # On CPU products in 16 bits make iterating on the pair cheaper for longer than on a GPU, where the Gram is one launch.
     return "subspace" if rank <= (96 if device.type == "cpu" else 16) else "gram"
 
 
@@ -40,14 +40,14 @@ def iterate(
     apply: Callable[[Tensor], Tensor], q: Tensor, iterations: int, rank: int, kept: int, half: bool = False
 ) -> Tensor:
     """Q ← XᵀX Q for orthonormal Q (B, M, L), as ``apply`` takes the product, so many times. After the last the columns
-    (B, M, kept) are nearly Ritz vectors, the leading ones first. ``half``: apply rounds Q to bf16.
+    (B, M, kept) are nearly Ritz vectors, the leading ones first. ``half``: apply rounds Q to 16 bits.
     """
     if iterations <= 0:
         return q
     for _ in range(iterations - 1):
         q = basis(apply(q))
     if half:
-        q = q.bfloat16().float()  # so that Ritz values and shift are of the very Q of the product
+        q = panels.rounded(q)  # so that Ritz values and shift are of the very Q of the product
     return _leading(apply(q), q, rank, kept, 1 + 1 / iterations)
 
 

@@ -21,7 +21,7 @@ GRAMS = range(native().num_multipliers() if native() else 0)  # instruction sets
 
 def refuses(instruction_set):
     """Whether it leaves what 16 bits do not hold to others: of AVX-512 it is left to fp32."""
-    return native().rounds(instruction_set) or instruction_set == 0
+    return native().rounded(instruction_set) == "bf16" or instruction_set == 0
 
 
 def of_pair(a, b, settings):

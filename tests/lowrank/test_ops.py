@@ -41,7 +41,7 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
     q = torch.randn(2, 30, 7, dtype=arithmetic, generator=torch.Generator().manual_seed(1))
     scale = torch.tensor([1.0, 4.0], dtype=arithmetic)
     bar = 4 * torch.finfo(arithmetic).eps
-    rounds = panels.multiplies(x[0], base[0] if pair else None, q[0]) and native().rounds(-1)
+    rounds = panels.multiplies(x[0], base[0] if pair else None, q[0]) and native().rounded(-1)
     z, statistics = ops.sketch(x, base, 7, 0, True)
     torch.testing.assert_close(statistics, ops.stats(x, base, True))
     omega = signs.dense(0, 30, 7, x[0].device, torch.float64)
@@ -59,7 +59,7 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
         assert statistics[i, ops.UNCHANGED] == (a == 0).sum()
     g = ops.gram(x, base, None, False)
     assert torch.equal(g, g.mT)
-    # bf16 operands, where the processor multiplies them: the error of rounding, no more.
+    # Operands of 16 bits, where the processor multiplies them faster: the error of rounding, no more.
     fast = ops.gram_apply(x, base, q, None, True)
     error = max(distance(fast[i], a.mT @ (a @ q[i].double())) for i, a in enumerate(exact))
     assert 1e-4 < error < 1e-2 if rounds else error < bar
@@ -95,11 +95,42 @@ def test_products_in_cpp(dtype, transposed, near, instruction_set):
             torch.testing.assert_close(statistics[1], statistics[0], rtol=1e-6, atol=0)
             fast = products(x, base, torch.tensor(2.0), slice(None), q, half=True)
             # Four roundings of at most 2⁻⁹, where nothing averages; in fp32 none.
-            bar = 8e-3 if native().rounds(instruction_set) else 2e-6
+            bar = 8e-3 if native().rounded(instruction_set) else 2e-6
             assert distance(fast, 4 * exact.mT @ expected) < bar
             omega, places = signs.dense(0, m, width, x.device), signs.sparse(0, m, width)
             of_signs = products(*matrix, omega, half=True, places=places)
             assert distance(of_signs, exact.mT @ (exact @ omega.double())) < bar
+
+
+@pytest.mark.parametrize("instruction_set", range(native().num_multipliers() if native() else 0))
+@pytest.mark.parametrize("transposed", [True, False])
+def test_products_in_16_bits_of_uneven_operands(transposed, instruction_set):
+    """Outliers, rows of zeros, columns of q whose sizes differ: every column of the product is as exact as it would be
+    alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, q = torch.randn(600, 300, generator=generator), torch.randn(300, 20, generator=generator)
+    x[130:270], x[300, 7], x[450, 290] = 0, 400, 1e5
+    q *= torch.logspace(0, -12, 20)
+    q[:, 3] = 0
+    x = x.T.contiguous().T if transposed else x
+    z = panels.products(x, None, None, slice(None), q, half=True, instruction_set=instruction_set)
+    exact = x.double().mT @ (x.double() @ q.double())
+    error, norm = (torch.linalg.vector_norm(v, dim=0) for v in (z - exact, exact))
+    assert (error <= 8e-3 * norm).all()
+    for bad in (torch.nan, torch.inf):
+        q[5, 5] = bad
+        z = panels.products(x, None, None, slice(None), q, half=True, instruction_set=instruction_set)
+        assert not z[:, 5].isfinite().any() and z[:, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [20, 64])
+def test_rounding_as_products_do(columns):
+    """Once rounded, operands are not rounded again."""
+    x = torch.eye(64)  # whose entries, and so Y, are exact
+    q = panels.rounded(torch.randn(64, columns, generator=torch.Generator().manual_seed(0)))
+    z = panels.products(x, None, None, slice(None), q, half=True) if panels.multiplies(x, None, q) else q
+    assert torch.equal(z, q)
 
 
 @pytest.mark.skipif(not native() or not native().has_tiles(), reason="needs matrix tiles")
