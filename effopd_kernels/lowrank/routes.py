@@ -32,7 +32,7 @@ def choose(n: int, m: int, rank: int, width: int, device: torch.device) -> str:
     """The fastest accurate route for X (n × m, n ≥ m)."""
     if m <= 512 or width > 0.3 * m:
         return "exact"
-    # On CPU products in 16 bits make iterating on the pair cheaper for longer than on a GPU, where the Gram is one launch.
+    # On CPU products in 16 bits keep iterations on the pair cheap for longer than on a GPU, where a Gram is one launch.
     return "subspace" if rank <= (96 if device.type == "cpu" else 16) else "gram"
 
 
