@@ -162,7 +162,7 @@ def products(
 
 
 def rounded(q: Tensor) -> Tensor:
-    """An fp32 q (..., M, L) as products in 16 bits round it: to bf16, as on a GPU, or to integers of a unit of each column."""
+    """An fp32 q (..., M, L) as products in 16 bits round it: to bf16, or by columns to integers of a unit."""
     if q.device.type != "cpu" or native() is None or not native().num_multipliers() or native().rounded(-1) != "int16":
         return q.bfloat16().float()
     largest = torch.linalg.vector_norm(q, torch.inf, -2, keepdim=True)
