@@ -91,6 +91,12 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
 
     Statistics sums;
     Rests rests{{}, 0};
+    float unit = 1, next_unit = kind == kIntegers ? 0 : 1;
+    const auto unit_for = [&](const Statistics& own, const Panel& block) -> float {
+        if (own.nonfinite) return 0;
+        if (!own.largest) return unit;  // finer than usual where that clamps nothing:
+        return unit_of(std::min(std::ilogb(usual(own, block)) - 8, least_unit(own.largest)));
+    };
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), count = (rows + per_term - 1) / per_term;
         Panel block = x;
@@ -99,20 +105,23 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
         if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
         block.out = (char*)written, block.out_pitch = line_pitch;
         block.out_dtype = kind == kFloats ? kFloat32 : kind == kHalves ? kBFloat16 : kInt16;
-        float unit = 1;
-        if (kind == kIntegers) {
-            const Statistics own = measured(block, statistics);
-            sums.add(own);
-            if (own.nonfinite) return false;
-            if (own.largest)  // finer than usual where that clamps nothing
-                unit = unit_of(std::min(std::ilogb(usual(own, block)) - 8, least_unit(own.largest)));
-            if (!unit) return false;
-        }
-        block.scale = 1 / unit;
         if (paired) block.rests = &rests;
-        rests.held.clear(), rests.most = size_t(rows * m / 128);
-        write_lines(block, sums, statistics && kind != kIntegers, statistics);
-        if (rests.held.size() > rests.most) return false;
+        rests.most = size_t(rows * m / 128);
+        Statistics own;
+        const auto write = [&](float in) {
+            own = {}, unit = in, block.scale = 1 / in;
+            rests.held.clear();
+            write_lines(block, own, statistics || kind == kIntegers, statistics);
+            return rests.held.size() <= rests.most;
+        };
+        bool taken = next_unit && write(next_unit);  // mostly the last block's does
+        if (kind == kIntegers && !taken) {
+            next_unit = unit_for(measured(block, false), block);
+            taken = next_unit && write(next_unit);
+        }
+        if (!taken) return false;
+        if (kind == kIntegers) next_unit = unit_for(own, block);
+        sums.add(own);
         if (rows % per_term) {  // the last row's pair
             uint16_t* const to = (uint16_t*)written;
             if (by_column)
