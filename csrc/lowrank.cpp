@@ -109,14 +109,14 @@ std::vector<Multiplier> find_multipliers() {
     std::vector<Multiplier> found;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     if (kWriters.size() > 1)
-        found.push_back({"int16", v3::products_of_integers, v3::gram_of_columns, v3::times, v3::orthonormal,
-                         v3::gram_of_integers, v3::lanczos_step});
+        found.push_back(
+            {"int16", v3::products, v3::gram_of_columns, v3::times, v3::orthonormal, v3::gram, v3::lanczos_step});
     if (kWriters.size() > 2) {
         found.push_back(
             {"", v4::products, v4::gram_of_columns, v4::times, v4::orthonormal, v4::gram, v4::lanczos_step});
         if (__builtin_cpu_supports("avx512vnni")) {
             Multiplier& best = found.back();
-            best.rounded = "int16", best.products = v4::products_of_integers, best.gram = v4::gram_of_integers;
+            best.rounded = "int16", best.products = v4::products_by_vnni, best.gram = v4::gram_by_vnni;
         }
     }
 #ifdef HAS_BF16

@@ -193,20 +193,13 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     return true;
 }
 
-#if X86_LEVEL >= 4
 static bool gram(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    constexpr Kind kind = X86_LEVEL == 5 ? kHalves : kFloats;
-    return gram_by<kind, add_products<kind>>(x, by_column, g, statistics, base_squares);
+    return gram_by<kFastest, add_products<kFastest>>(x, by_column, g, statistics, base_squares);
 }
-#endif
 
-// For processors that multiply integers faster than floats: with VNNI, and with AVX2, where floats would save nothing.
-#if X86_LEVEL < 5
-static bool gram_of_integers(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
-    if (gram_by<kIntegers, add_products<kIntegers>>(x, by_column, g, statistics, base_squares)) return true;
-#if X86_LEVEL >= 4
-    return gram(x, by_column, g, statistics, base_squares);
-#endif
-    return false;
+#if X86_LEVEL == 4
+static bool gram_by_vnni(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) {
+    return gram_by<kIntegers, add_products<kIntegers>>(x, by_column, g, statistics, base_squares) ||
+           gram(x, by_column, g, statistics, base_squares);
 }
 #endif

@@ -20,6 +20,7 @@ constexpr int64_t kTerms = 64, kPairs = 256, kIntegerPairs = 128;  // of integer
 
 // Terms: fp32 numbers, or pairs of bf16 or of 16-bit integers. Sums of the last are integers too.
 enum Kind { kFloats, kHalves, kIntegers };
+constexpr Kind kFastest = X86_LEVEL == 5 ? kHalves : X86_LEVEL == 3 ? kIntegers : kFloats;  // of what the level has
 
 template <Kind kind>
 INLINE vf dot(vf sum, uint32_t left, vu right) {
@@ -367,16 +368,10 @@ static void products_in(const Products& p) {
     }
 }
 
-static void products(const Products& p, bool half) {
-#if X86_LEVEL == 5
-    if (half) return products_in<kHalves>(p);
-#endif
-    products_in<kFloats>(p);
-}
+static void products(const Products& p, bool half) { half ? products_in<kFastest>(p) : products_in<kFloats>(p); }
 
-// For processors that multiply integers faster than floats.
-#if X86_LEVEL < 5
-static void products_of_integers(const Products& p, bool half) {
+#if X86_LEVEL == 4
+static void products_by_vnni(const Products& p, bool half) {
     half ? products_in<kIntegers>(p) : products_in<kFloats>(p);
 }
 #endif
