@@ -6,8 +6,8 @@
 // other. A block of the pair is written once (as pairs once for each order: along its lines, across them), its Y goes from
 // registers to where the second product takes it, and Z takes the sums as they are: nothing is larger than a cache.
 //
-// Integers are multiples of a unit that a block of X, every column of q and every one of a block's Y, whose sizes differ as
-// the σ do, each have for themselves, such that the largest fits. Where that leaves too little of X's usual ones the block goes the way of
+// Integers are multiples of a unit that a block of X has for itself, and every column of q and of the block's Y, whose sizes
+// differ as the σ do, such that the largest fits. Where that leaves too little of X's usual ones the block goes the way of
 // fp32.
 
 typedef uint32_t vu_any __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -314,9 +314,8 @@ static void products_in(const Products& p) {
                               kind == kIntegers ? partial : middle);
         // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding
         // small.
-        const int64_t all = paired ? even_m / 2 : m, most = kind == kFloats   ? kTerms
-                                                            : kind == kHalves ? kPairs
-                                                                              : kIntegerPairs;
+        constexpr int64_t most = kind == kFloats ? kTerms : kind == kHalves ? kPairs : kIntegerPairs;
+        const int64_t all = paired ? even_m / 2 : m;
         for (int64_t k = 0; k < all && !p.places; k += most) {
             const int64_t terms = std::min(most, all - k);
             Terms left = p.by_column ? by_place : by_line;
