@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kPage = 4096;   // bytes: where one ends the processor's own prefetching stops
 constexpr int64_t kAhead = 2048;  // bytes of a matrix that are asked for before they are needed
 constexpr int kAtOnce = 4;        // vectors whose sums are under way
+// The largest integer that X and q are written as: the squares of 256 of them sum up to less than 2^31.
+constexpr float kMostWhole = 2895;
 
 // What writing a difference in 16 bits takes off, where that is anything.
 struct Rests {
@@ -98,10 +100,9 @@ struct Multiplier {
     void (*gram_of_columns)(const float* y, int64_t pitch, int64_t n, int64_t columns, double* g);
     void (*times)(const float* y, int64_t pitch, int64_t n, int64_t columns, const double* w, int64_t k, float* out);
     double (*orthonormal)(const float* y, int64_t pitch, int64_t n, int64_t columns, float* out);
-    // Both or neither.
-    bool (*gram)(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares) = nullptr;
+    bool (*gram)(const Panel& x, bool by_column, float* g, double* statistics, double* base_squares);
     void (*lanczos_step)(const float* g, int64_t m, float scale, const float* v, int64_t k, float* q, int64_t t,
-                         float* diagonal, float* off) = nullptr;
+                         float* diagonal, float* off);
 };
 
 // Those that this machine runs, the best last. Asked for, not made at import: tiles change what Linux saves of a thread.
@@ -193,10 +194,10 @@ bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int
                      uintptr_t base_squares, int instruction_set) {
     const auto gram = multiplier(instruction_set).gram;
     nb::gil_scoped_release release;
-    return gram && gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype,
-                         0, x_pitch, b_pitch, 0, lines, length, 1},
-                        by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
-                        reinterpret_cast<double*>(base_squares));
+    return gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
+                 x_pitch, b_pitch, 0, lines, length, 1},
+                by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
+                reinterpret_cast<double*>(base_squares));
 }
 
 // y (N, L) fp32 with rows `pitch` apart → YᵀY (L, L) fp64.
@@ -219,14 +220,15 @@ double orthonormal(uintptr_t y, int64_t pitch, int64_t n, int64_t columns, uintp
                                     reinterpret_cast<float*>(out));
 }
 
-// Where has_gram(). g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
+// Where something multiplies. g (M, M) fp32, v (M, K), q (more than t + 1, M, 16), diagonal and off (more than t, 16),
 // all contiguous; M, K even.
 void lanczos_step(uintptr_t g, int64_t m, float scale, uintptr_t v, int64_t k, uintptr_t q, int64_t t,
-                  uintptr_t diagonal, uintptr_t off) {
+                  uintptr_t diagonal, uintptr_t off, int instruction_set) {
     nb::gil_scoped_release release;
-    multiplier().lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
-                              reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
-                              reinterpret_cast<float*>(off));
+    multiplier(instruction_set)
+        .lanczos_step(reinterpret_cast<const float*>(g), m, scale, reinterpret_cast<const float*>(v), k,
+                      reinterpret_cast<float*>(q), t, reinterpret_cast<float*>(diagonal),
+                      reinterpret_cast<float*>(off));
 }
 
 }  // namespace
@@ -236,8 +238,8 @@ void bind_lowrank(nb::module_& m) {
     m.def("line_squares", &line_squares);
     m.def("num_multipliers", [] { return multipliers().size(); });
     m.def("rounded", [](int instruction_set) { return multiplier(instruction_set).rounded; });
-    m.def("has_gram", [] { return !multipliers().empty() && multiplier().gram; });
     m.def("has_tiles", &has_tiles);
+    m.attr("MOST_WHOLE") = kMostWhole;
     m.def("difference_products", &difference_products);
     m.def("difference_gram", &difference_gram);
     m.def("gram_of_columns", &gram_of_columns);

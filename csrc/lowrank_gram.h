@@ -23,7 +23,7 @@ struct GramBlock {
     bool by_column;
     float* f;  // (height, width), of which the upper triangle is wanted
     int64_t height, width;
-    float unit;  // of X, of integers
+    float unit;  // of X
 
     // A row of pairs.
     template <Kind kind>
@@ -37,9 +37,8 @@ struct GramBlock {
 template <Kind kind, int C>
 INLINE void add_tile(const GramBlock& b, int64_t i, int64_t j) {
     float* const f = b.f + i * b.width + j;
-    const auto add = [&](float* to, vf sum) __attribute__((always_inline)) {
-        *(vf_any*)to += kind == kIntegers ? sum_of<kind>(sum) * (b.unit * b.unit) : sum;
-    };
+    const auto add = [&](float* to, vf sum)
+                         __attribute__((always_inline)) { *(vf_any*)to += sum_of<kind>(sum) * (b.unit * b.unit); };
     for (int r = 0; r < kGramRows; ++r)
         for (int c = 0; c < C; ++c) __builtin_prefetch(f + r * b.width + c * kLanes, 1);
     tile<kind, kGramRows, C>({b.terms + i, 1, b.pitch}, b.terms + j, b.pitch, b.count,
@@ -93,9 +92,10 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     Rests rests{{}, 0};
     float unit = 1, next_unit = kind == kIntegers ? 0 : 1;
     const auto unit_for = [&](const Statistics& own, const Panel& block) -> float {
-        if (own.nonfinite) return 0;
-        if (!own.largest) return unit;  // finer than usual where that clamps nothing:
-        return unit_of(std::min(std::ilogb(usual(own, block)) - 8, least_unit(own.largest)));
+        if (!own.largest) return unit;
+        // Finer than usual where that clamps nothing.
+        const float least = std::min(power(splat(usual(own, block)), kFloat32)[0] / 256, unit_of(float(own.largest)));
+        return own.nonfinite || least < 0x1p-60f || least > 0x1p60f ? 0 : least;  // or its square would leave fp32
     };
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), count = (rows + per_term - 1) / per_term;

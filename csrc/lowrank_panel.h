@@ -27,8 +27,6 @@ INLINE vf load_some(const char* p, const int dtype, int left) {
     return load(rest, dtype);
 }
 
-// The largest integer that is written: the squares of 256 of them sum up to less than 2^31.
-constexpr float kMostWhole = 2895;
 constexpr float kWhole = 0x1.8p23f;  // x + kWhole is x rounded to an integer, which its lower bits are
 
 INLINE vf clamped(vf x) {

@@ -64,13 +64,8 @@ INLINE vf sum_of(vf sum) {
     return kind == kIntegers ? __builtin_convertvector((vi)sum, vf) : sum;
 }
 
-// Of the least unit of integers, a power of two, in which `largest` is no more than kMostWhole; of zeros any will do.
-static int least_unit(double largest) { return largest == 0 ? 0 : std::ilogb(largest / kMostWhole) + 1; }
-
-// 0 where that is left to fp32.
-static float unit_of(int exponent) { return std::abs(exponent) > 60 ? 0 : std::ldexp(1.0f, exponent); }
-
-constexpr double kLeastUsual = 128;  // the root of the mean square of a block, in units: its rounding is as bf16's then
+// The root of the mean square of a block, in units: half a unit is 4e-3 of it then, the least that bf16 tells from 1.
+constexpr float kLeastUsual = 128;
 
 // Of every column, kLanes of them or the fewer that are left.
 static vf largest_of(const float* x, int64_t pitch, int64_t rows, int left) {
@@ -86,6 +81,7 @@ INLINE vf units_of(vf largest) {
     const vf fine = power(largest, kFloat32) / 2048, unit = largest > kMostWhole * fine ? 2 * fine : fine;
     return largest > 1e-30f ? unit : splat(1);
 }
+INLINE float unit_of(float largest) { return units_of(splat(largest))[0]; }
 
 // A left operand: term k of row i at at[i · row + k · step].
 struct Terms {
@@ -219,8 +215,8 @@ static Statistics measured(Panel block, bool full) {
     return sums;
 }
 
-static double usual(const Statistics& sums, const Panel& block) {
-    return std::sqrt(sums.squares / (double(block.lines) * double(block.length)));
+static float usual(const Statistics& sums, const Panel& block) {
+    return float(std::sqrt(sums.squares / (double(block.lines) * double(block.length))));
 }
 
 template <Kind kind>
@@ -275,9 +271,8 @@ static void products_in(const Products& p) {
         if (kind == kIntegers) {
             const Statistics own = measured(block, p.full);
             sums.add(own);
-            unit = own.nonfinite ? 0 : unit_of(least_unit(own.largest));
-            if (own.largest && usual(own, block) < kLeastUsual * unit) unit = 0;
-            if (!unit) {
+            unit = unit_of(float(own.largest));
+            if (own.nonfinite || (own.largest && usual(own, block) < kLeastUsual * unit)) {
                 others.push_back(block);
                 continue;
             }

@@ -22,7 +22,6 @@ from .workers import shared_out
 if TYPE_CHECKING:
     from .difference import Difference
 
-MOST_WHOLE = 2895  # kMostWhole of csrc/lowrank_panel.h
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
 
 # The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
@@ -167,7 +166,7 @@ def rounded(q: Tensor) -> Tensor:
         return q.bfloat16().float()
     largest = torch.linalg.vector_norm(q, torch.inf, -2, keepdim=True)
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 12)
-    unit = torch.where(largest > MOST_WHOLE * unit, 2 * unit, unit)
+    unit = torch.where(largest > native().MOST_WHOLE * unit, 2 * unit, unit)
     return q.div(unit).round_().mul_(unit)
 
 
@@ -179,7 +178,7 @@ def exact_gram(
     ``statistics`` (6,) fp64 takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the
     best.
     """
-    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().has_gram():
+    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().num_multipliers():
         return None
     g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     taken = native().difference_gram(
@@ -220,16 +219,18 @@ def has_lanczos_step(x: "Difference", q: Tensor, v: Tensor) -> bool:
         and q.shape[2] == 16
         and q.shape[1] % 2 == v.shape[1] % 2 == 0
         and native() is not None
-        and native().has_gram()
+        and native().num_multipliers() > 0
     )
 
 
-def lanczos_step(x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor) -> None:
-    """As `slq._step`, of contiguous tensors, in one kernel."""
+def lanczos_step(
+    x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor, instruction_set: int = -1
+) -> None:
+    """As `slq._step`, of contiguous tensors, in one kernel. instruction_set: the multiplier's, −1 the best."""
     scale = 1.0 if x.scale is None else x.scale.item() ** 2
     native().lanczos_step(
         x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
-        diagonal.data_ptr(), off.data_ptr(),
+        diagonal.data_ptr(), off.data_ptr(), instruction_set,
     )  # fmt: skip
 
 

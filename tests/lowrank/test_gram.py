@@ -15,7 +15,7 @@ from effopd_kernels.lowrank.slq import Sampling, _outside, _step, sampled_spectr
 from effopd_kernels.lowrank.types import least_rounding
 from effopd_kernels.native import native
 
-pytestmark = pytest.mark.skipif(not native() or not native().has_gram(), reason="needs AVX2")
+pytestmark = pytest.mark.skipif(not native() or not native().num_multipliers(), reason="needs AVX2")
 GRAMS = range(native().num_multipliers() if native() else 0)  # instruction sets
 
 
@@ -153,8 +153,9 @@ def test_scales(scale):
     matrices.assert_certified(svd, a.double() - b.double())
 
 
+@pytest.mark.parametrize("instruction_set", GRAMS)
 @pytest.mark.parametrize(("m", "k"), [(560, 32), (98, 6), (34, 2)])
-def test_a_step_of_lanczos(m, k):
+def test_a_step_of_lanczos(m, k, instruction_set):
     """In one kernel as in PyTorch; a probe in an invariant subspace, of which only rounding is left, harms no other."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2 * m, m, generator=generator) * torch.arange(1, m + 1) ** -0.5
@@ -165,7 +166,7 @@ def test_a_step_of_lanczos(m, k):
     z = _outside(v, z)
     z /= z.norm(dim=0)
     results = []
-    for step in (_step, panels.lanczos_step):
+    for step in (_step, functools.partial(panels.lanczos_step, instruction_set=instruction_set)):
         q, (diagonal, off) = torch.full((6, m, 16), torch.nan), torch.full((2, 5, 16), torch.nan)
         q[0] = z
         assert panels.has_lanczos_step(x, q, v)
