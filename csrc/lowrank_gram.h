@@ -55,13 +55,14 @@ template <Kind kind>
 static void add_products(const GramBlock& b) {
     for (int64_t j = 0; j < b.width; j += kStrip * kLanes)
         for (int64_t i = 0; i < std::min(b.height, j + kStrip * kLanes); i += kGramRows) {
-            const int vectors = int(std::min<int64_t>(kStrip, (b.width - j) / kLanes));
+            const int64_t from = j + std::max<int64_t>(i - j, 0) / kLanes * kLanes;  // left of it is the lower triangle
+            const int vectors = int((std::min(j + kStrip * kLanes, b.width) - from) / kLanes);
             if constexpr (kStrip == 4) {
-                if (vectors == 4) add_tile<kind, 4>(b, i, j);
-                if (vectors == 3) add_tile<kind, 3>(b, i, j);
+                if (vectors == 4) add_tile<kind, 4>(b, i, from);
+                if (vectors == 3) add_tile<kind, 3>(b, i, from);
             }
-            if (vectors == 2) add_tile<kind, 2>(b, i, j);
-            if (vectors == 1) add_tile<kind, 1>(b, i, j);
+            if (vectors == 2) add_tile<kind, 2>(b, i, from);
+            if (vectors == 1) add_tile<kind, 1>(b, i, from);
         }
 }
 
@@ -159,6 +160,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
         for (auto x = rests.held.begin(), first = x; x != rests.held.end(); ++x) {
             const int64_t k = row_of(*x), j = column_of(*x);
             if (row_of(*first) != k) first = x;
+            if (x + 1 != rests.held.end()) prefetch((const char*)(a + column_of(x[1]) * width), width * 4);
             float* const to = a + j * width;
             const float value = x->value * unit;
             for (int64_t c = 0; c < width; c += kLanes) *(vf_any*)(to + c) += value * held.template row<kind>(k, c);
