@@ -44,7 +44,7 @@ static void lanczos_step(const float* g, int64_t m, float scale, const float* v,
     float *const all = (float*)scratch((m + k) * kProbes), *const inside = all + m * kProbes,
                  *const last = q + t * m * kProbes;
     memset(all, 0, (m + k) * kProbes * 4);
-    constexpr int64_t kSome = 48;  // rows, whose sums stay in the first-level cache; of 96 a step takes a quarter longer
+    constexpr int64_t kSome = 48;  // rows, whose sums stay in the first-level cache; with 96 a quarter slower
     for (int64_t row = 0; row < m; row += kSome)
         for (int64_t start = 0; start < m; start += kTerms)  // sums of some terms, then sums of those
             narrow_product({(const uint32_t*)g + row * m + start, m, 1}, std::min(kSome, m - row),
