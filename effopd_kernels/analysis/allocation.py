@@ -33,11 +33,16 @@ def _sums(rows: list[Row], *keys: str) -> list[dict[str, Any]]:
         for place, own in grouped(every, *keys):
             sums = norms(own)
             shares = {
-                "share_of_update": share(sums["update_norm"] ** 2, whole["update_norm"] ** 2),
+                "share_of_update": _share_of_update(sums, whole),
                 "share_of_parameters": share(sums["parameters"], whole["parameters"]),
             }
             out.append(checkpoint | place | sums | shares)
     return out
+
+
+def _share_of_update(part: Row, whole: Row) -> float:
+    """Of ‖ΔW‖²; zero where nothing moved."""
+    return share(part["update_norm"] ** 2, whole["update_norm"] ** 2) if whole["update_norm"] else 0.0
 
 
 def _headlines(found: Findings, totals: list[Row], by_third: dict[str, dict[str, Row]]) -> list[Headline]:
@@ -52,7 +57,7 @@ def _headlines(found: Findings, totals: list[Row], by_third: dict[str, dict[str,
         *out,
         Headline(
             "MLP",
-            {t: share(mlp[t]["update_norm"] ** 2, row["update_norm"] ** 2) for t, row in ends.items()},
+            {t: _share_of_update(mlp[t], row) for t, row in ends.items()},
             "Share of ‖ΔW‖² in MLP matrices, experts included.",
             full=1.0,
         ),

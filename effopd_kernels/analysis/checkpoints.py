@@ -100,17 +100,20 @@ def printable(text: str | Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, {} where there is none. Raises UserError where it is not JSON."""
+    """The file's object, {} where there is none. Raises UserError where it is not JSON, or no object."""
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def _step(path: Path) -> int | None:
     step = read_json(path / "trainer_state.json").get("global_step")
-    if isinstance(step, int):
-        return step
+    if isinstance(step, int) or (isinstance(step, float) and step.is_integer()):
+        return int(step)
     found = _STEPS.search(path.resolve().name)
     return int(found[1]) if found else None
 

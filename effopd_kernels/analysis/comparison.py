@@ -58,6 +58,8 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     for checkpoint in every:
         _check(start, checkpoint)
     names = [name for name, (shape, dtype) in start.shapes.items() if dtype in FLOATS and 0 not in shape]
+    if not names:
+        raise UserError(f"{start.path} has no floating tensor with entries; there is nothing to compare")
     if left := [name for name, (_, dtype) in start.shapes.items() if dtype not in FLOATS]:
         notes.append(f"Not floating, so left out: {listed(left)}.")
     if other := [name for name in names if role_of(name).type == "other"]:

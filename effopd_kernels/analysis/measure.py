@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
 from ..lowrank.checkpoints import EVERY
-from ..lowrank.decompose import Settings, decompose_group, oriented
-from ..lowrank.metrics import measured
+from ..lowrank.decompose import Settings, decompose_group, oriented, power_of_two
+from ..lowrank.metrics import SAMPLED, measured
 from ..lowrank.panels import add_statistics, exact_gram, row_squares, squares_of_rows
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
@@ -205,23 +205,29 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     it came with the rest.
     """
     n, m = max(a.shape), min(a.shape)
-    settings = Settings(min(options.rank, m), OVERSAMPLE, 2, None, options.seed, None)
+    top = triplets(options.top_fraction, m)
+    rank = min(max(options.rank, top), m)  # the top are known one by one
+    settings = Settings(rank, OVERSAMPLE, 2, None, options.seed, None)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
-    exact = options.exact or choose(n, m, options.rank, settings.width(m), a.device) == "exact"
+    exact = options.exact or choose(n, m, rank, settings.width(m), a.device) == "exact"
     known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
     subtracted = None if known is None else math.sqrt(statistics[5]) if statistics[5].isfinite() else math.nan
     statistics, group = statistics[:5], ([a], [] if b is None else [b])
     grams = None if known is None else known.unsqueeze(0)
     found, _ = decompose_group(*group, settings, statistics.unsqueeze(0), grams)
     svd = RSVD(*(field[0] for field in found))
-    top = triplets(options.top_fraction, m)
-    steps = STEPS if n >= 2 * m and options.rank >= 64 else MORE_STEPS
+    steps = STEPS if n >= 2 * m and rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
     spectrum, metrics = measured(a, b, top, sampling, svd, statistics, known)
     row = {name: value.item() for name, value in metrics.items()}
     bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
     if zero:
         row |= {name: 0.0 for name, value in row.items() if value != value}
+    if bad:
+        row |= {"noise_edge": math.nan, "rank_above_noise": None, "quantisation_limited": None}
+    elif known is not None and not zero and power_of_two(statistics[1:2]) == 1:  # ‖ΔᵀΔ‖ is at hand, and in range
+        row["participation_ratio"] = float(statistics[0] / torch.linalg.vector_norm(known, dtype=torch.float64)) ** 2
+        row["participation_ratio error"] = 0.0
     norm = row.pop("frobenius_norm")
     low, high, top_high = _bounds(svd, spectrum, row["spectral_norm"], top, exact)
     unit = norm or 1.0
@@ -234,11 +240,9 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         "spectral_to_frobenius_low": low / unit,
         "spectral_to_frobenius_high": high / unit,
         "top_fraction_norm_ratio_high": min(top_high / unit, 1.0),
-        "effective_rank_error": row.pop("effective_rank error", 0.0),
+        **{f"{name}_error": row.pop(f"{name} error", 0.0) for name in SAMPLED},
         "spectrum": "exact" if exact else "sampled",
     }
-    for name in ("participation_ratio", "rank_above_noise"):
-        row.pop(f"{name} error", None)
     return svd, spectrum, row, subtracted
 
 

@@ -30,6 +30,8 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
             "replace it"
         )
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--output_dir '{folder}' cannot be made: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir '{folder}' cannot be written: no permission in {there}, or a read-only disk")
 

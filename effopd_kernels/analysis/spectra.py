@@ -15,7 +15,8 @@ AVERAGED = (
     "spectral_norm", "spectral_norm_low", "spectral_norm_high",
     "spectral_to_frobenius", "spectral_to_frobenius_low", "spectral_to_frobenius_high",
     "effective_rank", "effective_rank_error", "top_fraction_norm_ratio", "top_fraction_norm_ratio_high",
-    "participation_ratio", "stable_rank", "noise_edge", "rank_above_noise",
+    "participation_ratio", "participation_ratio_error", "stable_rank", "noise_edge",
+    "rank_above_noise", "rank_above_noise_error",
 )  # fmt: skip
 TITLE = "How concentrated it is"
 # Of what is drawn: the figure's name, the column, and how the axis is labelled.
@@ -44,11 +45,12 @@ def spectra(found: Findings) -> Part:
 
 
 def _averages(rows: list[Row], types: list[str]) -> list[dict[str, Any]]:
-    """Of MLP and attention together, apart, and by type: means over the matrices that moved, of what they did, and the
-    entries of all that did not change.
+    """Of MLP and attention together, apart, and by type: means over the matrices that moved (zeros in a checkpoint in
+    which none did), of what they did, and the entries of all that did not change.
     """
     out = []
     for checkpoint, own in grouped(rows, *CHECKPOINT):
+        still = not any(r["update_norm"] for r in own)
         groups = {name: [r for r in own if inside(r)] for name, inside in GROUPS.items()}
         groups |= {kind: [r for r in own if r["type"] == kind] for kind in types}
         for name, members in groups.items():
@@ -58,7 +60,7 @@ def _averages(rows: list[Row], types: list[str]) -> list[dict[str, Any]]:
             out.append(
                 checkpoint
                 | {"group": name, "matrices": len(members), "matrices_moved": len(moved)}
-                | {column: mean(moved, column) for column in AVERAGED}
+                | {column: mean(members if still else moved, column) for column in AVERAGED}
                 | {
                     "unchanged_fraction": norms(members)["unchanged_fraction"],
                     "quantisation_limited": sum(bool(r["quantisation_limited"]) for r in moved),
@@ -127,8 +129,8 @@ def _last(found: Findings, table: list[Row], top: str) -> Section:
                 "spectral / Frobenius": interval(r, "spectral_to_frobenius"),
                 "effective rank": interval(r, "effective_rank"),
                 f"{top} norm ratio": interval(r, "top_fraction_norm_ratio"),
-                "participation ratio": r["participation_ratio"],
-                "rank above noise": r["rank_above_noise"],
+                "participation ratio": interval(r, "participation_ratio"),
+                "rank above noise": interval(r, "rank_above_noise"),
                 "unchanged entries": r["unchanged_fraction"],
                 "rounding-limited": f"{r['quantisation_limited']} of {r['matrices_moved']}",
             }
@@ -144,7 +146,7 @@ def _progress(found: Findings, whole: list[Row]) -> Section:
     for stem, column, label in (RATIO, RANK):
         curves = {
             t: ([r["progress"] for r in own], [interval(r, column) for r in own])
-            for t, own in found.each(whole).items()
+            for t, own in found.each(r for r in whole if r["matrices_moved"]).items()
         }
         drawn[f"{stem}_progress"] = figures.lines(curves, "training progress", label, xlim=(0, 1.03))
     return Section(

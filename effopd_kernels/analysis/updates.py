@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..commands import leave_process_group
+from ..commands import EXIT_USER_ERROR, leave_process_group
 from ..errors import UserError
-from ..extrapolation.distributed import Ranks
+from ..extrapolation.distributed import RankFailed, Ranks
 from .analyse import analyse, estimate
 from .checkpoints import FLOATS, counted, listed, printable
 from .comparison import Comparison, compare
@@ -88,7 +88,7 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: 
     if len(found.trajectories) == 1:  # a column of one word
         parts = [replace(part, sections=[_alone(section) for section in part.sections]) for part in parts]
     comparison, options = found.comparison, found.options
-    notes = [*comparison.notes, *_warnings(found)]
+    notes = list(dict.fromkeys([*comparison.notes, *_warnings(found)]))  # once of a folder in two trajectories
     for note in notes:
         print(f"effopd-analyze: {note}", file=sys.stderr)
     compared = {
@@ -118,6 +118,9 @@ def _ranks() -> Iterator[Ranks]:
     dist.init_process_group("gloo")
     try:
         yield Ranks()
+    except RankFailed:  # which says itself why
+        dist.destroy_process_group()
+        sys.exit(EXIT_USER_ERROR)
     except BaseException:
         dist.destroy_process_group()
         raise
@@ -125,9 +128,14 @@ def _ranks() -> Iterator[Ranks]:
 
 
 def _checked(args: argparse.Namespace, trajectories: dict[str, list[str]], ranks: Ranks) -> Comparison:
-    """Every rank opens the folders and finds the same faults; only the first looks at the output's."""
-    if ranks.rank == 0:
-        check_free(args.output_dir, args.overwrite_output_dir, [args.base, *itertools.chain(*trajectories.values())])
+    """Every rank opens the folders and finds the same faults; the first looks at the output's and tells the others."""
+
+    def look() -> None:
+        inputs = [args.base, *itertools.chain(*trajectories.values())]
+        if ranks.rank == 0:
+            check_free(args.output_dir, args.overwrite_output_dir, inputs)
+
+    ranks.attempt(look)
     return compare(args.base, trajectories)
 
 

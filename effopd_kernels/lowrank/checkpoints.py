@@ -7,6 +7,7 @@ against its file before any work.
 
 import json
 import mmap
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ..native import native
 
 EVERY = slice(None)
 _MAPPED_FROM = 1 << 20  # bytes
+_SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -145,6 +147,8 @@ def _shards(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("its weight_map maps to what is no file's name")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error})") from error
         missing = [name for name in names if not (path / name).is_file()]
@@ -154,6 +158,10 @@ def _shards(path: Path) -> list[Path]:
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise FileNotFoundError(f"{path}: no *.safetensors in this folder")
+    numbered = [match for file in found if (match := _SHARD.fullmatch(file.name))]
+    every = {f"{m[1]}{i:0{len(m[2])}}-of-{m[3]}.safetensors" for m in numbered for i in range(1, int(m[3]) + 1)}
+    if missing := sorted(every - {file.name for file in found}):
+        raise FileNotFoundError(f"{path} lacks shards that the others' names count: {', '.join(missing)}")
     return found
 
 

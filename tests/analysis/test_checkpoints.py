@@ -208,6 +208,14 @@ def broken(base, tmp):
     grown = {n: torch.cat([t, t[:4]]) if t.shape[0] == planted.VOCABULARY else t for n, t in weights.items()}
     shard = planted.write_sharded(tmp / "shard", weights)
     (shard / "model-00002-of-00003.safetensors").unlink()
+    unlisted = planted.write_sharded(tmp / "unlisted", weights)
+    for file in ("model-00003-of-00003.safetensors", "model.safetensors.index.json"):
+        (unlisted / file).unlink()
+    index = planted.write_sharded(tmp / "index", weights) / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": 3}}')
+    array = stored("array", weights)
+    (array / "config.json").write_text("[1, 2]")
+    whole_numbers = stored("whole_numbers", {"steps": torch.ones(2, dtype=torch.int64)})
     cut = stored("cut", weights)
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
     garbage = stored("garbage", weights)
@@ -243,6 +251,10 @@ def broken(base, tmp):
         "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
         "garbage": (case(garbage), "garbage/model.safetensors: damaged or truncated"),
         "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
+        "no index": (case(unlisted, start=unlisted), "lacks shards that the others' names count: model-00003-of-00003"),
+        "bad index": (case(index.parent), "not a safetensors index (its weight_map maps to what is no file's name)"),
+        "config an array": (case(array), "array/config.json must hold a JSON object, not a list"),
+        "no floats": (case(whole_numbers, start=whole_numbers), "has no floating tensor with entries"),
         "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),
         "missing tensors": (case(stored("less", without)), f"less lacks 9 tensors of {base}"),
         "missing tensors named": (case(tmp / "less"), "model.layers.5.input_layernorm.weight"),
@@ -265,6 +277,7 @@ def broken(base, tmp):
         "PiSSA": (case(pissa[0]), "began with init_lora_weights=pissa_niter_4, which changed the base"),
         "OLoRA": (case(pissa[1]), "began with init_lora_weights=olora, which changed the base"),
         "output in use": (case(base, output_dir=tmp / "used"), "exists and is not empty"),
+        "output under a file": (case(base, output_dir=base / "config.json" / "sub"), "config.json is a file"),
         "output a file": (case(base, output_dir=base / "config.json"), "is a file"),
         "no checkpoints": (["--base", base, "--output_dir", tmp / "out"], "give either --checkpoints"),
         "both": (["--trajectory", "a=b", *case(base)], "give either --checkpoints"),

@@ -59,14 +59,19 @@ def test_what_did_not_move_has_no_spectrum(report):
 def test_of_nothing_no_share_is_taken(report):
     base = planted.base_weights(shapes=layers(3))
     read, page = report(base, base)
-    assert all(math.isnan(r["share_of_update"]) for r in read("depth"))
-    assert "|MLP|training|–|" in page and "put 0%" not in page and "Effective rank" not in page
+    assert all(r["share_of_update"] == 0 for r in read("depth"))
+    assert "|MLP|training|0|" in page and "put 0%" not in page and "Effective rank" not in page
     assert "No matrix of attention or MLP moved." in page and "No tensor moved." in page
 
 
 def test_a_run_that_ends_where_it_began(report):
     base = planted.base_weights(shapes=layers(3))
     read, page = report(base, moved(base, ""), base)
+    numbers = [
+        v for table in ("spectra", "types", "depth", "allocation", "totals") for r in read(table) for v in r.values()
+    ]
+    assert not any(isinstance(v, float) and math.isnan(v) for v in numbers)
+    assert [r["effective_rank"] > 0 for r in read("spectra") if r["group"] == "MLP"] == [True, False]
     assert {r["checkpoint"] for r in read("energy")} == {"checkpoint-1"} and "Energy by rank" not in page
     assert "|.|" not in page and "of 0 matrices" not in page
 

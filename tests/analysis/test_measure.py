@@ -101,7 +101,20 @@ def test_equal_and_broken_matrices():
     assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
     broken = a.clone()
     broken[3, 4] = math.nan
-    assert _spectrum(broken, a, Options(8))[2]["non_finite"] == 1
+    row = _spectrum(broken, a, Options(8))[2]
+    assert row["non_finite"] == 1 and row["rank_above_noise"] is None and row["quantisation_limited"] is None
+
+
+def test_the_top_is_known_whatever_the_rank():
+    """Its share of ‖Δ‖ and, where a Gram is at hand, the participation ratio are those of the exact spectrum."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1300, 1100, generator=generator).bfloat16()
+    a = (base.float() + 0.05 * torch.randn(1300, 1100, generator=generator)).bfloat16()
+    s = torch.linalg.svdvals(a.double() - base.double())
+    row = _spectrum(a, base, Options(1))[2]
+    assert row["top_fraction_norm_ratio"] == pytest.approx(float(s[:11].norm() / s.norm()), rel=0.05)
+    exact = float((s**2).sum() ** 2 / (s**4).sum())
+    assert abs(row["participation_ratio"] - exact) <= 1e-5 * exact + 4 * row["participation_ratio_error"]
 
 
 def test_subspaces_are_compared_up_to_the_rank():
