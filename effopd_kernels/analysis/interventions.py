@@ -6,6 +6,7 @@ down at once (`evaluations.py`), so that an interrupted command goes on where it
 
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,10 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     left = pending(trials, evaluations)
     validate = Validate(trainer, args, ours.max_prompts)
     cost = estimate(model, trials, left, validate)
+    notes = notes_on(comparison, plan)
     if first:
+        for note in notes:
+            print(f"effopd-analyze: {note}", file=sys.stderr)
         print(cost, flush=True)
     if ours.estimate_only:
         return
@@ -157,7 +161,7 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     evaluate_trials(model, left, evaluations, validate, write=first)
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
-        write_report(folder, rows, args.eval_metric, settings, comparison, notes_on(comparison, plan))
+        write_report(folder, rows, args.eval_metric, settings, comparison, notes)
         print(f"tables, figures and report.html are in {printable(folder)}")
 
 
@@ -263,7 +267,7 @@ def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
     if tied := [name for name in comparison.names if name not in plan.names]:
         notes.append(f"In files only, or tied in the model, so not edited by this name: {listed(tied)}.")
     places = [(c.path, plan.update_norms[name, i]) for name, i, c in comparison.checkpoints()]
-    return notes + [f"{path} equals the base." for path, norm in places if norm == 0]
+    return list(dict.fromkeys([*notes, *(f"{path} equals the base." for path, norm in places if norm == 0)]))
 
 
 def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], folder: Path, fresh: bool) -> None:
@@ -290,8 +294,9 @@ def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], 
 
 
 def model_name(trial: Trial) -> str:
-    about = (f"{value:g}" if isinstance(value, float) else str(value) for value in trial.about.values())
-    return "-".join((trial.intervention, str(trial.edit.trajectory), *about)).replace(" ", "_")
+    parts = (trial.intervention, trial.edit.trajectory, *trial.about.values())
+    texts = (f"{part:g}" if isinstance(part, float) else str(part) for part in parts if part is not None)
+    return "-".join(texts).replace(" ", "_")
 
 
 def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:

@@ -411,11 +411,12 @@ def test_other_settings_do_not_mix(finished, trained, capfd):
     assert "holds evaluations with other settings (seed was 42, is now 3)" in capfd.readouterr().err
 
 
-def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path):
+def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path, capfd):
     some = ["--max_prompts", "4", "--interventions", "scale", "top", "rescale"]
     argv = [a for a in arguments(trained, tmp_path, *some) if not a.startswith("--trajectory")]
     assert main([*argv, "--checkpoints", str(trained / "student")]) == 0
-    assert "equals the base" in (tmp_path / "report.html").read_text()
+    said = capfd.readouterr().err
+    assert "equals the base" in said and "equals the base" in (tmp_path / "report.html").read_text()
     for name in some[3:]:
         for row in read_table(tmp_path / "tables", name):
             assert row["gain"] == 0 and row["recovered"] is None
