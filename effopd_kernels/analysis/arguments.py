@@ -22,7 +22,7 @@ def parser() -> Parser:
         help="checkpoints of a run by name; give it again for each run to be compared",
     )  # fmt: skip
     p.add_argument("--output_dir", required=True, metavar="OUT", help="a new folder")
-    p.add_argument("--overwrite_output_dir", action="store_true", help="replace what is in --output_dir")
+    p.add_argument("--overwrite_output_dir", action="store_true", help="replace the analysis in --output_dir")
     p.add_argument("--rank", type=int, default=64, help="leading triplets of every matrix (default 64)")
     p.add_argument(
         "--ks", type=int, nargs="+", default=[1, 8, 64], help="subspaces whose alignment is followed (default 1 8 64)"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..commands import written
@@ -27,7 +27,7 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; give another folder, or --overwrite_output_dir to "
-            "replace it"
+            "replace the analysis in it"
         )
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -50,18 +50,19 @@ def not_left_empty(output_dir: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_folder(output_dir: str | Path) -> Iterator[Path]:
+def whole_folder(output_dir: str | Path, parts: Collection[str]) -> Iterator[Path]:
     """A temporary folder: it becomes ``output_dir`` when the block ends well and is removed when not. A folder that is
-    there stays and changes its content, for it may be a link, a mounted disk or where the user is.
+    there stays, for it may be a link, a mounted disk or where the user is, and so does what is in it but ``parts``, the
+    names of which the new one has some.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
     with written(output_dir), not_left_empty(output_dir):
-        yield from _whole_folder(Path(output_dir).absolute())
+        yield from _whole_folder(Path(output_dir).absolute(), parts)
 
 
-def _whole_folder(folder: Path) -> Iterator[Path]:
+def _whole_folder(folder: Path, parts: Collection[str]) -> Iterator[Path]:
     filled, name = folder.is_dir(), f".{folder.name}.{os.getpid()}.partial"
     partial = folder / name if filled else folder.with_name(name)
     try:
@@ -70,8 +71,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         if not filled:
             os.replace(partial, folder)
             return
-        for old in (path for path in folder.iterdir() if path != partial):
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for old in (folder / part for part in parts):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         for part in partial.iterdir():
             part.replace(folder / part.name)
     finally:

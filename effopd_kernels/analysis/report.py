@@ -19,7 +19,7 @@ from .figures import Interval, Picture
 from .painter import Painter
 from .tables import Rows, write_table
 
-REPORT_NAME, FIGURES, TABLES = "report.html", "figures", "tables"
+PARTS = REPORT_NAME, FIGURES, TABLES = "report.html", "figures", "tables"
 _STYLE = Path(__file__).with_name("report.css")
 
 

@@ -24,7 +24,7 @@ from .findings import Findings
 from .measure import Options
 from .output import check_free, whole_folder
 from .painter import Painter
-from .report import REPORT_NAME, Section, write_report
+from .report import PARTS, REPORT_NAME, Section, write_report
 
 ALONE = "training"  # the name of the only trajectory
 
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
         if found is None:
             return Path(args.output_dir) / REPORT_NAME
         seconds = time.perf_counter() - began
-        with whole_folder(args.output_dir) as folder:
+        with whole_folder(args.output_dir, PARTS) as folder:
             write_all(found, folder, {"seconds to read and measure": round(seconds, 1), "ranks": ranks.size}, painter)
     path = Path(args.output_dir) / REPORT_NAME
     print(printable(path))

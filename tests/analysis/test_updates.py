@@ -335,13 +335,16 @@ def test_stacked_and_single_experts_are_matrices(undrawn, tmp_path):
 
 
 def test_an_output_folder_is_replaced_only_on_request(undrawn, folders, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("x")
+    """And then the analysis alone."""
+    (tmp_path / "out" / "tables").mkdir(parents=True)
+    for name in ("thesis.txt", "tables/stale.csv"):
+        (tmp_path / "out" / name).write_text("x")
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     arguments = [*map(str, arguments), "--output_dir", str(tmp_path / "out")]
     assert cli.main(arguments) == 2 and (tmp_path / "out" / "thesis.txt").exists()
     assert cli.main([*arguments, "--overwrite_output_dir"]) == 0
-    assert not (tmp_path / "out" / "thesis.txt").exists() and (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "out" / "thesis.txt").exists() and (tmp_path / "out" / "report.html").exists()
+    assert not (tmp_path / "out" / "tables" / "stale.csv").exists()
     shutil.rmtree(tmp_path / "out")
 
 
@@ -363,7 +366,7 @@ def test_a_folder_that_is_there_stays_the_one_it_is(tmp_path, monkeypatch):
     before = (tmp_path / "disk").stat().st_ino
     monkeypatch.chdir(tmp_path / "disk")
     for place, text in ((tmp_path / "link", "one"), (Path("."), "two")):
-        with whole_folder(place) as folder:
+        with whole_folder(place, ["figures", "report.html"]) as folder:
             (folder / "report.html").write_text(text)
         assert [p.name for p in (tmp_path / "disk").iterdir()] == ["report.html"]
         assert (tmp_path / "disk" / "report.html").read_text() == text
