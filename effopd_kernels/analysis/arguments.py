@@ -18,8 +18,8 @@ def parser() -> Parser:
     p.add_argument("--base", required=True, metavar="DIR", help="the model that training started from")
     p.add_argument("--checkpoints", nargs="+", metavar="DIR", help="checkpoints of one run, or LoRA adapters")
     p.add_argument(
-        "--trajectory", action="append", default=[], metavar="NAME=DIR,DIR",
-        help="checkpoints of a run by name; give it again for each run to be compared",
+        "--trajectory", action="extend", nargs="+", default=[], metavar="NAME=DIR,DIR",
+        help="checkpoints of a run by name, for each run to be compared",
     )  # fmt: skip
     p.add_argument("--output_dir", required=True, metavar="OUT", help="a new folder")
     p.add_argument("--overwrite_output_dir", action="store_true", help="replace the analysis in --output_dir")

@@ -118,7 +118,7 @@ def two_trajectories(folders: Path, out: Path) -> list[str]:
     """Arguments that compare both, their checkpoints out of order."""
     opd = ",".join(str(folders / "opd" / f"checkpoint-{step}") for step in sorted(ANGLES, reverse=True))
     rl = ",".join(str(folders / "rl" / f"saved{step}") for step in (1, 2))
-    runs = ["--trajectory", f"opd={opd}", "--trajectory", f"rl={rl}"]
+    runs = ["--trajectory", f"opd={opd}", f"rl={rl}"]
     return ["updates", f"--base={folders / 'base'}", *runs, f"--output_dir={out}", "--rank=8", "--ks", "1", "4"]
 
 
