@@ -77,10 +77,17 @@ def check_float(**tensors: Tensor) -> None:
 
 
 def check_positive(**numbers: float | None) -> None:
-    """Raise ValueError for a number that is given and not above zero."""
+    """Raise ValueError for a number that is given and not above zero, or infinite."""
     for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise ValueError(f"{name} must be positive, got {number}")
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def check_whole(**numbers: int | None) -> None:
+    """Raise TypeError for a number that is given and has a fraction, or could."""
+    for name, number in numbers.items():
+        if isinstance(number, float):
+            raise TypeError(f"{name} must be an int, got {number}")
 
 
 def make_spec(divergence: Divergence, temperature: float, teacher_temperature: float | None, **model: float) -> Spec:

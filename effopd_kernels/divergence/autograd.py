@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class DivergenceStats(NamedTuple):
-    """Per token, fp32, of the mask's shape, detached, 0 where masked; entropies in nats."""
+    """Per token, fp32 (fp64 for fp64 logits), of the mask's shape, detached, 0 where masked; entropies in nats."""
 
     divergence: Tensor
     student_entropy: Tensor

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import LinearOptions, answer, check_float, check_positive, gathered, make_spec, row_factor
+from .arguments import LinearOptions, answer, check_float, check_positive, check_whole, gathered, make_spec, row_factor
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear_rows import default_chunk_bytes  # and defines torch.ops.effopd.linear_divergence_rows
@@ -129,6 +129,7 @@ def linear_divergence_loss(
     if logits_dtype is not None and not logits_dtype.is_floating_point:
         raise TypeError(f"logits_dtype must be floating point, got {logits_dtype}")
     check_positive(chunk_bytes=chunk_bytes)
+    check_whole(chunk_bytes=chunk_bytes, num_valid=num_valid)
     spec = make_spec(
         divergence, temperature, teacher_temperature,
         student_scale=float(student_logit_scale), teacher_scale=float(teacher_logit_scale),

@@ -2,7 +2,8 @@
 
 N tokens, V vocabulary, D hidden size, k known entries. Top-k: the vocabulary outside the k entries becomes one bucket,
 on both sides, so that what is compared are two distributions over k + 1 outcomes. By the data-processing inequality
-that divergence is at most the full one; it is never negative; and at k = V, with no bucket, it is the full one.
+that divergence is at most the full one; it is never negative, but for rounding (of 1e-7); and at k = V, with no bucket,
+it is the full one.
 """
 
 from typing import TYPE_CHECKING, Literal, overload
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import TopKOptions, check_float, check_positive, check_tokens, gathered, make_spec
+from .arguments import TopKOptions, check_float, check_positive, check_tokens, check_whole, gathered, make_spec
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
@@ -156,6 +157,7 @@ def topk_divergence_loss(
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     make_spec(divergence, temperature, None, student_scale=student_logit_scale, student_softcap=student_softcap or 0.0)
     check_positive(chunk_bytes=chunk_bytes)
+    check_whole(chunk_bytes=chunk_bytes)
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
@@ -208,6 +210,7 @@ def linear_token_logprobs(
     _check_ids("ids", ids, hidden.shape[:-1])
     _check_range("ids", ids, weight.shape[0])
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
+    check_whole(chunk_bytes=chunk_bytes)
     transform = (temperature, logit_scale, softcap)
     rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)

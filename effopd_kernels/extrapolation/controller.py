@@ -28,7 +28,7 @@ from .interrupts import Deferred
 from .masters import reset_before_next_step, reset_state
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
-from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
+from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
 from .weights import weights_of
 
 __all__ = ["EffOPDController"]
@@ -130,6 +130,7 @@ class EffOPDController:
         self.optimizer, self.optimizer_policy = optimizer, optimizer_policy
         self.on_weights_changed = on_weights_changed
         self.ranks = Ranks(process_group, report_s)
+        include, exclude = compiled("include", include), compiled("exclude", exclude)
         decisive = dict(
             schedule=schedule if isinstance(schedule, (str, Integral)) else sorted(map(int, schedule)),
             search=search,
@@ -140,6 +141,8 @@ class EffOPDController:
             confidence=confidence,
             min_delta=min_delta,
             optimizer_policy=optimizer_policy,
+            include=[pattern.pattern for pattern in include],
+            exclude=[pattern.pattern for pattern in exclude],
         )
         self.ranks.agree(decisive)  # or their replicas would part in silence, or one wait for another that is done
         self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)

@@ -148,7 +148,8 @@ def _described(value: Any) -> str:
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> bool:
-    return torch.equal(master.to(param.dtype), param)
+    rounded = master.to(param.dtype)
+    return torch.equal(rounded, param) or bool(((rounded == param) | (rounded.isnan() & param.isnan())).all())
 
 
 def _unwrapped(optimizer):

@@ -11,12 +11,12 @@ __all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "is_frozen", "matching", "named
 # Path components that are a block of their layer in the Hugging Face families. Attention is any ...attn or ...attention
 # (self_attn, linear_attn, encoder_attn, SelfAttention, XLM's attentions), and what mixes tokens in its place: Mamba's
 # mamba and mixer (Nemotron-H calls every block so), xLSTM's mlstm_layer, Griffin's temporal_block, LFM2's conv. The
-# feed-forward block is any ...mlp, ...ffn, ...moe or feed_forward and its experts; OPT keeps fc1 and fc2 in the layer
-# itself, BERT intermediate.dense and output.dense.
+# feed-forward block is any ...mlp, ...ffn, ...moe, feed_forward or (T5) DenseReluDense and its experts; OPT keeps fc1
+# and fc2 in the layer itself, BERT intermediate.dense and output.dense.
 DEFAULT_INCLUDE = (
     r"(?i)(^|\.)\w*att(n|entions?)?(_layers)?\.",
     r"(^|\.)(mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.",
-    r"(^|[._])(mlps?|mlp_block|ffns?|ff|feed_forward|moe|experts?)\.",
+    r"(^|[._])(mlps?|mlp_block|ffns?|ff\d?|feed_forward|DenseReluDense|moe|experts?)\.",
     r"(^|\.)(fc[12]|(intermediate|output)\.dense)\.",
 )
 # Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.

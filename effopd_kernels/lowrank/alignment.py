@@ -22,7 +22,9 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: shapes that differ in more than the number of columns, or k beyond the fewer of them.
     """
-    u, u_final = _leading(u, u_final, k)
+    u, u_final = (
+        torch.nn.functional.normalize(w, torch.inf, -2, torch.finfo(w.dtype).tiny) for w in _leading(u, u_final, k)
+    )
     return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().clamp_max(1).mean(-1)
 
 

@@ -189,6 +189,8 @@ def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:
         raise ValueError(f"tensor {name!r} has unknown dtype {about['dtype']!r}")
     dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
     start, stop = (offset + int(position) for position in about["data_offsets"])
+    if any(size < 0 for size in shape):
+        raise ValueError(f"tensor {name!r} has shape {shape}")
     expected = torch.Size(shape).numel() * dtype.itemsize
     if stop - start != expected or start < offset:
         raise ValueError(f"tensor {name!r} {shape} {dtype} needs {expected} bytes, its offsets give {stop - start}")

@@ -230,7 +230,7 @@ def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, m
     """Rayleigh–Ritz in span(q), certified; while ``tol`` is not met, iterate on."""
     k, tol = settings.rank, settings.tol
     eps = torch.finfo(q.dtype).eps
-    rounding = (ROUNDING * eps * frobenius).unsqueeze(-1)
+    rounding = least_rounding(frobenius, q.dtype).unsqueeze(-1)
     for _ in range(MAX_ROUNDS):
         u, s, v = _ritz(x, q, k)
         leading = s[:, :k]

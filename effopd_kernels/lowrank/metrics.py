@@ -68,11 +68,11 @@ def spectral_metrics(
     Args:
         a, base: (..., m, n) as for `batched_rsvd`.
         top_fraction: share of min(m, n) that counts as the top, at least one.
-        method: "exact" takes every σ from an fp64 Gram matrix (σ down to 1e-8 σ₁ resolved). "slq" samples: the leading
-            triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes`` vectors, of as many
-            steps as make the quadrature as exact as the sample, at most ``steps``; for screening, see
-            ``standard_error``. σ₁ is too large by no more than rounding; of flat spectra, such as noise, it was up to
-            4 % too small (`batched_rsvd` bounds it), and what is taken from it is off with it.
+        method: "exact" takes every σ from an fp64 Gram matrix (down to 6e-8 σ₁; smaller ones count as zero). "slq"
+            samples: the leading triplets by `batched_rsvd`, the rest by stochastic Lanczos quadrature with ``probes``
+            vectors, of as many steps as make the quadrature as exact as the sample, at most ``steps``; for screening,
+            see ``standard_error``. σ₁ is too large by no more than rounding; of flat spectra, such as noise, it was up
+            to 4 % too small (`batched_rsvd` bounds it), and what is taken from it is off with it.
         seed: of the samples.
 
     Raises:

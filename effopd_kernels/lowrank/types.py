@@ -13,7 +13,8 @@ BIASED = 32  # ε ‖A‖_F by which σ̃ may be off where roundings do not aver
 
 def least_rounding(norm: Tensor, dtype: torch.dtype) -> Tensor:
     """What the rounding of products in ``dtype`` may do to numbers from a matrix of this Frobenius norm."""
-    return ROUNDING * torch.finfo(dtype).eps * norm
+    # LAPACK's factors in fp64 are off by more ε than fp32 ones, which are computed in fp64 and rounded once.
+    return (4 if dtype == torch.float64 else 1) * ROUNDING * torch.finfo(dtype).eps * norm
 
 
 def triplets(fraction: float, rank: int) -> int:

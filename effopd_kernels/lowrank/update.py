@@ -120,7 +120,7 @@ def _matching_names(
         raise ValueError(
             f"{len(missing)} matrices are on one side only; strict=False leaves them out: {', '.join(missing)}"
         )
-    names = [name for name in mine if name in anchor.shapes]
+    names = [name for name in dict.fromkeys([*mine, *theirs]) if name in current.shapes and name in anchor.shapes]
     for name in names:
         (shape, dtype), (other_shape, other_dtype) = current.shapes[name], anchor.shapes[name]
         if shape != other_shape:
@@ -161,7 +161,7 @@ def _at_once(current, anchor, names: list[str]) -> int:
         sum(math.prod(side.shapes[name][0]) * side.shapes[name][1].itemsize for side in (current, anchor))
         for name in names
     )
-    return max(1, min(torch.get_num_threads(), HELD_BYTES // max(sizes, default=1)))
+    return max(1, min(torch.get_num_threads(), HELD_BYTES // max([1, *sizes])))
 
 
 def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:

@@ -595,6 +595,10 @@ H = heads()
         (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=3), ["num_valid", "3", "4"]),
         (lambda: linear_divergence_loss(*H, chunk_bytes=0), ["chunk_bytes", "0"]),
         (lambda: linear_divergence_loss(*H, logits_dtype=torch.int8), ["logits_dtype", "int8"]),
+        (lambda: divergence_loss(S, T, temperature=math.inf), ["temperature", "inf"]),
+        (lambda: linear_divergence_loss(*H, student_softcap=math.inf), ["student_softcap", "inf"]),
+        (lambda: linear_divergence_loss(*H, chunk_bytes=1e6), ["chunk_bytes", "1000000.0"]),
+        (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=6.0), ["num_valid", "6.0"]),
     ],
 )
 def test_errors_name_what_does_not_fit(call, words):

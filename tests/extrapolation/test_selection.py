@@ -22,7 +22,8 @@ MOVES = dedent("""
     model.layers.0.shared_mlp.input_linear.weight model.layers.0.mlps.1.up_proj.weight
     backbone.blocks.0.mlstm_layer.q.weight bert.encoder.layer.0.attention.self.query.weight
     bert.encoder.layer.0.intermediate.dense.weight bert.encoder.layer.0.output.dense.weight
-    encoder.block.2.layer.0.SelfAttention.q.weight transformer.attentions.0.q_lin.weight
+    encoder.block.2.layer.0.SelfAttention.q.weight decoder.block.1.layer.2.DenseReluDense.wi_0.weight
+    encoder.layers.3.ff1.up_proj.weight transformer.attentions.0.q_lin.weight
     model.decoder.layers.0.encoder_attn.q_proj.weight transformer.layer.0.rel_attn.q
     model.cross_attn_layers.0.q_proj.weight
 """).split()

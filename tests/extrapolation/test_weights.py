@@ -3,6 +3,7 @@
 import errno
 import gc
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,6 +240,10 @@ def test_given_masters_are_checked():
     good["mlp.weight"].add_(0.1)
     with pytest.raises(ValueError, match=r"mlp\.weight is not its master"):
         controller.step(2)
+    with torch.no_grad():
+        for place in (good["mlp.weight"], net["mlp"].weight):
+            place.fill_(math.nan)
+    assert controller.step(2).skipped == "the weights are not finite"
 
 
 @pytest.mark.parametrize(

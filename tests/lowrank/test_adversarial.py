@@ -118,6 +118,17 @@ def test_extreme_scales(scale, route):
     assert_certified(scaled, (a * scale).double())
 
 
+def test_fp64_certificates_hold_to_its_rounding():
+    """Of what falls as fast as exp(-i), residuals of both sides are roundings. Held against longdouble."""
+    decay = torch.diag(torch.exp(-torch.arange(60, dtype=torch.double)))
+    for seed in range(20):
+        a = torch.randn(100, 60, dtype=torch.double, generator=torch.Generator().manual_seed(seed)) @ decay
+        svd = batched_rsvd(a, 10)
+        a, u, s, vh = (t.numpy().astype("longdouble") for t in (a, svd.U, svd.S, svd.Vh))
+        for residual in (a @ vh.T - u * s, a.T @ u - vh.T * s):
+            assert ((residual**2).sum(0) ** 0.5 <= svd.triplet_residual.numpy()).all(), seed
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_one_huge_entry(route):
     a = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))

@@ -104,6 +104,8 @@ def test_alignment_and_principal_angles():
     q = torch.linalg.qr(torch.randn(50, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     u, v = q[:, :4], q[:, :4].clone()
     assert abs(subspace_alignment(u, -v, 4) - 1) < 1e-12
+    for scale in (1e-30, 1e30):
+        assert abs(subspace_alignment(scale * u.float(), u.float(), 4) - 1) < 1e-6
     angle = torch.tensor([0.1, 0.5, 1.0, 1.4], dtype=torch.float64)
     turned = u * angle.cos() + q[:, 4:8] * angle.sin()
     torch.testing.assert_close(subspace_alignment(turned, u, 4), angle.cos().mean())

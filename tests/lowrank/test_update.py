@@ -112,6 +112,10 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
     current, anchor = pair
     with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(60, 40\) in anchor"):
         update_svd(current, anchor | {"a.weight": anchor["a.weight"].mT}, 2)
+    for flat in ({"a.weight": torch.ones(2400)}, {}):
+        other = {} if flat else {"a.weight": torch.ones(2400)}
+        with pytest.raises(ValueError, match=r"'a\.weight' is \(2400,\) in|and \(2400,\) in"):
+            update_svd(current | flat, anchor | other, 2)
     with pytest.raises(TypeError, match=r"'a\.weight' in anchor is torch\.int8"):
         update_svd(current, anchor | {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}, 2)
     with pytest.raises(TypeError, match=r"current\['x'\].*list"):
@@ -121,6 +125,7 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
     with pytest.raises(ValueError, match=r"rank 5 exceeds min\(m, n\) = 3"):
         update_svd(current, anchor, 5, clip_rank=False)
     assert update_svd({}, {}, 2) == {}
+    assert update_svd({"empty": torch.zeros(0, 4)}, {"empty": torch.zeros(0, 4)}, 2)["empty"].S.shape == (0,)
 
 
 def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
@@ -130,7 +135,11 @@ def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
     current, anchor = folders
     shard = current / "model-2.safetensors"
     whole = shard.read_bytes()
-    for damaged in (whole[:-7], whole[:50], b"", b"\xff" * 100, whole + b"\0", whole.replace(b"BF16", b"BF17")):
+    header = b'{"a":{"dtype":"F32","shape":[-2,-3],"data_offsets":[0,24]}}'
+    negative = len(header).to_bytes(8, "little") + header + bytes(24)
+    for damaged in (
+        whole[:-7], whole[:50], b"", b"\xff" * 100, whole + b"\0", whole.replace(b"BF16", b"BF17"), negative,
+    ):  # fmt: skip
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model-2\.safetensors: damaged or truncated"):
             update_svd(current, anchor, 2)
