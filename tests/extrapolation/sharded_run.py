@@ -168,7 +168,14 @@ def lists_of_dtensors():
 def different_settings():
     """What this rank is told of each setting that rank 1 alone has another value of."""
     net, said = build(sharded=False, mixed=False)[0], []
-    for other in dict(alphas=(2, 4)), dict(schedule={1, 8}), dict(min_delta=0.5), dict(max_val_tokens=100):
+    others = [
+        dict(alphas=(2, 4)),
+        dict(schedule={1, 8}),
+        dict(min_delta=0.5),
+        dict(max_val_tokens=100),
+        dict(exclude=()),
+    ]
+    for other in others:
         try:
             EffOPDController(net, lambda: 0.0, **(other if dist.get_rank() == 1 else {}))
         except ValueError as error:

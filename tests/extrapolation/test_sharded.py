@@ -12,6 +12,7 @@ import sharded_run
 from torchrun import torchrun
 
 from effopd_kernels.extrapolation import distributed, share
+from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE
 
 SCRIPT = Path(sharded_run.__file__)
 
@@ -125,6 +126,7 @@ def test_settings_that_differ_between_ranks_are_named_on_all_of_them(ranks):
             "schedule is 'pow2' on rank 0 and [1, 8] on rank 1",
             "min_delta is 0.0 on rank 0 and 0.5 on rank 1",
             "max_val_tokens is None on rank 0 and 100 on rank 1",
+            f"exclude is {list(DEFAULT_EXCLUDE)} on rank 0 and [] on rank 1",
         ],
         strict=True,
     ):
