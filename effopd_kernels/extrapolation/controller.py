@@ -158,7 +158,8 @@ class EffOPDController:
         """The event of this step, or None off schedule and for steps not after the last event.
 
         Raises whatever score_fn or on_weights_changed raises, Ctrl-C included; the weights are then W_t, bit for bit,
-        and the controller as if the step had not been called.
+        and the controller as if the step had not been called. A Ctrl-C after the decision is raised too, with the event
+        taken and recorded.
         """
         global_step = operator.index(global_step)
         if global_step <= self.last_step or not self.due(global_step, self.events):
@@ -207,14 +208,17 @@ class EffOPDController:
         return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights or its
-        events are not what `EffOPDEvent.to_dict` made.
+        """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights, lacks
+        something, or its events are not what `EffOPDEvent.to_dict` made.
         """
-        scalars = state["scalars"]
-        events = [EffOPDEvent.from_dict(event) for event in scalars["events"]]
-        self.weights.load_state(state["anchor"])
-        self.events = events
-        self.last_step, self.val_tokens = scalars["last_step"], scalars["val_tokens"]
+        try:
+            scalars, anchor = state["scalars"], state["anchor"]
+            last_step, val_tokens, events = scalars["last_step"], scalars["val_tokens"], scalars["events"]
+        except KeyError as error:
+            raise ValueError(f"the controller's state lacks {error}") from error
+        events = [EffOPDEvent.from_dict(event) for event in events]
+        self.weights.load_state(anchor)
+        self.events, self.last_step, self.val_tokens = events, last_step, val_tokens
         self.reset_due = scalars.get("reset_due", False) and self.optimizer_policy == "reset"
 
     def save(self, directory: str | os.PathLike) -> None:

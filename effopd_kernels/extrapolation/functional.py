@@ -58,7 +58,8 @@ def extrapolate_(
         stats: also measure what was written, in the same pass.
 
     Returns:
-        `ExtrapolationStats`, or None if not stats. Values are computed in fp32 (fp64 for fp64 inputs) and rounded once.
+        `ExtrapolationStats`, or None if not stats. Values are computed in fp32 and rounded once; those
+        of fp64 inputs in fp64, and to a parameter of 16 bits by way of fp32.
 
     Raises:
         ValueError: lengths, shapes, devices or placements disagree; TypeError: a tensor is not floating.

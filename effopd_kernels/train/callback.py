@@ -83,8 +83,8 @@ class EffOPDCallback(TrainerCallback):
             folder = resumed / STATE_DIR
             if not folder.is_dir():
                 raise UserError(
-                    f"checkpoint '{resumed}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without; "
-                    "resume with EffOPD disabled, or start afresh"
+                    f"checkpoint '{resumed}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without, or "
+                    "its saving cut short; resume from an earlier one, with EffOPD disabled, or start afresh"
                     + ("" if known else "; if another folder is resumed from, set args.resume_from_checkpoint to it")
                 )
             try:

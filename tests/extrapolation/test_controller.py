@@ -397,6 +397,9 @@ def test_state_of_other_weights_is_refused():
     moved = {k: v + 1 for k, v in state["anchor"].items()}
     with pytest.raises(ValueError, match="not the record of one EffOPDEvent"):
         controller.load_state_dict({"anchor": moved, "scalars": {**state["scalars"], "events": [{"step": 1}]}})
+    for lacking in ({}, {"anchor": moved, "scalars": {"events": [], "val_tokens": 0}}):
+        with pytest.raises(ValueError, match=r"the controller's state lacks '(scalars|last_step)'"):
+            controller.load_state_dict(lacking)
     assert all(torch.equal(v, before[k]) for k, v in controller.state_dict()["anchor"].items())
 
 
