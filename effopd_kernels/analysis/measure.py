@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
 from ..lowrank.checkpoints import EVERY
-from ..lowrank.decompose import Settings, decompose_group, oriented, power_of_two
+from ..lowrank.decompose import Settings, decompose_group, oriented
 from ..lowrank.metrics import SAMPLED, measured
 from ..lowrank.panels import add_statistics, exact_gram, row_squares, squares_of_rows
 from ..lowrank.routes import choose
@@ -225,9 +225,6 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         row |= {name: 0.0 for name, value in row.items() if value != value}
     if bad:
         row |= {"noise_edge": math.nan, "rank_above_noise": None, "quantisation_limited": None}
-    elif known is not None and not zero and power_of_two(statistics[1:2]) == 1:  # ‖ΔᵀΔ‖ is at hand, and in range
-        row["participation_ratio"] = float(statistics[0] / torch.linalg.vector_norm(known, dtype=torch.float64)) ** 2
-        row["participation_ratio error"] = 0.0
     norm = row.pop("frobenius_norm")
     low, high, top_high = _bounds(svd, spectrum, row["spectral_norm"], top, exact)
     unit = norm or 1.0

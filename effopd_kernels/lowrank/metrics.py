@@ -109,7 +109,7 @@ def measured(
 
     With ``sampling`` the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
     sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, and ``known`` (M, M) the Gram
-    on the short side, where they were taken.
+    on the short side, where they were taken; with the latter the participation ratio is exact too.
     """
     tall = x.shape[0] >= x.shape[1]
     known = None if known is None else known.unsqueeze(0)
@@ -124,7 +124,11 @@ def measured(
     else:
         oriented_svd = svd if tall or svd is None else svd.mT
         spectrum = sampled_spectrum(difference, max(top, 16), sampling, oriented_svd)
-    return spectrum, _metrics(spectrum, statistics, x.shape, top, sampling is not None)
+    values = _metrics(spectrum, statistics, x.shape, top, sampling is not None)
+    if usable and known is not None and power_of_two(statistics[ops.MAX_ABS].unsqueeze(0)) == 1:  # squares in range
+        squares = statistics[ops.SUM_SQUARES] / torch.linalg.vector_norm(known, dtype=torch.float64)
+        values |= {"participation_ratio": squares**2, "participation_ratio error": torch.zeros_like(squares)}
+    return spectrum, values
 
 
 def exact_spectrum(x: Difference, largest: Tensor) -> Spectrum:

@@ -56,7 +56,7 @@ def test_what_did_not_move_has_no_spectrum(report):
     assert "In the tensors that moved: training " in page
 
 
-def test_of_nothing_no_share_is_taken(report):
+def test_where_nothing_moved_shares_are_zero(report):
     base = planted.base_weights(shapes=layers(3))
     read, page = report(base, base)
     assert all(r["share_of_update"] == 0 for r in read("depth"))

@@ -112,10 +112,11 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
     current, anchor = pair
     with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(60, 40\) in anchor"):
         update_svd(current, anchor | {"a.weight": anchor["a.weight"].mT}, 2)
-    for flat in ({"a.weight": torch.ones(2400)}, {}):
-        other = {} if flat else {"a.weight": torch.ones(2400)}
-        with pytest.raises(ValueError, match=r"'a\.weight' is \(2400,\) in|and \(2400,\) in"):
-            update_svd(current | flat, anchor | other, 2)
+    flat = {"a.weight": torch.ones(2400)}
+    with pytest.raises(ValueError, match=r"'a\.weight' is \(2400,\) in current and \(40, 60\) in anchor"):
+        update_svd(current | flat, anchor, 2)
+    with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(2400,\) in anchor"):
+        update_svd(current, anchor | flat, 2)
     with pytest.raises(TypeError, match=r"'a\.weight' in anchor is torch\.int8"):
         update_svd(current, anchor | {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}, 2)
     with pytest.raises(TypeError, match=r"current\['x'\].*list"):
