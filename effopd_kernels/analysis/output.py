@@ -52,7 +52,7 @@ def not_left_empty(output_dir: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_folder(output_dir: str | Path, parts: Collection[str]) -> Iterator[Path]:
     """A temporary folder: it becomes ``output_dir`` when the block ends well and is removed when not. A folder that is
-    there stays, for it may be a link, a mounted disk or where the user is; of what it holds, ``parts`` are replaced, the
+    there stays, for it may be a link, a mounted disk or where the user is; of what it holds ``parts`` are replaced, the
     names that the new one may have.
 
     Raises:
