@@ -4,6 +4,7 @@ The options are listed once more for type checkers: whether a loss comes alone o
 that takes an overload for each case.
 """
 
+from numbers import Real
 from typing import TypedDict
 
 import torch
@@ -64,21 +65,33 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     return full
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether it has values that a check may look at: on a GPU looking would wait for it, a traced tensor has none."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def check_float(**tensors: Tensor) -> None:
-    """Raise TypeError unless all are floating tensors, and ValueError unless they are on one device."""
+    """Raise TypeError unless all are dense tensors of FLOATS, and ValueError unless they are on one device."""
     (first_name, first), *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
         if tensor.device != first.device:
             raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
 
 
 def check_positive(**numbers: float | None) -> None:
-    """Raise ValueError for a number that is given and not above zero, or infinite."""
+    """Raise TypeError for what is given and no number, ValueError where it is not above zero, or infinite."""
     for name, number in numbers.items():
+        if not isinstance(number, Real | Tensor | None):
+            raise TypeError(f"{name} must be a number, got {number!r}")
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {number}")
 
@@ -116,6 +129,8 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
     for name, tensor in (("mask", mask), ("weight", weight)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is weight is not None and weight.is_complex():
+            raise TypeError(f"weight must be real, got {weight.dtype}")
         if tensor is mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
         if tensor is not None and tensor.shape != shape:

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import LinearOptions, answer, check_float, check_positive, check_whole, gathered, make_spec, row_factor
+from .arguments import (
+    FLOATS,
+    LinearOptions,
+    answer,
+    check_float,
+    check_positive,
+    check_whole,
+    gathered,
+    make_spec,
+    readable,
+    row_factor,
+)
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear_rows import default_chunk_bytes  # and defines torch.ops.effopd.linear_divergence_rows
@@ -48,8 +59,7 @@ def check_side(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _check_num_valid(mask_N: Tensor, num_valid: int) -> None:
-    # On a GPU, looking would be the very wait that num_valid spares.
-    if mask_N.device.type == "cpu" and not torch.compiler.is_compiling() and num_valid < (kept := int(mask_N.sum())):
+    if readable(mask_N) and num_valid < (kept := int(mask_N.sum())):
         raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
@@ -126,8 +136,8 @@ def linear_divergence_loss(
         )
     if num_valid is not None and mask is None:
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
-    if logits_dtype is not None and not logits_dtype.is_floating_point:
-        raise TypeError(f"logits_dtype must be floating point, got {logits_dtype}")
+    if logits_dtype not in (None, *FLOATS):
+        raise TypeError(f"logits_dtype must be one of {', '.join(map(str, FLOATS))}, got {logits_dtype!r}")
     check_positive(chunk_bytes=chunk_bytes)
     check_whole(chunk_bytes=chunk_bytes, num_valid=num_valid)
     spec = make_spec(

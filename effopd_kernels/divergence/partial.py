@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import TopKOptions, check_float, check_positive, check_tokens, check_whole, gathered, make_spec
+from .arguments import (
+    TopKOptions,
+    check_float,
+    check_positive,
+    check_tokens,
+    check_whole,
+    gathered,
+    make_spec,
+    readable,
+)
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
@@ -66,16 +75,15 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
 
 
 def _check_range(name: str, ids: Tensor, V: int) -> None:
-    # On a GPU, looking would wait for it; indexing out of bounds is an assertion there.
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    if readable(ids):  # where it is not, indexing out of bounds is an assertion on the device
         for found in map(int, ids.aminmax()):
             if not 0 <= found < V:
                 raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
 
 
 def _check_distinct(name: str, ids: Tensor) -> None:
-    """Negative ids are none. As with their range: only where looking costs no wait."""
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+    """Negative ids are none."""
+    if readable(ids):
         ids = ids.sort(-1).values  # of k = 64, less than a hundredth of what the loss and its gradient take
         twice = ids[..., 1:][(ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)]
         if twice.numel():
@@ -83,8 +91,7 @@ def _check_distinct(name: str, ids: Tensor) -> None:
 
 
 def _check_mass(logprobs: Tensor) -> None:
-    # As with ids: only where looking costs no wait.
-    if logprobs.device.type == "cpu" and logprobs.numel() and not torch.compiler.is_compiling():
+    if readable(logprobs):
         mass = logprobs.detach().float().logsumexp(-1).exp().amax().item()
         if mass > 1.05:  # rounded to bf16, those of an even distribution over up to 300,000 tokens add up to 1.032
             raise ValueError(
@@ -146,6 +153,11 @@ def topk_divergence_loss(
     head = {"student_weight": student_weight, "student_bias": student_bias}
     head = {name: tensor for name, tensor in head.items() if tensor is not None}
     check_float(student=student, teacher_logprobs=teacher_logprobs, **head)
+    if student.ndim < 1 or teacher_logprobs.ndim < 1:
+        raise ValueError(
+            f"student and teacher_logprobs must be (..., V or D) and (..., k), got {tuple(student.shape)} and "
+            f"{tuple(teacher_logprobs.shape)}"
+        )
     shape = student.shape[:-1]
     V = student.shape[-1] if student_weight is None else student_weight.shape[0]
     if teacher_logprobs.shape[:-1] != shape or not 0 < teacher_logprobs.shape[-1] <= V:

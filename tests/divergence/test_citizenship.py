@@ -599,6 +599,13 @@ H = heads()
         (lambda: linear_divergence_loss(*H, student_softcap=math.inf), ["student_softcap", "inf"]),
         (lambda: linear_divergence_loss(*H, chunk_bytes=1e6), ["chunk_bytes", "1000000.0"]),
         (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=6.0), ["num_valid", "6.0"]),
+        (lambda: divergence_loss(S, T, weight=torch.ones(6) * 1j), ["weight", "complex64"]),
+        (lambda: divergence_loss(S, T, temperature="1"), ["temperature", "'1'"]),
+        (lambda: divergence_loss(S.to_sparse(), T), ["student_logits", "sparse"]),
+        (lambda: divergence_loss(S.to(torch.float8_e4m3fn), T), ["student_logits", "float8"]),
+        (lambda: linear_divergence_loss(*H, logits_dtype=torch.float8_e4m3fn), ["logits_dtype", "float8"]),
+        (lambda: linear_divergence_loss(*H, logits_dtype="float32"), ["logits_dtype", "'float32'"]),
+        (lambda: topk_divergence_loss(S[0, 0], T[:, :3], MASK), ["teacher_logprobs", "()", "(6, 3)"]),
     ],
 )
 def test_errors_name_what_does_not_fit(call, words):
