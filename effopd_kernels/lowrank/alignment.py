@@ -20,7 +20,8 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
         u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale; arithmetic is fp32, or fp64 for fp64.
 
     Raises:
-        ValueError: shapes that differ in more than the number of columns, or k beyond the fewer of them.
+        TypeError: what is no tensor. ValueError: shapes that are not (..., D, K), that differ in more than the number
+            of columns, or k beyond the fewer of them.
     """
     u, u_final = (
         torch.nn.functional.normalize(w, torch.inf, -2, torch.finfo(w.dtype).tiny) for w in _leading(u, u_final, k)
@@ -32,7 +33,6 @@ def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
     """Cosines of the principal angles between span(u) and span(v), (..., k) descending, of columns (..., D, ≥ k), which
     must be orthonormal; k defaults to the fewer columns. Raises as `subspace_alignment`.
     """
-    k = min(u.shape[-1], v.shape[-1]) if k is None else k
     u, v = _leading(u, v, k)
     return torch.linalg.svdvals(u.mT @ v).clamp_max(1)
 
@@ -41,6 +41,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
     """‖UᵀV‖_F² / k (...), k the fewer columns: the mean squared principal cosine of orthonormal u (..., D, K) and
     v (..., D, K′), a smooth, gauge-invariant function for losses on subspaces.
     """
+    _check_bases(u, v)
     u, v = _promoted(u, v)
     return (u.mT @ v).square().sum((-2, -1)) / min(u.shape[-1], v.shape[-1])
 
@@ -50,11 +51,20 @@ def reconstruct(svd: RSVD) -> Tensor:
     return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
 
 
-def _leading(u: Tensor, v: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if u.shape[:-1] != v.shape[:-1]:
+def _check_bases(u: Tensor, v: Tensor) -> None:
+    for basis in (u, v):
+        if not isinstance(basis, Tensor):
+            raise TypeError(f"a basis must be a tensor (..., D, K), such as U of an RSVD, got {type(basis).__name__}")
+    if min(u.ndim, v.ndim) < 2 or u.shape[:-1] != v.shape[:-1]:
         raise ValueError(
-            f"the bases have shapes {tuple(u.shape)} and {tuple(v.shape)}; all but the last size must agree"
+            f"the bases have shapes {tuple(u.shape)} and {tuple(v.shape)}; they must be (..., D, K), and all but the "
+            "last size must agree"
         )
+
+
+def _leading(u: Tensor, v: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    _check_bases(u, v)
+    k = min(u.shape[-1], v.shape[-1]) if k is None else k
     if not 1 <= k <= min(u.shape[-1], v.shape[-1]):
         raise ValueError(f"k must be between 1 and the fewer columns, {min(u.shape[-1], v.shape[-1])}; it is {k}")
     u, v = _promoted(u, v)

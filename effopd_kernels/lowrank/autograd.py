@@ -61,7 +61,7 @@ class TruncatedSVD(torch.autograd.Function):
 
 
 class LowRankPart(torch.autograd.Function):
-    """a, base (B, m, n) → the best approximations of rank k, (B, m, n)."""
+    """a, base (B, m, n) → the best approximations of rank k, (B, m, n). At full rank its gradient is the identity."""
 
     @staticmethod
     def forward(ctx, a: Tensor, base: Tensor | None, settings: Settings):
@@ -75,8 +75,12 @@ class LowRankPart(torch.autograd.Function):
     def backward(ctx, grad):
         tall, x, base, u, s, v, rest = _saved(ctx)
         grad = grad if tall else grad.mT
+        if v.shape[-2] == v.shape[-1]:  # the whole matrix, zero σ included
+            return _to_pair(ctx, grad)
         across, down = grad @ v, grad.mT @ u
-        left, right = complement(x, base, u, s, v, rest, across * s.unsqueeze(-2), down * s.unsqueeze(-2))
+        # ḡU = ḠVΣ and ḡV = ḠᵀUΣ. Every triplet is solved for by itself, so Σ may come last: dependence on what is
+        # beyond the rank then shows for zero σ, too.
+        left, right = (side * s.unsqueeze(-2) for side in complement(x, base, u, s, v, rest, across, down))
         return _to_pair(ctx, torch.cat([u @ (u.mT @ across) + left, u], -1) @ torch.cat([v, right], -1).mT)
 
 

@@ -104,7 +104,8 @@ def _conjugate_gradients(operator, precondition, right: Tensor, eps: float) -> T
         stalled = 0 if (now < 0.9 * best).any() else stalled + 1
         best = now
     relative = (r.square().sum(-2) / right.square().sum(-2).clamp_min(torch.finfo(right.dtype).tiny)).sqrt()
-    if not (relative <= eps**0.5).all():
+    # A matrix or gradient that is not finite has a gradient of NaN, and leaves the others alone.
+    if (relative > eps**0.5).any():
         raise RuntimeError(
             f"the solve for the gradient of singular vectors stopped at a relative residual of {relative.max():.1e}: "
             f"the triplets are too inaccurate (ask for a smaller tol, or route='exact') or σ_k and σ_(k+1) too close."

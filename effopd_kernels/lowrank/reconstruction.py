@@ -8,6 +8,7 @@ triplets needed.
 """
 
 import itertools
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -56,10 +57,13 @@ def low_rank_update(
     if out is not None and (out.shape != w0.shape or out.dtype != w0.dtype):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, w0 is {tuple(w0.shape)} {w0.dtype}")
 
-    if isinstance(match_norm, Tensor) and match_norm.shape not in ((), shape[:-2]):
-        raise ValueError(
-            f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
-        )
+    if isinstance(match_norm, Tensor):
+        if match_norm.shape not in ((), shape[:-2]):
+            raise ValueError(
+                f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
+            )
+    elif match_norm is not None and not (isinstance(match_norm, Real) and match_norm >= 0):
+        raise ValueError(f"match_norm must be a number ≥ 0, or a tensor of one for each matrix, got {match_norm!r}")
 
     part = slice(tail, None) if tail is not None else slice(0, rank)
     u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]

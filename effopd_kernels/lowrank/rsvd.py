@@ -57,7 +57,8 @@ def batched_rsvd(
     """
     check_pair(a, base)
     m, n = a.shape[-2:]
-    k = check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank)
+    k = check_options(rank, m, n, oversample, power_iters, tol, seed, route, clip_rank)
+    check_align_to(align_to, a.shape)
     settings = Settings(k, oversample, power_iters, tol, seed, route)
     pair = as_batch(a), None if base is None else as_batch(base)
     result = RSVD(*TruncatedSVD.apply(*pair, settings)) if _wants_gradient(*pair) else decompose(*pair, settings)[0]
@@ -84,10 +85,11 @@ def low_rank_part(
     `batched_rsvd`.
 
     It has a gradient wherever σ_k > σ_{k+1}, clusters of equal σ inside the rank included, where one through
-    ``reconstruct(batched_rsvd(a, k))`` does not exist.
+    ``reconstruct(batched_rsvd(a, k))`` does not exist. Elsewhere, as for a matrix of a rank below k, backward raises
+    RuntimeError.
     """
     check_pair(a, base)
-    k = check_options(rank, *a.shape[-2:], oversample, power_iters, tol, route, clip_rank)
+    k = check_options(rank, *a.shape[-2:], oversample, power_iters, tol, seed, route, clip_rank)
     pair = as_batch(a), None if base is None else as_batch(base)
     return LowRankPart.apply(*pair, Settings(k, oversample, power_iters, tol, seed, route)).reshape(a.shape)
 
@@ -104,8 +106,6 @@ def aligned(svd: RSVD, align_to: RSVD | Tensor) -> RSVD:
     """The same triplets with every free sign chosen towards ``align_to``."""
     u, previous = svd.U, align_to.U if isinstance(align_to, RSVD) else align_to
     k = min(u.shape[-1], previous.shape[-1])
-    if previous.shape[:-1] != u.shape[:-1]:
-        raise ValueError(f"align_to has U of shape {tuple(previous.shape)}; this one's is {tuple(u.shape)}")
     pivot = torch.ones_like(svd.S)
     pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
     sign = torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
@@ -134,7 +134,18 @@ def check_pair(a: Tensor, base: Tensor | None, name: str = "a", base_name: str =
         raise ValueError(f"{name} is on {a.device} and {base_name} on {base.device}; both must be on one device")
 
 
-def check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank) -> int:
+def check_align_to(align_to: "RSVD | Tensor | None", shape: torch.Size, name: str = "align_to") -> None:
+    """Raise for what is neither None nor an earlier result of (a batch of) matrices (..., m, n)."""
+    previous = align_to.U if isinstance(align_to, RSVD) else align_to
+    if previous is None:
+        return
+    if not isinstance(previous, Tensor):
+        raise TypeError(f"{name} must be an RSVD or its U, got {type(previous).__name__}")
+    if previous.shape[:-1] != shape[:-1]:
+        raise ValueError(f"{name} has U of shape {tuple(previous.shape)}; it must be {(*shape[:-1], 'k')}")
+
+
+def check_options(rank, m, n, oversample, power_iters, tol, seed, route, clip_rank) -> int:
     """Raise for options out of range; return the rank to compute."""
     for name, value in (
         ("rank", rank),
@@ -149,6 +160,8 @@ def check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank) ->
         )
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
+    if not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if route not in (None, *routes.ROUTES):
         raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {route!r}")
     return min(rank, m, n)

@@ -10,10 +10,15 @@ _FORMAT = "effopd_kernels.lowrank.RSVD/1"
 
 
 def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
-    """Write factors and certificates of named matrices (never the matrices). The file appears whole or not at all."""
+    """Write factors and certificates of named matrices (never the matrices). The file appears whole or not at all.
+
+    Raises FileNotFoundError where its folder is not there.
+    """
     from safetensors.torch import save_file
 
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     tensors = {
         f"{name}/{field}": getattr(svd, field).detach().contiguous().clone()
         for name, svd in svds.items()
@@ -37,7 +42,7 @@ def load(path: str | Path) -> dict[str, RSVD]:
                 raise ValueError(f"{path}: not written by effopd_kernels.lowrank.save")
             fields: dict[str, dict] = {}
             for key in file.keys():  # noqa: SIM118  (not a dict)
-                name, field = key.rsplit("/", 1)
+                name, _, field = key.rpartition("/")
                 fields.setdefault(name, {})[field] = file.get_tensor(key)
         return {name: RSVD(**group) for name, group in fields.items()}
     except (SafetensorError, TypeError) as error:

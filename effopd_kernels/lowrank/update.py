@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
-from .rsvd import aligned, check_options, check_pair
+from .rsvd import aligned, check_align_to, check_options, check_pair
 from .types import RSVD, Flag
 from .workers import side_by_side, without_autocast
 
@@ -66,8 +66,9 @@ def update_svd(
     sides = open_checkpoint(current, "current"), open_checkpoint(anchor, "anchor")
     names = _matching_names(*sides, include, strict)
     for name in names:
-        m, n = sides[0].shapes[name][0][-2:]
-        check_options(rank, m, n, oversample, power_iters, tol, route, clip_rank)
+        shape = torch.Size(sides[0].shapes[name][0])
+        check_options(rank, *shape[-2:], oversample, power_iters, tol, seed, route, clip_rank)
+        check_align_to((align_to or {}).get(name), shape, f"align_to[{name!r}]")
 
     from tqdm import tqdm
 
@@ -105,7 +106,10 @@ def _matching_names(
     strict: bool,
 ) -> list[str]:
     """Names of the matrices to factor, after checking that both sides fit."""
-    wanted = include if callable(include) else (lambda name: include is None or re.search(include, name) is not None)
+    try:
+        wanted = include if callable(include) else re.compile(include or "").search
+    except (re.error, TypeError) as error:
+        raise ValueError(f"include must be a regular expression or a predicate, got {include!r}: {error}") from error
     mine, theirs = (
         [
             name

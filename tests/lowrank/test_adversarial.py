@@ -14,6 +14,7 @@ from effopd_kernels.lowrank import (
     low_rank_part,
     panels,
     spectral_metrics,
+    subspace_alignment,
     subspace_overlap,
     update_svd,
     workers,
@@ -337,6 +338,11 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, True), ValueError, "rank must be an integer"),
         (lambda a: batched_rsvd(a, 2, oversample=2.5), ValueError, "oversample must be an integer"),
         (lambda a: batched_rsvd(a, 2, align_to=a[:5]), ValueError, "align_to"),
+        (lambda a: batched_rsvd(a, 2, align_to="last"), TypeError, "align_to must be an RSVD or its U, got str"),
+        (lambda a: batched_rsvd(a, 2, seed=1.5), TypeError, "seed must be an integer, got 1.5"),
+        (lambda a: subspace_alignment(a[0], a[0], 1), ValueError, r"\(9,\) and \(9,\)"),
+        (lambda a: subspace_alignment(batched_rsvd(a, 2), a, 1), TypeError, "such as U of an RSVD, got RSVD"),
+        (lambda a: subspace_overlap(a, a[:5]), ValueError, r"\(12, 9\) and \(5, 9\)"),
     ],
 )
 def test_bad_input(call, error, words):

@@ -167,6 +167,29 @@ def test_zero_and_rank_deficient_input():
         batched_rsvd(deficient, 4).U[0].sum().backward()
 
 
+def test_low_rank_part_of_a_matrix_of_lower_rank():
+    deficient = (random(9, 2) @ random(2, 6, seed=1)).requires_grad_()
+    low_rank_part(deficient, 4).square().sum().backward()  # stays in the span, so it does not ask for what is not there
+    torch.testing.assert_close(deficient.grad, 2 * deficient.detach())
+    target = random(9, 6, seed=2)
+    with pytest.raises(RuntimeError, match=r"told from those beyond the rank.*choose a rank at a gap"):
+        (low_rank_part(deficient, 4) * target).sum().backward()
+    deficient.grad = None
+    (low_rank_part(deficient, 6) * target).sum().backward()  # the whole matrix
+    assert torch.equal(deficient.grad, target)
+
+
+def test_a_matrix_that_is_not_finite_leaves_the_others_their_gradient():
+    a, target = random(3, 9, 7), random(3, 9, 2, seed=1)
+    alone = a[0].clone().requires_grad_()
+    (batched_rsvd(alone, 2).U * target[0]).sum().backward()
+    a[1, 4, 4] = torch.nan
+    a.requires_grad_()
+    (batched_rsvd(a, 2).U * target).sum().backward()
+    torch.testing.assert_close(a.grad[0], alone.grad)
+    assert a.grad[1].isnan().all() and a.grad[2].isfinite().all()
+
+
 def test_no_gradient_wanted_none_recorded():
     a = random(6, 5).requires_grad_()
     with torch.no_grad():

@@ -93,6 +93,8 @@ def test_bad_input(case):
         ({"rank": 11}, "rank must be between 0 and the 10"),
         ({"tail": -1}, "tail must be between"),
         ({"out": w0[:1]}, "out is"),
+        ({"match_norm": -1.0}, "match_norm must be a number"),
+        ({"match_norm": [1.0, 2.0]}, "match_norm must be a number.*got \\[1.0, 2.0\\]"),
     ):
         with pytest.raises(ValueError, match=words):
             low_rank_update(w0, svd, **options)

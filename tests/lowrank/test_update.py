@@ -1,6 +1,7 @@
 """Whole checkpoints: streamed from files, equal to one matrix at a time, whole or not at all."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_align_to_follows_earlier_signs(pair):
     assert all(torch.equal(again[name].U, flipped[name].U) for name in first)
 
 
+def test_align_to_is_checked_before_any_work(pair, monkeypatch):
+    earlier = update_svd(*pair, 3)
+    monkeypatch.setattr("effopd_kernels.lowrank.update._factor", None)
+    for wrong, error in (({"a.weight": earlier["b.weight"]}, ValueError), ({"a.weight": "last"}, TypeError)):
+        with pytest.raises(error, match=r"align_to\['a\.weight'\]"):
+            update_svd(*pair, 3, align_to=wrong)
+
+
+def test_include_takes_what_re_compiled(pair):
+    assert list(update_svd(*pair, 3, include=re.compile("^a"))) == ["a.weight"]
+
+
 def test_tied_weights(pair):
     """One tensor under two names, and one side tied where the other is not."""
     current, anchor = ({"embed": side["a.weight"], "head": side["a.weight"]} for side in pair)
@@ -123,6 +136,8 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
         update_svd({"x": [1.0]}, anchor, 2)
     with pytest.raises(TypeError, match="anchor must be a mapping"):
         update_svd(current, 3, 2)
+    with pytest.raises(ValueError, match=r"include must be a regular expression or a predicate, got '\('"):
+        update_svd(*pair, 3, include="(")
     with pytest.raises(ValueError, match=r"rank 5 exceeds min\(m, n\) = 3"):
         update_svd(current, anchor, 5, clip_rank=False)
     assert update_svd({}, {}, 2) == {}
@@ -130,9 +145,8 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
 
 
 def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
-    from effopd_kernels.lowrank import update
 
-    monkeypatch.setattr(update, "_factor", None)
+    monkeypatch.setattr("effopd_kernels.lowrank.update._factor", None)
     current, anchor = folders
     shard = current / "model-2.safetensors"
     whole = shard.read_bytes()
@@ -184,6 +198,8 @@ def test_save_and_load(pair, tmp_path):
     with pytest.raises(ValueError, match=r"factors\.safetensors: damaged"):
         load(path)
     save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        save({}, tmp_path / "nowhere" / "factors.safetensors")
     with pytest.raises(ValueError, match="not written by"):
         load(path)
 
