@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from statistics import NormalDist
 
 from .records import Scores
@@ -23,10 +24,10 @@ def acceptance_rule(accept: str, min_delta: float, confidence: float) -> Rule:
     """
     if accept not in ("mean", "paired"):
         raise ValueError(f'accept must be "mean" or "paired", got {accept!r}')
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must be in [0.5, 1), got {confidence}")
-    if not min_delta >= 0:
-        raise ValueError(f"min_delta must be >= 0, got {min_delta}")
+    if not (isinstance(confidence, Real) and 0.5 <= confidence < 1):
+        raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
+    if not (isinstance(min_delta, Real) and min_delta >= 0):
+        raise ValueError(f"min_delta must be >= 0, got {min_delta!r}")
     z = NormalDist().inv_cdf(confidence) if accept == "paired" else 0.0
 
     def better(candidate: Scores, best: Scores) -> bool:

@@ -79,7 +79,8 @@ class EffOPDController:
     Raises:
         ValueError: an option is out of range, or not the same on all ranks, no parameter matches, or masters names no
             parameter, leaves one out, or has what cannot be the master of one.
-        TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not.
+        TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not; what
+            should be a function is none. OSError: anchor_dir cannot be written to, or has no room.
     """
 
     def __init__(
@@ -116,6 +117,10 @@ class EffOPDController:
             raise ValueError('search="candidates" needs score_fn')
         if accept == "paired" and score_fn is None:
             raise ValueError('accept="paired" needs score_fn, one score per prompt: loss_fn gives one number')
+        functions = dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed)
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {function!r}")
         if not (isinstance(max_gradients, Integral) and max_gradients >= 2):
             raise ValueError(f"max_gradients must be an int >= 2, got {max_gradients!r}")
         if optimizer_policy not in ("keep", "reset"):

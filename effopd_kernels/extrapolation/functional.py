@@ -167,18 +167,25 @@ def _check(params, anchors, currents, masters) -> None:
             f"lists of different length: {len(params)} params, {len(anchors)} anchors, {len(currents)} currents, "
             f"{len(masters)} masters"
         )
+    columns = {"params": params, "anchors": anchors, "currents": currents, "masters": masters}
+    for name, tensors in columns.items():
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor) and not (tensor is None and tensors is masters):
+                raise TypeError(f"{name}[{i}] must be a tensor, got {type(tensor).__name__}")
     # Thousands of tensors are compared as lists, in C; only where something differs is it looked for.
     shapes, devices = [t.shape for t in params], [t.device for t in params]
-    for name, tensors in (("params", params), ("anchors", anchors), ("currents", currents), ("masters", masters)):
+    for name, tensors in columns.items():
         if not any(t is None for t in tensors):
             alike = [t.shape for t in tensors] == shapes and [t.device for t in tensors] == devices
-            if alike and all(d.is_floating_point for d in {t.dtype for t in tensors}):
+            kinds = {(t.dtype, t.layout) for t in tensors}
+            if alike and all(dtype.is_floating_point and layout == torch.strided for dtype, layout in kinds):
                 continue
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor is None:
                 continue
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name}[{i}] is {tensor.dtype}: only floating tensors can be extrapolated")
+            if not tensor.is_floating_point() or tensor.layout != torch.strided:
+                kind = f"{tensor.dtype}, {tensor.layout}"
+                raise TypeError(f"{name}[{i}] is {kind}: only dense floating tensors can be extrapolated")
             if tensor is not param and (tensor.shape != param.shape or tensor.device != param.device):
                 raise ValueError(
                     f"{name}[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, params[{i}] "

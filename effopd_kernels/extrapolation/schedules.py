@@ -46,6 +46,8 @@ def alphas_of(alphas: Sequence[float], search: str = "candidates") -> tuple[floa
     """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1), and for
     search="gradient", which looks between 1 and the largest, if none is above 1."""
     try:
+        if isinstance(alphas, str):  # "35" would be 3 and 5
+            raise TypeError
         values = tuple(float(a) for a in alphas)
     except (TypeError, ValueError) as error:
         raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error

@@ -97,10 +97,12 @@ def matching(
 def compiled(option: str, patterns: str | Sequence[str]) -> list[re.Pattern]:
     """One regular expression, or several; ValueError names the option and the one that is none. None is refused: it
     could mean the default as well as none at all."""
+    if isinstance(patterns, (str, re.Pattern)):
+        patterns = [patterns]
     if not isinstance(patterns, Iterable):
         raise ValueError(f"{option} must be a regular expression or a sequence of them, () for none, got {patterns!r}")
     out = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         try:
             out.append(re.compile(pattern))
         except (re.error, TypeError) as error:

@@ -77,7 +77,7 @@ class EffOPDCallback(TrainerCallback):
             load_trained_adapter(model, resumed)
         try:
             self.controller = EffOPDController(model, self.score_fn, optimizer=optimizer, **self.controller_args)
-        except ValueError as e:
+        except (ValueError, TypeError, OSError) as e:  # OSError: anchor_dir
             raise UserError(str(e)) from e
         if resumed is not None:
             folder = resumed / STATE_DIR

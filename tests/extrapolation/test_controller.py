@@ -409,6 +409,7 @@ def test_state_of_other_weights_is_refused():
         (dict(alphas=()), "alphas"),
         (dict(alphas=3), "alphas must be a sequence of numbers, got 3"),
         (dict(alphas=["a"]), "alphas must be a sequence of numbers"),
+        (dict(alphas="35"), "alphas must be a sequence of numbers, got '35'"),
         (dict(alphas=(3, float("nan"))), "alphas"),
         (dict(alphas=(1,)), "alphas"),
         (dict(schedule="pow3"), "schedule"),
@@ -419,6 +420,8 @@ def test_state_of_other_weights_is_refused():
         (dict(schedule=np.ones((2, 2), int)), "schedule"),
         (dict(min_delta=-1), "min_delta"),
         (dict(min_delta=float("nan")), "min_delta"),
+        (dict(min_delta="x"), "min_delta must be >= 0, got 'x'"),
+        (dict(accept="paired", confidence=None), "confidence must be in .*, got None"),
         (dict(accept="median"), "accept"),
         (dict(accept="paired", confidence=1.0), "confidence"),
         (dict(max_val_tokens=0), "max_val_tokens must be a positive int"),
@@ -435,6 +438,12 @@ def test_state_of_other_weights_is_refused():
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         EffOPDController(model(), **{"score_fn": lambda: 0.0, **options})
+
+
+@pytest.mark.parametrize("option", ["score_fn", "loss_fn", "on_weights_changed"])
+def test_what_should_be_a_function_is_named(option):
+    with pytest.raises(TypeError, match=f"{option} must be a function, got 0.5"):
+        EffOPDController(model(), **{"score_fn": lambda: 0.0, option: 0.5})
 
 
 @pytest.mark.parametrize("array", [torch.tensor, np.array])

@@ -215,6 +215,9 @@ class TestPublicFunction:
             (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
             (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
             (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),
+            (dict(anchors=[np.zeros(3)]), TypeError, r"anchors\[0\] must be a tensor, got ndarray"),
+            (dict(anchors=[None]), TypeError, r"anchors\[0\] must be a tensor, got NoneType"),
+            (dict(anchors=[torch.zeros(3).to_sparse()]), TypeError, r"anchors\[0\] is torch.float32, torch.sparse_coo"),
         ],
     )
     def test_what_does_not_fit_is_named_before_anything_is_written(self, change, error, words):

@@ -1,5 +1,6 @@
 """The default moves attention and MLP weights, and nothing else, in the spellings of the Hugging Face families."""
 
+import re
 from textwrap import dedent
 
 import pytest
@@ -85,6 +86,7 @@ def test_own_patterns():
     named = {"a.down_proj.weight": torch.zeros(1), "a.up_proj.weight": torch.zeros(1), "b": torch.zeros(1)}
     assert list(select(named, "proj", ())) == ["a.down_proj.weight", "a.up_proj.weight"]
     assert list(select(named, ["."], ["proj"])) == ["b"]
+    assert list(select(named, re.compile("PROJ", re.IGNORECASE), [re.compile("up")])) == ["a.down_proj.weight"]
 
 
 def test_nothing_left_is_an_error_that_names_patterns_and_parameters():
