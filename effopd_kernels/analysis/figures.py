@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe & Ito 2008
-MARKERS, DASHES = "osD^vP", ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)), (0, (3, 1)), (0, (7, 3)))
+MARKERS, DASHES = "osD^vPX", ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)), (0, (3, 1)), (0, (7, 3)))
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -103,8 +103,8 @@ def save(figure: "Figure", folder: Path, name: str) -> None:
 
 def look(index: int) -> dict:
     """Keyword arguments for ``axes.plot`` of the trajectory number ``index``."""
-    i = index % len(COLOURS)
-    return {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i]}
+    looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}  # more markers: the seventh colour is the first
+    return {key: values[index % len(values)] for key, values in looks.items()}
 
 
 @described
@@ -182,7 +182,8 @@ def bars(
     for i, (name, heights) in enumerate(values.items()):
         x = [j + (i - (len(values) - 1) / 2) * width for j in range(len(groups))]
         heights, ends = _ends(heights)
-        axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)])
+        again = {"hatch": "///", "edgecolor": "white"} if i >= len(COLOURS) else {}
+        axes.bar(x, heights, width * 0.94, label=name, color=COLOURS[i % len(COLOURS)], **again)
         if ends:
             axes.vlines(x, *ends, color="#222222", linewidth=1)
     for label, heights in (marks or {}).items():

@@ -214,9 +214,10 @@ def inputs_of(comparison: Comparison, data: cli.DataArguments, args: OPDConfig) 
 
 
 def _identity(path: Path) -> str:
-    """A path, and what changes when its content does; a hub id is itself."""
+    """A path, however it was typed, and what changes when its content does; a hub id is itself."""
     if not path.exists():
         return str(path)
+    path = path.resolve()
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     written = datetime.fromtimestamp(max((file.stat().st_mtime for file in files), default=0), timezone.utc)
     size = sum(file.stat().st_size for file in files)

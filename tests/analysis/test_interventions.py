@@ -26,7 +26,7 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TOLD
-from effopd_kernels.analysis.interventions import InterventionArguments, plan_of
+from effopd_kernels.analysis.interventions import InterventionArguments, _identity, plan_of
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
@@ -409,6 +409,12 @@ def test_help_in_ascii(monkeypatch):
 def test_other_settings_do_not_mix(finished, trained, capfd):
     assert main(arguments(trained, finished, "--seed", "3")) == 2
     assert "holds evaluations with other settings (seed was 42, is now 3)" in capfd.readouterr().err
+
+
+def test_a_folder_is_itself_however_it_is_typed(trained, monkeypatch):
+    monkeypatch.chdir(trained / "opd")
+    typed = ("../student", trained / "student", trained / "opd/../student")
+    assert len({_identity(Path(path)) for path in typed}) == 1
 
 
 def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path, capfd):

@@ -6,7 +6,7 @@ import pytest
 from analysis import chromium, planted
 from torchrun import torchrun
 
-from effopd_kernels.analysis import cli, report
+from effopd_kernels.analysis import cli, figures, report
 from effopd_kernels.analysis.tables import read_table
 
 
@@ -71,3 +71,7 @@ def test_on_a_real_run(world, tmp_path):
     with open(tmp_path / "out" / "tables" / "embedding_top.csv", newline="") as file:
         assert any(row["text"] for row in csv.DictReader(file))  # the tokenizer beside the student speaks
     assert "other" not in {r["type"] for r in read_table(tmp_path / "out" / "tables", "tensors")}
+
+
+def test_a_dozen_trajectories_look_different():
+    assert len({str(figures.look(i)) for i in range(12)}) == 12
