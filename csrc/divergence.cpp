@@ -6,10 +6,9 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
-#include <thread>
-#include <vector>
 
 #include "cpu.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 
@@ -38,9 +37,9 @@ struct Job {
     char* grad;              // (N, grad_columns) in the student's dtype, or null
     int64_t grad_row_bytes, grad_sequence_bytes, grad_columns, N, T, V, grain;  // N rows, T to a sequence
     Kind kind;
-    float a, b, pi, kappa;
-    double chain;  // dz/dx of the student's logits at tanh = 0
-    bool stream;   // store past the caches
+    float a, b, pi, rho, kappa;  // rho = 1 − pi, which fp32 keeps near pi = 1
+    double chain;                // dz/dx of the student's logits at tanh = 0
+    bool stream;                 // store past the caches
 };
 
 #define KERNEL "divergence_rows.h"
@@ -87,6 +86,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
     job.a = float(a);
     job.b = float(b);
     job.pi = float(pi);
+    job.rho = float(1 - pi);
     job.kappa = float(a * (1 - pi) - b * pi);
     job.chain = student_scale / student_temperature;
     job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
@@ -95,16 +95,13 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
     std::atomic<int64_t> next{0};
     const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
     const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
-    std::vector<std::thread> helpers;
-    auto work = [&] {
-        std::vector<float> memory(scratch + 64 / sizeof(float));
-        void* start = memory.data();
-        size_t space = memory.size() * sizeof(float);
-        run(job, next, static_cast<float*>(std::align(64, scratch * sizeof(float), start, space)));
-    };
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(work);
-    work();
-    for (auto& helper : helpers) helper.join();
+    constexpr int64_t kLine = 64 / sizeof(float);
+    const std::unique_ptr<float[]> memory(new float[count * scratch + kLine]);  // here: in a thread it must not fail
+    void* start = memory.get();
+    size_t space = (count * scratch + kLine) * sizeof(float);
+    const auto aligned = static_cast<float*>(std::align(64, count * scratch * sizeof(float), start, space));
+    std::atomic<int64_t> started{0};
+    on_new_threads(count, [&] { run(job, next, aligned + scratch * started++); });
 }
 
 }  // namespace

@@ -367,7 +367,7 @@ static auto gradient_of(Kind kind, bool holes) {
 }
 
 struct Mixture {  // x = student, y = teacher
-    float a, b, pi, kappa, cx, cy, x0, y0, log_x, log_y;
+    float a, b, pi, rho, kappa, cx, cy, x0, y0, log_x, log_y;
 };
 
 INLINE vf log_prob(const float* z, int i, float c, float top, float log_sum) {
@@ -390,13 +390,13 @@ INLINE void mixture_of(const Mixture& m, const float* x, const float* y, float* 
     exp2_(lp, p);
     exp2_(minus, e);
     exp2m1(minus, e, less);  // the smaller of p and q over the larger, minus 1
-    EACH t[k] = (teacher_larger[k] ? splat(1 - m.pi) : splat(m.pi)) * less[k];
-    EACH density[k] = 1.0f + t[k];  // m over the larger
+    EACH t[k] = (teacher_larger[k] ? splat(m.rho) : splat(m.pi)) * less[k];
+    EACH density[k] = (teacher_larger[k] ? m.pi + m.rho * e[k] : m.rho + m.pi * e[k]);  // m over the larger
     log2_(density, l);
     EACH l[k] += (t[k] - (density[k] - 1.0f)) * 1.4426950409f;  // what rounding took from 1 + t is put back
     for (int k = 0; k < K; ++k) {
         const vf lq_lm = teacher_larger[k] ? -d[k] - l[k] : -l[k], lp_lm = teacher_larger[k] ? -l[k] : d[k] - l[k];
-        const vf share = (teacher_larger[k] ? (1 - m.pi) * e[k] : splat(1 - m.pi)) / density[k];
+        const vf share = (teacher_larger[k] ? m.rho * e[k] : splat(m.rho)) / density[k];
         const vf k_difference = m.kappa * ((teacher_larger[k] ? -p[k] : q[k]) * less[k]), b_term = m.b * q[k] * lq_lm;
         const vf wi = b_term * float(kLn2) - share * k_difference;
         *(vf*)(w + k * kLanes) = wi;
@@ -458,7 +458,7 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     double loss = mean - log_x + log_y, w_sum = 0;
 
     alignas(64) float x_block[kBlock], y_block[kBlock], g[kBlock];
-    const Mixture m{job.a, job.b, job.pi, job.kappa, s.cx, s.cy, s.x0, s.y0, float(log_x), float(log_y)};
+    const Mixture m{job.a, job.b, job.pi, job.rho, job.kappa, s.cx, s.cy, s.x0, s.y0, float(log_x), float(log_y)};
     if (job.kind == kMixture) {
         loss = 0;
         for (int64_t start = 0; start < V; start += kBlock) {
@@ -511,7 +511,7 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     memset(row_g + V * size, 0, (job.grad_columns - V) * size);
 }
 
-// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole vectors) is for
+// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole blocks) is for
 // mixtures.
 static void run_rows(const Job& job, std::atomic<int64_t>& next, float* scratch) {
     for (int64_t begin; (begin = next.fetch_add(job.grain)) < job.N;)

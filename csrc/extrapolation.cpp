@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <vector>
 
 #include "tensors.h"
+#include "threads.h"
 
 namespace {
 
@@ -76,11 +76,7 @@ bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::lis
     {
         nb::gil_scoped_release release;
         std::atomic<int64_t> next{0};
-        std::vector<std::thread> helpers;
-        auto work = [&] { run(spans, next, stats ? sums.data() : nullptr); };
-        for (int64_t i = 1; i < count; ++i) helpers.emplace_back(work);
-        work();
-        for (auto& helper : helpers) helper.join();
+        on_new_threads(count, [&] { run(spans, next, stats ? sums.data() : nullptr); });
     }
     for (int64_t i = 0; stats && i < L; ++i)  // in order, whoever did the spans: the same bits each time
         for (int k = 0; k < 3; ++k) {

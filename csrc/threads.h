@@ -2,6 +2,8 @@
 // they wait for the next by spinning, for milliseconds, and would take turns with threads started beside them.
 #pragma once
 
+#include <cstdint>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -12,13 +14,23 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsi
 constexpr void (*GOMP_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
 #endif
 
+// work() here and on count − 1 new threads, or as many as can be started: they share it out among themselves.
+template <class Work>
+void on_new_threads(int64_t count, Work work) {
+    std::vector<std::thread> helpers;
+    helpers.reserve(size_t(count));
+    try {
+        while (int64_t(helpers.size()) < count - 1) helpers.emplace_back([&] { work(); });
+    } catch (const std::system_error&) {  // a limit on memory or processes
+    }
+    work();
+    for (auto& helper : helpers) helper.join();
+}
+
 // work() on about `count` threads at once, which share it out among themselves.
 template <class Work>
 void on_threads(int64_t count, Work work) {
     // 0: as many as torch has set, since libgomp ends those that a smaller number leaves over.
     if (count > 1 && GOMP_parallel) return GOMP_parallel([](void* p) { (*static_cast<Work*>(p))(); }, &work, 0, 0);
-    std::vector<std::thread> helpers;
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back([&] { work(); });
-    work();
-    for (auto& helper : helpers) helper.join();
+    on_new_threads(count, work);
 }

@@ -98,7 +98,7 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("N", "V", "Vs", "skew"), "i32"), "T": "i32" if "sequences" in name else None,
             **dict.fromkeys(("student_stride", "teacher_stride", "grad_stride"), "i32"),
             **dict.fromkeys(("student_sequence", "teacher_sequence", "grad_sequence"), "i64"),
-            **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "chain"), "fp32"),
+            **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "rho", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
             "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
             "SLICE": columns, "S": S, "S_POW2": triton.next_power_of_2(S),

@@ -4,11 +4,12 @@ The options are listed once more for type checkers: whether a loss comes alone o
 that takes an overload for each case.
 """
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
@@ -66,8 +67,12 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether it has values that a check may look at: on a GPU looking would wait for it, a traced tensor has none."""
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+    """Whether it has values that a check may look at: on a GPU looking would wait for it, traced, fake and batched
+    (vmap) tensors have none.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -90,29 +95,54 @@ def check_float(**tensors: Tensor) -> None:
 def check_positive(**numbers: float | None) -> None:
     """Raise TypeError for what is given and no number, ValueError where it is not above zero, or infinite."""
     for name, number in numbers.items():
-        if not isinstance(number, Real | Tensor | None):
-            raise TypeError(f"{name} must be a number, got {number!r}")
+        if number is not None:
+            check_number(name, number)
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def check_number(name: str, number: float) -> None:
+    """Raise TypeError for what is no constant number: a Python or NumPy one, or a real tensor of one element."""
+    if isinstance(number, Tensor):
+        if number.numel() != 1 or number.is_complex() or number.requires_grad:
+            kind = "that requires a gradient" if number.requires_grad else f"{tuple(number.shape)} {number.dtype}"
+            raise TypeError(f"{name} must be one constant real number, got a tensor {kind}")
+    elif not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number, got {number!r}")
 
 
 def check_whole(**numbers: int | None) -> None:
     """Raise TypeError for a number that is given and has a fraction, or could."""
     for name, number in numbers.items():
-        if isinstance(number, float):
-            raise TypeError(f"{name} must be an int, got {number}")
+        if number is not None and not isinstance(number, Integral | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {number!r}")
 
 
-def make_spec(divergence: Divergence, temperature: float, teacher_temperature: float | None, **model: float) -> Spec:
+def make_spec(
+    divergence: Divergence,
+    temperature: float,
+    teacher_temperature: float | None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> Spec:
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a Divergence such as REVERSE_KL or jsd(0.5), got {divergence!r}")
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
-    for side in ("student", "teacher"):
-        check_positive(**{f"{side}_logit_scale": model.get(f"{side}_scale")})
-        check_positive(**{f"{side}_softcap": model.get(f"{side}_softcap") or None})
-    pair = float(temperature), float(teacher_temperature)
-    return Spec(float(divergence.a), float(divergence.b), float(divergence.pi), *pair, **model)
+    numbers = {
+        "temperature": temperature,
+        "teacher_temperature": temperature if teacher_temperature is None else teacher_temperature,
+        "student_logit_scale": student_logit_scale,
+        "teacher_logit_scale": teacher_logit_scale,
+    }
+    for name, number in numbers.items():
+        check_number(name, number)
+    softcaps = {"student_softcap": student_softcap or None, "teacher_softcap": teacher_softcap or None}  # 0 is none too
+    check_positive(**numbers, **softcaps)
+    return Spec(
+        *map(float, (divergence.a, divergence.b, divergence.pi, *numbers.values())),
+        *(float(softcap or 0) for softcap in softcaps.values()),
+    )
 
 
 def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens) -> None:
@@ -122,8 +152,10 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     if num_tokens is not None and reduction != "mean":
         raise ValueError(f'num_tokens is the normaliser of reduction="mean", got it with reduction={reduction!r}')
-    if isinstance(num_tokens, Tensor) and num_tokens.numel() != 1:
-        raise ValueError(f"num_tokens must be one number, got shape {tuple(num_tokens.shape)}")
+    if isinstance(num_tokens, Tensor) and (num_tokens.numel() != 1 or num_tokens.is_complex()):
+        raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)} {num_tokens.dtype}")
+    if not isinstance(num_tokens, Tensor | Real | None):
+        raise TypeError(f"num_tokens must be a number, got {num_tokens!r}")
     if num_tokens is not None and not isinstance(num_tokens, Tensor) and not 0 <= num_tokens < float("inf"):
         raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")
     for name, tensor in (("mask", mask), ("weight", weight)):
@@ -160,7 +192,7 @@ def row_factor(
     if num_tokens is None:
         total = weight.sum()
     elif isinstance(num_tokens, Tensor):
-        total = num_tokens.reshape(())
+        total = num_tokens.detach().reshape(())
         if total.device != device:  # its clone is out of the caller's reach, who may go on counting while it is copied
             total = total.clone().to(device, non_blocking=True)
     else:  # filled there: a copy would wait for the device

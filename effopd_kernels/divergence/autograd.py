@@ -35,10 +35,20 @@ class Spec(NamedTuple):
     teacher_softcap: float = 0.0
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs leaves its graph for another; True outside of one."""
+    return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+
+
+def in_kept_backward() -> bool:
+    """Whether a backward pass is running, and leaves its graph for another."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0 and keeps_graph()
+
+
 def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
     """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or keep_graph():
+    fresh = torch.compiler.is_compiling() or torch.is_grad_enabled() or keeps_graph()
+    if fresh or torch._C._functorch.is_legacy_batchedtensor(factor):  # many at a time: is_grads_batched
         return tuple(grad * factor for grad in grads)
     for grad in grads:
         torch.ops.effopd.scale_(grad, factor)
@@ -81,36 +91,45 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def differentiable_once(grads):
-    """`grads` as backward returns them; under create_graph=True, so that differentiating them raises RuntimeError."""
+def anchor_of(inputs) -> Tensor | None:
+    """A zero in the graph of all inputs that hangs on to the memory of none; None where no graph is made of it."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    return sum(t[..., :0].sum(dtype=torch.float32) for t in inputs if t is not None and t.requires_grad)
+
+
+def differentiable_once(grads, inputs=(), anchor: Tensor | None = None):
+    """`grads` as backward returns them; under create_graph=True, so that differentiating them raises RuntimeError.
+
+    inputs, or an `anchor_of` them: what the gradients depend on. Through it PyTorch finds the way to what raises.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(grads)
-    return tuple(
-        g if g is None else _DifferentiableOnce.apply(g.detach(), torch.zeros((), device=g.device, requires_grad=True))
-        for g in grads
-    )
+    anchor = anchor_of(inputs) if anchor is None else anchor
+    return tuple(g if g is None else _DifferentiableOnce.apply(g.detach(), anchor) for g in grads)
 
 
 class _WithGradients(torch.autograd.Function):
     """The identity on `value`, whose gradients with respect to `inputs` are known already, but for a factor `unit`, or
-    None where they are not needed. Used also where none is: PyTorch then refuses forward-mode derivatives.
+    None where they are not needed. Used also where none is: PyTorch then refuses forward-mode derivatives. anchor: of
+    the inputs (`anchor_of`), which are not kept themselves.
     """
 
     @staticmethod
-    def forward(value, unit, *grads_and_inputs):
+    def forward(value, unit, anchor, *grads_and_inputs):
         return value.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1 : 1 + len(inputs) // 2])
+        ctx.save_for_backward(*inputs[1 : 2 + len(inputs) // 2])
 
     @staticmethod
     def backward(ctx, grad_output):
-        unit, *grads = ctx.saved_tensors
+        unit, anchor, *grads = ctx.saved_tensors
         factor = grad_output if unit is None else grad_output * unit
         scaled = iter(_scaled(tuple(g for g in grads if g is not None), factor))
         found = [g if g is None else next(scaled) for g in grads]
-        return None, None, *(None for _ in grads), *differentiable_once(found)
+        return None, None, None, *(None for _ in grads), *differentiable_once(found, anchor=anchor)
 
 
 class _PerRow(torch.autograd.Function):
@@ -132,7 +151,8 @@ class _PerRow(torch.autograd.Function):
         tensors = ctx.saved_tensors
         with torch.no_grad():
             _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
-        return None, None, None, None, *differentiable_once(grads), *(None for _ in tensors[len(grads) :])
+        grads = differentiable_once(grads, tensors[: len(grads)])
+        return None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
 
 
 def reduced_loss(
@@ -164,4 +184,4 @@ def reduced_loss(
         row_scale = scale_N / unit
     rows, grads, stats_3N = run(detached, row_scale, spec, needs, stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()
-    return apply(_WithGradients, loss, unit, *grads, *inputs), rows, stats_3N
+    return apply(_WithGradients, loss, unit, anchor_of(inputs), *grads, *inputs), rows, stats_3N

@@ -7,14 +7,16 @@ With p the teacher's distribution, q the student's and m = π·p + (1−π)·q,
 so a divergence is three numbers, and one kernel per language serves all of them.
 """
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True)
 class Divergence:
     """a·KL(p‖m) + b·KL(q‖m) with m = pi·p + (1−pi)·q; p is the teacher, q the student.
 
-    Raises ValueError unless a, b ≥ 0 and 0 ≤ pi ≤ 1.
+    Raises ValueError unless a, b ≥ 0, both finite, and 0 ≤ pi ≤ 1; TypeError for what is no number.
     """
 
     a: float
@@ -22,8 +24,10 @@ class Divergence:
     pi: float
 
     def __post_init__(self):
-        if not (self.a >= 0 and self.b >= 0 and 0 <= self.pi <= 1):
-            raise ValueError(f"a divergence needs a >= 0, b >= 0 and 0 <= pi <= 1, got {self}")
+        if not all(isinstance(number, Real) for number in (self.a, self.b, self.pi)):
+            raise TypeError(f"a divergence is three numbers, got {self}")
+        if not (0 <= self.a < math.inf and 0 <= self.b < math.inf and 0 <= self.pi <= 1):
+            raise ValueError(f"a divergence needs a >= 0, b >= 0, both finite, and 0 <= pi <= 1, got {self}")
 
 
 REVERSE_KL = Divergence(0.0, 1.0, 1.0)  # KL(q‖p)
@@ -35,8 +39,8 @@ def jsd(beta: float = 0.5) -> Divergence:
 
     It vanishes identically at beta 0 and 1, where its direction is that of FORWARD_KL and REVERSE_KL: use those.
     """
-    if not 0 < beta < 1:
-        raise ValueError(f"jsd needs 0 < beta < 1, got {beta}; its limits are FORWARD_KL (0) and REVERSE_KL (1)")
+    if not isinstance(beta, Real) or not 0 < beta < 1:
+        raise ValueError(f"jsd needs 0 < beta < 1, got {beta!r}; its limits are FORWARD_KL (0) and REVERSE_KL (1)")
     return Divergence(beta, 1 - beta, beta)
 
 

@@ -108,7 +108,8 @@ def linear_divergence_loss(
         agree, sizes and dtypes may differ. Gradients go to the student's three, and only where they are required.
     mask, weight, temperature, reduction, num_tokens, return_stats: as in `divergence_loss`. Masked tokens leave before
         the projections and cost nothing; on a GPU, finding them synchronises once, which num_valid avoids.
-    num_valid: how many tokens the mask keeps, where the caller knows; tokens beyond that number are dropped.
+    num_valid: how many tokens the mask keeps, where the caller knows. More are an error on the CPU; elsewhere, and
+        under torch.compile, those beyond that number are dropped.
     chunk_bytes: budget for logits alive at a time; default 224 MiB on the CPU, 1 GiB elsewhere.
     logits_dtype: of the projections' results; default the operands' dtype. float32 avoids the rounding of logits to
         bf16, which at |logit| ≈ 20 is as large as an on-policy divergence.
@@ -138,12 +139,11 @@ def linear_divergence_loss(
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
     if logits_dtype not in (None, *FLOATS):
         raise TypeError(f"logits_dtype must be one of {', '.join(map(str, FLOATS))}, got {logits_dtype!r}")
-    check_positive(chunk_bytes=chunk_bytes)
     check_whole(chunk_bytes=chunk_bytes, num_valid=num_valid)
+    check_positive(chunk_bytes=chunk_bytes)
     spec = make_spec(
-        divergence, temperature, teacher_temperature,
-        student_scale=float(student_logit_scale), teacher_scale=float(teacher_logit_scale),
-        student_softcap=float(student_softcap or 0), teacher_softcap=float(teacher_softcap or 0),
+        divergence, temperature, teacher_temperature, student_logit_scale, teacher_logit_scale, student_softcap,
+        teacher_softcap,
     )  # fmt: skip
     mask_N, scale_N = row_factor(student_hidden, mask, weight, reduction, num_tokens)
     if num_valid is not None:

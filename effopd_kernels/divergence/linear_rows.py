@@ -100,9 +100,11 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
     if alike and not (TRANSPOSES and device.type == "cpu"):
         # In parts on a CPU: MKL packs whatever it is given, up to 50 MB of a head.
         for cols in pieces(V, 4 * BLOCK // dtype.itemsize // max(D, 1) if device.type == "cpu" else V):
-            torch.mm(hidden_ND, weight_VD[cols].T, out=out_NV[:, cols])
+            _product(hidden_ND, weight_VD[cols].T, None if bias_V is None else bias_V[cols], out_NV[:, cols])
     elif device.type == "cuda" and out_NV.dtype == torch.float32 and hidden_ND.itemsize == 2:
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
+        if bias_V is not None:
+            out_NV += bias_V
     else:
         # Repacked is the second operand: here the few hidden states, and the head is used as it lies. Where there is no
         # GEMM of these dtypes, it is one in a wider.
@@ -111,10 +113,16 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
         cast = _in(product_dtype, device)
         for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype):
-            torch.mm(cast(weight_VD[cols]), hidden.T, out=block)
+            bias = None if bias_V is None else bias_V[cols, None].to(product_dtype)
+            _product(cast(weight_VD[cols]), hidden.T, bias, block)
             ops.transpose(block[:, :N], out_NV[:, cols])
-    if bias_V is not None:
-        out_NV += bias_V
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
 def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
@@ -154,6 +162,7 @@ def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | No
     """Indices of the tokens that count and, where `num_valid` promises how many, which of the indices are real."""
     if num_valid is None:
         return mask_N.nonzero().squeeze(1), None  # on a GPU the one synchronisation
+    num_valid = min(num_valid, len(mask_N))
     index = torch.nonzero_static(mask_N, size=num_valid, fill_value=0).squeeze(1)
     return index, torch.arange(num_valid, device=mask_N.device) < mask_N.sum()
 
@@ -192,10 +201,12 @@ def _linear_rows(
     h_t, w_t, b_t = operands(*teacher, dtypes[1])
     n, with_grad = h_s.shape[0], any(needs)
     s_dtype, t_dtype = logits_dtype or dtypes[0], logits_dtype or dtypes[1]
-    student_bytes = chunk_bytes * 3 // 4 if with_grad else chunk_bytes // 2
-    chunks = pieces(n, student_bytes // (V * s_dtype.itemsize))
+    # With the gradient's cast; and alike with and without a gradient, so that forward and backward of reduction "none"
+    # take the same memory.
+    row_bytes = V * (s_dtype.itemsize + (0 if s_dtype == dtypes[0] else dtypes[0].itemsize))
+    chunks = pieces(n, chunk_bytes * 3 // 4 // row_bytes)
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
-    tile_rows = max(1, (chunk_bytes - chunk_rows * V * s_dtype.itemsize) // (V * t_dtype.itemsize))
+    tile_rows = max(1, (chunk_bytes - chunk_rows * row_bytes) // (V * t_dtype.itemsize))
 
     loss = torch.zeros(
         n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)

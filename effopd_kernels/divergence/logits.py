@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
 from .arguments import LogitsOptions, answer, check_float, gathered, make_spec, row_factor
-from .autograd import DivergenceStats, reduced_loss
+from .autograd import DivergenceStats, in_kept_backward, reduced_loss
 from .family import REVERSE_KL, Divergence
 
 if TYPE_CHECKING:
@@ -26,10 +26,31 @@ def _rows(tensors, row_scale, spec, needs, with_stats):
 
 def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
     student, teacher, mask_N = tensors
-    if any(size > 1 and stride < student.shape[-1] for size, stride in _axes(student)):  # expanded: rows share memory
+    if needs[0] and in_kept_backward():  # of reduction "none", which needs the logits again
+        return _rows(tensors, row_scale, spec, needs, with_stats)
+    if _rows_overlap(student):
         student = student.clone(memory_format=torch.contiguous_format)
     loss, stats = torch.ops.effopd.divergence_rows_(student, teacher, mask_N, row_scale, *spec, needs[0], with_stats)
     return loss, (student,) if needs[0] else (None,), stats
+
+
+def _rows_overlap(logits: Tensor) -> bool:
+    """Whether rows of (..., V) may share memory, as those of expanded logits or of sliding windows do."""
+    extent = logits.shape[-1]
+    for size, stride in sorted(_axes(logits), key=lambda axis: axis[1]):
+        if size > 1 and stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False
+
+
+def _announce_writing(logits: Tensor) -> None:
+    """Whoever keeps them for a backward of their own, as tanh does, then raises instead of computing from our gradient.
+    Not for views, which a raised version takes out of their graph.
+    """
+    written = not torch.compiler.is_compiling() and torch.is_grad_enabled() and logits.requires_grad
+    if written and not logits._is_view():
+        torch.autograd.graph.increment_version(logits)
 
 
 def _axes(logits: Tensor) -> list[tuple[int, int]]:
@@ -93,11 +114,13 @@ def divergence_loss(
         several ranks); "sum" is Σ weight·D; "none" has the mask's shape and is 0 where masked.
     return_stats: return (loss, DivergenceStats), from the same pass.
     inplace: write the gradient over the student's logits, whose values are then gone. The logits must not be needed
-        by anything else; memory then does not grow at all.
+        by anything else; memory then does not grow at all, where rows do not overlap and their columns are adjacent.
 
     Computed in fp32 (fp64 for fp64 logits) whatever the logits' dtype; the gradient of fp16 logits is also held in fp32
     until a loss scale reaches it, unless in place. An entry at −inf on both sides is outside the
-    support; where one side alone is −inf its log-probability counts as −1e4: large, but finite.
+    support; where one side alone is −inf its log-probability counts as −1e4: large, but finite. Logits below about
+    −1e38, as finfo.min, may count as −inf; those above 1e9 times the temperature are beyond the kernels' range.
+    No tokens that count, or num_tokens of 0, make a normaliser of 1.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
     student_logits, teacher_logits = gathered(student_logits), gathered(teacher_logits)
@@ -112,6 +135,8 @@ def divergence_loss(
         raise ValueError(f"empty vocabulary: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     spec = make_spec(divergence, temperature, teacher_temperature)
     mask_N, scale_N = row_factor(student_logits, mask, weight, reduction, num_tokens)
+    if inplace:
+        _announce_writing(student_logits)
     loss, rows, stats = reduced_loss(
         _rows_inplace if inplace else _rows,
         (*_as_rows(student_logits, teacher_logits.detach()), mask_N),

@@ -125,7 +125,9 @@ if TRITON:
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
-    """x ·= factor, a scalar tensor. Where the factor is 1, as in a plain backward, nothing is read or written."""
+    """x ·= factor, a scalar tensor. On the CPU and under Triton nothing is read or written where the factor is 1, as in
+    a plain backward.
+    """
     x.mul_(factor)
 
 

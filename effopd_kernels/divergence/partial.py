@@ -14,6 +14,7 @@ from torch import Tensor
 from .arguments import (
     TopKOptions,
     check_float,
+    check_number,
     check_positive,
     check_tokens,
     check_whole,
@@ -48,7 +49,8 @@ class _PartialRows(torch.autograd.Function):
         with torch.no_grad():
             grads = torch.ops.effopd.partial_rows_backward(grad_output, *ctx.saved_tensors, *ctx.rest, *needs)
         grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return *differentiable_once(grads), *(None for _ in range(1 + len(ctx.rest)))
+        grads = differentiable_once(grads, ctx.saved_tensors[:3])
+        return *grads, *(None for _ in range(1 + len(ctx.rest)))
 
 
 def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
@@ -65,13 +67,15 @@ def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chun
     return apply(_PartialRows, *tensors, token, tail, *transform, dtype, chunk_rows)
 
 
-def _check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
+def _check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {ids.dtype}")
     if ids.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"{name} is on {ids.device} but what it indexes on {device}")
 
 
 def _check_range(name: str, ids: Tensor, V: int) -> None:
@@ -164,12 +168,12 @@ def topk_divergence_loss(
         raise ValueError(
             f"teacher_logprobs must be {tuple(shape)} + (k,) with 0 < k <= {V}, got {tuple(teacher_logprobs.shape)}"
         )
-    _check_ids("teacher_ids", teacher_ids, teacher_logprobs.shape)
+    _check_ids("teacher_ids", teacher_ids, teacher_logprobs.shape, student.device)
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
-    make_spec(divergence, temperature, None, student_scale=student_logit_scale, student_softcap=student_softcap or 0.0)
-    check_positive(chunk_bytes=chunk_bytes)
+    make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
     check_whole(chunk_bytes=chunk_bytes)
+    check_positive(chunk_bytes=chunk_bytes)
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
@@ -219,10 +223,13 @@ def linear_token_logprobs(
     Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
     check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
-    _check_ids("ids", ids, hidden.shape[:-1])
+    _check_ids("ids", ids, hidden.shape[:-1], hidden.device)
+    check_side("", hidden, weight, bias)
     _check_range("ids", ids, weight.shape[0])
-    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
+    for name, number in {"temperature": temperature, "logit_scale": logit_scale}.items():
+        check_number(name, number)
     check_whole(chunk_bytes=chunk_bytes)
+    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
     transform = (temperature, logit_scale, softcap)
     rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)
@@ -234,7 +241,8 @@ def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: st
     With d = log q − log p: "k1" is d, unbiased, of high variance and either sign; "k2" is d²/2, biased, never negative,
     and its gradient is an unbiased estimate of the divergence's; "k3" is e^(−d) − 1 + d, unbiased and never negative,
     whose gradient estimates that of KL(teacher ‖ student) (J. Schulman, "Approximating KL divergence", 2020). The
-    gradient of "k1" is zero on average: use it as a reward. The teacher is a constant.
+    gradient of "k1" is zero on average: use it as a reward. The teacher is a constant. A sampled token has a finite
+    log-probability under the student; at −inf on both sides the estimates are NaN.
     Raises ValueError or TypeError for inputs that do not fit each other, or another estimator.
     """
     check_float(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)

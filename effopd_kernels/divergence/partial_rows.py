@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .autograd import apply, differentiable_once
 from .linear_rows import add_product, hidden_gradient, pieces, project
 from .ops import empty_rows
 
@@ -29,7 +30,33 @@ def _transformed(
     return z if temperature == 1 else z / temperature
 
 
-def bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
+class _BucketRows(torch.autograd.Function):
+    """Autograd's own gradient of a log-sum-exp over nothing but −inf would be NaN."""
+
+    @staticmethod
+    def forward(logits_NV, ids_Nk, tail, *transform):
+        return _bucket_rows(logits_NV, ids_Nk, tail, *transform)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits_NV, ids_Nk, ctx.tail, *ctx.transform, masked_N = inputs
+        ctx.save_for_backward(logits_NV, ids_Nk, masked_N)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits_NV, ids_Nk, masked_N = ctx.saved_tensors
+        with torch.no_grad():
+            logits = logits_NV if masked_N is None else logits_NV.masked_fill(masked_N[:, None], 0)
+            g = _rows_gradient(grad, logits, ids_Nk, False, ctx.tail, *ctx.transform)
+        return differentiable_once([g], [logits_NV])[0], None, None, None, None, None, None
+
+
+def bucket_rows(*args) -> Tensor:
+    """`_bucket_rows` with a gradient for the logits."""
+    return apply(_BucketRows, *args)
+
+
+def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
     """Log-weights (N, k) of the k entries, −inf where the id is negative, and with a tail to speak of, of all others
     together as one more column.
 
@@ -65,7 +92,7 @@ def _without_autocast(device: str) -> AbstractContextManager:
 
 
 def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
-    return _token_rows(logits, ids, *transform) if token else bucket_rows(logits, ids, tail, *transform)
+    return _token_rows(logits, ids, *transform) if token else _bucket_rows(logits, ids, tail, *transform)
 
 
 def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:

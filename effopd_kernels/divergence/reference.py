@@ -8,7 +8,8 @@ N tokens, V vocabulary. With lq, lp the student's and teacher's log-probabilitie
 
 Near the teacher nothing large cancels: of the forms that phi and w can take, as Σp = Σq and w is determined up to a
 multiple of q, these vanish with p − q, phi in second order, so that rounding of the normalisers does not show; and m is
-taken over the larger of p and q, as 1 + (1−π)·(q/p − 1) or 1 + π·(p/q − 1).
+taken over the larger of p and q, as π + (1−π)·q/p or (1−π) + π·p/q, to whose logarithm what rounding took from
+(1−π)·(q/p − 1) or π·(p/q − 1) is added.
 
 An entry at −inf on both sides is outside the support: it adds nothing and its gradient is 0. Where one side alone is
 −inf its log-probability counts as FLOOR, so the value is large but finite, and so is the gradient.
@@ -72,7 +73,10 @@ def divergence_rows(
     elif pi == 0:
         lq_lm, lp_lm, share = 0.0, d, 1.0
     else:
-        larger = torch.log1p(torch.where(d > 0, 1 - pi, pi) * less)  # log of m over the larger of p and q
+        of_smaller = torch.where(d > 0, d.new_full((), 1 - pi), d.new_full((), pi))
+        of_larger = torch.where(d > 0, d.new_full((), pi), d.new_full((), 1 - pi))
+        m = of_larger + of_smaller * torch.exp(-d.abs())  # over the larger of p and q
+        larger = m.log() + (of_smaller * less - (m - 1))
         lq_lm, lp_lm = -larger - d.clamp_min(0), -larger + d.clamp_max(0)
         share = (1 - pi) * lq_lm.exp()
 

@@ -351,37 +351,38 @@ def _exp2m1(x):
 
 
 @triton.jit
-def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, FAST: tl.constexpr, LG2: tl.constexpr):
-    """q, φ and w in bits, of m = π·p + (1−π)·q with 0 < π < 1. FAST is exact enough for 16-bit logits; else what
+def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, rho, FAST: tl.constexpr, LG2: tl.constexpr):
+    """q, φ and w in bits, of m = π·p + ρ·q with 0 < π < 1, ρ = 1 − π. FAST is exact enough for 16-bit logits; else what
     vanishes with p − q is taken from 2^−|lp − lq| − 1, as in the definition."""
     lq = tl.maximum(tl.fma(x, ks, -u_ref) - log_ls, NEVER, propagate_nan=tl.PropagateNan.ALL)
     lp = tl.maximum(tl.fma(y, kt, -v_ref) - log_lt, NEVER, propagate_nan=tl.PropagateNan.ALL)
     q = tl.exp2(lq)
     p = tl.exp2(lp)
     if FAST:
-        lm = _log2(tl.maximum(pi * p + (1 - pi) * q, 1e-37), LG2)
+        lm = _log2(tl.maximum(pi * p + rho * q, 1e-37), LG2)
         lq_lm = lq - lm
         lp_lm = lp - lm
         difference = p - q
     else:
         d = lp - lq
         less = _exp2m1(-tl.abs(d))
-        t = tl.where(d > 0, 1 - pi, pi) * less
-        m = 1 + t  # over the larger of p and q
+        t = tl.where(d > 0, rho, pi) * less
+        e = tl.exp2(-tl.abs(d))
+        m = tl.where(d > 0, tl.fma(rho, e, pi), tl.fma(pi, e, rho))  # over the larger of p and q
         log_m = tl.fma(t - (m - 1), LOG2E, tl.log2(m))
         lq_lm = tl.where(d > 0, -d, 0.0) - log_m
         lp_lm = tl.where(d > 0, 0.0, d) - log_m
         difference = tl.where(d > 0, -p, q) * less
-    k_difference = (a * (1 - pi) - b * pi) * LOG2E * difference
-    share = (1 - pi) * tl.exp2(lq_lm)
+    k_difference = (a * rho - b * pi) * LOG2E * difference
+    share = rho * tl.exp2(lq_lm)
     of_student = b * q * lq_lm
     return q, tl.fma(a * p, lp_lm, of_student - k_difference), tl.fma(-share, k_difference, of_student)
 
 
 @triton.jit
 def _gradient(
-    s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor, ms, ls, mt, lt, mean, floor,
-    EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
+    s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, rho, factor, ms, ls, mt, lt, mean,
+    floor, EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
     STAGES: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = cols0.shape[0] * cols0.shape[1]
@@ -393,7 +394,7 @@ def _gradient(
             x = _load(s_row, start, cols, V, pre_s, CAP_S, MASKED, LANES, "evict_first")
             y = _load(t_row, start, cols, V, pre_t, CAP_T, MASKED, LANES, "evict_first")
             if KIND == MIXTURE:
-                q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, FAST, LG2)
+                q, _, w = _mixture(x, y, ms, mt, ks, kt, ls, lt, a, b, pi, rho, FAST, LG2)
                 g = tl.fma(-mean, q, w) * (factor * LN2)
             else:
                 u = tl.fma(x, ks, -ms)
@@ -422,7 +423,7 @@ def _divergence_kernel(
     partial_ptr, record_ptr, count_ptr,
     N, T, V, Vs, student_stride, teacher_stride, grad_stride,
     student_sequence, teacher_sequence, grad_sequence, skew,
-    ks, kt, pre_s, pre_t, a, b, pi, chain,
+    ks, kt, pre_s, pre_t, a, b, pi, rho, chain,
     KIND: tl.constexpr, GRAD: tl.constexpr, STATS: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, STAGES: tl.constexpr, SLICE: tl.constexpr,
     S: tl.constexpr, S_POW2: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
@@ -493,7 +494,7 @@ def _divergence_kernel(
                     cols = start + cols0
                     x = _load(s_row, start, cols, V, pre_s, CAP_S, MASKED, LANES, KEEP)
                     y = _load(t_row, start, cols, V, pre_t, CAP_T, MASKED, LANES, KEEP)
-                    _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, FAST, LG2)
+                    _, phi_here, w = _mixture(x, y, ms, mt, ks, kt, log_ls, log_lt, a, b, pi, rho, FAST, LG2)
                     phi += _tile_sum(_by_lane(phi_here, LANES))
                     sum_w += _tile_sum(_by_lane(w, LANES))
             slots = partial_ptr + row64 * (PARTIALS * S)
@@ -518,7 +519,7 @@ def _divergence_kernel(
             for EXACT in tl.static_range(2):
                 if infinities == EXACT:
                     _gradient(
-                        s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, factor,
+                        s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, rho, factor,
                         ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, LANES, STAGES, FAST, LG2,
                     )  # fmt: skip
         else:
@@ -608,7 +609,7 @@ def launch_divergence_rows(
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
             N, T if sequences else None, V, Vs,
             *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
-            ks, kt, pre_s, pre_t, a, b, pi, student_scale / student_temperature,
+            ks, kt, pre_s, pre_t, a, b, pi, 1 - pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
             LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
             S=S, S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,

@@ -144,18 +144,22 @@ def test_linear_is_no_worse_than_eager(dtype, logits_dtype):
         random(V, D, seed=4, spread=0.3),
     ]
     tensors = [x.to(dtype) for x in tensors]
+    bias = random(V, seed=5).to(dtype)
 
-    def value(hidden, weight):
+    def value(hidden, weight, bias):
         teacher = oracle.logits(*(x.to(hidden.dtype) for x in tensors[2:]))
-        return oracle.reverse_kl(oracle.log_probs(oracle.logits(hidden, weight)), oracle.log_probs(teacher)).mean()
+        student = oracle.logits(hidden, weight, bias)
+        return oracle.reverse_kl(oracle.log_probs(student), oracle.log_probs(teacher)).mean()
 
-    expected = oracle.value_and_grad(value, *tensors[:2])
-    eager = oracle.value_and_grad(value, *tensors[:2], dtype=dtype)
+    expected = oracle.value_and_grad(value, *tensors[:2], bias)
+    eager = oracle.value_and_grad(value, *tensors[:2], bias, dtype=dtype)
     for chunk_bytes in (None, 400_000):
-        hidden, weight = (x.clone().requires_grad_() for x in tensors[:2])
-        loss = linear_reverse_kl_loss(hidden, weight, *tensors[2:], chunk_bytes=chunk_bytes, logits_dtype=logits_dtype)
+        leaves = hidden, weight, b = [x.clone().requires_grad_() for x in (*tensors[:2], bias)]
+        loss = linear_reverse_kl_loss(
+            hidden, weight, *tensors[2:], student_bias=b, chunk_bytes=chunk_bytes, logits_dtype=logits_dtype
+        )
         loss.backward()
-        for f, e, g in zip((loss, hidden.grad, weight.grad), expected, eager, strict=True):
+        for f, e, g in zip((loss, *(x.grad for x in leaves)), expected, eager, strict=True):
             # one rounding to the result's dtype besides
             assert (f.double() - e).norm() <= 1.05 * (g.double() - e).norm() + torch.finfo(f.dtype).eps * e.norm()
 
@@ -211,7 +215,7 @@ def test_no_tokens(shape, reduction):
     assert loss.sum() == 0 and (student.grad == 0).all()
     hidden = torch.full((*shape, 4), math.nan, requires_grad=True)
     weight = torch.randn(50, 4, requires_grad=True)
-    for options in ({}, {"num_valid": 0}, {"num_valid": 3 * len(mask)} if mask.numel() > 2 else {}):
+    for options in ({}, {"num_valid": 0}, {"num_valid": mask.numel() + 2}):
         hidden.grad = weight.grad = None
         loss, stats = linear_divergence_loss(
             hidden,
@@ -363,6 +367,31 @@ def test_mixed_dtypes(dtype, teacher_dtype):
     torch.testing.assert_close(loss.double(), expected[0], rtol=10 * narrow, atol=10 * narrow)
     for found, e in zip((hidden.grad, weight.grad, bias.grad), expected[1:], strict=True):
         assert (found.double() - e).norm() <= 10 * narrow * e.norm() + 1e-6
+
+
+EXTREME = [jsd(1e-3), jsd(1 - 1e-6), skew_forward_kl(1e-8), skew_forward_kl(1 - 1e-6), skew_reverse_kl(1e-8)]
+
+
+@pytest.mark.parametrize("divergence", [*(d for d in MEMBERS.values() if 0 < d.pi < 1), *EXTREME], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the reference, and C++
+def test_mixtures_of_far_distributions(divergence, dtype):
+    """However little of one side is in the mixture, 1 − π included."""
+    student, teacher = random(8, 50, dtype=torch.float64), random(8, 50, seed=1, dtype=torch.float64) * 40
+
+    def value(s):
+        log_q, log_p = oracle.log_probs(s), oracle.log_probs(teacher)
+        m = oracle.log_mixture(log_p, log_q, divergence.pi)
+        return (divergence.a * oracle.kl(log_p, m) + divergence.b * oracle.kl(log_q, m)).mean()
+
+    expected = oracle.value_and_grad(value, student)
+    leaf = student.to(dtype).requires_grad_()
+    loss = divergence_loss(leaf, teacher.to(dtype), divergence)
+    loss.backward()
+    # of fp32: its own rounding of logits that reach 100, which moves probabilities by 1e-5 of themselves
+    # besides, of fp64, 1e-16 where terms of the size of 1 − π cancel
+    rtol, atol = (1e-12, 1e-16) if dtype == torch.float64 else (1e-4, 0)
+    for found, e in zip((loss.detach(), leaf.grad), expected, strict=True):
+        assert (found.double() - e).norm() <= rtol * e.norm() + atol
 
 
 @every_member

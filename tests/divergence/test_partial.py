@@ -101,6 +101,22 @@ def test_entries_at_minus_infinity_are_no_tokens(member, tail):
         assert loss.abs() < 1e-12 and nothing.grad.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_student_that_has_only_the_k(dtype):
+    """As constrained decoding leaves it: the others' bucket is empty, and its gradient 0, not 0/0."""
+    student = random(3, 8).to(dtype)
+    student[0, 3:] = -torch.inf
+    ids, teacher = torch.arange(3).expand(3, 3), random(3, 8, seed=1).log_softmax(-1)[:, :3].to(dtype)
+    leaf = student.clone().requires_grad_()
+    loss = topk_divergence_loss(leaf, teacher, ids)
+    loss.backward()
+    assert loss.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[0, 3:] == 0).all()
+    # the same through a head that leaves the logits as they are
+    hidden, head = student.nan_to_num(neginf=-1e9).requires_grad_(), torch.eye(8, dtype=dtype)
+    topk_divergence_loss(hidden, teacher, ids, student_weight=head).backward()
+    torch.testing.assert_close(leaf.grad[1:], hidden.grad[1:])
+
+
 def test_topk_without_tail_renormalises():
     log_p, known, ids = teacher(5)
     student = random(N, V)
