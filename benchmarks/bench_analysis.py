@@ -18,6 +18,7 @@ import time
 
 import pytest
 import torch
+from common import DEVICE
 from safetensors.torch import save_file
 
 for name in ("matplotlib", "pyarrow", "sklearn"):  # the command's
@@ -119,6 +120,7 @@ def command(paths, out):
     return seconds, float(measuring[1].replace(",", "")), 1024 * int(done.stdout.rsplit("PEAK", 1)[1])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the command measures on the CPU: its results belong to one")
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no way to drop files from the cache")
 def test_updates(benchmark, request, report, tmp_path):
     layers = LAYERS // 4 if request.config.getoption("--quick") else LAYERS

@@ -38,6 +38,7 @@ LINEAR = [
 
 def available_bytes() -> int:
     if GPU:
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
