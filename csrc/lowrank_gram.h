@@ -11,6 +11,7 @@
 
 constexpr int64_t kGramBytes = int64_t(1) << 19;  // of a block of X: part of a core's own cache
 constexpr int64_t kGramSteps = 128;               // along the contraction, in a block: see kMostWhole
+constexpr int64_t kGramBlocks = 64;               // whose products are added up, before sums are
 constexpr int kGramRows = 6;                      // of a tile, and kStrip vectors of columns
 static_assert(kMostWhole * kMostWhole * (2 * kGramSteps) < 0x1p31, "sums of integers");
 
@@ -89,6 +90,8 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     uint32_t* const written = lines ? (uint32_t*)(paired ? a + width * width : a) : terms;
     memset(terms, 0, (terms_size + (tall + (paired ? width : 0)) * width) * 4);
 
+    std::vector<float> earlier;  // sums of kGramBlocks each: long sums of much the same are rounded to one side
+    int64_t added = 0;
     Statistics sums;
     Rests rests{{}, 0};
     float unit = 1, next_unit = kind == kIntegers ? 0 : 1;
@@ -151,6 +154,12 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
                 for (int64_t k = 0; k < count; ++k) memset(terms + k * pitch + m, 0, (width - m) * 4);
         }
         const GramBlock held{terms, pitch, count, written, line_pitch / per_term, by_column, f, height, width, unit};
+        if (added++ == kGramBlocks) {
+            earlier.resize(height * width);
+            for (int64_t i = 0; i < height * width; ++i) earlier[i] += f[i];
+            memset(f, 0, height * width * 4);
+            added = 1;
+        }
         add_products(held);
 
         const auto row_of = [&](const Rests::Entry& x) { return by_column ? x.place : x.line; };
@@ -168,6 +177,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
             for (auto y = first; y != x; ++y) to[column_of(*y)] += value * y->value * unit;  // two rests of a row
         }
     }
+    for (size_t i = 0; i < earlier.size(); ++i) f[i] += earlier[i];
     const auto put = [&](int64_t i, int64_t j, const vu rows[kLanes]) {
         for (int64_t r = 0; r < std::min<int64_t>(kLanes, m - i); ++r)
             store_some((vf)rows[r], (char*)(g + (i + r) * m + j), kFloat32, int(std::min<int64_t>(kLanes, m - j)));

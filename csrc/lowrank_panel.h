@@ -172,7 +172,8 @@ INLINE void lines_as(const Panel& p, const int x_dtype, const int b_dtype, const
                     i,
                     apart ? 0 : kPage};
     };
-    const int64_t together = std::max<int64_t>(1, kBlock / p.length);  // lines, where they are short
+    // Lines, where they are short: no more than a sum in fp32 bears, of which each line's end adds to the same.
+    const int64_t together = std::clamp<int64_t>(kBlock / p.length, 1, 16);
     for (int64_t first = 0; first < p.lines; first += together)
         for (int64_t i = 0; i < p.length; i += kBlock) {
             const int count = int(std::min<int64_t>(p.length - i, kBlock));

@@ -17,6 +17,7 @@ constexpr int kStrip = X86_LEVEL >= 4 ? 4 : 2;  // vectors of columns whose sums
 constexpr int64_t kRows = 128, kEntries = int64_t(1) << (X86_LEVEL >= 4 ? 18 : 16);
 // Summed before the sums are: longer sums of equal terms are off by more than bounds allow.
 constexpr int64_t kTerms = 64, kPairs = 256, kIntegerPairs = 128;  // of integers as many as kMostWhole allows
+constexpr int64_t kSums = 64;                                      // of sums of so many terms, before wider ones
 
 // Terms: fp32 numbers, or pairs of bf16 or of 16-bit integers. Sums of the last are integers too.
 enum Kind { kFloats, kHalves, kIntegers };
@@ -261,6 +262,7 @@ static void products_in(const Products& p) {
 
     Statistics sums;
     std::vector<Panel> others;  // blocks that are no integers
+    std::vector<double> wide;   // of long sums
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), even_rows = rows + rows % 2;
         Panel block = x;
@@ -308,11 +310,18 @@ static void products_in(const Products& p) {
                               p.by_column, paired ? even_rows / 2 : rows, m, p.places, p.signs, width, signed_room,
                               kind == kIntegers ? partial : middle);
         // Sums of some terms, then sums of those: the right operand of so many stays in cache, and fp32's rounding
-        // small.
+        // small. Of many of these, sums in fp64: equal terms, as along a constant row, are rounded to one side each time.
         constexpr int64_t most = kind == kFloats ? kTerms : kind == kHalves ? kPairs : kIntegerPairs;
         const int64_t all = paired ? even_m / 2 : m;
+        int64_t summed = 0;  // of the sums of terms, in partial
+        wide.assign(all > most * kSums ? even_rows * width : 0, 0);
         for (int64_t k = 0; k < all && !p.places; k += most) {
             const int64_t terms = std::min(most, all - k);
+            if (summed == kSums && !wide.empty()) {
+                for (size_t i = 0; i < wide.size(); ++i) wide[i] += ((const float*)partial)[i];
+                summed = 0;
+            }
+            const bool first = summed++ == 0, last = k + terms == all;
             Terms left = p.by_column ? by_place : by_line;
             left.at += k * left.step;
             product<kind>(left, even_rows, right + k * width, width, terms,
@@ -321,14 +330,21 @@ static void products_in(const Products& p) {
                                   const int64_t column = (vector + c) * kLanes;
                                   vf_any* const sums = (vf_any*)(partial + i * width + column);
                                   vf_any* const next = (vf_any*)(partial + (i + 1) * width + column);
-                                  const vf a = k ? *sums + sum_of<kind>(even[c]) : sum_of<kind>(even[c]);
-                                  const vf b = k ? *next + sum_of<kind>(odd[c]) : sum_of<kind>(odd[c]);
-                                  if (kind == kHalves && k + terms == all)
+                                  const vf a = first ? sum_of<kind>(even[c]) : *sums + sum_of<kind>(even[c]);
+                                  const vf b = first ? sum_of<kind>(odd[c]) : *next + sum_of<kind>(odd[c]);
+                                  if (kind == kHalves && last && wide.empty())
                                       *(vu_any*)(middle + i / 2 * width + column) = interleaved(a, b);
                                   else *sums = a, *next = b;
                               }
                           });
         }
+        for (size_t i = 0; i < wide.size(); ++i) ((float*)partial)[i] = float(wide[i] + ((const float*)partial)[i]);
+        for (int64_t i = 0; kind == kHalves && !wide.empty() && i < even_rows; i += 2)
+            for (int64_t c = 0; c < width; c += kLanes) {
+                const float* const sums = (const float*)partial + i * width + c;
+                *(vu_any*)(middle + i / 2 * width + c) =
+                    interleaved(*(const vf_any*)sums, *(const vf_any*)(sums + width));
+            }
         if (kind == kIntegers) {
             const float to_z = unit * x.scale * (unit * x.scale);
             for (int64_t c = 0; c < width; c += kLanes) {

@@ -6,6 +6,7 @@ folder ``effopd`` inside holds the companion that extrapolation left (`effopd_ke
 
 import math
 import re
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +62,13 @@ class Adapter(Checkpoint):
                 f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}; give the base that "
                 "it was trained from, with a head of its own where that is adapted, or merge it into its model first"
             )
-        self.shapes = dict(base.shapes)
+        self.shapes = dict(base.shapes)  # of what is adapted, as the adapter has them: `compare` looks whether they fit
         for name, factors in self._factors.items():
             for f in factors:
-                (rank, n), (m, _) = f.file.shapes[f.a][0], f.file.shapes[f.b][0]
+                n, m = f.file.shapes[f.a][0][1], f.file.shapes[f.b][0][0]
                 self.shapes[name] = ((n, m) if f.transposed else (m, n), base.shapes[name][1])
-                if f.file.shapes[f.b][0][1] != rank:
-                    raise UserError(f"the LoRA factors of {name} in {f.file.path} do not fit each other")
+        for name, (file, stored) in self._whole.items():
+            self.shapes[name] = (file.shapes[stored][0], base.shapes[name][1])
 
     def pair(self, name: str, base: Tensor, rows: slice = EVERY) -> tuple[Tensor, Tensor | None]:
         """As `Checkpoint.pair`; the product is fp32 on its own, without the base's rounding."""
@@ -110,8 +111,20 @@ class Adapter(Checkpoint):
         for module, parts in found.items():
             if not {"A", "B"} <= set(parts):
                 raise UserError(f"{folder} holds only one of the two LoRA factors of {module}")
-            rank = file.shapes[parts["A"]][0][0]
-            alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+            a, b = (file.shapes[parts[x]][0] for x in "AB")
+            if not (len(a) == len(b) == 2 and a[0] == b[1] > 0):
+                raise UserError(
+                    f"the LoRA factors of {module} in {folder} are {a} and {b}; a matrix has (r, in) and (out, r)"
+                )
+            rank = a[0]
+            try:
+                alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+            except (AttributeError, re.error) as error:
+                raise UserError(
+                    f"alpha_pattern in {folder / CONFIG} is not one of names to numbers: {error}"
+                ) from error
+            if not isinstance(alpha, Real):
+                raise UserError(f"lora_alpha of {module} in {folder / CONFIG} is {alpha!r}, not a number")
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             transposed = "embedding" in parts or bool(config.get("fan_in_fan_out"))
             self._factors.setdefault(f"{module}.weight", []).append(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,18 +20,18 @@ LISTED = 10  # names in an error message
 # Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
 _STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")
 _STATE_DICT = (
-    'python -c "import torch, safetensors.torch as s; '
-    "s.save_file({{k: v.clone() for k, v in torch.load('{file}', weights_only=True).items()}}, '{out}')\""
+    'python -c "import sys, torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in '
+    'torch.load(sys.argv[1], weights_only=True).items()}}, sys.argv[2])" {file} {out}'
 )
 _MODEL = (
-    'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+    'M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])" {folder} {converted}'
 )
 _CONVERSIONS = {  # what a folder may hold instead → the command
     "pytorch_model.bin": _MODEL,
     "pytorch_model-*.bin": _MODEL,
-    "zero_to_fp32.py": "python {file} {folder} {folder}-safetensors --safe_serialization",  # DeepSpeed's own
-    "pytorch_model_fsdp_*": "accelerate merge-weights {file} {folder}-safetensors",
+    "zero_to_fp32.py": "python {file} {folder} {converted} --safe_serialization",  # DeepSpeed's own
+    "pytorch_model_fsdp_*": "accelerate merge-weights {file} {converted}",
     "*model*.bin": _STATE_DICT,  # an adapter's too
     "*model*.pt": _STATE_DICT,
     "consolidated*.pth": _STATE_DICT,
@@ -125,6 +126,8 @@ def _conversion(path: Path) -> str | None:
         return None
     for pattern, command in _CONVERSIONS.items():
         if file := next((file for file in files if fnmatch(file.name, pattern)), None):
-            command = command.format(folder=folder, file=file, out=file.with_suffix(".safetensors"))
+            paths = dict(folder=folder, converted=f"{folder}-safetensors", file=file)
+            paths["out"] = file.with_suffix(".safetensors")
+            command = command.format(**{name: shlex.quote(str(where)) for name, where in paths.items()})
             return f"{folder} holds {file.name} and no safetensors; convert it first: {command}"
     return None

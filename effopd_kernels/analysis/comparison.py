@@ -92,7 +92,8 @@ def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     heads = dict.fromkeys(name for c in every for name in c.shapes if role_of(name).type == "head")
     dropped = []
     for head in heads:
-        tied = [c for c in every if _alias_missing(c, head) or c.config.get("tie_word_embeddings")]
+        weight = head.endswith("weight")  # a bias is its own
+        tied = [c for c in every if _alias_missing(c, head) or (weight and c.config.get("tie_word_embeddings"))]
         if len(tied) == len(every):
             dropped.append(head)
             for checkpoint in every:

@@ -159,12 +159,12 @@ def window(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
 
 def truncation(part: str):
     def draw(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
-        for matched in dict.fromkeys(row["norm"] for row in rows):
+        for i, matched in enumerate(dict.fromkeys(row["norm"] for row in rows)):
             own = [row for row in rows if row["norm"] == matched]
             label = f"share of the rank {'kept' if part == 'top' else 'dropped'}, from the top"
             properties = {"title": f"norm: {matched}", "ylim": view.limits(rows), "xscale": "log"}
             figure = view.curves(own, KEPT[part], label, x_format="{x:g}", **properties)
-            yield f"{part}_{re.sub(r'[^A-Za-z0-9]+', '_', matched)}", figure
+            yield f"{part}_{i}_{re.sub(r'[^A-Za-z0-9]+', '_', matched)}", figure  # i: α and β both become _
 
     return draw
 

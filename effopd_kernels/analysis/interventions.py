@@ -19,10 +19,12 @@ from trl import ModelConfig, TrlParser
 
 from ..commands import leave_process_group, written
 from ..errors import UserError, one_line
+from ..extrapolation.lora import COMPANION
 from ..train import OPDTrainer, cli
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
 from . import intervention_report
+from .adapters import CONFIG
 from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .edits import EditableModel, live_tensors
@@ -186,8 +188,8 @@ def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig)
 
 
 SAMPLING = (
-    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs",
-    "per_device_eval_batch_size", "seed",
+    "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
+    "chat_template_kwargs", "per_device_eval_batch_size", "seed",
 )  # fmt: skip
 
 
@@ -196,7 +198,9 @@ def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args:
     teacher = args.teacher_model_name_or_path
     return {
         "base": _identity(comparison.base.path),
-        **{t: ", ".join(_identity(c.path) for c in many) for t, many in comparison.trajectories.items()},
+        **{
+            f"trajectory {t}": ", ".join(_identity(c.path) for c in many) for t, many in comparison.trajectories.items()
+        },
         "teacher": teacher and _identity(Path(teacher)),
         "dataset": f"{_identity(Path(data.dataset_name))}, {data.dataset_config}, {data.dataset_test_split}",
         "prompts": ours.max_prompts or "all",
@@ -213,12 +217,16 @@ def inputs_of(comparison: Comparison, data: cli.DataArguments, args: OPDConfig) 
     return [*weights, data.dataset_name, *filter(None, [args.teacher_model_name_or_path])]
 
 
+# Of an adapter's update its config has the scale; the companion's is in a folder of its own.
+WEIGHTS = [f"{folder}{name}" for folder in ("", f"{COMPANION}/") for name in ("*.safetensors", CONFIG)]
+
+
 def _identity(path: Path) -> str:
     """A path, however it was typed, and what changes when its content does; a hub id is itself."""
     if not path.exists():
         return str(path)
     path = path.resolve()
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [path] if path.is_file() else [file for pattern in WEIGHTS for file in path.glob(pattern)]
     written = datetime.fromtimestamp(max((file.stat().st_mtime for file in files), default=0), timezone.utc)
     size = sum(file.stat().st_size for file in files)
     return f"{path} ({size:,} bytes, written {written.isoformat(' ', 'milliseconds')})"

@@ -31,13 +31,13 @@ _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
 _WHOLE = [
     ("other", r"rotary\w*(\.\w+)?|relative_attention_bias|inv_freq"),
     ("norm", r"\w*norm(_?\d+)?(\.\d+)?|\w*layernorm_\w+|norm_\w+|\w+_norm_\w+|(\w+_)?ln(_?\d+)?|ln_[a-z0-9]+"),
-    ("head", r"lm_head(\.decoder)?|predictions\.decoder|embed_out|output_head|output_layer|unembed"),
-    ("head", r"(?<!\.)(head|output)"),  # at the top alone
+    ("head", r"lm_head(\.decoder)?|predictions\.decoder|embed_out|output_head|output_layer|unembed|shared_head\.head"),
+    ("head", r"(?<!\.)(head|output|score)|rwkv\.head"),  # at the top alone
     ("embedding", r"\w*embed\w*(\.\w+)?|wte|wpe|tok_\w+|shared"),
 ]
 _IN_ATTENTION = [
     ("other", r"\w*conv\w*|\w+_decay"),  # a short convolution of the queries is no projection
-    (GATES, r"in_proj_(z|a|b|ba)|gate_proj|linear_gate|[abfg]_proj|[fg]_[ab]_proj|[fio]gate_preact"),
+    (GATES, r"in_proj_(z|a|b|ba)|(\w+_)?gate_proj|linear_gate|[abfg]_proj|[fg]_[ab]_proj|[fio]gate_preact"),
     (GATES, r"linear_y|receptance"),  # Griffin's, RWKV's
     ("qkv", r"\w*qkv\w*|query_key_value|c_attn|in_proj|\w*pack"),
     ("kv", r"w?kv\w*|\w*_kv"),
@@ -50,8 +50,8 @@ _IN_MLP = [
     ("up", r"densereludense\.wi"),  # T5's; ModernBERT's wi is two in one
     ("router", r"gate(\.wg)?|router(\.\w+)?|shared_expert_gate"),
     ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12|input_linear"),
-    ("gate", r"gate_\w*|linear_gate|w1|wi_0|linear_1|proj_up_gate|receptance"),
-    ("up", r"(proj_)?up\w*|w3|v1|wi_1|c_fc|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
+    ("gate", r"gate_\w*|linear_gate|w1|wi_0|c_fc_0|linear_1|proj_up_gate|receptance"),
+    ("up", r"(proj_)?up\w*|w3|v1|wi_1|c_fc(_1)?|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
     ("up", r"dense_h_to_4h|intermediate\.dense"),
     ("down", r"(proj_)?down\w*|w2|wo|c_proj|(linear_)?fc2|fc_out|lin2|layer_2|output_linear|value"),
     ("down", r"dense_4h_to_h|output\.dense"),

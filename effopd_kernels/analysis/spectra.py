@@ -107,7 +107,8 @@ def _last(found: Findings, table: list[Row], top: str) -> Section:
     kinds = [k for k in found.types() if any(k in rows for rows in groups.values())]
     nothing = Interval(math.nan, math.nan, math.nan)
     drawn = {}
-    for stem, column, label in (RATIO, RANK, ("spectra_top", "top_fraction_norm_ratio", f"{top} subspace norm ratio")):
+    bars = (RATIO, RANK, ("spectra_top", "top_fraction_norm_ratio", f"{top} subspace norm ratio"))
+    for stem, column, label in bars if kinds else ():
         heights = {
             t: [interval(rows[k], column) if k in rows else nothing for k in kinds] for t, rows in groups.items()
         }

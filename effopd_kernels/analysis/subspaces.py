@@ -143,5 +143,5 @@ def _neighbours(products: Tensor, seed: int):
     squares = products.diagonal()
     distances = (squares[:, None] + squares - 2 * products).clamp_min(0).sqrt().fill_diagonal_(0)
     perplexity = max(1.0, min(30.0, (len(products) - 1) / 3))
-    tsne = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=seed)
+    tsne = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=seed % 2**32)
     return tsne.fit_transform(((distances + distances.mT) / 2).numpy())

@@ -71,6 +71,8 @@ def trajectories_of(checkpoints: Sequence[str] | None, named: Sequence[str]) -> 
             raise UserError(f"--trajectory '{text}' must be NAME=DIR,DIR")
         if name.startswith("_") or "$" in name or "/" in name:  # left out of figures; a formula; a folder
             raise UserError(f"--trajectory {name}: a name has no $ and no / and begins with another sign than _")
+        if name == "base":
+            raise UserError("--trajectory base: that is what the reports call the model of --base; name it otherwise")
         if name in out:
             raise UserError(f"--trajectory {name} is given twice; list its folders in one, separated by commas")
         out[name] = paths
@@ -93,7 +95,7 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: 
         print(f"effopd-analyze: {note}", file=sys.stderr)
     compared = {
         "base": comparison.base.path,
-        **{t: ", ".join(str(c.path) for c in checkpoints) for t, checkpoints in comparison.trajectories.items()},
+        **{f"trajectory {t}": ", ".join(str(c.path) for c in many) for t, many in comparison.trajectories.items()},
     }
     asked = {
         "rank of the factors": options.rank,

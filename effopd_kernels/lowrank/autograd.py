@@ -47,6 +47,8 @@ class TruncatedSVD(torch.autograd.Function):
         if grad_u is None and grad_s is None and grad_vh is None:
             return None, None, None
         tall, x, base, u, s, v, rest = _saved(ctx)
+        if not s.shape[-1]:
+            return _to_pair(ctx, u @ v.mT)
         grad_v = None if grad_vh is None else grad_vh.mT
         if not tall:
             grad_u, grad_v = grad_v, grad_u

@@ -179,7 +179,7 @@ def _header(path: Path) -> dict[str, Entry]:
         end = max((entry.stop for entry in entries.values()), default=8 + length)
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from error
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
@@ -189,7 +189,7 @@ def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:
         raise ValueError(f"tensor {name!r} has unknown dtype {about['dtype']!r}")
     dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
     start, stop = (offset + int(position) for position in about["data_offsets"])
-    if any(size < 0 for size in shape):
+    if any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"tensor {name!r} has shape {shape}")
     expected = torch.Size(shape).numel() * dtype.itemsize
     if stop - start != expected or start < offset:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops, orth, panels, routes, signs
 from .difference import Difference, resolves
-from .types import ROUNDING, RSVD, Flag, least_rounding
+from .types import BIASED, ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
 
 NARROW = 16  # short sides below which fp32 input is factored in fp64
@@ -278,7 +278,7 @@ def _residual_norm(x: Difference, u: Tensor, s: Tensor, v: Tensor, frobenius: Te
     """‖X − U S Vᵀ‖_F from ‖X‖² − Σs², or entry by entry where that difference would be rounding; rounded up."""
     total = frobenius.square()
     squares = total - s.double().square().sum(-1)
-    norm = (squares.clamp_min(0) + ROUNDING * eps * total).sqrt()
+    norm = (squares.clamp_min(0) + 2 * BIASED * eps * total).sqrt()
     cancels = squares < 1e-4 * total
     if cancels.any():
         norm = torch.where(cancels, x.distance(u, s, v) + ROUNDING * eps * frobenius, norm)

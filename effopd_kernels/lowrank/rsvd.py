@@ -162,6 +162,8 @@ def check_options(rank, m, n, oversample, power_iters, tol, seed, route, clip_ra
         raise ValueError(f"tol must be positive, got {tol}")
     if not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
     if route not in (None, *routes.ROUTES):
         raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {route!r}")
     return min(rank, m, n)

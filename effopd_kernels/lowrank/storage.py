@@ -33,9 +33,11 @@ def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, RSVD]:
-    """What :func:`save` wrote, on the CPU. Raises ValueError for any other file."""
+    """What :func:`save` wrote, on the CPU. Raises ValueError for any other file, FileNotFoundError for none."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give the file that effopd_kernels.lowrank.save wrote")
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("format") != _FORMAT:

@@ -6,6 +6,8 @@ import math
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,14 @@ def test_tied_heads_count_once(tmp_path, base_stores, other_stores):
     assert bool(comparison.notes) == (base_stores or other_stores)  # it says so where there was one to drop
 
 
+def test_the_bias_of_a_tied_head_is_its_own(tmp_path):
+    weights = planted.base_weights() | {"lm_head.bias": torch.zeros(planted.VOCABULARY)}
+    tied = {"tie_word_embeddings": True}
+    other = planted.write(tmp_path / "other", weights | {"lm_head.bias": torch.ones(planted.VOCABULARY)}, tied)
+    comparison = compare(planted.write(tmp_path / "base", weights, tied), {"run": [other]})
+    assert "lm_head.bias" in comparison.names and update(comparison, "lm_head.bias").all()
+
+
 def test_a_head_untied_in_training_is_held_against_the_embedding(tmp_path):
     tied = {n: t for n, t in planted.base_weights().items() if n != "lm_head.weight"}
     start = planted.write(tmp_path / "base", tied, {"tie_word_embeddings": True})
@@ -233,6 +243,11 @@ def broken(base, tmp):
     dora, kasa = lora(tmp / "dora", own, use_dora=True), lora(tmp / "kasa", own, kasa_config={"beta": 1e-4})
     pissa = [lora(tmp / start, own, init_lora_weights=start) for start in ("pissa_niter_4", "olora")]
     thin = lora(tmp / "thin", factors(Q.removesuffix(".weight"), 32, 64)[0])
+    rows = torch.cat([weights[EMBEDDING], torch.ones(2, weights[EMBEDDING].shape[1])])
+    more_tokens = lora(tmp / "more_tokens", {EMBEDDING: rows})  # modules_to_save, after tokens were added
+    conv = lora(tmp / "conv", {n: t[..., None] for n, t in own.items()})
+    empty = lora(tmp / "no_rank", {n: t[:0] if "lora_A" in n else t[:, :0] for n, t in own.items()})
+    null, patterns = lora(tmp / "null", own, lora_alpha=None), lora(tmp / "patterns", own, alpha_pattern={"*": 3})
     fp8, int8, packed = (
         stored(name, {**weights, Q: torch.ones(64, 64).to(dtype), **({f"{Q}{scale}": torch.ones(64)} if scale else {})})
         for name, dtype, scale in (
@@ -272,6 +287,11 @@ def broken(base, tmp):
         "base an adapter": (case(base, start=adapter), "is a LoRA adapter; give the model that it was trained from"),
         "adapter of another model": (case(adapter), "does not have: model.layers.9.self_attn.q_proj.weight; give the"),
         "adapter of another shape": (case(thin), f"{Q} [32, 64], the base's [64, 64]"),
+        "adapter with more tokens": (case(more_tokens), f"{EMBEDDING} {[*rows.shape]}, the base's"),
+        "adapter of a convolution": (case(conv), "a matrix has (r, in) and (out, r)"),
+        "adapter of no rank": (case(empty), "a matrix has (r, in) and (out, r)"),
+        "no alpha": (case(null), "is None, not a number"),
+        "no pattern": (case(patterns), "alpha_pattern in"),
         "DoRA": (case(dora), "is a DoRA adapter"),
         "KaSA": (case(kasa), "is a KaSA adapter"),
         "PiSSA": (case(pissa[0]), "began with init_lora_weights=pissa_niter_4, which changed the base"),
@@ -285,6 +305,7 @@ def broken(base, tmp):
         "formula": (["--base", base, "--trajectory", "$a=x", "--output_dir", tmp / "out"], "has no $"),
         "nested": (["--base", base, "--trajectory", "a/b=x", "--output_dir", tmp / "out"], "and no /"),
         "hidden": (["--base", base, "--trajectory", "_a=x", "--output_dir", tmp / "out"], "has no $"),
+        "base": (["--trajectory=base=x", "--base", base, "--output_dir", tmp / "o"], "name it otherwise"),
         "twice": (["--trajectory=a=x", "--trajectory=a=y", "--base", base, "--output_dir", tmp / "o"], "given twice"),
         "no base": (["--checkpoints", base, "--output_dir", tmp / "out"], "required: --base"),
         "unknown flag": (case(base, no_such_flag="1"), "unrecognized arguments: --no_such_flag"),
@@ -297,8 +318,11 @@ def broken(base, tmp):
 @pytest.mark.parametrize(
     "file, command",
     [
-        ("pytorch_model-00001-of-00002.bin", "M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"),
-        ("adapter_model.bin", "torch.load('{folder}/adapter_model.bin', weights_only=True)"),
+        (
+            "pytorch_model-00001-of-00002.bin",
+            'M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])" {folder} {folder}-safetensors',
+        ),
+        ("adapter_model.bin", '" {folder}/adapter_model.bin {folder}/adapter_model.safetensors'),
         ("zero_to_fp32.py", "python {folder}/zero_to_fp32.py {folder} {folder}-safetensors --safe_serialization"),
         ("pytorch_model_fsdp_0", "accelerate merge-weights {folder}/pytorch_model_fsdp_0 {folder}-safetensors"),
         ("rng_state_0.pth", None),
@@ -320,6 +344,7 @@ def test_the_conversion_of_a_state_dict_converts_it(base, tmp_path):
     pair, _ = factors(module, 64, 64)
     whole = lora(tmp_path / "whole", pair)
     tied = {**planted.base_weights(), "lm_head.weight": planted.base_weights()[EMBEDDING]}
+    (tmp_path := tmp_path / "it's here").mkdir()
     (tmp_path / "adapter").mkdir()
     shutil.copy(whole / "adapter_config.json", tmp_path / "adapter")
     torch.save({f"base_model.model.{n}": t for n, t in pair.items()}, tmp_path / "adapter/adapter_model.bin")
@@ -327,7 +352,8 @@ def test_the_conversion_of_a_state_dict_converts_it(base, tmp_path):
     for path in (tmp_path / "adapter", tmp_path / "model.pt"):
         with pytest.raises(UserError) as error:
             compare(base, {"run": [path]})
-        exec(shlex.split(str(error.value).split("convert it first: python -c ")[1])[0])
+        _, *command = shlex.split(str(error.value).split("convert it first: ")[1])
+        subprocess.run([sys.executable, *command], check=True)
     comparison = compare(base, {"run": [whole, tmp_path / "adapter", tmp_path / "model.safetensors"]})
     assert (
         torch.equal(*(update(comparison, Q, position=i) for i in range(2))) and update(comparison, Q, position=0).any()

@@ -126,6 +126,29 @@ def test_subspaces_are_compared_up_to_the_rank():
     assert all(row["mean_cosine"] == pytest.approx(1, abs=1e-5) for row in rows)
 
 
+@pytest.mark.parametrize("degrees", [0.0, 1e-3, 0.1, 30.0, 89.0])
+def test_angles_between_subspaces(degrees):
+    """The cosine's last place in fp32 would be worth 0.02 degrees."""
+    basis = torch.linalg.qr(torch.randn(200, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    angle, v = math.radians(degrees), torch.eye(4, 60, dtype=torch.float64)
+    turned = basis[:, :4].clone()
+    turned[:, 3] = math.cos(angle) * basis[:, 3] + math.sin(angle) * basis[:, 4]
+    s = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    early, last = (_spectrum(((u * s) @ v).float(), None, Options(4))[0] for u in (turned, basis[:, :4]))
+    (row,) = _alignment(early, last, (4,))
+    assert row["largest_angle_degrees"] == pytest.approx(degrees, abs=2e-5, rel=1e-5)
+
+
+def test_bounds_of_a_constant_row_along_a_long_side():
+    a = 0.0105 * 1.5 / 1024**0.5 * torch.randn(1024, 28672, generator=torch.Generator().manual_seed(0))
+    a[0] = 1.5
+    for x in (a, a.bfloat16()):
+        exact = x.double()
+        largest = torch.linalg.eigvalsh(exact @ exact.mT)[-1].sqrt()
+        row = _spectrum(x, torch.zeros_like(x), Options(16))[2]
+        assert row["spectral_norm_low"] <= largest <= row["spectral_norm_high"]
+
+
 def test_small_turns_of_a_token_are_resolved():
     """cos = 1 − 5e-9 would be 1 ± 1e-7 from unit vectors in fp32."""
     base = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])

@@ -241,6 +241,16 @@ def test_nan_weights_are_named_and_the_others_reported(undrawn, folders, tmp_pat
     assert row["matrices"] == 5 and row["spectral_to_frobenius"] == pytest.approx(8 / float(SIGMA.norm()), rel=1e-5)
 
 
+def test_a_run_that_diverged_at_its_end_is_reported(undrawn, folders, tmp_path, capsys):
+    weights = {n: torch.full_like(t, math.nan) for n, t in planted.base_weights().items()}
+    diverged = planted.write(tmp_path / "checkpoint-99", weights, step=99)
+    steps = sorted((folders / "opd").glob("checkpoint-*"))[:1]
+    argv = ["updates", f"--base={folders / 'base'}", "--checkpoints", *map(str, steps), str(diverged)]
+    assert cli.main([*argv, f"--output_dir={tmp_path / 'out'}", "--rank=8"]) == 0
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert any(row["non_finite"] == 0 for row in read_table(tmp_path / "out" / "tables", "tensors"))
+
+
 def test_tokens_that_are_not_finite_have_not_moved_most(undrawn, folders, tmp_path):
     weights = planted.moved(planted.base_weights(), low_rank(100))
     weights["model.embed_tokens.weight"][0, 0], weights["model.embed_tokens.weight"][1, 0] = math.nan, math.inf

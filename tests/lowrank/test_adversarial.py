@@ -301,6 +301,22 @@ def test_signs():
     assert torch.equal(batched_rsvd(a, 5, align_to=flipped.U[:, :3]).Vh[:3], flipped.Vh[:3])
 
 
+@pytest.mark.parametrize("route", ["subspace", "gram"])
+@pytest.mark.parametrize("long", [20_000, 60_000])
+def test_a_constant_row_along_a_long_side(long, route):
+    """Sums of equal terms are rounded to one side each time, so that errors grow with their number."""
+    row = 1.857
+    a = 0.0105 * row / 520**0.5 * torch.randn(520, long, generator=torch.Generator().manual_seed(0))
+    a[0] = row
+    svd = batched_rsvd(a, 1, route=route)
+    exact = a.double()
+    largest = torch.linalg.eigvalsh(exact @ exact.mT)[-1].sqrt()
+    left = torch.linalg.matrix_norm(exact - (svd.U.double() * svd.S.double()) @ svd.Vh.double())
+    low, high = svd.bounds()
+    assert low <= largest <= high and left <= svd.residual_norm <= 1.1 * left
+    assert abs(svd.S.double() / largest - 1) < 2e-6
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 40),
@@ -340,6 +356,7 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, 2, align_to=a[:5]), ValueError, "align_to"),
         (lambda a: batched_rsvd(a, 2, align_to="last"), TypeError, "align_to must be an RSVD or its U, got str"),
         (lambda a: batched_rsvd(a, 2, seed=1.5), TypeError, "seed must be an integer, got 1.5"),
+        (lambda a: batched_rsvd(a, 2, seed=2**63), ValueError, "seed must be an integer of 64 bits"),
         (lambda a: subspace_alignment(a[0], a[0], 1), ValueError, r"\(9,\) and \(9,\)"),
         (lambda a: subspace_alignment(batched_rsvd(a, 2), a, 1), TypeError, "such as U of an RSVD, got RSVD"),
         (lambda a: subspace_overlap(a, a[:5]), ValueError, r"\(12, 9\) and \(5, 9\)"),

@@ -190,6 +190,14 @@ def test_a_matrix_that_is_not_finite_leaves_the_others_their_gradient():
     assert a.grad[1].isnan().all() and a.grad[2].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (5, 0), (2, 0, 5)])
+def test_no_triplets_have_a_gradient_of_zero(shape):
+    a = random(*shape).requires_grad_()
+    svd = batched_rsvd(a, 0)
+    (svd.U.sum() + svd.S.sum() + svd.Vh.sum()).backward()
+    assert torch.equal(a.grad, torch.zeros(shape, dtype=a.dtype))
+
+
 def test_no_gradient_wanted_none_recorded():
     a = random(6, 5).requires_grad_()
     with torch.no_grad():

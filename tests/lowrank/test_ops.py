@@ -175,6 +175,15 @@ def test_non_finite_entries_are_counted():
     assert ops.stats(x, base, False)[:, ops.NON_FINITE].tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("columns", [1, 3, 17])
+def test_small_squares_of_narrow_matrices_add_up(columns):
+    """Each is less than half of the first one's last place."""
+    x = torch.full((1024, columns), 0.999 * 2**-12.5)
+    x[0] = 1
+    found = ops.stats([x], [], True)[0, ops.SUM_SQUARES]
+    torch.testing.assert_close(found, x.double().square().sum(), rtol=2e-6, atol=0)
+
+
 def test_sums_of_squares_out_of_range_of_fp32():
     for scale in (1e-25, 1e30):
         a = scale * torch.ones(4, 5)

@@ -200,6 +200,8 @@ def test_save_and_load(pair, tmp_path):
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         save({}, tmp_path / "nowhere" / "factors.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        load(tmp_path)
     with pytest.raises(ValueError, match="not written by"):
         load(path)
 
