@@ -5,6 +5,7 @@ A layer's product is P = s·B·A (s scaling, A (r, in), B (out, r)). E experts i
 Σ coefficient·P is one adapter again, of concatenated ranks.
 """
 
+import re
 from collections.abc import Collection
 from contextlib import contextmanager
 from copy import copy
@@ -63,6 +64,10 @@ class Adapters:
         if len(trained) != 1:
             raise ValueError(f"EffOPD moves one trained LoRA adapter, the model has {sorted(trained) or 'none'}")
         (self.trained,) = trained
+        if self.trained == COMPANION:
+            raise ValueError(
+                f"the trained adapter is named {COMPANION!r}, as that of EffOPD's jumps: name it otherwise"
+            )
         if getattr(model.peft_config[self.trained], "trainable_token_indices", None):
             raise ValueError(
                 "peft cannot save a second adapter beside trainable_token_indices, and EffOPD keeps its jumps in one: "
@@ -98,6 +103,16 @@ class Adapters:
         """A layer's factors as peft has them → as `Factors`, on the layer's device."""
         experts, device = _experts(self.layers[name]), self._device(name)
         return a.to(device).reshape(experts, -1, a.shape[1]), _by_expert_b(b.to(device), experts)
+
+    def check_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Raises ValueError for factors, as peft has them, that are not of this layer's product."""
+        layer, experts = self.layers[name], _experts(self.layers[name])
+        fit = a.ndim == b.ndim == 2 and len(a) == b.shape[1] and len(a) % experts == 0
+        if not fit or (len(b), a.shape[1]) != (layer.out_features, layer.in_features):
+            raise ValueError(
+                f"EffOPD state of another model: {name} is {layer.out_features} × {layer.in_features}, and its factors "
+                f"there are {tuple(b.shape)} and {tuple(a.shape)}"
+            )
 
     def companion_gradient(self, name: str) -> Tensor | None:
         """∂L/∂B (E, out, R) of the companion; None if the loss did not pass through the layer."""
@@ -187,10 +202,15 @@ class Adapters:
     def _add_companion(self, rank: int) -> None:
         """Plain LoRA on the layers that move. Made without memory and without random numbers: `install` fills it."""
         trained = self.model.peft_config[self.trained]
+        targets = [n.removeprefix(BASE) for n, m in self.layers.items() if not hasattr(m, "parameter_name")]
+        # In a list, names are of all layers that end so; peft combines adapters that have lists, or all expressions.
+        endings = {ending for n, _ in self.model.base_model.model.named_modules() for ending in _proper_endings(n)}
+        if not endings.isdisjoint(targets):
+            targets = "|".join(map(re.escape, targets))
         config = type(trained)(
             r=rank,
             lora_alpha=rank,
-            target_modules=[n.removeprefix(BASE) for n, m in self.layers.items() if not hasattr(m, "parameter_name")],
+            target_modules=targets,
             fan_in_fan_out=trained.fan_in_fan_out,
             init_lora_weights=False,
             task_type=trained.task_type,
@@ -230,6 +250,12 @@ class Adapters:
             raise ValueError(f"{name} has a trained LoRA bias, which a product cannot hold: use lora_bias=False")
         if hasattr(a.weight, "placements"):
             raise ValueError(f"the LoRA factors of {name} are sharded; EffOPD needs them whole on every rank (DDP)")
+
+
+def _proper_endings(name: str) -> list[str]:
+    """mlp.fc and fc of dec.mlp.fc."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 def _key(name: str, layer: nn.Module) -> str:

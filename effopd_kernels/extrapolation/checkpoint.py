@@ -174,7 +174,7 @@ def newest_intact(directories: Iterable[str | os.PathLike]) -> Path | None:
     for directory in directories:
         try:
             check(directory)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:  # OSError: no folder at all, or a disk that fails
             logger.warning("%s: trying the one before it", error)
         else:
             return Path(directory)

@@ -15,7 +15,7 @@ alone. All it takes of an engine is a list of named tensors and a function that 
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,7 +72,9 @@ class EffOPDController:
             that move, and maybe of others.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir, unused by the
             others) for A and W_t.
-        on_weights_changed: called whenever the weights were rewritten, after rollback too (resync rollout engines).
+        on_weights_changed: called before scores of rewritten weights are asked for and whenever an event leaves others
+            than were there, after rollback too (resync rollout engines); not for the points of search="gradient",
+            whose losses come from the model itself.
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
         report_s: how long a rank that failed waits to tell the others before it raises.
 
@@ -118,6 +120,8 @@ class EffOPDController:
         if accept == "paired" and score_fn is None:
             raise ValueError('accept="paired" needs score_fn, one score per prompt: loss_fn gives one number')
         functions = dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed)
+        if not (isinstance(report_s, Real) and report_s > 0):
+            raise ValueError(f"report_s must be a number of seconds above 0, got {report_s!r}")
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, got {function!r}")
@@ -151,6 +155,7 @@ class EffOPDController:
         )
         self.ranks.agree(decisive)  # or their replicas would part in silence, or one wait for another that is done
         self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
+        self.ranks.agree_on_moving(self.weights.names, self.weights.still)
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
         self.last_step = 0  # of the last event

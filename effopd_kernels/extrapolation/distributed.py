@@ -77,6 +77,15 @@ class Ranks:
                         f"{other[name]!r} on rank {rank}"
                     )
 
+    def agree_on_moving(self, moving: Sequence[str], still: Sequence[str]) -> None:
+        """Raises ValueError on every rank, naming a parameter that moves on one and stays on another. Ranks may hold
+        different ones, as the stages of a pipeline do."""
+        every = self.gather((moving, still))
+        for rank, (_, others) in enumerate(every):
+            for other, (names, _) in enumerate(every):
+                if torn := sorted(set(names) & set(others)):
+                    raise ValueError(f"{torn[0]} is trained on rank {other} and frozen on rank {rank}")
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, the same bits on every rank."""
         return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]

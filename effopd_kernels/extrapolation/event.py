@@ -35,6 +35,7 @@ class Event:
         self.slope_alpha = 1.0
         self.tried: list[Candidate] = []
         self.points: list[Point] = []
+        self.point_tokens = 0  # of the last point
         self.delta_norm = 0.0
         self.tokens = 0
         self.skipped: str | None = None
@@ -65,6 +66,7 @@ class Event:
         self.best = self.first = self._score()
         if not all(map(math.isfinite, self.first.values)):
             raise ValueError(f"score_fn returned a score that is not finite for the weights of step {self.step}")
+        self.controller.better(self.first, self.first)  # raises where such scores cannot be compared
 
     def improves_at(self, alpha: float) -> bool:
         """Write A + α·δ and score it; true if it is the new best. A candidate that overflows is not scored."""
@@ -86,6 +88,7 @@ class Event:
         if self.tried and not self.tried[-1].accepted:
             self._write(self.alpha)
             self._changed()
+            self.ranks.gather(None)  # where the hook fails on one rank, no other keeps the event
 
     def roll_back(self, error: BaseException) -> None:
         """W ← W_t; tell the other ranks, then engines. A hook that fails now must not hide the error.
@@ -124,7 +127,7 @@ class Event:
 
     def _score(self) -> Scores:
         start = time.perf_counter()
-        with self.signals.open(), self.randomness.rewound(), modes_kept(self.controller.module):
+        with self.randomness.rewound(), modes_kept(self.controller.module), self.signals.open():
             score_fn = self.controller.score_fn or self._negative_loss
             scores = Scores.of(score_fn())
         seconds = time.perf_counter() - start if scores.seconds is None else scores.seconds
@@ -158,13 +161,21 @@ class Event:
             return "the validation loss or its slope is not finite at the current weights"
         if first.slope >= 0.0:
             return "the loss does not fall beyond the current weights"
+        if len(self.points) < self.controller.max_gradients and not self._affordable(self.point_tokens):
+            return SPENT
         return f"no lower loss was found beyond the current weights, in {len(self.points)} gradients"
 
     def _line_minimum(self) -> float:
         """The α of least loss along the line; W_t is in place again afterwards."""
         alphas = [alpha for alpha in self.controller.alphas if alpha > 1]
         with gradients_aside(self.weights.trained()):
-            self.points = line_minimum(self._point, max(alphas), min(alphas), self.controller.max_gradients)
+            self.points = line_minimum(
+                self._point,
+                max(alphas),
+                min(alphas),
+                self.controller.max_gradients,
+                another=lambda: self._affordable(self.point_tokens),
+            )
         self.weights.write(1.0)
         return min(self.points, key=lambda p: p.loss if math.isfinite(p.loss) else math.inf).alpha
 
@@ -173,16 +184,17 @@ class Event:
         for param in self.weights.trained():
             param.grad = None
         with (
-            self.signals.open(),
             self.randomness.rewound(),
             modes_kept(self.controller.module),
             torch.enable_grad(),
+            self.signals.open(),
         ):
             losses = Losses.of(self.controller.loss_fn())
             loss, count = summed(losses.values, backward=True)
         slope = self.weights.slope(self.ranks.size)
         loss, slope, tokens = self.ranks.sum([loss / count / self.ranks.size, slope / count, losses.tokens])
-        self.tokens += int(tokens)
+        self.point_tokens = int(tokens)
+        self.tokens += self.point_tokens
         return Point(alpha, loss, slope)
 
     @torch.no_grad()

@@ -140,6 +140,8 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     if isinstance(alpha, Tensor):
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
+        if alpha.device.type == "cpu" and not alpha.isfinite().all():
+            raise ValueError(f"alpha must be finite, got {alpha}")
         return alpha.detach().to(torch.float64).expand(count)
     if isinstance(alpha, Real):
         alphas = torch.full((count,), float(alpha), dtype=torch.float64, device="cpu")

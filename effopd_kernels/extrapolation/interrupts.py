@@ -22,7 +22,7 @@ class Deferred:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> "Deferred":
-        self._previous, self._pending, self._open = {}, [], False
+        self._previous, self._pending, self._open, self._over = {}, [], False, False
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 if signal.getsignal(number) is not None:
@@ -30,10 +30,16 @@ class Deferred:
         return self
 
     def __exit__(self, *exception) -> None:
+        self._over = True
+        try:
+            self._restore()
+        finally:  # interrupted by one that came just now
+            self._restore()
+            _raise_all(self._pending)
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        for number in self._pending:
-            signal.raise_signal(number)
 
     @contextmanager
     def open(self):
@@ -47,7 +53,7 @@ class Deferred:
             self._open = False
 
     def _receive(self, number, frame) -> None:
-        if self._open:
+        if self._open or self._over:
             self._deliver(number, frame)
         else:
             self._pending.append(number)
@@ -62,3 +68,12 @@ class Deferred:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._open = True
+
+
+def _raise_all(numbers: list[int]) -> None:
+    """Each, whatever the handlers of those before it raise."""
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _raise_all(numbers[1:])

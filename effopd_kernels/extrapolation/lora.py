@@ -40,6 +40,15 @@ class LoraWeights:
 
     parts = None  # every rank holds all
 
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters.layers)
+
+    @property
+    def still(self) -> list[str]:
+        """Layers with adapters that do not move."""
+        return [name for name in self.adapters.all_layers if name not in self.adapters.layers]
+
     def __init__(self, model: nn.Module, chosen: Collection[str]):
         self.adapters = Adapters(model, chosen)
         self.tensors = self.adapters.tensors
@@ -122,12 +131,15 @@ class LoraWeights:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ValueError when the layers are not those of the state, before anything is changed."""
-        coefficients = state["coefficients"].tolist() if "coefficients" in state else []
+        coefficients = state["coefficients"].flatten().tolist() if "coefficients" in state else []
         layers = self.adapters.layers
         expected = {f"{j}.{n}.{x}" for j in range(len(coefficients)) for n in layers for x in "AB"}
         if not coefficients or expected != set(state) - {"coefficients"}:
             some = sorted(expected ^ (set(state) - {"coefficients"}))[:3]
             raise ValueError(f"EffOPD state of other LoRA layers: {some} are in one and not in the other")
+        for j in range(len(coefficients)):
+            for n in layers:
+                self.adapters.check_factors(n, state[f"{j}.{n}.A"], state[f"{j}.{n}.B"])
         self.settled = self.offered = [
             Term(c, {n: self.adapters.by_expert(n, state[f"{j}.{n}.A"], state[f"{j}.{n}.B"]) for n in layers})
             for j, c in enumerate(coefficients)

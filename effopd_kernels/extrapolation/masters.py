@@ -1,6 +1,6 @@
 """Optimizers that step an fp32 copy of each parameter: the copy must jump too, or the next step undoes the jump.
 
-A master is recognised by what it is, not by its name: a wider tensor of the parameter's shape whose rounding is the
+A master is recognised by what it is, whatever its name: a wider tensor of the parameter's shape whose rounding is the
 parameter, bit for bit. It is looked for where optimizers keep one: in the parameter's own state (Transformer Engine's
 and apex's FusedAdam) and in the parameter groups, in the parameter's place (apex O2 and hand-written loops). Under
 accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters are the fp32 masters themselves.
@@ -30,7 +30,10 @@ def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tens
     ids = {id(t) for t in stepped}
     masters, strangers = {}, []
     for name, param in named.items():
-        candidates = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor)]
+        state = optimizer.state.get(param, {})
+        # Where several round to the parameter, as moments and masters of zeros do, a name tells.
+        keys = sorted(state, key=lambda key: "master" not in str(key))
+        candidates = [state[key] for key in keys if isinstance(state[key], Tensor)]
         if id(param) not in ids:
             candidates += [t for t in stepped if t.shape == param.shape]
         master = next((t for t in candidates if is_master(t, param)), None)

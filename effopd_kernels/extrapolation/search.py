@@ -30,13 +30,14 @@ def line_minimum(
     first: float = 3.0,
     max_passes: int = 6,
     tolerance: float = 0.1,
+    another: Callable[[], bool] = lambda: True,
 ) -> list[Point]:
     """Evaluate L along α ∈ [1, limit] until its minimum is found; the best point is the one of least loss.
 
     From α = 1: a loss that rises there ends the search. Otherwise step out (to `first`, then where the secant points,
     at most trebling) until the slope is positive or `limit` is reached, then secants inside the bracket, kept a tenth
-    of it away from its ends. Stops when |slope| ≤ tolerance·|slope at 1| or after max_passes. A loss or slope that is
-    not finite counts as a rise.
+    of it away from its ends. Stops when |slope| ≤ tolerance·|slope at 1|, after max_passes, or when `another` forbids
+    one more. A loss or slope that is not finite counts as a rise.
     """
     points = [evaluate(1.0)]
     low, high = points[0], None
@@ -44,7 +45,7 @@ def line_minimum(
         return points
     flat = tolerance * abs(low.slope)
     alpha = min(first, limit)
-    while len(points) < max_passes:
+    while len(points) < max_passes and another():
         point = evaluate(alpha)
         points.append(point)
         if abs(point.slope) <= flat or (point.alpha == limit and not _rises(point)):

@@ -17,7 +17,7 @@ DEFAULT_INCLUDE = (
     r"(?i)(^|\.)\w*att(n|entions?)?(_layers)?\.",
     r"(^|\.)(mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.",
     r"(^|[._])(mlps?|mlp_block|ffns?|ff\d?|feed_forward|DenseReluDense|moe|experts?)\.",
-    r"(^|\.)(fc[12]|(intermediate|output)\.dense)\.",
+    r"(^|\.)(fc[12]|(intermediate|output)(_query)?\.dense)\.",
 )
 # Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.
 DEFAULT_EXCLUDE = (
@@ -49,6 +49,8 @@ def named_tensors(
         if id(tensor) in seen or (is_frozen(tensor) and not frozen):
             continue
         seen.add(id(tensor))
+        if plain_name(name) in out:
+            raise ValueError(f"two different tensors are named {plain_name(name)!r}: give each a name of its own")
         out[plain_name(name)] = tensor
     return out
 

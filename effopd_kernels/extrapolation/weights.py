@@ -41,6 +41,10 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         raise ValueError(
             f"{emptied[0]} is partitioned by DeepSpeed ZeRO-3 and empty here: shard with FSDP2, or use ZeRO-1 or 2"
         )
+    for name, t in chosen.items():
+        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or t.is_meta:
+            kind = "without data (meta)" if t.is_meta else str(t.dtype)
+            raise ValueError(f"{name} is {kind}: EffOPD moves bf16, fp16, fp32 and fp64 parameters; exclude it")
     if any(map(is_lora_name, chosen)):
         dense = [name for name in chosen if not is_lora_name(name)]
         if module is None:
@@ -93,6 +97,11 @@ class DenseWeights:
         self._module, self._trained, self._frozen = module, trained or named.values, frozen or {}
         self.anchors = self._copy()
         self.currents: list[Tensor] | None = None
+
+    @property
+    def still(self) -> list[str]:
+        """Parameters that would move if they were trained."""
+        return list(self._frozen)
 
     @property
     def parts(self) -> dict[str, Part] | None:

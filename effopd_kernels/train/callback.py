@@ -62,7 +62,8 @@ class EffOPDCallback(TrainerCallback):
         trainer = getattr(log, "__self__", None)
         # TRL's trainers override `log` to add, and clear, the averages of the steps since the last one: an event's
         # record would take them away from the next step's.
-        self.log = partial(Trainer.log, trainer) if isinstance(trainer, Trainer) else log
+        averages = isinstance(trainer, Trainer) and type(trainer).log.__module__.startswith("trl.")
+        self.log = partial(Trainer.log, trainer) if averages else log
         self.controller_args = controller_args
         self.controller: EffOPDController | None = None
         self.state = None
@@ -97,19 +98,22 @@ class EffOPDCallback(TrainerCallback):
                     f"the EffOPD state in '{folder}' is of another run than the one resumed: set "
                     "args.resume_from_checkpoint to the checkpoint that is resumed from"
                 )
-            self._step(state, control)  # a no-op unless the run was interrupted inside this step's event
+            # A no-op, unless the run was interrupted inside this step's event or has another schedule now.
+            self._step(state, control)
         self._note_history()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._step(state, control)
 
     def _step(self, state, control) -> None:
+        due = control.should_log, control.should_evaluate, control.should_save
         event = self.controller.step(state.global_step)
+        # A score_fn that logs or evaluates with the trainer, and logging here, clear what the step itself has to do.
+        control.should_log, control.should_evaluate, control.should_save = due
         if event is None:
             return
         self._note_history()  # transformers writes trainer_state.json before it calls on_save
         if self.log is not None:
-            due = control.should_log
             record = {
                 "effopd/score_initial": event.score_initial,
                 "effopd/score_best": event.score_best,
@@ -123,7 +127,7 @@ class EffOPDCallback(TrainerCallback):
             }
             # A skipped event has a reason in place of scores; loggers take numbers and text, and complain of None.
             self.log({name: value for name, value in record.items() if value is not None})
-            control.should_log = due  # logging clears it, and the step's own record is still to come
+            control.should_log = due[0]
 
     def on_train_end(self, args, state, control, **kwargs):
         weights = self.controller.weights
@@ -132,7 +136,13 @@ class EffOPDCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # transformers has loaded that step's trained adapter; that step's jumps belong to it, and no later ones.
             folder = Path(state.best_model_checkpoint) / STATE_DIR
-            weights.load_state(checkpoint.load(folder, self.controller.ranks)[0])
+            try:
+                weights.load_state(checkpoint.load(folder, self.controller.ranks)[0])
+            except (CheckpointError, ValueError) as e:
+                logger.warning(
+                    "the jumps of the best checkpoint are lost, those in the model are the last step's: %s", e
+                )
+                return
         try:
             self.controller.fold_()
         except ValueError as e:

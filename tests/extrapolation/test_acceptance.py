@@ -1,11 +1,13 @@
 """When a candidate counts as better."""
 
+import math
+import random
 import statistics
 
 import pytest
 
 from effopd_kernels.extrapolation import Scores
-from effopd_kernels.extrapolation.acceptance import acceptance_rule
+from effopd_kernels.extrapolation.acceptance import acceptance_rule, students_quantile
 
 
 def test_mean_is_strict_and_min_delta_is_a_margin():
@@ -24,13 +26,15 @@ def test_paired_sees_a_small_gain_on_every_prompt_through_large_differences_betw
     assert lucky.mean > steady.mean and not better(lucky, best)
 
 
-@pytest.mark.parametrize("confidence, z", [(0.5, 0.0), (0.841344746, 1.0), (0.975, 1.959964)])
-def test_paired_threshold_is_the_normal_quantile_of_the_standard_error(confidence, z):
+@pytest.mark.parametrize(
+    "confidence, t", [(0.5, 0.0), (0.95, 2.131847), (0.975, 2.776445)]
+)  # of four degrees of freedom
+def test_paired_threshold_is_students_quantile_of_the_standard_error(confidence, t):
     d = [0.3, -0.1, 0.2, 0.4, 0.0]
     error = statistics.stdev(d) / len(d) ** 0.5
     better = acceptance_rule("paired", 0.0, confidence)
     for shift, accepted in ((1e-6, True), (-1e-6, False)):
-        moved = [x - statistics.mean(d) + z * error + shift for x in d]
+        moved = [x - statistics.mean(d) + t * error + shift for x in d]
         assert better(Scores(tuple(moved)), Scores((0.0,) * 5)) is accepted
 
 
@@ -40,3 +44,28 @@ def test_paired_needs_prompts_and_equal_scores_are_not_better():
         better(Scores((1.0,)), Scores((0.0,)))
     assert not better(Scores((1.0, 2.0)), Scores((1.0, 2.0)))
     assert not better(Scores((float("nan"), 2.0)), Scores((1.0, 2.0)))
+
+
+@pytest.mark.parametrize(
+    "probability, dof, t",  # tables of Student's t
+    [
+        (0.975, 1, 12.7062),
+        (0.95, 2, 2.91999),
+        (0.95, 9, 1.83311),
+        (0.99, 30, 2.45726),
+        (0.84, 1000, 0.99495),
+        (0.5, 3, 0),
+    ],
+)
+def test_students_quantile(probability, dof, t):
+    assert students_quantile(probability, dof) == pytest.approx(t, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+@pytest.mark.parametrize("confidence", [0.84, 0.95])
+def test_the_confidence_holds_for_few_prompts(n, confidence):
+    """Candidates that are no better are accepted as often as was said."""
+    better, draw = acceptance_rule("paired", 0.0, confidence), random.Random(0)
+    zero, rounds = Scores((0.0,) * n), 4000
+    accepted = sum(better(Scores(tuple(draw.gauss(0, 1) for _ in range(n))), zero) for _ in range(rounds))
+    assert abs(accepted / rounds - (1 - confidence)) < 4 * math.sqrt(confidence * (1 - confidence) / rounds)

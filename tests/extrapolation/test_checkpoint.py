@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from effopd_kernels.extrapolation import CheckpointError, EffOPDController, checkpoint, newest_intact
+from effopd_kernels.extrapolation.checkpoint import INDEX
 
 
 @pytest.fixture
@@ -94,3 +95,12 @@ def test_damage_is_detected_and_named_and_the_state_before_is_found(controller, 
     assert newest_intact([new, old]) == old
     assert culprit.name in caplog.text
     assert newest_intact([new]) is None
+
+
+def test_what_is_no_folder_at_all_is_passed_over(tmp_path, caplog):
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(3, 2)})
+    EffOPDController(net, lambda: 0.0).save(tmp_path / "good")
+    (tmp_path / "file").touch()
+    (tmp_path / "odd" / INDEX).mkdir(parents=True)
+    assert newest_intact([tmp_path / "file", tmp_path / "odd", tmp_path / "good"]) == tmp_path / "good"
+    assert len(caplog.records) == 2

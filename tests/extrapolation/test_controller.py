@@ -289,6 +289,10 @@ def test_weights_that_did_not_move_are_not_scored():
     controller = EffOPDController(net, Script(net))
     event = controller.step(1)
     assert "not moved" in event.skipped and event.alpha == 1.0 and event.delta_norm == 0.0
+    with torch.no_grad():
+        net["mlp"].weight[0, 0] *= 1 + 2**-23  # to the next number
+    event = controller.step(2)
+    assert "not moved" in event.skipped and event.delta_norm > 0
 
 
 def test_a_candidate_that_overflows_is_not_scored():
@@ -296,11 +300,12 @@ def test_a_candidate_that_overflows_is_not_scored():
     controller = EffOPDController(net, Script(net, 0.1, 0.2, 0.3))
     with torch.no_grad():
         net["mlp"].bias.fill_(10_000.0)
-    current = snapshot(net)
+    anchor, current = controller.state_dict()["anchor"], snapshot(net)
+    anchor = current | {name: tensor.clone() for name, tensor in anchor.items()}
     event = controller.step(1)
     assert event.alpha == 5.0 and event.num_candidates == 2  # 7 · 10,000 is beyond fp16
     assert event.candidates[-1].score is None
-    del current
+    assert same(net, expected(anchor, current, 5.0))
 
 
 def test_weights_that_are_not_finite_are_left_alone():
@@ -432,12 +437,52 @@ def test_state_of_other_weights_is_refused():
         (dict(alphas=(0.5, -1), search="gradient", loss_fn=float), "alphas must reach above 1"),
         (dict(score_fn=None, accept="paired", search="gradient", loss_fn=float), 'accept="paired" needs score_fn'),
         (dict(include="nothing"), "no parameter to extrapolate"),
+        (dict(report_s="60"), "report_s must be a number of seconds above 0, got '60'"),
     ],
     ids=str,
 )
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
         EffOPDController(model(), **{"score_fn": lambda: 0.0, **options})
+
+
+def test_ranks_at_different_steps_are_told():
+    net = model()
+    controller = EffOPDController(net, lambda: 0.0)
+    train(net)
+    current = snapshot(net)
+    controller.ranks.gather = lambda value, error=None: [value, (value[0] + 1, *value[1:])]
+    with pytest.raises(RuntimeError, match=r"ranks are at different steps: \[1, 2\]"):
+        controller.step(1)
+    assert same(net, current)
+
+
+def test_what_moves_on_one_rank_may_not_stay_on_another():
+    ranks = EffOPDController(model(), lambda: 0.0).ranks
+    ranks.gather = lambda value, error=None: [(["a", "b"], []), (["c"], ["d"])]  # two stages of a pipeline
+    ranks.agree_on_moving([], [])
+    ranks.gather = lambda value, error=None: [(["a", "b"], []), (["a"], ["b"])]
+    with pytest.raises(ValueError, match="b is trained on rank 0 and frozen on rank 1"):
+        ranks.agree_on_moving([], [])
+
+
+def test_too_few_scores_are_found_before_a_candidate_is_tried():
+    net = model()
+    script = Script(net, 0.5)
+    controller = EffOPDController(net, script, accept="paired")
+    train(net)
+    with pytest.raises(ValueError, match="at least 2 prompts"):
+        controller.step(1)
+    assert len(script.seen) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_what_cannot_move_is_named_at_once(dtype):
+    named = {"attn.q.weight": torch.zeros(2), "attn.mask": torch.zeros(2).to(dtype)}
+    with pytest.raises(ValueError, match=f"attn.mask is {dtype}: .* exclude it"):
+        EffOPDController(named, lambda: 0.0)
+    with pytest.raises(ValueError, match=r"attn.q.weight is without data \(meta\)"):
+        EffOPDController({"attn.q.weight": torch.zeros(2, device="meta")}, lambda: 0.0)
 
 
 @pytest.mark.parametrize("option", ["score_fn", "loss_fn", "on_weights_changed"])
@@ -462,6 +507,7 @@ def test_scores_of_any_shape(array):
     "scores, error, words",
     [
         (["good"], TypeError, "score_fn must return"),
+        (["12"], TypeError, "score_fn must return"),
         ([None], TypeError, "score_fn must return"),
         ([[]], ValueError, "no score"),
         ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),

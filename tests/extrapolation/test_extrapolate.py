@@ -212,6 +212,7 @@ class TestPublicFunction:
             (dict(alpha=[1.0, 2.0]), ValueError, "2 alphas for 1 tensors"),
             (dict(alpha=torch.ones(2)), ValueError, "alpha has shape"),
             (dict(alpha=float("nan")), ValueError, "finite"),
+            (dict(alpha=torch.tensor(float("nan"))), ValueError, "finite"),
             (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
             (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
             (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM at every point of an event: the weights are W_t or an accepted candidate, never in between."""
 
 import os
+import random
 import signal
 import sys
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import torch
 
 from effopd_kernels.extrapolation import EffOPDController, cpu
 from effopd_kernels.extrapolation.interrupts import Deferred
+from effopd_kernels.extrapolation.randomness import SameRandomness
 
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -135,3 +137,69 @@ def test_signals_kept_are_delivered_in_open_or_at_the_end():
         signal.raise_signal(signal.SIGINT)
         done = 2
     assert done == 2
+
+
+def test_each_of_two_signals_is_delivered():
+    received = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in Deferred.SIGNALS}
+    try:
+        with Deferred():
+            for number in Deferred.SIGNALS:
+                signal.raise_signal(number)
+        assert received == list(Deferred.SIGNALS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_both_are_delivered_though_the_first_raises(number):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped, Deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_handler_is_left_behind_by_a_signal_that_comes_at_the_end(number, monkeypatch):
+    handlers = {s: signal.getsignal(s) for s in Deferred.SIGNALS}
+    restore = Deferred._restore
+
+    def interrupted(self):
+        monkeypatch.setattr(Deferred, "_restore", restore)
+        signal.raise_signal(number)  # while its handler is still the one that defers
+        restore(self)
+
+    monkeypatch.setattr(Deferred, "_restore", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)), Deferred():
+        pass
+    assert {s: signal.getsignal(s) for s in Deferred.SIGNALS} == handlers
+
+
+@pytest.mark.parametrize("what", ["modes", "randomness"])
+def test_what_scoring_changed_is_put_back_whole(number, monkeypatch, what):
+    """A signal during the clean-up waits for its end."""
+    net, _ = world()
+    state = random.getstate()
+
+    def score():
+        net.eval()
+        random.random()
+        return 0.0
+
+    controller = EffOPDController(net, score)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1.0)
+    rewind, calls = SameRandomness._rewind, []
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 2:  # at the end of the first score; modes are put back after it
+            signal.raise_signal(number)
+        rewind(self)
+
+    monkeypatch.setattr(SameRandomness, "_rewind", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        controller.step(1)
+    assert all(part.training for part in net.modules()) if what == "modes" else random.getstate() == state

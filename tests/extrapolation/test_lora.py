@@ -595,3 +595,36 @@ def test_what_cannot_be_extrapolated_is_refused():
     other = EffOPDController(lora(target_modules=["q_proj"]), lambda: 0.0).state_dict()
     with pytest.raises(ValueError, match="other LoRA layers"):
         EffOPDController(lora(), lambda: 0.0).load_state_dict(other)
+    with pytest.raises(ValueError, match="the trained adapter is named 'effopd'"):
+        model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name=COMPANION)
+        EffOPDController(model, lambda: 0.0)
+    assert list(model.peft_config) == [COMPANION] and model.base_model.model.self_attn["q_proj"].lora_A
+
+
+def test_a_state_of_another_width_changes_nothing():
+    torch.manual_seed(0)
+    controllers = []
+    for width in (8, 16):
+        net = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"up_proj": torch.nn.Linear(width, width)})})
+        model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+        controllers.append(EffOPDController(model, scripted(0, 1, 0), alphas=(3, 5)))
+        train(model, 0)
+        controllers[-1].step(1)
+    before = {name: tensor.clone() for name, tensor in controllers[1].state_dict()["anchor"].items()}
+    with pytest.raises(ValueError, match=r"up_proj is 16 × 16, and its factors there are \(8, 2\) and \(2, 8\)"):
+        controllers[1].load_state_dict(controllers[0].state_dict())
+    after = controllers[1].state_dict()["anchor"]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_layers_whose_names_end_alike_are_left_alone():
+    torch.manual_seed(0)
+    block = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})})
+    net = torch.nn.ModuleDict(
+        {**block, "dec": torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})})}
+    )
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=r"mlp\.fc"))
+    controller = EffOPDController(model, scripted(0, 1, 0), alphas=(3, 5))
+    train(model, 0)
+    assert controller.step(1).alpha == 3.0
+    assert not hasattr(other["fc"], "lora_A") and not any(p.is_meta for p in model.parameters())

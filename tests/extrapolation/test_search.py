@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from effopd_kernels.extrapolation import EffOPDController, Losses
+from effopd_kernels.extrapolation import EffOPDController, Losses, Scores
 from effopd_kernels.extrapolation.search import Point, line_minimum
 
 
@@ -246,3 +246,15 @@ def test_options():
     controller.weights.tensors[0].add_(1.0)
     with pytest.raises(ValueError, match="requires_grad"):
         controller.step(1)
+
+
+def test_the_budget_counts_points_of_the_line():
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(3, 2)})
+    controller = EffOPDController(
+        net, lambda: Scores((1.0,), tokens=5), search="gradient", max_val_tokens=7,
+        loss_fn=lambda: Losses(net["mlp"].weight.square().sum(), 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        net["mlp"].weight.mul_(0.9)
+    event = controller.step(1)
+    assert (event.val_tokens, event.num_gradients) == (5, 1) and event.skipped == "max_val_tokens is spent"

@@ -117,6 +117,8 @@ def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
     linear.bias.requires_grad_(False)
     assert list(named_tensors(linear)) == ["weight"]
     assert list(named_tensors({"plain": torch.zeros(1)})) == ["plain"]
+    with pytest.raises(ValueError, match=r"two different tensors are named 'a\.w'"):
+        named_tensors([("a.w", torch.zeros(1)), ("module.a.w", torch.zeros(1))])
     with pytest.raises(TypeError, match="named tensors"):
         named_tensors([torch.zeros(2)])
     with pytest.raises(TypeError, match="named tensors"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from effopd_kernels.extrapolation import EffOPDController, buffers, weights
-from effopd_kernels.extrapolation.masters import find_masters
+from effopd_kernels.extrapolation.masters import find_masters, is_master
 
 
 def model(dtype=torch.float32):
@@ -225,6 +225,22 @@ def test_partitioned_parameters_are_refused():
     net["mlp"].weight.ds_id = 0  # as DeepSpeed ZeRO-3 leaves them
     with pytest.raises(ValueError, match=r"mlp\.weight is partitioned by DeepSpeed"):
         EffOPDController(net, lambda: 0.0)
+
+
+def test_a_master_is_compared_to_its_last_row():
+    param = torch.ones(3, 4).bfloat16()
+    master = param.float() * (1 + 2**-12)
+    assert is_master(master, param)
+    master[2, 3] = 2
+    assert not is_master(master, param)
+
+
+def test_a_moment_of_zeros_is_no_master():
+    param = torch.nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = torch.optim.SGD([param])
+    optimizer.state[param] = {"exp_avg": torch.full((3,), 1e-9), "master_param": torch.full((3,), 2e-8)}
+    masters, _ = find_masters({"w": param}, optimizer)
+    assert masters["w"] is optimizer.state[param]["master_param"]
 
 
 def test_given_masters_are_checked():

@@ -250,3 +250,45 @@ def test_training_again_writes_whole_checkpoints_again(world, tmp_path):
         assert (tmp_path / f"checkpoint-{STEPS}" / "effopd_state").is_dir()
         shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
     assert effopd.controller.events[-1].delta_norm > 0
+
+
+def test_what_a_step_has_to_do_is_not_forgotten_for_its_event(world, tmp_path):
+    """A score_fn may evaluate with the trainer itself, which clears what is due."""
+    trainer = plain_trainer(world, tmp_path, logging_steps=1, eval_strategy="steps", eval_steps=1, max_steps=3)
+    trainer.add_callback(EffOPDCallback(lambda: -trainer.evaluate()["eval_loss"], log=trainer.log))
+    trainer.train()
+    losses = [record["step"] for record in trainer.state.log_history if "loss" in record]
+    assert losses == [1, 2, 3]
+    last = [record for record in trainer.state.log_history if "eval_loss" in record and record["step"] == 3]
+    assert len(last) == 1  # off schedule: the due one alone
+
+
+def test_an_override_of_log_is_the_one_that_is_called(world, tmp_path):
+    trainer, seen = plain_trainer(world, tmp_path, max_steps=1), []
+
+    class Logging(transformers.Trainer):
+        def log(self, logs, *args, **kwargs):
+            seen.append(logs)
+            super().log(logs, *args, **kwargs)
+
+    trainer.__class__ = Logging
+    trainer.add_callback(EffOPDCallback(lambda: 0.0, log=trainer.log))
+    trainer.train()
+    assert any("effopd/alpha_accepted" in logs for logs in seen)
+
+
+def test_a_best_checkpoint_without_its_jumps_is_said(world, tmp_path, caplog):
+    """And what was trained is still there to be saved."""
+    flags = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_steps=2)
+    trainer = lora_trainer(world, tmp_path, **flags)
+    scores = count()
+
+    class Forgetful(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for folder in tmp_path.glob("checkpoint-*/effopd_state"):
+                shutil.rmtree(folder)
+
+    trainer.add_callback(EffOPDCallback(lambda: float(next(scores))))
+    trainer.add_callback(Forgetful())
+    trainer.train()
+    assert "the jumps of the best checkpoint are lost" in caplog.text
