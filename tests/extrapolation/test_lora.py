@@ -619,10 +619,8 @@ def test_a_state_of_another_width_changes_nothing():
 
 def test_layers_whose_names_end_alike_are_left_alone():
     torch.manual_seed(0)
-    block = torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})})
-    net = torch.nn.ModuleDict(
-        {**block, "dec": torch.nn.ModuleDict({"mlp": torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})})}
-    )
+    own, other = (torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)}) for _ in range(2))
+    net = torch.nn.ModuleDict({"mlp": own, "dec": torch.nn.ModuleDict({"mlp": other})})
     model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=r"mlp\.fc"))
     controller = EffOPDController(model, scripted(0, 1, 0), alphas=(3, 5))
     train(model, 0)
