@@ -171,9 +171,14 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
 
 
 def restore_trl_loss(trainer: DistillationTrainer) -> None:
-    """Give `trainer` back the loss it was born with. Does nothing if it never had ours."""
-    trainer.__dict__.pop("_compute_loss", None)
-    trainer.__dict__.pop("_get_last_hidden_state", None)
+    """Give `trainer` back the loss it had. Does nothing if it has not ours."""
+    joint = trainer.__dict__.get("_compute_loss")
+    if not isinstance(joint, _Joint):
+        return
+    del trainer._compute_loss
+    trainer.__dict__.pop(_HIDDEN, None)
+    if joint.replaced is not None:
+        trainer._compute_loss = joint.replaced
 
 
 class _Joint:
@@ -181,6 +186,7 @@ class _Joint:
 
     def __init__(self, trainer: DistillationTrainer, method: types.FunctionType, loss: FusedLoss):
         self.trainer, self.method, self.loss = trainer, method, loss
+        self.replaced = vars(trainer).get("_compute_loss")  # which somebody else has put there
         self.hidden_states = getattr(trainer, _HIDDEN)
         self.compute: Callable | None = None
 

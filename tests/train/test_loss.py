@@ -198,6 +198,10 @@ def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
     one.compute_loss(one.model, batch(one))
     assert len(calls) == 1
     restore_trl_loss(one)  # harmless twice
+    one._compute_loss = mine = lambda *_: None
+    use_fused_loss(one)
+    restore_trl_loss(one)
+    assert one._compute_loss is mine
 
 
 def test_a_trl_that_moved_the_joint_is_named(world):
