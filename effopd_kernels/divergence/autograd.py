@@ -95,7 +95,8 @@ def anchor_of(inputs) -> Tensor | None:
     """A zero in the graph of all inputs that hangs on to the memory of none; None where no graph is made of it."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    return sum(t[..., :0].sum(dtype=torch.float32) for t in inputs if t is not None and t.requires_grad)
+    zeros = [t[..., :0].sum(dtype=torch.float32) for t in inputs if t is not None and t.requires_grad]
+    return sum(zeros) if zeros else None
 
 
 def differentiable_once(grads, inputs=(), anchor: Tensor | None = None):
