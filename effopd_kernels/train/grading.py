@@ -1,77 +1,127 @@
 r"""Is this completion right? Final answers are extracted from free text and compared.
 
-A final answer is, in order of preference: the last ``\boxed{…}``; what follows the last ``####`` (GSM8K); what follows
-the last "answer is" or "answer:"; otherwise the last number in the text; otherwise the whole text.
+Typography is made plain first, in completion and answer alike: delimiters and spacing of LaTeX, ``\text``, ``\frac`` of
+numbers, bold, minus, currency and degree signs. A final answer is then, in order of preference: the last ``\boxed{…}``;
+the line after the last ``####`` (GSM8K), "answer is", "answer:" or "answer ="; otherwise the last number in the text;
+otherwise the whole text.
 """
 
 import importlib.util
 import math
 import re
+from decimal import Decimal
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_STATED = re.compile(_NUMBER.pattern + r"\\?%?")  # a number as prose states it, per cent sign included
-_FRACTION = re.compile(r"([-+]?[\d,.]+)\s*/\s*([\d,.]+)")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
-# `.*` in front: the last statement counts. What is stated ends with its line or sentence.
-_MARKERS = (
-    re.compile(r".*####\s*([^\n]+)", re.DOTALL),
-    re.compile(r".*answer(?:\s+is|\s*[:=])\s*(.+?)(?:\.\s|\.?$|\n)", re.DOTALL | re.IGNORECASE),
+# In this order. Each pattern reads a text in linear time, as do all below: completions can be long and degenerate.
+_TYPOGRAPHY = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("−", "-"),
+        (r"\\\\|\\[()\[\]:; ]|\\q?quad\b|~|\*\*", " "),
+        (r"\\[!,]|\\?[$£€¥]|\^\{?\\circ\}?|°|\\(?:left|right)(?![a-zA-Z])", ""),
+        (r"\\%", "%"),
+        (r"\{,\}", ","),
+        (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"),
+        (r"(?<=\d)\s*(?=\\[cdt]?frac)", " "),  # 1\frac12 is 1 1/2
+        (r"\\[cdt]?frac\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))", r"\1\2/\3\4"),
+    )
 )
+# `.*` in front: the last statement counts.
+_MARKER = re.compile(r".*(?:####|answer(?:\s+is|\s*[:=]))[\s:]*([^\s:][^\n]*)", re.DOTALL | re.IGNORECASE)
+
+# Commas separate thousands only where all groups have three digits: 1,234 is a number, 1,23 and 1,234,5 are lists.
+_UNSIGNED = r"(?:(?:(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+# Sign, whole part of a mixed number, numerator, denominator, per cent sign. After a digit, a letter or a closing
+# bracket "-" is no sign; exponents, indices, denominators of symbols and arguments of LaTeX are no answers.
+_NUMBER = re.compile(
+    r"(?:(?<![\da-zA-Z)\]}%^{/])([-+])|(?<![\d^{/√])(?<![a-zA-Z]_)(?<!\d\.)(?<![\^{]-)(?<!sqrt))"
+    rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
+)
+_FACTOR_FOLLOWS = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))")  # the 2 of 2\pi and of 2^10 is no answer
+_OPERATORS = ("+", "-", "*", "/", "=", "×", "·", "÷", r"\times", r"\cdot", r"\div")
+
+# In normalised text: where a statement ends, and the letter of an option as in (B), B), B: or B.
+_END = re.compile(r"$|\. |,? ?because\b")
+_OPTION = re.compile(rf"[(\[]?([^\W\d_])(?:[)\]:]|{_END.pattern})")
 
 
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + len(r"\boxed"), len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + len(r"\boxed{") : i]
-    return None
+def _plain(text: str) -> str:
+    for pattern, replacement in _TYPOGRAPHY:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def _marked(text: str) -> str | None:
-    if (boxed := _last_boxed(text)) is not None:
-        return boxed
-    for marker in _MARKERS:
-        if found := marker.match(text):
-            return found[1]
-    return None
+    """What the markers say is the answer, if any does. A box that is never closed reaches to the end of the text."""
+    _, boxed, rest = text.rpartition(r"\boxed{")
+    if not boxed:
+        return found[1].strip() if (found := _MARKER.match(text)) else None
+    depth = 1
+    for i, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:i].strip()
+    return rest.strip()
+
+
+def _numbers(text: str) -> list[re.Match]:
+    return [found for found in _NUMBER.finditer(text) if not _FACTOR_FOLLOWS.match(text, found.end())]
 
 
 def extract_answer(text: str) -> str:
     """The final answer stated in `text`, as text (see the module's order of preference)."""
+    text = _plain(text)
     if (marked := _marked(text)) is not None:
-        return marked.strip()
-    numbers = _STATED.findall(text)
-    return numbers[-1] if numbers else text.strip()
+        return marked
+    numbers = _numbers(text)
+    return numbers[-1][0] if numbers else text.strip()
+
+
+def _result(text: str) -> re.Match | None:
+    """The first number, or what is computed from it on the spot: 42 in "42, not 9", 7 in "3 + 4 = 7, not 9"."""
+    result = None
+    for found in _numbers(text):
+        if result and not text[result.end() : found.start()].rstrip(" (").endswith(_OPERATORS):
+            break
+        result = found
+    return result
+
+
+def _values(number: re.Match) -> list[Decimal]:
+    """What a number can mean: 50% is 0.5, or the 50 of "how many per cent". Nothing if it is undefined, as 1/0 is."""
+    sign, whole, top, bottom, percent = ((part or "").replace(",", "") for part in number.groups())
+    try:
+        value = Decimal(sign + top)  # exact whatever its length, so that long integers differ by their last digit
+        if bottom:
+            value /= Decimal(bottom)
+        if whole:
+            value += Decimal(sign + whole)
+        return [value, value / 100] if percent else [value]
+    except ArithmeticError:  # also of exponents beyond decimal's range
+        return []
+
+
+def _close(given: Decimal, gold: Decimal, rel_tol: float) -> bool:
+    if given == given.to_integral_value() and gold == gold.to_integral_value():
+        return given == gold
+    return math.isclose(given, gold, rel_tol=rel_tol, abs_tol=0 if gold else 1e-9)
 
 
 def _normalise(text: str) -> str:
-    text = text.strip().strip("$").replace("\\!", "").replace("\\,", "").replace("\\%", "%")
-    return " ".join(text.casefold().split()).rstrip(".!;,").strip()
+    """Case, white space (also "x=5", "(1,2)") and closing punctuation folded. The space after a full stop stays."""
+    return re.sub(r" ?([^\w\s.]) ?", r"\1", " ".join(text.casefold().split())).rstrip(".!;, ").lstrip()
 
 
-def _number(text: str) -> float | None:
-    """`text` as a number, when it is one and nothing else: thousands separators, %, $, a/b and \\frac{a}{b} allowed."""
-    text = _LATEX_FRACTION.sub(r"\1/\2", _normalise(text)).removeprefix("$").strip()
-    percent = text.endswith("%")
-    text = text.removesuffix("%").strip()
-    try:
-        if fraction := _FRACTION.fullmatch(text):
-            value = float(fraction[1].replace(",", "")) / float(fraction[2].replace(",", ""))
-        elif _NUMBER.fullmatch(text):
-            value = float(text.replace(",", ""))
-        else:
-            return None
-    except (ValueError, ZeroDivisionError):
-        return None
-    return value / 100 if percent else value
+def _says(stated: str, gold: str) -> bool:
+    """Whether the statement is `gold`, or opens with it as a sentence, before a reason or as an option's letter."""
+    stated, gold = _normalise(stated), _normalise(gold)
+    if option := _OPTION.fullmatch(gold):
+        return (found := _OPTION.match(stated)) is not None and found[1] == option[1]
+    return stated.startswith(gold) and _END.match(stated, len(gold)) is not None
 
 
 def _math_verify(completion: str, answer: str) -> bool:
-    if importlib.util.find_spec("math_verify") is None:
+    # Of words it would accept any anagram, as products of the same symbols.
+    if answer.replace(" ", "").isalpha() or importlib.util.find_spec("math_verify") is None:
         return False
     from math_verify import parse, verify
 
@@ -81,21 +131,19 @@ def _math_verify(completion: str, answer: str) -> bool:
 def is_correct(completion: str, answer: str | float | list[str | float], rel_tol: float = 1e-6) -> bool:
     """Whether the final answer of `completion` equals that of `answer`, or of one of several.
 
-    Numbers are compared within `rel_tol` (relative), strings after folding case, white space and closing punctuation.
+    Integers are compared exactly, other numbers within `rel_tol` (relative); 50% equals 0.5 and 50. Of several numbers
+    after a marker the first counts, or the result of the calculation that it opens. Strings are compared after folding
+    case, white space and closing punctuation; a new sentence, "because" or the text of an option may follow.
     When the `math_verify` package is installed, a mismatch gets a second opinion from it (symbolic equality).
     """
     if isinstance(answer, list):
         return any(is_correct(completion, one, rel_tol) for one in answer)
-    answer = str(answer)
-    gold = marked if (marked := _marked(answer)) is not None else answer
-    gold_number = _number(gold)
-    if gold_number is not None:
-        given = _number(extract_answer(completion))
-        if given is None:  # "the answer is 12 apples": fall back to the number inside the marked part
-            inside = _STATED.findall(extract_answer(completion))
-            given = _number(inside[-1]) if inside else None
-        right = given is not None and math.isclose(given, gold_number, rel_tol=rel_tol, abs_tol=1e-9)
+    gold = _plain(str(answer)).strip()
+    gold = gold if (marked := _marked(gold)) is None else marked
+    if number := _NUMBER.fullmatch(gold.rstrip(".")):
+        given = _result(extract_answer(completion))
+        right = given is not None and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(number))
     else:
-        stated = marked if (marked := _marked(completion)) is not None else completion
-        right = _normalise(stated) == _normalise(gold)
+        text = _plain(completion)
+        right = _says(text if (marked := _marked(text)) is None else marked, gold)
     return right or _math_verify(completion, gold)

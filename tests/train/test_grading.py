@@ -1,5 +1,8 @@
+import math
+
 import pytest
 
+from effopd_kernels.train import grading
 from effopd_kernels.train.grading import extract_answer, is_correct
 
 
@@ -8,7 +11,7 @@ from effopd_kernels.train.grading import extract_answer, is_correct
     [
         ("3 + 4 = 7, so the answer is 7.", "7"),
         (r"Thus \boxed{\frac{3}{4}}", "0.75"),
-        (r"first \boxed{1}, no: \boxed{12{,}000}".replace("{,}", ","), "12000"),
+        (r"first \boxed{1}, no: \boxed{12{,}000}", "12000"),
         ("reasoning\n#### 1,234", "1234"),
         ("it costs $18.00", 18),
         ("about 50%", "0.5"),
@@ -19,6 +22,70 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("so we get 42 at last", "The steps were 40 + 2.\n#### 42"),
         (r"\boxed{f(x) = \{1, 2\}}", r"f(x) = \{1, 2\}"),
         ("the answer is Big Apple", ["New York", "big apple"]),
+        # where a statement begins and ends
+        ("The answer is: B", "B"),
+        ("The answer is:\n\n$$5$$", "5"),
+        ("**The answer is:** 5", "5"),
+        ("The answer is St. Louis", "St. Louis"),
+        ("The answer is St. Louis. It is in Missouri.", "St. Louis"),
+        ("The final answer is: $5$. I hope it is correct.", "5"),
+        ("#### Step 1\n3 + 4\nThe answer is 7", "7"),
+        (r"so \boxed{42", "42"),
+        # LaTeX
+        (r"so we get \(42\)", "42"),
+        (r"The answer is \(42\).", "42"),
+        (r"\[5\]", "5"),
+        (r"\boxed{5\text{ cm}}", "5"),
+        (r"\boxed{90^\circ}", "90"),
+        (r"\boxed{12{,}000}", "12000"),
+        (r"12\,000", "12000"),
+        (r"\left(1,2\right)", "(1, 2)"),
+        (r"\boxed{2 \pi}", r"2\pi"),
+        # fractions
+        ("3/4", "3/4"),
+        (r"\frac{3}{4}", r"\frac{3}{4}"),
+        (r"It is $\frac{3}{4}$.", "0.75"),
+        (r"-$\frac{3}{4}$", "-0.75"),
+        (r"\frac34", "0.75"),
+        (r"1\frac12", "1.5"),
+        ("2 1/2 cups", "2.5"),
+        # options
+        ("(B)", "B"),
+        (r"\text{B}", "B"),
+        ("**B**", "B"),
+        ("B) Paris", "B"),
+        ("B. Paris", "(B)"),
+        ("The answer is (B).", "B"),
+        (r"The answer is \text{B}", "B"),
+        ("The answer is **B**", "B"),
+        ("The answer is B) Paris", "B"),
+        ("The answer is B because A is too small.", "B"),
+        (r"\boxed{\textbf{(B)}\ 5}", ["B"]),
+        (r"\boxed{\textbf{(B)}\ 5}", ["5"]),
+        # several numbers
+        ("The answer is 10, not 9", "10"),
+        ("The answer is 12 apples and 3 pears", "12"),
+        ("The answer is 42 because 6 * 7 = 42 and 1 + 1 = 2", "42"),
+        (r"The answer is \(6 \times 7 = 42\), not 43", "42"),
+        ("Answer: (3 + 4) * 2 = 14", "14"),
+        ("The answer is 60 km/h, 5 more", "60"),
+        # signs and units
+        ("There are 3-4 apples", "4"),
+        ("so the change is -$5.", "-5"),
+        ("−5", "-5"),
+        ("it is _42_", "42"),
+        ("it costs €18", "£18"),
+        ("50%", "50"),
+        # strings
+        ("(1,2)", "(1, 2)"),
+        ("x=5", "x = 5"),
+        # numbers of all kinds
+        ("it is ٤٢", "42"),
+        ("答案是-5", "-5"),
+        ("1e3", 1000),
+        ("NaN", math.nan),
+        ("inf", "inf"),
+        ("9" * 5000, "9" * 5000),
     ],
 )
 def test_right(completion, answer):
@@ -35,6 +102,39 @@ def test_right(completion, answer):
         ("1/0", "1"),
         ("7.1", "7"),
         ("it is 3", ["7", 8]),
+        # integers are compared exactly
+        ("1234567", "1234568"),
+        ("9007199254740993", "9007199254740992"),
+        ("9" * 5000, "9" * 4999 + "8"),
+        ("6.6e-34", "1.6e-19"),
+        # commas of lists
+        ("The numbers are 1,2,3", "123"),
+        ("1,2", "12"),
+        ("1,2345", "12345"),
+        ("1,234,5", "12345"),
+        ("10-3 =", "-3"),
+        # part of a formula
+        (r"\boxed{2\pi}", "2"),
+        (r"\boxed{\sqrt{2}}", "2"),
+        (r"\boxed{x^{-12}}", "2"),
+        (r"\boxed{x_{12} + y_12}", "2"),
+        (r"\boxed{\frac{\pi}{4}}", "4"),
+        ("unmatched } and 7 of 9", "7"),
+        # what comes after the answer
+        ("The answer is 10, not 9", "9"),
+        ("The answer is 12 apples and 3 pears", "3"),
+        ("The answer is Stockholm", "St"),
+        ("The answer is", "7"),
+        (r"\boxed{}", "0"),
+        # options
+        ("C) Paris", "B"),
+        ("Brazil", "B"),
+        ("The answer is A cat", "A"),
+        # no numbers
+        ("nan", "5"),
+        ("inf", "5"),
+        ("1e999", "2e999"),
+        ("1e99999999999999999999", "1e99999999999999999998"),
     ],
 )
 def test_wrong(completion, answer):
@@ -43,3 +143,22 @@ def test_wrong(completion, answer):
 
 def test_the_last_statement_counts():
     assert extract_answer("the answer is 3. Wait, the answer is 5") == "5"
+
+
+def test_a_minus_between_numbers_is_no_sign():
+    assert extract_answer("10-3 =") == "3"
+
+
+@pytest.mark.timeout(60)  # a few seconds; an expression that backtracks takes hours
+def test_huge_completions_take_linear_time(monkeypatch):
+    monkeypatch.setattr(grading, "_math_verify", lambda *_: False)  # it gives up after five seconds of its own
+    units = [
+        "1", "1,", "1,234,", "1 ", "1/", "0 1/", "1.", "1e", "1\\", "1 + ", "{", "}", "\\", "\\ ", "(", "$", "*", "#",
+        "-", "−", r"\frac", r"\frac{1", r"\frac{1}", r"\text{", r"\boxed{", r"\sqrt", "answer ", "answer is ", "a. ",
+        " ", "\n",
+    ]  # fmt: skip
+    texts = [unit * (100_000 // len(unit)) for unit in units]
+    texts += [start + " " * 100_000 for start in ("answer", "answer is", "####", "1", "1 /", r"\frac{1}", "x")]
+    for text in texts:
+        assert not is_correct(text, "0.123")
+        assert not is_correct(text + "}x", "Paris")
