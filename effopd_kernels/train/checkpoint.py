@@ -12,6 +12,7 @@ import platform
 import re
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..commands import written
@@ -104,22 +106,33 @@ def publish(staged: Path, final: Path) -> None:
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if final.exists():
         aside = final.with_name(final.name + REPLACED)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         final.rename(aside)  # two directories cannot be swapped in one go everywhere; `newest_intact` knows this name
     staged.rename(final)
-    for replaced in final.parent.glob(f"{checkpoint_name('*')}{REPLACED}"):
-        shutil.rmtree(replaced, ignore_errors=True)
+    for replaced in checkpoints(final.parent):
+        if replaced.name.endswith(REPLACED):
+            with suppress(OSError):
+                remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, a file, or of a link the link alone; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a published checkpoint, naming the file; None if it is whole."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
+        listed = [(name, size, crc) for name, (size, crc) in manifest.items()]
     except FileNotFoundError:
         return f"'{checkpoint}' is not a checkpoint of effopd-train: it has no {MANIFEST}"
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"'{checkpoint / MANIFEST}' is unreadable"
-    for name, (size, crc) in manifest.items():
+    for name, size, crc in listed:
         file = checkpoint / name
         if not file.is_file():
             return f"'{file}' is missing"
@@ -137,7 +150,13 @@ def write_settings(folder: Path, args: OPDConfig) -> None:
 
 def check_settings(checkpoint: Path, args: OPDConfig) -> None:
     """Raises UserError where a run cannot go on from `checkpoint` with what `args` ask for. Another learning rate, say,
-    would not be used, but be what the run's summary says."""
+    would not be used, but be what the run's summary says; nor from one of the weights alone, which would go on with
+    another optimizer and other random numbers."""
+    if not any(checkpoint.glob("rng_state*.pth")):
+        raise UserError(
+            f"checkpoint '{checkpoint}' was saved with --save_only_model, without the optimizer's state that a resumed "
+            "run goes on with: begin another run with the checkpoint as its student"
+        )
     file = checkpoint / SETTINGS_NAME
     given = _settings(args)
     for name, was in json.loads(file.read_text()).items() if file.is_file() else ():
@@ -170,6 +189,17 @@ def _found(output_dir: Path) -> dict[Path, tuple[int, bool]]:
     """Folder → its step, and whether it is the one that counts or one that was being replaced."""
     name = rf"{PREFIX_CHECKPOINT_DIR}-(\d+)({re.escape(REPLACED)})?"
     return {p: (int(m[1]), not m[2]) for p in output_dir.glob("*") if (m := re.fullmatch(name, p.name))}
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Those in `output_dir`, whole or not, without what only has the name of one."""
+    told_by = (MANIFEST, TRAINER_STATE_NAME)
+    return [p for p in _found(output_dir) if any((p / name).is_file() for name in told_by)]
+
+
+def unpublished(output_dir: Path) -> list[Path]:
+    """What processes that were killed had been writing."""
+    return [p for p in output_dir.glob(f"{STAGING}*") if re.fullmatch(rf"{re.escape(STAGING)}\d+", p.name)]
 
 
 def saved_steps(output_dir: Path) -> list[int]:

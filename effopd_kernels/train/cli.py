@@ -1,23 +1,27 @@
 """`effopd-train`: one command from prompts, a teacher and a student to a distilled student.
 
-Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (a checkpoint was written).
+Exit codes: 0 done; 2 something given was wrong (one sentence on stderr); 130 interrupted (once training has begun, with
+a checkpoint of the last completed step).
 """
 
+import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import transformers
 import trl
 import yaml
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
@@ -32,12 +36,12 @@ from ..commands import (
 )
 from ..errors import one_line
 from ..extrapolation.lora import COMPANION
-from .checkpoint import check_settings, check_shared, checkpoint_name, damage, newest_intact
+from .checkpoint import check_settings, check_shared, checkpoints, damage, newest_intact, remove
 from .config import OPDConfig
-from .data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
+from .data import check_tokenizers, fit_context, load_prompts, split_off
 from .errors import NonFiniteLossError, UserError
 from .report import MetricsFile, run_summary, saved_step, write_report
-from .trainer import OPDTrainer
+from .trainer import OPDTrainer, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,10 @@ class DataArguments:
         default="test", metadata={"help": "Split of the held-out set and of candidates' prompts."}
     )
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out prompts for the curve. Unset: eval_size prompts of the training set."}
+        default=None,
+        metadata={
+            "help": "Held-out prompts; without eval_steps for the end only. Unset: eval_size of the training set."
+        },
     )
     val_dataset_name: str | None = field(
         default=None,
@@ -64,7 +71,7 @@ class DataArguments:
     eval_size: int = field(default=256, metadata={"help": "Held-out prompts, when they come from the training set."})
     demo: bool = field(
         default=False,
-        metadata={"help": "Build a tiny world, run OPD and EffOPD in it and compare them. Other flags apply."},
+        metadata={"help": "Build a tiny world, run OPD and EffOPD in it and compare them. Other options apply."},
     )
 
 
@@ -94,13 +101,14 @@ def print_help(parser: trl.TrlParser) -> None:
     print("  effopd-train --demo                                              a complete run in a few minutes")
     print("  effopd-train --model_name_or_path STUDENT --teacher_model_name_or_path TEACHER \\")
     print("      --dataset_name train.jsonl --eval_steps 50 --output_dir out\n")
-    print(options_help(parser, HELP, {}))
+    resume = "A checkpoint's folder to go on from; without a value, the newest intact one in output_dir."
+    print(options_help(parser, HELP, {"resume_from_checkpoint": resume}))
     print("  --help_all   every option of TRL's DistillationConfig and transformers' TrainingArguments")
 
 
 def options_help(parser: trl.TrlParser, sections: Mapping[str, Iterable[str]], texts: Mapping[str, str | None]) -> str:
     """The options of each section, with the text given for one in place of its own help."""
-    actions = {a.dest: a for a in reversed(parser._actions)}  # --option, not the --no_option that may follow it
+    actions = _actions(parser)
     formatter = parser._get_formatter()
     for title, names in sections.items():
         formatter.start_section(title)
@@ -111,7 +119,12 @@ def options_help(parser: trl.TrlParser, sections: Mapping[str, Iterable[str]], t
     return formatter.format_help()
 
 
-def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
+def _actions(parser: trl.TrlParser) -> dict[str, argparse.Action]:
+    return {a.dest: a for a in reversed(parser._actions)}  # --option, not the --no_option that may follow it
+
+
+def parse(argv: list[str], **defaults: Any) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
+    """`defaults` hold where neither flags nor a `--config` file say otherwise."""
     parser = trl.TrlParser((DataArguments, OPDConfig, trl.ModelConfig), prog="effopd-train")
     if "-h" in argv or "--help" in argv:
         print_help(parser)
@@ -122,6 +135,7 @@ def parse(argv: list[str]) -> tuple[DataArguments, OPDConfig, trl.ModelConfig]:
     flag = "--resume_from_checkpoint"
     if flag in argv and (argv[-1] == flag or argv[argv.index(flag) + 1].startswith("--")):
         argv = [*argv[: argv.index(flag) + 1], "true", *argv[argv.index(flag) + 1 :]]
+    parser.set_defaults(**{name: str(value) for name, value in defaults.items()})
     return parse_options(parser, argv)
 
 
@@ -134,15 +148,58 @@ def parse_options(parser: trl.TrlParser, argv: list[str]) -> tuple:
     def refuse(message: str):
         raise UserError(message)
 
-    parser.error = refuse
-    strings = {"return_remaining_strings": True, "separate_remaining_strings": True}
-    *values, in_file, in_flags = parser.parse_args_and_config(argv, **strings)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    config.error = parser.error = refuse
+    given, argv = config.parse_known_args(argv)
+    in_file = [] if given.config is None else parser.set_defaults_with_config(**_read(given.config, parser))
+    *values, in_flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     for unknown, where in ((in_file, "in the --config file"), (in_flags, "")):
         if unknown:
             name = unknown[0].partition("=")[0]
             near = get_close_matches(name, parser._option_string_actions, n=1)
             raise UserError(" ".join(["unknown option", name, where]).strip() + "".join(f"; {n}?" for n in near))
     return tuple(values)
+
+
+def _read(file: str, parser: trl.TrlParser) -> dict[str, Any]:
+    """The options in a YAML file, of the types that flags of the same text would have. Its `env` goes into the
+    environment, as TRL has it."""
+    try:
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise UserError(f"--config '{file}' cannot be read: {getattr(e, 'strerror', None) or one_line(e, 400)}") from e
+    env = config.pop("env", {}) if isinstance(config, dict) else None
+    if not isinstance(env, dict):
+        raise UserError(f"--config '{file}' is not a mapping of options to values (and `env` of variables)")
+    os.environ.update({str(name): str(value) for name, value in env.items()})
+    config = {str(name).replace("-", "_"): value for name, value in config.items()}
+    hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
+    actions = _actions(parser)
+    for name in [name for name in config if name in hints]:
+        value, action = config[name], actions[name]
+        kinds = _kinds(hints[name]) | {type(action.const)} - {NoneType}  # as what a flag without a value means
+        if type(value) in _NO_TEXT and type(value) not in kinds:
+            raise UserError(f"--{name} in '{file}' takes no {_NO_TEXT[type(value)]}, got {value!r}")
+        try:
+            if isinstance(value, list):
+                config[name] = [parser._get_value(action, str(part)) for part in value]
+            elif type(value) not in kinds:
+                config[name] = parser._get_value(action, str(value))
+        except argparse.ArgumentError as e:
+            raise UserError(f"{e} in '{file}'") from e
+    return config
+
+
+_NO_TEXT = {list: "list", dict: "mapping", NoneType: "empty value"}
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The types of the values that a field may have: `list`, whatever is in it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return set().union(*map(_kinds, parts))
+    return set(map(type, parts)) if origin is Literal else {origin or hint}
 
 
 def resolve_checkpoint(args: OPDConfig) -> None:
@@ -162,12 +219,19 @@ def resolve_checkpoint(args: OPDConfig) -> None:
 def check_output_dir(folder: Path, write_over: bool, go_on: str = "") -> None:
     """A folder in use is resumed or overwritten on request, never by accident; one that cannot be written is said now,
     not when there is something to write. `go_on`: how to resume a run in it, if that can be."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    with written(folder):  # a name may be too long to ask for
+        missing = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
+    there = next(p for p in (folder, *folder.absolute().parents) if p not in missing)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
             f"--output_dir '{folder}' cannot be written: '{there}' is "
             + ("read-only" if there.is_dir() else "not a folder")
         )
+    with written(folder):  # some do not let one make a folder there, whatever their permissions say
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
     if not write_over and folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; pass {go_on}--overwrite_output_dir to write over it, or "
@@ -186,9 +250,8 @@ def check_models_stay(args: OPDConfig, student: str | None) -> None:
 
 
 SAVED_MODEL = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
-    *(f"{f}adapter_{n}" for f in ("", f"{COMPANION}/") for n in ("config.json", "model.safetensors", "model.bin")),
+    "model.safetensors", "model.safetensors.index.json", "model-{0}-of-{0}.safetensors".format("[0-9]" * 5),
+    *(f"{f}adapter_{n}" for f in ("", f"{COMPANION}/") for n in ("config.json", "model.safetensors")),
 )  # fmt: skip
 
 
@@ -196,8 +259,11 @@ def _abandoned(args: OPDConfig) -> list[Path]:
     """What goes of an earlier run that is written over. Its checkpoints: their steps may lie beyond this run's, and
     resuming and `save_total_limit` would take them for the newer ones. Its saved model: an adapter beside new weights,
     or shards beside a single file, would be loaded with them or in their place."""
-    patterns = () if args.resume_from_checkpoint else (checkpoint_name("*"), *SAVED_MODEL)
-    return [path for pattern in patterns for path in Path(args.output_dir).glob(pattern)]
+    if args.resume_from_checkpoint:
+        return []
+    folder = Path(args.output_dir)
+    saved = (path for pattern in SAVED_MODEL for path in folder.glob(pattern) if path.is_file())
+    return [*checkpoints(folder), *saved]
 
 
 class _WriteOver(TrainerCallback):
@@ -206,7 +272,7 @@ class _WriteOver(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             for path in _abandoned(args):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
 
 def check_trackers(report_to: list[str]) -> None:
@@ -220,8 +286,8 @@ def check_trackers(report_to: list[str]) -> None:
 def _load_tokenizer(name: str, **kwargs):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", truncation_side="left", **kwargs)
-    except (OSError, ValueError) as e:
-        raise UserError(f"no tokenizer can be loaded from '{name}': {one_line(e, 400)}") from e
+    except Exception as e:  # of what kind it is depends on what of a tokenizer is not there
+        raise UserError(f"no tokenizer can be loaded from '{name}': {_said(e)}") from e
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # what transformers makes up from a config
         raise UserError(
             f"'{name}' has no tokenizer files: save the tokenizer it was trained with there, with "
@@ -249,9 +315,19 @@ def _check_no_adapter(name: str) -> None:
 
 def _load_config(name: str, **kwargs):
     try:
-        return AutoConfig.from_pretrained(name, **kwargs).get_text_config()
-    except (OSError, ValueError) as e:
-        raise UserError(f"no model can be loaded from '{name}': {one_line(e, 400)}") from e
+        config = AutoConfig.from_pretrained(name, **kwargs)
+    except Exception as e:
+        raise UserError(f"no model can be loaded from '{name}': {_said(e)}") from e
+    (made, *_) = config.architectures or ["no architecture"]
+    known = getattr(transformers, made, None)  # else the code is the model's own
+    if config.is_encoder_decoder or not config.architectures or (known and not known.can_generate()):
+        raise UserError(f"no causal language model can be loaded from '{name}': its config.json names {made}")
+    return config.get_text_config()
+
+
+def _said(error: Exception) -> str:
+    said = one_line(error, 400)
+    return said if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
@@ -267,18 +343,32 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     }.items():
         if value is None:
             raise UserError(f"--{name} is required (or --demo, which needs nothing)")
+    given = [name for name in (data.eval_dataset_name, data.val_dataset_name) if name and args.effopd_enabled]
+    if len(given) == 2 and len({Path(name).resolve() for name in given}) == 1:
+        raise UserError(
+            f"--eval_dataset_name and --val_dataset_name are both '{given[0]}': prompts that score EffOPD's candidates "
+            "are not held out"
+        )
     check_trackers(args.report_to)
     student, teacher = model_args.model_name_or_path, args.teacher_model_name_or_path
     with PartialState().main_process_first():  # the others read what the first has downloaded
-        train = load_prompts(data.dataset_name, config=data.dataset_config, split=data.dataset_train_split)
         held_out = {}
-        if args.do_eval:
-            held_out["eval"] = (data.eval_dataset_name, data.eval_size)
+        if args.do_eval or data.eval_dataset_name:
+            held_out["eval"] = (data.eval_dataset_name, data.eval_size, "evaluation (--eval_size)")
         if args.effopd_enabled:
-            held_out["val"] = (data.val_dataset_name, args.effopd_val_size)
+            held_out["val"] = (data.val_dataset_name, args.effopd_val_size, "EffOPD's candidates (--effopd_val_size)")
+        answers = {kind: args.eval_metric == "accuracy" for kind in held_out}
+        if args.effopd_score != "eval_metric":
+            answers["val"] = False  # its prompts are completed, and the completions' loss taken
+        train = load_prompts(
+            data.dataset_name,
+            config=data.dataset_config,
+            split=data.dataset_train_split,
+            answers=any(answers[kind] for kind, (name, *_) in held_out.items() if name is None),
+        )
         sets = {
-            kind: load_prompts(name, config=data.dataset_config, split=data.dataset_test_split)
-            for kind, (name, _) in held_out.items()
+            kind: load_prompts(name, config=data.dataset_config, split=data.dataset_test_split, answers=answers[kind])
+            for kind, (name, *_) in held_out.items()
             if name is not None
         }
         trust = {"trust_remote_code": args.trust_remote_code}
@@ -292,16 +382,9 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             _load_tokenizer(teacher, revision=args.teacher_model_revision, **trust),
             shared=min(c.vocab_size for c in configs),
         )
-    if args.eval_metric == "accuracy":
-        for kind in held_out:
-            if kind == "val" and args.effopd_score != "eval_metric":
-                continue  # its prompts are completed, and the completions' loss taken
-            require_answers(sets.get(kind, train), getattr(data, f"{kind}_dataset_name") or data.dataset_name)
-    for kind, (name, size) in held_out.items():
+    for kind, (name, size, what) in held_out.items():
         if name is None:
-            train, sets[kind] = split_off(
-                train, size, args.seed, {"eval": "evaluation", "val": "EffOPD's candidates"}[kind]
-            )
+            train, sets[kind] = split_off(train, size, args.seed, what)
 
     contexts = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
     limit = min(contexts) - args.max_completion_length if contexts else None
@@ -319,20 +402,19 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
     try:
-        return OPDTrainer(
-            student,
-            teacher,
-            args,
-            train_dataset=train,
-            eval_dataset=sets.get("eval"),
-            val_dataset=sets.get("val"),
-            processing_class=tokenizer,
-            callbacks=[MetricsFile()],
-            quantization_config=quantization,
-            peft_config=trl.get_peft_config(model_args),
-        )
-    except SafetensorError as e:  # of the student: the teacher's names it
-        raise UserError(f"the weights of '{student}' cannot be read: {e}") from e
+        with weights_of(student):  # the teacher's are named before
+            return OPDTrainer(
+                student,
+                teacher,
+                args,
+                train_dataset=train,
+                eval_dataset=sets.get("eval"),
+                val_dataset=sets.get("val"),
+                processing_class=tokenizer,
+                callbacks=[MetricsFile()],
+                quantization_config=quantization,
+                peft_config=trl.get_peft_config(model_args),
+            )
     except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
         raise UserError(one_line(e, 400)) from e
 
@@ -353,7 +435,8 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
         trainer.add_callback(_WriteOver())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     last = trainer.state.global_step
-    if trainer.eval_dataset is not None and trainer.last_evaluated != last == saved_step(trainer):
+    evaluated = any(r["step"] == last and "eval_teacher_kl" in r for r in trainer.state.log_history)
+    if trainer.eval_dataset is not None and not evaluated and last == saved_step(trainer):
         trainer.evaluate()
     with written(args.output_dir):
         trainer.save_model(args.output_dir)
@@ -376,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             data, args, model_args = parse(argv)
-        except (ValueError, OSError, ImportError, yaml.YAMLError) as e:  # HfArgumentParser, TrainingArguments, YAML
+        except (ValueError, OSError, ImportError) as e:  # HfArgumentParser, TrainingArguments
             raise UserError(one_line(e, 400)) from e
         if data.demo:
             from .demo import run_demo
@@ -387,8 +470,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, NonFiniteLossError) as e:
         return refused("effopd-train", str(e))
     except KeyboardInterrupt:
-        there = args is not None and not data.demo and any(Path(args.output_dir).glob(checkpoint_name("*")))
-        return interrupted("effopd-train", "; go on with --resume_from_checkpoint" * there)
+        there = args is not None and not data.demo and checkpoints(Path(args.output_dir))
+        return interrupted("effopd-train", "; go on with --resume_from_checkpoint" if there else "")
     except Exception:
         if not something_was_said():
             raise

@@ -1,5 +1,6 @@
 """The one flat configuration of a run: TRL's own fields under TRL's names, and ours beside them."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,10 +54,11 @@ def parse_schedule(text: str | int | list[int]) -> str | int | list[int]:
 class OPDConfig(trl.DistillationConfig):
     """Everything `trl.DistillationConfig` has, and how to validate and extrapolate.
 
-    Lengths in tokens, sizes in prompts, times in optimizer steps. See the `help` of each field.
+    See the `help` of each field.
 
     Raises:
-        UserError: a value outside its domain.
+        UserError: a value outside its domain, of the fields that are checked here.
+        ValueError: of the others, where TRL or transformers check them; some they do not.
     """
 
     divergence: str | None = field(
@@ -78,8 +80,8 @@ class OPDConfig(trl.DistillationConfig):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Write into a non-empty output_dir. An earlier run's checkpoints and saved model (weights, "
-            "adapter) go, its other files may remain."
+            "help": "Write into a non-empty output_dir: its checkpoints (checkpoint-STEP/) and saved model "
+            "(model*.safetensors, adapter_*) are removed, other files of a run's, README.md too, written over."
         },
     )
     eval_metric: str = field(
@@ -96,16 +98,14 @@ class OPDConfig(trl.DistillationConfig):
             "teacher_kl. Prompts and seeds are the same at every validation."
         },
     )
-    eval_at_powers_of_two: bool = field(
-        default=False, metadata={"help": "Evaluate at steps 1, 2, 4, 8 and so on too, beside every eval_steps."}
-    )
+    eval_at_powers_of_two: bool = field(default=False, metadata={"help": "Evaluate at steps 1, 2, 4 and so on."})
     effopd_enabled: bool = field(default=True, metadata={"help": "Extrapolate (EffOPD). False: plain OPD."})
     effopd_alphas: list[float] = field(
         default_factory=lambda: [3, 5, 7, 9, 11],
         metadata={"help": "Candidate step sizes alpha in W = anchor + alpha * (W_t - anchor), in order."},
     )
     effopd_max_candidates: int = field(default=5, metadata={"help": "Most candidates tried at one event."})
-    effopd_schedule: str = field(
+    effopd_schedule: None | str | list[int] = field(  # noqa: RUF036  so ordered, a flag's is text
         default="pow2",
         metadata={
             "help": "Steps with an event: pow2 (published), adaptive (more often while jumps pay), a number N (every N "
@@ -172,6 +172,11 @@ class OPDConfig(trl.DistillationConfig):
             self.dataloader_pin_memory = False
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        self.do_eval = self.do_eval or self.eval_at_powers_of_two or self.eval_on_start
+        if self.resume_from_checkpoint == "":
+            raise UserError("--resume_from_checkpoint is empty: give a checkpoint's folder or 'latest', or none at all")
+        if str(self.resume_from_checkpoint).lower() in ("false", "no"):
+            self.resume_from_checkpoint = None
         best, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
         if self.metric_for_best_model is not None:  # where none was given, transformers' is the loss: not measured here
@@ -192,11 +197,19 @@ class OPDConfig(trl.DistillationConfig):
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in (
             "temperature", "loss_temperature", "max_completion_length", "per_device_train_batch_size",
-            "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
+            "gradient_accumulation_steps", "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None or not value > 0:
-                raise UserError(f"--{name} must be positive, got {value}")
+            if value is None or not 0 < value < math.inf:
+                raise UserError(f"--{name} must be positive{' and finite' * (value == math.inf)}, got {value}")
+        if self.eval_steps is not None and not self.eval_steps >= 0:
+            raise UserError(f"--eval_steps must not be negative, got {self.eval_steps}")
+        for name in (
+            "model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs",
+            "lr_scheduler_kwargs", "gradient_checkpointing_kwargs",
+        ):  # fmt: skip
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise UserError(f"--{name} must be a mapping, in JSON where it is a flag, got {value!r}")
         if self.eval_temperature is not None and not self.eval_temperature >= 0:
             raise UserError(f"--eval_temperature must be positive, or 0 for greedy, got {self.eval_temperature}")
         if self.save_on_each_node:

@@ -3,6 +3,7 @@
 Every check here runs before a model is loaded, and names the file, the column and the row it speaks of.
 """
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,29 @@ ANSWER_NAMES = ("answer", "solution")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_prompts(name: str, *, config: str | None = None, split: str = "train") -> datasets.Dataset:
+def load_prompts(
+    name: str, *, config: str | None = None, split: str = "train", answers: bool = False
+) -> datasets.Dataset:
     """Load prompts as a `datasets.Dataset` with columns `prompt` (str or chat messages) and, if present, `answer`.
 
     Args:
         name: a `.jsonl`, `.json` or `.parquet` file, or the id of a dataset on the Hugging Face hub.
         config, split: which configuration and split of a hub dataset; ignored for a file.
+        answers: every row must have one, see `require_answers`.
 
     Columns may be called `problem` or `question` for the prompt and `solution` for the answer; verl's parquet layout
     (`prompt` as messages, `reward_model.ground_truth`) is read as it is.
 
     Raises:
         UserError: nothing to load there, no prompt column, an empty dataset, a prompt that is empty or neither text nor
-            chat messages (row named), or text and messages both.
+            chat messages (row named), text and messages both, or bytes that are not UTF-8.
     """
     path = Path(name)
     if path.suffix in _BUILDERS:
         if not path.is_file():
             raise UserError(f"dataset file '{name}' does not exist")
         try:
-            dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+            dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(name), split="train")
         except Exception as e:
             if path.stat().st_size == 0 or "corresponds to no data" in str(e):
                 raise UserError(f"dataset '{name}' is empty") from e
@@ -50,7 +54,10 @@ def load_prompts(name: str, *, config: str | None = None, split: str = "train") 
             dataset = datasets.load_dataset(name, config, split=split)
         except Exception as e:
             raise UserError(f"dataset '{name}' (split '{split}') cannot be loaded: {_innermost(e)}") from e
-    return unify_columns(dataset, name)
+    try:
+        return unify_columns(dataset, name, answers)
+    except UnicodeDecodeError as e:
+        raise UserError(f"dataset '{name}' has text that is not UTF-8: {e}") from e
 
 
 def _made_one(path: Path) -> str:
@@ -72,7 +79,7 @@ def _innermost(error: BaseException) -> str:
     return one_line(error)
 
 
-def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
+def unify_columns(dataset: datasets.Dataset, where: str, answers: bool = False) -> datasets.Dataset:
     """Rename aliased columns to `prompt` and `answer`, and check that there is something to train on."""
     found = dataset.column_names
     prompt = next((n for n in PROMPT_NAMES if n in found), None)
@@ -82,7 +89,7 @@ def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
         raise UserError(f"dataset '{where}' is empty")
     answer = next((n for n in ANSWER_NAMES if n in found), None)
     if answer is None and "reward_model" in found:
-        truths = [(row or {}).get("ground_truth") for row in dataset["reward_model"]]
+        truths = [row.get("ground_truth") if isinstance(row, dict) else None for row in dataset["reward_model"]]
         if all(t is not None for t in truths):
             dataset, answer = dataset.add_column("answer", [str(t) for t in truths]), "answer"
     if prompt != "prompt":
@@ -102,6 +109,10 @@ def unify_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
             raise UserError(
                 f"dataset '{where}' has text and chat messages as prompts, in rows 0 and {row}: make them all one kind"
             )
+    if answers:
+        require_answers(dataset, where, found)
+    elif answer is not None:
+        list(dataset["answer"])  # to be found here, if it cannot be decoded
     return dataset.select_columns([c for c in ("prompt", "answer", "image", "images") if c in dataset.column_names])
 
 
@@ -109,12 +120,13 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
 
 
-def require_answers(dataset: datasets.Dataset, where: str) -> None:
-    """Raise UserError unless every row has an `answer`: text, a number, or a list of such of which any one is right."""
+def require_answers(dataset: datasets.Dataset, where: str, found: list[str]) -> None:
+    """Raise UserError unless every row has an `answer`: text, a number, or a list of such of which any one is right.
+    `found` are the columns to say there are."""
     if "answer" not in dataset.column_names:
         raise UserError(
             f"--eval_metric accuracy needs a column {_either((*ANSWER_NAMES, 'reward_model.ground_truth'))} in "
-            f"'{where}', whose columns are {_listed(dataset.column_names)}; --eval_metric teacher_kl needs none"
+            f"'{where}', whose columns are {_listed(found)}; --eval_metric teacher_kl needs none"
         )
     for row, value in enumerate(dataset["answer"]):
         answers = value if isinstance(value, list) else [value]
@@ -189,8 +201,10 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         shared: rows that both heads have, min(V_student, V_teacher).
 
     Raises:
-        UserError: naming the first id at which the two tokenizers differ, or the first token beyond `shared`.
+        UserError: naming the first id at which the two tokenizers differ, or the first token beyond `shared`; no EOS.
     """
+    if student.eos_token is None:
+        raise UserError("the student's tokenizer has no EOS token to end a completion with: set eos_token and save it")
     ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (student, teacher))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):

@@ -162,9 +162,9 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
     runs = []
     for method in NAMES:
         own = {"output_dir": output / method, "effopd_enabled": method == "effopd"}
-        flags = [f"--{k}={v}" for k, v in {**DEFAULTS, **world}.items()] + argv + [f"--{k}={v}" for k, v in own.items()]
+        flags = [f"--{k}={v}" for k, v in world.items()] + argv + [f"--{k}={v}" for k, v in own.items()]
         print(f"\n{NAMES[method]}")
-        runs.append(run_summary(cli.run(*cli.parse(flags))))
+        runs.append(run_summary(cli.run(*cli.parse(flags, **DEFAULTS))))
     summary = compare(*runs)
     write_report(summary, output)
     print_comparison(summary)

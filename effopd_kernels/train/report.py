@@ -12,6 +12,11 @@ SUMMARY_NAME, CURVES_NAME, METRICS_NAME = "summary.json", "curves.png", "metrics
 EVENT = ("step", "alpha", "score_initial", "score_best", "num_candidates", "skipped")  # what is kept of one
 
 
+def _json(data: Any, **options: Any) -> str:
+    """`data` with null in place of NaN and infinities, which JSON does not have."""
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None), **options) + "\n"
+
+
 class MetricsFile(TrainerCallback):
     """Every logged record as one JSON line. On resume the file is rewritten from the checkpoint's history, so that what
     an abandoned stretch of training had written is gone."""
@@ -21,12 +26,12 @@ class MetricsFile(TrainerCallback):
             path = Path(args.output_dir) / METRICS_NAME
             with written(args.output_dir):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(record) + "\n" for record in state.log_history))
+                path.write_text("".join(map(_json, state.log_history)))
 
     def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             with written(args.output_dir), open(Path(args.output_dir) / METRICS_NAME, "a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(_json(state.log_history[-1]))
 
 
 def saved_step(trainer) -> int:
@@ -89,7 +94,7 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
     """summary.json and curves.png into `folder`."""
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / SUMMARY_NAME).write_text(_json(summary, indent=2))
         draw_curves(summary["runs"], folder / CURVES_NAME)
 
 

@@ -36,7 +36,9 @@ from .checkpoint import (
     load_renamed,
     newest_intact,
     publish,
+    remove,
     saved_steps,
+    unpublished,
     write_settings,
 )
 from .config import OPDConfig
@@ -45,7 +47,7 @@ from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .joints import check_joints
 from .ledger import Ledger
 from .loss import FusedLoss, use_fused_loss
-from .validation import TeacherLoss, Validator
+from .validation import TeacherLoss, Validator, evaluating
 
 LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
 
@@ -118,7 +120,7 @@ class OPDTrainer(trl.DistillationTrainer):
             self, FusedLoss(args.loss_divergence, args.loss_temperature, observer=self._observe)
         )
         self.ledger = Ledger()
-        self.last_evaluated: int | None = None
+        self._last_inputs: dict | None = None  # of the last micro-batch
         self._scored: int | None = None  # the step of the last event that was scored
         self.interrupts = Interrupts(immediate=self.accelerator.num_processes == 1)
         self.guard = StepGuard(self)
@@ -148,6 +150,7 @@ class OPDTrainer(trl.DistillationTrainer):
         self._observed = [torch.stack([s.float() for s in sums])]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._last_inputs = inputs
         output = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # One small gather beside TRL's own for the entropy; every rank sees the same numbers and stops together.
         divergence, teacher_entropy, tokens = self.accelerator.gather(self._observed.pop()[None]).sum(0).tolist()
@@ -165,6 +168,24 @@ class OPDTrainer(trl.DistillationTrainer):
                 is_kl = self.args.loss_divergence == REVERSE_KL and self.args.loss_temperature == 1
                 self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
         return output
+
+    def reverse_kl(self, inputs: dict, observer: Callable) -> torch.Tensor:
+        """KL(student ‖ teacher) of a micro-batch, as `FusedLoss.measuring`; differentiable unless gradients are off."""
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        with self.fused_loss.measuring(observer), self.compute_loss_context_manager():
+            return self._forward_redirection(self.model_wrapped, student, self._compute_loss, student, inputs, None)[0]
+
+    def _check_last_update(self) -> None:
+        """That an update left a student of finite numbers is told by the loss of the step after it. The last has none,
+        so what it learnt from is looked at again, once, before the student is saved."""
+        inputs, self._last_inputs, seen = self._last_inputs, None, []
+        if inputs is None:
+            return
+        with self.ledger.off_the_clock(), torch.no_grad(), evaluating(self.model):
+            self.reverse_kl(inputs, lambda stats, mask: seen.append(stats.divergence.sum().float()))
+        if not self.accelerator.gather(seen[0]).sum().isfinite():
+            step = self.state.global_step
+            raise NonFiniteLossError(f"the loss is not finite after step {step}{self._why_diverged(step + 1)}")
 
     def _why_diverged(self, step: int) -> str:
         """What to add where a student is found that does not compute finite numbers, at the beginning of a step: the
@@ -237,6 +258,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
         Raises:
             UserError: no prompts, here or at construction.
+            NonFiniteLossError: the student or the teacher does not compute finite numbers.
         """
         if eval_dataset is not None and eval_dataset is not self.eval_dataset:
             validator = self._evaluator(eval_dataset)
@@ -244,10 +266,13 @@ class OPDTrainer(trl.DistillationTrainer):
             raise UserError("nothing to evaluate on: pass eval_dataset to evaluate() or to OPDTrainer")
         with self.ledger.off_the_clock():
             result = validator()
+        step = self.state.global_step
+        if not math.isfinite(result.mean("teacher_kl")):
+            why = self._why_diverged(step + 1)
+            raise NonFiniteLossError(f"the KL to the teacher on held-out prompts is not finite after step {step}{why}")
         metrics = {f"{metric_key_prefix}_{name}": result.mean(name) for name in validator.metrics}
         metrics |= self._costs() | {"timing_s/evaluation": result.seconds}
         Trainer.log(self, dict(metrics))
-        self.last_evaluated = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -261,12 +286,14 @@ class OPDTrainer(trl.DistillationTrainer):
         if resume_from_checkpoint:
             check_settings(Path(resume_from_checkpoint), self.args)
         if self.is_world_process_zero():
-            for abandoned in Path(self.args.output_dir).glob(f"{STAGING}*"):  # by a process that was killed
-                shutil.rmtree(abandoned)
-        self._step_sums, self._scored = [0.0, 0], None
+            for abandoned in unpublished(Path(self.args.output_dir)):
+                remove(abandoned)
+        self._step_sums, self._scored, self._last_inputs = [0.0, 0], None, None
         self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))
+        on_start = self.args.eval_on_start
+        self.args.eval_on_start = on_start and not resume_from_checkpoint  # a resumed run's start is behind it
         with self.interrupts.installed():
             self.ledger.start()
             try:
@@ -274,8 +301,11 @@ class OPDTrainer(trl.DistillationTrainer):
             except KeyboardInterrupt:
                 self._save_last_step()
                 raise
+            finally:
+                self.args.eval_on_start = on_start
             if self.interrupts.pending:
                 raise KeyboardInterrupt
+            self._check_last_update()
             return output
 
     def create_optimizer(self, *args, **kwargs):
@@ -331,6 +361,8 @@ class OPDTrainer(trl.DistillationTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """As transformers writes it, with EffOPD's state and the ledger, published when complete. One that the disk
         has no room for leaves it what it had taken, and the checkpoints before it as they are."""
+        if self.state.global_step >= self.state.max_steps:
+            self._check_last_update()
         run_dir = Path(super()._get_output_dir(trial))
         staging = run_dir / f"{STAGING}{self.state.global_step}"
         try:
@@ -431,10 +463,22 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    try:
+    with weights_of(name):
         return create_model_from_path(name, **kwargs)
+
+
+@contextmanager
+def weights_of(name: str):
+    """What safetensors and transformers raise for weights that are damaged, or of another model than their config, as
+    a UserError."""
+    try:
+        yield
     except SafetensorError as e:
         raise UserError(f"the weights of '{name}' cannot be read: {e}") from e
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise UserError(f"the weights of '{name}' are of other shapes than its config.json makes a model of") from e
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

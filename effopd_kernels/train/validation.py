@@ -87,7 +87,7 @@ class Validator:
         trainer, device = self.trainer, self.trainer.accelerator.device
         devices = [device] if device.type == "cuda" else []
         results = []
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _evaluating(trainer.model):
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluating(trainer.model):
             for index in self.indices():
                 graded = self._grade_batch(index)
                 if index < len(self.batches):
@@ -159,11 +159,7 @@ class Validator:
             "completion_ids": padded(completion_ids, pad_id, "right"),
             "completion_mask": padded([[1] * len(r) for r in completion_ids], 0, "right"),
         }
-        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        with trainer.fused_loss.measuring(observer), trainer.compute_loss_context_manager():
-            return trainer._forward_redirection(
-                trainer.model_wrapped, student, trainer._compute_loss, student, inputs, None
-            )[0]
+        return trainer.reverse_kl(inputs, observer)
 
 
 class TeacherLoss:
@@ -181,7 +177,7 @@ class TeacherLoss:
     def __call__(self) -> Losses:
         trainer, tokens = self.validator.trainer, 0
         if self.step != trainer.state.global_step:
-            with _evaluating(trainer.model), torch.no_grad():
+            with evaluating(trainer.model), torch.no_grad():
                 self.completions = [self.validator.complete(index) for index in self.validator.indices()]
             self.step = trainer.state.global_step
             tokens = sum(len(c) for _, completion_ids in self.completions for c in completion_ids)
@@ -191,7 +187,7 @@ class TeacherLoss:
         """A batch's mean counts by its prompts, and one that stands in for a missing batch counts nothing (see
         `Validator.indices`), so that the mean over all of all ranks is that of the batches."""
         validator, world = self.validator, self.validator.trainer.accelerator.num_processes
-        with _evaluating(validator.trainer.model):
+        with evaluating(validator.trainer.model):
             for index, completions in zip(validator.indices(), self.completions, strict=True):
                 prompts = len(validator.batches[index]) if index < len(validator.batches) else 0
                 share = prompts / len(validator.prompts) * len(self.completions) * world
@@ -199,7 +195,7 @@ class TeacherLoss:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module):
+def evaluating(model: torch.nn.Module):
     """`model.eval()` for the duration; TRL files metrics by the mode it finds the model in."""
     was_training = model.training
     model.eval()

@@ -124,6 +124,13 @@ def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_pat
     check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "max_steps": 9, "effopd_alphas": [2]}))
 
 
+def test_a_checkpoint_of_weights_alone_is_no_one_to_resume_from(world, tmp_path):
+    config = {"max_steps": 1, "save_strategy": "steps", "save_only_model": True, "effopd_enabled": False}
+    make_trainer(world, tmp_path, config=config).train()
+    with pytest.raises(UserError, match=r"checkpoint-1' was saved with --save_only_model, without the optimizer's"):
+        make_trainer(world, tmp_path, config=config | {"max_steps": 2}).train(resume_from_checkpoint=True)
+
+
 def test_a_resumed_run_keeps_its_prompts_per_step_whatever_makes_them(two_checkpoints, tmp_path, monkeypatch):
     checkpoint = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
 

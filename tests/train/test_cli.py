@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from effopd_kernels.extrapolation.lora import COMPANION
 from effopd_kernels.train import cli
+from effopd_kernels.train.checkpoint import damage
+from effopd_kernels.train.report import MetricsFile
 from train import world as tiny
 
 HERE = Path(__file__).parent
@@ -63,6 +66,20 @@ def broken_worlds(world, tmp):
     shutil.copytree(world / "teacher", tmp / "cut")
     shutil.copytree(world / "teacher", tmp / "wordless", ignore=shutil.ignore_patterns("*token*", "*template*"))
     os.truncate(tmp / "cut" / "model.safetensors", 10_000)
+    other = shutil.copytree(world / "teacher", tmp / "other shapes") / "config.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"intermediate_size": 128}))
+    (shutil.copytree(world / "teacher", tmp / "no such tokenizer") / "tokenizer.json").write_text("{}")
+    small = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    tiny.save(tmp / "bert", BertForMaskedLM(BertConfig(**small, intermediate_size=32)), tokenizer)
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    tiny.save(tmp / "t5", T5ForConditionalGeneration(t5), tokenizer)
+    tokenizer.eos_token = None
+    tiny.save(tmp / "endless", AutoModelForCausalLM.from_pretrained(world / "student"), tokenizer)
+    (tmp / "latin.jsonl").write_text('{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', encoding="latin-1")
+    tiny.write_jsonl(tmp / "verl.jsonl", [{"prompt": "a", "reward_model": "rule"}])
+    for i, text in enumerate(("[]", '{"a": 3}')):
+        (tmp / f"run{i}" / "checkpoint-1").mkdir(parents=True)
+        (tmp / f"run{i}" / "checkpoint-1" / "manifest.json").write_text(text)
     (tmp / "broken.yaml").write_text("max_steps: [\n")
     (tmp / "typo.yaml").write_text("learning_rat: 1e-5\n")
     chat = [{"prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows]
@@ -144,7 +161,52 @@ def broken_worlds(world, tmp):
             "the chat template cannot be applied to row 0",
         ),
         "fewer prompts than a step": (case(per_device_train_batch_size=64), "a step takes 64 prompts"),
-        "nothing held out": (case(eval_dataset_name=None, eval_size=0), "cannot hold out 0 prompts for evaluation"),
+        "nothing held out": (
+            case(eval_dataset_name=None, eval_size=0),
+            "cannot hold out 0 prompts for evaluation (--eval_size)",
+        ),
+        "too many held out": (case(val_dataset_name=None), "for EffOPD's candidates (--effopd_val_size)"),
+        "scored and held out": (
+            case(eval_dataset_name=f"{world}/../{world.name}/val.jsonl", eval_steps=None),
+            "val.jsonl': prompts that score EffOPD's candidates are not held out",
+        ),
+        "no such held-out prompts": (
+            case(eval_dataset_name="typo.jsonl", eval_steps=None),
+            "dataset file 'typo.jsonl' does not exist",
+        ),
+        "other columns": (
+            case(eval_metric="accuracy", val_dataset_name=tmp / "verl.jsonl"),
+            "whose columns are 'prompt', 'reward_model'",
+        ),
+        "not UTF-8": (case(dataset_name=tmp / "latin.jsonl"), "latin.jsonl' has text that is not UTF-8"),
+        "an encoder": (case(model_name_or_path=tmp / "bert"), "bert': its config.json names BertForMaskedLM"),
+        "an encoder-decoder": (case(teacher_model_name_or_path=tmp / "t5"), "names T5ForConditionalGeneration"),
+        "no EOS": (case(model_name_or_path=tmp / "endless"), "the student's tokenizer has no EOS token"),
+        "another JSON": (
+            case(teacher_model_name_or_path=tmp / "no such tokenizer"),
+            "such tokenizer': KeyError: 'added_tokens'",
+        ),
+        "a student of other shapes": (case(model_name_or_path=tmp / "other shapes"), "are of other shapes than its"),
+        "a teacher of other shapes": (
+            case(teacher_model_name_or_path=tmp / "other shapes"),
+            f"the weights of '{tmp / 'other shapes'}' are of other shapes than its config.json",
+        ),
+        "a long name": (case(output_dir=tmp / ("x" * 300)), "xxx' could not be written: File name too long"),
+        "no folder there": (case(output_dir="/proc/out"), "--output_dir '/proc/out' could not be written: "),
+        "a list for a manifest": (
+            case(output_dir=tmp / "run0", resume_from_checkpoint=tmp / "run0" / "checkpoint-1"),
+            "manifest.json' is unreadable",
+        ),
+        "another manifest": (
+            case(output_dir=tmp / "run1", resume_from_checkpoint=tmp / "run1" / "checkpoint-1"),
+            "manifest.json' is unreadable",
+        ),
+        "an empty checkpoint": (case(resume_from_checkpoint=""), "--resume_from_checkpoint is empty: give"),
+        "no accumulation": (case(gradient_accumulation_steps=0), "--gradient_accumulation_steps must be positive"),
+        "no loss": (case(loss_temperature="inf"), "--loss_temperature must be positive and finite, got inf"),
+        "backwards": (case(eval_steps=-1), "--eval_steps must not be negative, got -1.0"),
+        "no mapping": (case(model_init_kwargs="foo"), "--model_init_kwargs must be a mapping, in JSON"),
+        "no config file": ([*case(), "--config"], "argument --config: expected one argument"),
         "greedy rollouts": (case(temperature=0), "--temperature must be positive, got 0.0"),
         "colder than greedy": (case(eval_temperature=-1), "--eval_temperature must be positive, or 0"),
         "endless completions": (case(max_completion_length="None"), "--max_completion_length must be positive"),
@@ -177,7 +239,10 @@ CASES = [
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
     "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
     "no tokenizer", "too sure", "best by no metric", "paired losses", "no budget", "no jump",
-    "a folder per node",
+    "a folder per node", "too many held out", "scored and held out", "no such held-out prompts", "other columns",
+    "not UTF-8", "an encoder", "an encoder-decoder", "no EOS", "another JSON", "a student of other shapes",
+    "a teacher of other shapes", "a long name", "no folder there", "a list for a manifest", "another manifest",
+    "an empty checkpoint", "no accumulation", "no loss", "backwards", "no mapping", "no config file",
 ]  # fmt: skip
 
 
@@ -188,6 +253,48 @@ def test_bad_input_is_one_sentence_and_exit_code_2(refused, case):
     lines = [line for line in result["stderr"].splitlines() if "error:" in line]
     assert len(lines) == 1 and says in lines[0], result["stderr"]
     assert "Traceback" not in result["stderr"] and "usage:" not in result["stderr"]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("max_steps: 2.5", "argument --max_steps/--max-steps: invalid int value: '2.5' in '{file}'"),
+        ("per_device_train_batch_size: [8]", "--per_device_train_batch_size in '{file}' takes no list, got [8]"),
+        ("effopd_val_size: 5.5", "invalid int value: '5.5' in '{file}'"),
+        ("effopd_alphas: [3, a]", "invalid float value: 'a' in '{file}'"),
+        ("effopd_enabled: [true]", "--effopd_enabled in '{file}' takes no list, got [True]"),
+        ("dataset_name: [a]", "--dataset_name in '{file}' takes no list, got ['a']"),
+        ("output_dir: {a: 1}", "--output_dir in '{file}' takes no mapping, got {{'a': 1}}"),
+        ("seed:", "--seed in '{file}' takes no empty value, got None"),
+        ("generation_kwargs: [1]", "--generation_kwargs in '{file}' takes no list, got [1]"),
+        ("chat_template_kwargs: foo", "--chat_template_kwargs must be a mapping"),
+        ("learning-rates: 1", "unknown option --learning_rates in the --config file; --learning_rate?"),
+        ("5: 6", "unknown option --5 in the --config file"),
+        ("- 1", "--config '{file}' is not a mapping of options to values"),
+        ("# caf\xe9", "--config '{file}' cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_what_yaml_makes_of_a_value_is_refused_where_a_flag_would_be(tmp_path, capsys, text, says):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="latin-1")
+    assert cli.main(["--config", str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("effopd-train: error: ") and says.format(file=file) in line
+
+
+def test_a_yaml_file_says_what_flags_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    (tmp_path / "run.yaml").write_text(
+        "dataset_name: 5\nlearning-rate: 1e-5\neffopd_schedule: [1, 2]\neffopd_alphas: [3, 1e1]\nbf16: 0\n"
+        "lora_target_modules: all-linear\nresume_from_checkpoint: no\nmodel_init_kwargs: {revision: '1'}\n"
+        "eval_steps:\nreport_to: [none]\nmax_steps: 3\nenv: {SAID_BY: 5}\n"
+    )
+    data, args, model_args = cli.parse([f"--config={tmp_path / 'run.yaml'}", "--max_steps=4"], seed=5, max_steps=2)
+    assert (data.dataset_name, args.learning_rate, args.effopd_alphas, args.bf16) == ("5", 1e-5, [3, 10], False)
+    assert args.controller_args()["schedule"] == [1, 2] and model_args.lora_target_modules == "all-linear"
+    assert (args.resume_from_checkpoint, args.model_init_kwargs) == (None, {"revision": "1"})
+    assert (args.eval_steps, args.report_to, args.max_steps, args.seed) == (None, [], 4, 5)
+    assert os.environ["SAID_BY"] == "5"
 
 
 def test_refusing_loses_nothing(refused):
@@ -223,10 +330,15 @@ def test_a_run_a_yaml_file_and_its_output(world, tmp_path):
 
 
 def test_overwriting_drops_the_earlier_runs_checkpoints(world, tmp_path, capsys):
-    """Else a bare --resume_from_checkpoint of the second run would go on from the first's last step."""
+    """Else a bare --resume_from_checkpoint of the second run would go on from the first's last step. Of a link, only
+    the link goes; what only sounds like a checkpoint stays."""
     out = tmp_path / "out"
     cli.main(flags(world, out, max_steps=3, save_strategy="steps", save_steps=3, effopd_enabled=False))
-    assert (out / "checkpoint-3").is_dir()
+    shutil.copytree(out / "checkpoint-3", tmp_path / "elsewhere")
+    (out / "checkpoint-4").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for name in ("checkpoint-thesis", "checkpoint-5", "checkpoint-7.replaced", ".saving-face", ".saving-1"):
+        (out / name).mkdir()
+    (out / "checkpoint-notes.txt").write_text("x")
     again = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "effopd_enabled": False}
     again |= {"overwrite_output_dir": True}
     assert cli.main(flags(world, out, **again, model_name_or_path=out / "checkpoint-3")) == 2
@@ -234,7 +346,47 @@ def test_overwriting_drops_the_earlier_runs_checkpoints(world, tmp_path, capsys)
     assert cli.main(flags(world, out, **again, dataset_name="missing.jsonl")) == 2
     assert (out / "checkpoint-3").is_dir()
     assert cli.main(flags(world, out, **again)) == 0
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    left = {"checkpoint-2", "checkpoint-thesis", "checkpoint-5", "checkpoint-7.replaced", "checkpoint-notes.txt"}
+    assert {p.name for p in out.glob("checkpoint-*")} == left
+    assert [p.name for p in out.glob(".saving-*")] == [".saving-face"] and damage(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_student_that_the_last_update_ruins_is_not_saved(world, tmp_path, capsys, evaluated):
+    """Its learning rate is 0 at step 1. The only checkpoint that is kept is of then."""
+    run = {"max_steps": 2, "learning_rate": 1e38, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+    run |= {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "effopd_enabled": False}
+    if not evaluated:
+        run |= {"eval_steps": None, "eval_dataset_name": None}
+    assert cli.main(flags(world, tmp_path / "out", **run)) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert "is not finite after step 2; " in line and "('checkpoint-1' is the newest whose loss was finite)" in line
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "metrics.jsonl", "checkpoint-1"}
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"grad_norm": math.inf, "loss": 0.1, "step": 1}])
+    MetricsFile().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"grad_norm": null, "loss": 0.1, "step": 1}\n'
+
+
+def evaluated_steps(out):
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [r["step"] for r in records if "eval_teacher_kl" in r]
+
+
+def test_a_finished_run_that_is_resumed_evaluates_nothing_again(world, tmp_path):
+    run = {"max_steps": 2, "eval_steps": 2, "eval_on_start": True, "save_strategy": "steps", "effopd_enabled": False}
+    for again in (None, "true"):
+        assert cli.main(flags(world, tmp_path / "out", **run, resume_from_checkpoint=again)) == 0
+        assert evaluated_steps(tmp_path / "out") == [0, 2]
+
+
+@pytest.mark.parametrize(("asked", "steps"), [({"eval_at_powers_of_two": True}, [1, 2, 3]), ({}, [3])])
+def test_held_out_prompts_are_evaluated_without_eval_steps(world, tmp_path, asked, steps):
+    run = {"max_steps": 3, "eval_steps": None, "effopd_enabled": False, **asked}
+    assert cli.main(flags(world, tmp_path / "out", **run)) == 0
+    assert evaluated_steps(tmp_path / "out") == steps
 
 
 @pytest.mark.parametrize(("eval_steps", "saved"), [(2, 2), (1, 4)])
@@ -324,8 +476,8 @@ def test_overwriting_drops_the_earlier_runs_saved_model_and_nothing_else(world, 
     assert cli.main(flags(world, out, **run) + lora) == 0
     assert (out / "adapter_config.json").is_file()
     shutil.copytree(out, out / "effopd", ignore=lambda _, names: [n for n in names if not n.startswith("adapter_")])
-    shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
-    others = ["thesis.txt", "probe.safetensors", "effopd/notes.txt"]
+    shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["thesis.txt", "probe.safetensors", "effopd/notes.txt", "pytorch_model.bin", "model-1-of-2.safetensors"]
     for name in shards + others:
         (out / name).write_text("x")
     before = set(out.rglob("*"))

@@ -52,6 +52,27 @@ def test_what_is_wrong_is_named(tmp_path, content, says):
     assert "bad.jsonl" in str(error.value)
 
 
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    for row in ('{"prompt": "caf\xe9", "answer": "1"}\n', '{"prompt": "a", "answer": "caf\xe9"}\n'):
+        (tmp_path / "latin.jsonl").write_text('{"prompt": "a", "answer": "1"}\n' + row, encoding="latin-1")
+        with pytest.raises(UserError, match=r"latin.jsonl' has text that is not UTF-8: .* byte 0xe9"):
+            load_prompts(str(tmp_path / "latin.jsonl"))
+
+
+def test_a_files_name_is_no_pattern(tmp_path):
+    for name in ("train1.jsonl", "train[1].jsonl", "trai*.jsonl"):
+        tiny.write_jsonl(tmp_path / name, [{"prompt": name}])
+    for name in ("train[1].jsonl", "trai*.jsonl"):
+        assert load_prompts(str(tmp_path / name))["prompt"][:] == [name]
+
+
+def test_the_columns_that_are_named_are_the_files(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"question": "2+2", "label": 4, "reward_model": "rule"}])
+    assert load_prompts(str(path)).column_names == ["prompt"]
+    with pytest.raises(UserError, match="whose columns are 'question', 'label', 'reward_model'; "):
+        load_prompts(str(path), answers=True)
+
+
 def test_empty_and_missing(tmp_path):
     datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "d.jsonl").write_text("")
@@ -80,14 +101,14 @@ def test_what_datasets_can_read_otherwise_is_refused_with_how_to_make_a_file_of_
 
 def test_answers_are_required_for_accuracy():
     with pytest.raises(UserError, match=r"needs a column 'answer'.*columns are 'prompt'.*teacher_kl needs none"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"]}), "d")
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"]}), "d", ["prompt"])
     with pytest.raises(UserError, match="no answer in row 1"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", None]}), "d")
-    require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [["1", "one"]]}), "d")
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", None]}), "d", [])
+    require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [["1", "one"]]}), "d", [])
     with pytest.raises(UserError, match="no answer in row 0"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d")
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d", [])
     with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor a list of such"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [{"value": "1"}]}), "d")
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [{"value": "1"}]}), "d", [])
 
 
 def test_overlong_prompts_are_counted_dropped_or_refused():

@@ -7,7 +7,18 @@ from effopd_kernels.train.cli import main
 
 
 def test_demo(tmp_path, capsys):
-    argv = ["--demo", "--output_dir", str(tmp_path), "--max_steps", "4", "--eval_steps", "4", "--disable_tqdm", "true"]
+    """A YAML file goes over the demo's own defaults, as flags do."""
+    (tmp_path / "demo.yaml").write_text("max_steps: 8\neval_steps: 4\ndisable_tqdm: true\n")
+    argv = [
+        "--demo",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "4",
+        "--config",
+        str(tmp_path / "demo.yaml"),
+    ]
+    tmp_path /= "out"
     assert main(argv) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     opd, effopd = summary["runs"]
