@@ -314,7 +314,7 @@ static void products_in(const Products& p) {
         constexpr int64_t most = kind == kFloats ? kTerms : kind == kHalves ? kPairs : kIntegerPairs;
         const int64_t all = paired ? even_m / 2 : m;
         int64_t summed = 0;  // of the sums of terms, in partial
-        wide.assign(all > most * kSums ? even_rows * width : 0, 0);
+        wide.assign(all > most * kSums && !p.places ? even_rows * width : 0, 0);
         for (int64_t k = 0; k < all && !p.places; k += most) {
             const int64_t terms = std::min(most, all - k);
             if (summed == kSums && !wide.empty()) {

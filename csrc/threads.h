@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -21,7 +21,7 @@ void on_new_threads(int64_t count, Work work) {
     helpers.reserve(size_t(count));
     try {
         while (int64_t(helpers.size()) < count - 1) helpers.emplace_back([&] { work(); });
-    } catch (const std::system_error&) {  // a limit on memory or processes
+    } catch (const std::exception&) {  // a limit on memory or processes
     }
     work();
     for (auto& helper : helpers) helper.join();

@@ -9,7 +9,6 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
@@ -64,15 +63,6 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     if full.requires_grad:
         full.register_hook(lambda grad: grad / tensor.device_mesh.size())
     return full
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether it has values that a check may look at: on a GPU looking would wait for it, traced, fake and batched
-    (vmap) tensors have none.
-    """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
-        return False
-    return tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

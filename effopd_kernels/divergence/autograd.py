@@ -92,11 +92,13 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def anchor_of(inputs) -> Tensor | None:
-    """A zero in the graph of all inputs that hangs on to the memory of none; None where no graph is made of it."""
+    """What has no entries, is in the graph of all inputs and hangs on to the memory of none; None where no graph is
+    made of it.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    zeros = [t[..., :0].sum(dtype=torch.float32) for t in inputs if t is not None and t.requires_grad]
-    return sum(zeros) if zeros else None
+    nothing = [t[..., :0].flatten().float() for t in inputs if t is not None and t.requires_grad]
+    return torch.cat(nothing) if nothing else None
 
 
 def differentiable_once(grads, inputs=(), anchor: Tensor | None = None):

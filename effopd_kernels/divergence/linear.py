@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from ..checks import readable
 from .arguments import (
     FLOATS,
     LinearOptions,
@@ -14,7 +15,6 @@ from .arguments import (
     check_whole,
     gathered,
     make_spec,
-    readable,
     row_factor,
 )
 from .autograd import DivergenceStats, reduced_loss

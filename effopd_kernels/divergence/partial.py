@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from ..checks import readable
 from .arguments import (
     TopKOptions,
     check_float,
@@ -20,7 +21,6 @@ from .arguments import (
     check_whole,
     gathered,
     make_spec,
-    readable,
 )
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence

@@ -101,15 +101,15 @@ def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) 
     known, absent = grad[:, : ids.shape[1]], ids < 0
     ids = torch.where(absent, ids.amax(1, keepdim=True).clamp(min=0), ids)
     if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
-        summed = z if token else z.scatter(1, ids, -torch.inf)
-        total = summed.logsumexp(1, keepdim=True)
-        g = (summed - total.masked_fill(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
+        g = z.clone() if token else z.scatter(1, ids, -torch.inf)
+        total = g.logsumexp(1, keepdim=True)
+        g.sub_(total.masked_fill_(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
     else:
         g = torch.zeros_like(z)
     g.scatter_add_(1, ids, known.masked_fill(absent, 0))
     if softcap:
-        g *= 1 - (z * (temperature / softcap)).square()
-    return g.mul_(scale / temperature).to(logits.dtype)
+        g.addcmul_(g, z.mul_(temperature / softcap).square_(), value=-1)
+    return (g if scale == temperature else g.mul_(scale / temperature)).to(logits.dtype)
 
 
 def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

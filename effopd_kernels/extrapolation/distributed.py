@@ -81,10 +81,10 @@ class Ranks:
         """Raises ValueError on every rank, naming a parameter that moves on one and stays on another. Ranks may hold
         different ones, as the stages of a pipeline do."""
         every = self.gather((moving, still))
-        for rank, (_, others) in enumerate(every):
-            for other, (names, _) in enumerate(every):
-                if torn := sorted(set(names) & set(others)):
-                    raise ValueError(f"{torn[0]} is trained on rank {other} and frozen on rank {rank}")
+        sides = zip(*every, strict=True)
+        moves, stays = ({name: rank for rank, names in enumerate(side) for name in names} for side in sides)
+        if torn := sorted(moves.keys() & stays.keys()):
+            raise ValueError(f"{torn[0]} is trained on rank {moves[torn[0]]} and frozen on rank {stays[torn[0]]}")
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, the same bits on every rank."""

@@ -35,7 +35,7 @@ class Event:
         self.slope_alpha = 1.0
         self.tried: list[Candidate] = []
         self.points: list[Point] = []
-        self.point_tokens = 0  # of the last point
+        self.point_tokens, self.spent = 0, False  # of the last point; whether there were none for another
         self.delta_norm = 0.0
         self.tokens = 0
         self.skipped: str | None = None
@@ -161,7 +161,7 @@ class Event:
             return "the validation loss or its slope is not finite at the current weights"
         if first.slope >= 0.0:
             return "the loss does not fall beyond the current weights"
-        if len(self.points) < self.controller.max_gradients and not self._affordable(self.point_tokens):
+        if self.spent:
             return SPENT
         return f"no lower loss was found beyond the current weights, in {len(self.points)} gradients"
 
@@ -174,10 +174,14 @@ class Event:
                 max(alphas),
                 min(alphas),
                 self.controller.max_gradients,
-                another=lambda: self._affordable(self.point_tokens),
+                another=self._another_point,
             )
         self.weights.write(1.0)
         return min(self.points, key=lambda p: p.loss if math.isfinite(p.loss) else math.inf).alpha
+
+    def _another_point(self) -> bool:
+        self.spent = not self._affordable(self.point_tokens)
+        return not self.spent
 
     def _point(self, alpha: float) -> Point:
         self.weights.write_for_slope(alpha)

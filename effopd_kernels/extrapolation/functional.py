@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..checks import readable
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .shards import local
 
@@ -140,7 +141,7 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     if isinstance(alpha, Tensor):
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
-        if alpha.device.type == "cpu" and not alpha.isfinite().all():
+        if readable(alpha) and not alpha.isfinite().all():
             raise ValueError(f"alpha must be finite, got {alpha}")
         return alpha.detach().to(torch.float64).expand(count)
     if isinstance(alpha, Real):

@@ -34,8 +34,10 @@ class Deferred:
         try:
             self._restore()
         finally:  # interrupted by one that came just now
-            self._restore()
-            _raise_all(self._pending)
+            try:
+                self._restore()
+            finally:
+                _raise_all(self._pending)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..extrapolation import CheckpointError, EffOPDController, checkpoint
+from ..extrapolation import CheckpointError, EffOPDController, EffOPDEvent, checkpoint
 from ..extrapolation.lora import COMPANION, LoraWeights
 from .errors import UserError
 
@@ -62,7 +62,7 @@ class EffOPDCallback(TrainerCallback):
         trainer = getattr(log, "__self__", None)
         # TRL's trainers override `log` to add, and clear, the averages of the steps since the last one: an event's
         # record would take them away from the next step's.
-        averages = isinstance(trainer, Trainer) and type(trainer).log.__module__.startswith("trl.")
+        averages = any("log" in vars(cls) and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
         self.log = partial(Trainer.log, trainer) if averages else log
         self.controller_args = controller_args
         self.controller: EffOPDController | None = None
@@ -106,12 +106,15 @@ class EffOPDCallback(TrainerCallback):
         self._step(state, control)
 
     def _step(self, state, control) -> None:
-        due = control.should_log, control.should_evaluate, control.should_save
-        event = self.controller.step(state.global_step)
         # A score_fn that logs or evaluates with the trainer, and logging here, clear what the step itself has to do.
-        control.should_log, control.should_evaluate, control.should_save = due
-        if event is None:
-            return
+        due = {name: getattr(control, name) for name in ("should_log", "should_evaluate", "should_save")}
+        event = self.controller.step(state.global_step)
+        if event is not None:
+            self._record(event)
+        for name, value in due.items():
+            setattr(control, name, value)
+
+    def _record(self, event: EffOPDEvent) -> None:
         self._note_history()  # transformers writes trainer_state.json before it calls on_save
         if self.log is not None:
             record = {
@@ -127,7 +130,6 @@ class EffOPDCallback(TrainerCallback):
             }
             # A skipped event has a reason in place of scores; loggers take numbers and text, and complain of None.
             self.log({name: value for name, value in record.items() if value is not None})
-            control.should_log = due[0]
 
     def on_train_end(self, args, state, control, **kwargs):
         weights = self.controller.weights
@@ -139,9 +141,8 @@ class EffOPDCallback(TrainerCallback):
             try:
                 weights.load_state(checkpoint.load(folder, self.controller.ranks)[0])
             except (CheckpointError, ValueError) as e:
-                logger.warning(
-                    "the jumps of the best checkpoint are lost, those in the model are the last step's: %s", e
-                )
+                logger.warning("the jumps of the best checkpoint are lost, the model is without any: %s", e)
+                weights.adapters.install([])
                 return
         try:
             self.controller.fold_()

@@ -152,6 +152,7 @@ def test_each_of_two_signals_is_delivered():
             signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM], indirect=True)
 def test_both_are_delivered_though_the_first_raises(number):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped, Deferred():

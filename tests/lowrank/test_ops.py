@@ -103,6 +103,19 @@ def test_products_in_cpp(dtype, transposed, near, instruction_set):
 
 
 @pytest.mark.parametrize("instruction_set", range(native().num_multipliers() if native() else 0))
+@pytest.mark.parametrize("half", [True, False])
+def test_products_of_long_rows(half, instruction_set):
+    """Beyond the terms whose sums are added up in fp32, of a q and of signs."""
+    m, width = 33_000, 16
+    x = torch.randn(3, m, generator=torch.Generator().manual_seed(0)).bfloat16()
+    omega, places = signs.dense(0, m, width, x.device), signs.sparse(0, m, width)
+    exact = x.double().mT @ (x.double() @ omega.double())
+    for given in (None, places) if half else (None,):
+        z = panels.products(x, None, None, slice(None), omega, half=half, places=given, instruction_set=instruction_set)
+        assert distance(z, exact) < (8e-3 if half and native().rounded(instruction_set) else 2e-6)
+
+
+@pytest.mark.parametrize("instruction_set", range(native().num_multipliers() if native() else 0))
 @pytest.mark.parametrize("transposed", [True, False])
 def test_products_in_16_bits_of_uneven_operands(transposed, instruction_set):
     """Outliers, rows of zeros, columns of q whose sizes differ: every column of the product is as exact as it would be

@@ -292,3 +292,4 @@ def test_a_best_checkpoint_without_its_jumps_is_said(world, tmp_path, caplog):
     trainer.add_callback(Forgetful())
     trainer.train()
     assert "the jumps of the best checkpoint are lost" in caplog.text
+    assert list(trainer.model.peft_config) == ["default"]

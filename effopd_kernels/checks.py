@@ -1,0 +1,14 @@
+"""What checks before any work may look at."""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether it has values that a check may look at: on a GPU looking would wait for it, traced, fake and batched
+    (vmap) tensors have none.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
