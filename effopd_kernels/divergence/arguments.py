@@ -104,7 +104,7 @@ def check_number(name: str, number: float) -> None:
 def check_whole(**numbers: int | None) -> None:
     """Raise TypeError for a number that is given and has a fraction, or could."""
     for name, number in numbers.items():
-        if number is not None and not isinstance(number, Integral | torch.SymInt):
+        if number is not None and not isinstance(number, (Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {number!r}")
 
 
@@ -144,7 +144,7 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         raise ValueError(f'num_tokens is the normaliser of reduction="mean", got it with reduction={reduction!r}')
     if isinstance(num_tokens, Tensor) and (num_tokens.numel() != 1 or num_tokens.is_complex()):
         raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)} {num_tokens.dtype}")
-    if not isinstance(num_tokens, Tensor | Real | None):
+    if num_tokens is not None and not isinstance(num_tokens, (Tensor, Real)):
         raise TypeError(f"num_tokens must be a number, got {num_tokens!r}")
     if num_tokens is not None and not isinstance(num_tokens, Tensor) and not 0 <= num_tokens < float("inf"):
         raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")

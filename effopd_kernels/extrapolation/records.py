@@ -41,7 +41,7 @@ class Scores:
         elif isinstance(values, Real):
             values = [values]
         try:
-            if isinstance(values, str | bytes):  # "12" is not the scores 1 and 2
+            if isinstance(values, (str, bytes)):  # "12" is not the scores 1 and 2
                 raise TypeError
             values = tuple(float(v) for v in values)
         except (TypeError, ValueError) as error:
