@@ -318,9 +318,9 @@ def _load_config(name: str, **kwargs):
         config = AutoConfig.from_pretrained(name, **kwargs)
     except Exception as e:
         raise UserError(f"no model can be loaded from '{name}': {_said(e)}") from e
-    (made, *_) = config.architectures or ["no architecture"]
-    known = getattr(transformers, made, None)  # else the code is the model's own
-    if config.is_encoder_decoder or not config.architectures or (known and not known.can_generate()):
+    (made, *_) = config.architectures or [type(config).__name__]
+    known = getattr(transformers, made, None) if config.architectures else None  # else the code is the model's own
+    if config.is_encoder_decoder or (known and not known.can_generate()):
         raise UserError(f"no causal language model can be loaded from '{name}': its config.json names {made}")
     return config.get_text_config()
 
