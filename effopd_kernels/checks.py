@@ -1,8 +1,10 @@
-"""What checks before any work may look at."""
+"""What checks before any work share."""
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
 
 
 def readable(tensor: Tensor) -> bool:

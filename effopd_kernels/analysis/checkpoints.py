@@ -8,14 +8,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
 from ..lowrank.checkpoints import EVERY, open_checkpoint
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LISTED = 10  # names in an error message
 # Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
 _STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checks import FLOATS
 from ..errors import UserError
 from .adapters import Adapter, is_adapter
-from .checkpoints import FLOATS, Checkpoint, counted, listed
+from .checkpoints import Checkpoint, counted, listed
 from .roles import role_of, token_embedding
 
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import create_model_from_path
 
+from ..checks import FLOATS
 from ..errors import UserError
 from .adapters import Adapter
-from .checkpoints import FLOATS, Checkpoint
+from .checkpoints import Checkpoint
 from .edits import live_tensors
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..checks import FLOATS
 from ..commands import EXIT_USER_ERROR, leave_process_group
 from ..errors import UserError
 from ..extrapolation.distributed import RankFailed, Ranks
 from .analyse import analyse, estimate
-from .checkpoints import FLOATS, counted, listed, printable
+from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options

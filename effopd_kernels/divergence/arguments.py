@@ -10,6 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
 
@@ -65,9 +66,6 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     return full
 
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
 def check_float(**tensors: Tensor) -> None:
     """Raise TypeError unless all are dense tensors of FLOATS, and ValueError unless they are on one device."""
     (first_name, first), *_ = tensors.items()
@@ -82,23 +80,19 @@ def check_float(**tensors: Tensor) -> None:
             raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
 
 
-def check_positive(**numbers: float | None) -> None:
-    """Raise TypeError for what is given and no number, ValueError where it is not above zero, or infinite."""
+def check_positive(**numbers: float) -> None:
+    """Raise TypeError for what is no constant number (a Python or NumPy one, or a real tensor of one element), and
+    ValueError for one that is not above zero, or infinite.
+    """
     for name, number in numbers.items():
-        if number is not None:
-            check_number(name, number)
-        if number is not None and not 0 < number < float("inf"):
+        if isinstance(number, Tensor):
+            if number.numel() != 1 or number.is_complex() or number.requires_grad:
+                kind = "that requires a gradient" if number.requires_grad else f"{tuple(number.shape)} {number.dtype}"
+                raise TypeError(f"{name} must be one constant real number, got a tensor {kind}")
+        elif not isinstance(number, Real):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+        if not 0 < number < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {number}")
-
-
-def check_number(name: str, number: float) -> None:
-    """Raise TypeError for what is no constant number: a Python or NumPy one, or a real tensor of one element."""
-    if isinstance(number, Tensor):
-        if number.numel() != 1 or number.is_complex() or number.requires_grad:
-            kind = "that requires a gradient" if number.requires_grad else f"{tuple(number.shape)} {number.dtype}"
-            raise TypeError(f"{name} must be one constant real number, got a tensor {kind}")
-    elif not isinstance(number, Real):
-        raise TypeError(f"{name} must be a number, got {number!r}")
 
 
 def check_whole(**numbers: int | None) -> None:
@@ -106,6 +100,13 @@ def check_whole(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and not isinstance(number, (Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {number!r}")
+
+
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    """Raise TypeError or ValueError for a budget that is given and no int above zero."""
+    if chunk_bytes is not None:
+        check_whole(chunk_bytes=chunk_bytes)
+        check_positive(chunk_bytes=chunk_bytes)
 
 
 def make_spec(
@@ -125,14 +126,9 @@ def make_spec(
         "student_logit_scale": student_logit_scale,
         "teacher_logit_scale": teacher_logit_scale,
     }
-    for name, number in numbers.items():
-        check_number(name, number)
-    softcaps = {"student_softcap": student_softcap or None, "teacher_softcap": teacher_softcap or None}  # 0 is none too
-    check_positive(**numbers, **softcaps)
-    return Spec(
-        *map(float, (divergence.a, divergence.b, divergence.pi, *numbers.values())),
-        *(float(softcap or 0) for softcap in softcaps.values()),
-    )
+    softcaps = student_softcap or 0.0, teacher_softcap or 0.0  # 0: none
+    check_positive(**numbers, student_softcap=softcaps[0] or 1.0, teacher_softcap=softcaps[1] or 1.0)
+    return Spec(*map(float, (divergence.a, divergence.b, divergence.pi, *numbers.values(), *softcaps)))
 
 
 def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens) -> None:

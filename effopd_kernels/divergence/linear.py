@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import readable
+from ..checks import FLOATS, readable
 from .arguments import (
-    FLOATS,
     LinearOptions,
     answer,
+    check_chunk_bytes,
     check_float,
-    check_positive,
     check_whole,
     gathered,
     make_spec,
@@ -139,8 +138,8 @@ def linear_divergence_loss(
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
     if logits_dtype not in (None, *FLOATS):
         raise TypeError(f"logits_dtype must be one of {', '.join(map(str, FLOATS))}, got {logits_dtype!r}")
-    check_whole(chunk_bytes=chunk_bytes, num_valid=num_valid)
-    check_positive(chunk_bytes=chunk_bytes)
+    check_whole(num_valid=num_valid)
+    check_chunk_bytes(chunk_bytes)
     spec = make_spec(
         divergence, temperature, teacher_temperature, student_logit_scale, teacher_logit_scale, student_softcap,
         teacher_softcap,

@@ -14,11 +14,10 @@ from torch import Tensor
 from ..checks import readable
 from .arguments import (
     TopKOptions,
+    check_chunk_bytes,
     check_float,
-    check_number,
     check_positive,
     check_tokens,
-    check_whole,
     gathered,
     make_spec,
 )
@@ -172,8 +171,7 @@ def topk_divergence_loss(
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
-    check_whole(chunk_bytes=chunk_bytes)
-    check_positive(chunk_bytes=chunk_bytes)
+    check_chunk_bytes(chunk_bytes)
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
@@ -226,10 +224,8 @@ def linear_token_logprobs(
     _check_ids("ids", ids, hidden.shape[:-1], hidden.device)
     check_side("", hidden, weight, bias)
     _check_range("ids", ids, weight.shape[0])
-    for name, number in {"temperature": temperature, "logit_scale": logit_scale}.items():
-        check_number(name, number)
-    check_whole(chunk_bytes=chunk_bytes)
-    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or None, chunk_bytes=chunk_bytes)
+    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or 1.0)  # 0: none
+    check_chunk_bytes(chunk_bytes)
     transform = (temperature, logit_scale, softcap)
     rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)

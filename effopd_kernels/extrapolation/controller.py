@@ -119,9 +119,9 @@ class EffOPDController:
             raise ValueError('search="candidates" needs score_fn')
         if accept == "paired" and score_fn is None:
             raise ValueError('accept="paired" needs score_fn, one score per prompt: loss_fn gives one number')
-        functions = dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed)
         if not (isinstance(report_s, Real) and report_s > 0):
             raise ValueError(f"report_s must be a number of seconds above 0, got {report_s!r}")
+        functions = dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed)
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, got {function!r}")

@@ -40,15 +40,6 @@ class LoraWeights:
 
     parts = None  # every rank holds all
 
-    @property
-    def names(self) -> list[str]:
-        return list(self.adapters.layers)
-
-    @property
-    def still(self) -> list[str]:
-        """Layers with adapters that do not move."""
-        return [name for name in self.adapters.all_layers if name not in self.adapters.layers]
-
     def __init__(self, model: nn.Module, chosen: Collection[str]):
         self.adapters = Adapters(model, chosen)
         self.tensors = self.adapters.tensors
@@ -59,6 +50,15 @@ class LoraWeights:
         self.held: Factors | None = None
         self.offered: list[Term] = self.settled
         self.adapters.install(self.settled)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.adapters.layers)
+
+    @property
+    def still(self) -> list[str]:
+        """Layers with adapters that do not move."""
+        return [name for name in self.adapters.all_layers if name not in self.adapters.layers]
 
     def hold(self) -> None:
         """Keep P_t."""

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATS
 from . import buffers
 from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
@@ -42,7 +43,7 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
             f"{emptied[0]} is partitioned by DeepSpeed ZeRO-3 and empty here: shard with FSDP2, or use ZeRO-1 or 2"
         )
     for name, t in chosen.items():
-        if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64) or t.is_meta:
+        if t.dtype not in FLOATS or t.is_meta:
             kind = "without data (meta)" if t.is_meta else str(t.dtype)
             raise ValueError(f"{name} is {kind}: EffOPD moves bf16, fp16, fp32 and fp64 parameters; exclude it")
     if any(map(is_lora_name, chosen)):

@@ -11,6 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS
 from . import routes
 from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
@@ -117,11 +118,9 @@ def check_pair(a: Tensor, base: Tensor | None, name: str = "a", base_name: str =
     for tensor, label in ((a, name), (base, base_name)):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, got {found}")
-        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise TypeError(f"{label} must be a tensor of bf16, fp16, fp32 or fp64, got {tensor.dtype}")
         if tensor.ndim < 2:
             raise ValueError(
                 f"{label} must be a matrix or a batch of matrices (..., m, n), not of shape {tuple(tensor.shape)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import FLOATS
 from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
 from .rsvd import aligned, check_align_to, check_options, check_pair
@@ -130,7 +131,7 @@ def _matching_names(
         if shape != other_shape:
             raise ValueError(f"{name!r} is {shape} in {current.label} and {other_shape} in {anchor.label}")
         for side, kind in ((current, dtype), (anchor, other_dtype)):
-            if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            if kind not in FLOATS:
                 raise TypeError(
                     f"{name!r} in {side.label} is {kind}, not bf16, fp16, fp32 or fp64; `include` can leave it out"
                 )
