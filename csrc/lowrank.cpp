@@ -78,7 +78,9 @@ namespace bf16 {
 
 // Whether the processor has tiles, and Linux lets this process use them, which it wants to be asked.
 bool has_tiles() {
-#if defined(__linux__) && defined(HAS_BF16) && defined(ASSEMBLES_AMX)
+#if defined(EMULATE_TILES)
+    return true;
+#elif defined(__linux__) && defined(HAS_BF16) && defined(ASSEMBLES_AMX)
     static const bool granted = [] {
         constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE and AMX-BF16
         constexpr int kRequestPermission = 0x1023, kTileData = 18;

@@ -12,6 +12,42 @@
 // first, so that fp32 sums are rounded no more often. And X is in bf16 as it is, if it is what bf16 weights changed by: a
 // few units in their last place, all but some in a thousand, whose rests are added one by one.
 //
+#ifdef EMULATE_TILES  // in software, for machines without: `cmake -DEMULATE_TILES=ON`
+alignas(64) static thread_local vu emulated[8][kLanes];
+
+template <int tile>
+INLINE void load_tile(const void* p, int64_t bytes) {
+    for (int i = 0; i < kLanes; ++i) emulated[tile][i] = *(const vu_any*)((const char*)p + i * bytes);
+}
+
+template <int tile>
+INLINE void store_tile(void* p, int64_t bytes) {
+    for (int i = 0; i < kLanes; ++i) *(vu_any*)((char*)p + i * bytes) = emulated[tile][i];
+}
+
+template <int tile>
+INLINE void clear_tile() {
+    memset(emulated[tile], 0, sizeof emulated[tile]);
+}
+
+// Rounded as Intel's manual has it: 16 even terms and 16 odd ones are summed, then both sums, then they are added.
+template <int c, int a, int b>
+INLINE void add_product() {
+    for (int i = 0; i < kLanes; ++i) {
+        vf even{}, odd{};
+        for (int k = 0; k < kLanes; ++k) {
+            const vu left = vu{} + emulated[a][i][k], right = emulated[b][k];
+            even += first_of<kHalves>(left) * first_of<kHalves>(right);
+            odd += second_of<kHalves>(left) * second_of<kHalves>(right);
+        }
+        emulated[c][i] = (vu)((vf)emulated[c][i] + (even + odd));
+    }
+}
+
+struct TileShapes {
+    TileShapes() {}
+};
+#else
 // Instructions are named to the assembler alone: no compiler flag nor header is needed.
 
 template <int tile>
@@ -48,6 +84,7 @@ class TileShapes {
    private:
     alignas(64) unsigned char before[64];
 };
+#endif
 
 struct Matrix {  // of pairs of bf16 (uint32_t) or of floats
     void* at;
@@ -70,6 +107,7 @@ struct Vector {
 // An operand given as a sum of so many, `apart` elements of 32 bits; or, for the other one, the same each time.
 struct Operand : Matrix {
     int64_t apart = 0;
+    Operand from(int64_t line, int64_t column) const { return {{tile(line, column), pitch}, apart}; }
 };
 
 // R × C tiles of sums from (i, j) on.
@@ -134,7 +172,13 @@ INLINE void transposed(int64_t lines, int64_t columns, const From& from, const P
         }
 }
 
+// Summed before the sums are, as kPairs: an instruction adds 16 pairs at once, so errors grow with a 16th of their number.
+constexpr int64_t kTilePairs = 1024;
 constexpr int kTogether = 4;  // blocks whose Z is summed by itself
+
+static void add_all(const Matrix& from, const Matrix& to, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) *(vf*)to.tile(0, i) += *(const vf*)from.tile(0, i);
+}
 
 // Zeros behind the elements of every line and behind the lines, to multiples of 32 of both.
 static void pad(const Matrix& x, int64_t lines, int64_t length) {
@@ -167,16 +211,16 @@ static bool products_in_tiles(const Products& p, bool half) {
     const int64_t step = std::max<int64_t>(32, std::min<int64_t>(kRows, kEntries / deep / 32 * 32));
     const int64_t lines = by_column ? deep : step, longest = by_column ? step : deep;
     const int64_t pitch = (longest / 32 | 1) * 32;  // an odd number of cache lines, so that lines fall into all sets
-    const int64_t z_lines = by_column ? deep : width, z_width = by_column ? width : deep;
+    const int64_t z_width = by_column ? width : deep;
 
     // X in both orders; q and Y as they are multiplied; Y and Z as they come.
     const int64_t x_size = lines * pitch / 2, q_size = deep / 2 * width, y_size = step / 2 * width;
-    uint32_t* free = scratch(2 * x_size + parts * (q_size + y_size) + step * width + 2 * deep * width);
+    uint32_t* free = scratch(2 * x_size + parts * (q_size + y_size) + 2 * step * width + 2 * deep * width);
     const auto take = [&](int64_t size) { return (free += size) - size; };
     const Operand along{{take(x_size), pitch / 2}}, across{{take(x_size), pitch}};
     const Operand q{{take(parts * q_size), by_column ? deep / 2 : width}, q_size};
     const Operand y{{take(parts * y_size), by_column ? width : step / 2}, y_size};
-    const Matrix sums{take(step * width), by_column ? step : width};
+    const Matrix sums{take(step * width), by_column ? step : width}, some_sums{take(step * width), sums.pitch};
     const Matrix z{take(deep * width), z_width}, some_z{take(deep * width), z_width};
     memset(z.at, 0, deep * width * 4);
 
@@ -221,8 +265,13 @@ static bool products_in_tiles(const Products& p, bool half) {
         pad(along, block.lines, block.length);
         if (by_column || p.z) pair_up(along, up(block.lines, 32), up(block.length, 32), across);
 
-        if (by_column) tile_product<false>(q, across, sums, width, padded, deep / 2, parts);
-        else tile_product<false>(along, q, sums, padded, width, deep / 2, parts);
+        for (int64_t k = 0; k < deep / 2; k += kTilePairs) {
+            const int64_t pairs = std::min(kTilePairs, deep / 2 - k);
+            const Matrix& to = k ? some_sums : sums;
+            if (by_column) tile_product<false>(q.from(0, k), across.from(k, 0), to, width, padded, pairs, parts);
+            else tile_product<false>(along.from(0, k), q.from(k, 0), to, padded, width, pairs, parts);
+            if (k) add_all(some_sums, sums, step * width);
+        }
         for (const auto& x : rests.held) {
             const Vector of_q = {{(void*)p.q, p.columns}, by_column ? x.line : x.place, 0, false};
             const Vector of_y = by_column ? Vector{sums, 0, x.place, true} : Vector{sums, x.line, 0, false};
@@ -273,7 +322,7 @@ static bool products_in_tiles(const Products& p, bool half) {
             of_z.add(x.value, of_y, p.columns);
         }
         if (block_index % kTogether < kTogether - 1 && start + step < n) continue;
-        for (int64_t i = 0; i < z_lines * z_width; i += kLanes) *(vf*)z.tile(0, i) += *(const vf*)some_z.tile(0, i);
+        add_all(some_z, z, deep * width);
     }
     const auto row_of_z = [&](int64_t line, int64_t column) { return *(const vu*)z.tile(line, column); };
     const auto add = [&](int64_t i, int64_t column, vu sums) {

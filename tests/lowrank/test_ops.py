@@ -6,7 +6,7 @@ import pytest
 import torch
 from lowrank.matrices import orthogonality, with_spectrum
 
-from effopd_kernels.lowrank import ops, orth, panels, reference, signs
+from effopd_kernels.lowrank import ops, orth, panels, reference, signs, types
 from effopd_kernels.lowrank.decompose import Settings, decompose_group
 from effopd_kernels.native import native
 
@@ -113,6 +113,20 @@ def test_products_of_long_rows(half, instruction_set):
     for given in (None, places) if half else (None,):
         z = panels.products(x, None, None, slice(None), omega, half=half, places=given, instruction_set=instruction_set)
         assert distance(z, exact) < (8e-3 if half and native().rounded(instruction_set) else 2e-6)
+
+
+@pytest.mark.parametrize("instruction_set", range(native().num_multipliers() if native() else 0))
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("shape", [(8, 100_000), (30_000, 8)])
+def test_products_of_equal_terms(shape, transposed, instruction_set):
+    """Whose sum is rounded to one side each time it grows: by what bounds allow for, no more."""
+    x, q = torch.full(shape, 1.857).bfloat16(), torch.full((shape[1], 16), 0.3)
+    x = x.T.contiguous().T if transposed else x
+    y = torch.empty(shape[0], 16)
+    z = panels.products(x, None, None, slice(None), q, y, instruction_set=instruction_set)
+    expected = x.double() @ q.double()
+    bar = types.BIASED * torch.finfo(torch.float32).eps
+    assert distance(y, expected) < bar and distance(z, x.double().mT @ expected) < bar
 
 
 @pytest.mark.parametrize("instruction_set", range(native().num_multipliers() if native() else 0))
