@@ -42,7 +42,33 @@ struct Panel {
     int64_t lines, length;
     float scale;
     Rests* rests = nullptr;  // wanted of an `out` of 16 bits
+
+    // Rows start … start + rows of X, which are columns of the lines if by_column.
+    Panel part(bool by_column, int64_t start, int64_t rows) const {
+        Panel block = *this;
+        (by_column ? block.length : block.lines) = rows;
+        block.x += (by_column ? start : start * x_pitch) * size_of(x_dtype);
+        if (b) block.b += (by_column ? start : start * b_pitch) * size_of(b_dtype);
+        return block;
+    }
 };
+
+// As Python names a pair: addresses (b's 0 for zero), dtypes and pitches.
+Panel panel_of(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch, int64_t lines,
+               int64_t length, float scale = 1) {
+    return {reinterpret_cast<const char*>(x),
+            reinterpret_cast<const char*>(b),
+            nullptr,
+            x_dtype,
+            b_dtype,
+            0,
+            x_pitch,
+            b_pitch,
+            0,
+            lines,
+            length,
+            scale};
+}
 
 // Y = X q and Z += XᵀY over the panel's rows.
 struct Products {
@@ -152,9 +178,9 @@ void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, in
                       uintptr_t statistics, bool full, int instruction_set) {
     const auto write = kWriters.at(instruction_set < 0 ? kWriters.size() - 1 : size_t(instruction_set));
     nb::gil_scoped_release release;
-    write({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), reinterpret_cast<char*>(out), x_dtype,
-           b_dtype, out_dtype, x_pitch, b_pitch, out_pitch, lines, length, scale},
-          reinterpret_cast<double*>(statistics), full);
+    Panel panel = panel_of(x, x_dtype, x_pitch, b, b_dtype, b_pitch, lines, length, scale);
+    panel.out = reinterpret_cast<char*>(out), panel.out_dtype = out_dtype, panel.out_pitch = out_pitch;
+    write(panel, reinterpret_cast<double*>(statistics), full);
 }
 
 // out (lines, 3) fp64 = (Σ(x − b)², Σx², Σb²) of every line.
@@ -162,9 +188,7 @@ void line_squares(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_
                   int64_t length, uintptr_t out, int instruction_set) {
     const auto sum = kLineSquares.at(instruction_set < 0 ? kLineSquares.size() - 1 : size_t(instruction_set));
     nb::gil_scoped_release release;
-    sum({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0, x_pitch,
-         b_pitch, 0, lines, length, 1},
-        reinterpret_cast<double*>(out));
+    sum(panel_of(x, x_dtype, x_pitch, b, b_dtype, b_pitch, lines, length), reinterpret_cast<double*>(out));
 }
 
 // half: as Multiplier has it. places, y, z, b and statistics may be 0. instruction_set: an index below
@@ -175,18 +199,11 @@ void difference_products(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b,
                          bool half, int instruction_set) {
     const Multiplier& best = multiplier(instruction_set);
     nb::gil_scoped_release release;
-    best.products({{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
-                    x_pitch, b_pitch, 0, lines, length, scale},
-                   by_column,
-                   reinterpret_cast<const float*>(q),
-                   reinterpret_cast<const int32_t*>(places),
-                   signs,
-                   columns,
-                   reinterpret_cast<float*>(y),
-                   reinterpret_cast<float*>(z),
-                   reinterpret_cast<double*>(statistics),
-                   full},
-                  half);
+    best.products(
+        {panel_of(x, x_dtype, x_pitch, b, b_dtype, b_pitch, lines, length, scale), by_column,
+         reinterpret_cast<const float*>(q), reinterpret_cast<const int32_t*>(places), signs, columns,
+         reinterpret_cast<float*>(y), reinterpret_cast<float*>(z), reinterpret_cast<double*>(statistics), full},
+        half);
 }
 
 // Whether it was taken: not without a Gram, nor where that would round too much. Then g (M, M) fp32 = XᵀX. statistics, in
@@ -196,9 +213,8 @@ bool difference_gram(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int
                      uintptr_t base_squares, int instruction_set) {
     const auto gram = multiplier(instruction_set).gram;
     nb::gil_scoped_release release;
-    return gram({reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(b), nullptr, x_dtype, b_dtype, 0,
-                 x_pitch, b_pitch, 0, lines, length, 1},
-                by_column, reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
+    return gram(panel_of(x, x_dtype, x_pitch, b, b_dtype, b_pitch, lines, length), by_column,
+                reinterpret_cast<float*>(g), reinterpret_cast<double*>(statistics),
                 reinterpret_cast<double*>(base_squares));
 }
 

@@ -103,10 +103,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
     };
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), count = (rows + per_term - 1) / per_term;
-        Panel block = x;
-        (by_column ? block.length : block.lines) = rows;
-        block.x += (by_column ? start : start * x.x_pitch) * 2;
-        if (block.b) block.b += (by_column ? start : start * x.b_pitch) * 2;
+        Panel block = x.part(by_column, start, rows);
         block.out = (char*)written, block.out_pitch = line_pitch;
         block.out_dtype = kind == kFloats ? kFloat32 : kind == kHalves ? kBFloat16 : kInt16;
         if (paired) block.rests = &rests;
@@ -143,13 +140,7 @@ static bool gram_by(const Panel& x, bool by_column, float* g, double* statistics
                         *(vu_any*)(terms + (k + i) * pitch + c) = of[i];
                 }
         } else if (paired) {
-            for (int64_t k = 0; k < count; ++k)
-                for (int64_t c = 0; c < m; c += kLanes) {
-                    const uint16_t* const at = (const uint16_t*)written + 2 * k * line_pitch + c;
-                    const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
-                    const vu odd = __builtin_convertvector(*(const vh_any*)(at + line_pitch), vu);
-                    *(vu_any*)(terms + k * pitch + c) = even | odd << 16;
-                }
+            pair_up((const uint16_t*)written, line_pitch, 2 * count, m, terms, pitch);
             if (m % kLanes)
                 for (int64_t k = 0; k < count; ++k) memset(terms + k * pitch + m, 0, (width - m) * 4);
         }

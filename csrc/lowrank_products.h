@@ -220,6 +220,18 @@ static float usual(const Statistics& sums, const Panel& block) {
     return float(std::sqrt(sums.squares / (double(block.lines) * double(block.length))));
 }
 
+// Lines of 16-bit elements as lines of pairs, the even line of two in the lower halves.
+static void pair_up(const uint16_t* lines, int64_t pitch, int64_t count, int64_t length, uint32_t* out,
+                    int64_t out_pitch) {
+    for (int64_t line = 0; line < count; line += 2)
+        for (int64_t i = 0; i < length; i += kLanes) {
+            const uint16_t* const at = lines + line * pitch + i;
+            const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
+            const vu odd = __builtin_convertvector(*(const vh_any*)(at + pitch), vu);
+            *(vu_any*)(out + line / 2 * out_pitch + i) = even | odd << 16;
+        }
+}
+
 template <Kind kind>
 static void products_in(const Products& p) {
     constexpr bool paired = kind != kFloats;
@@ -265,10 +277,7 @@ static void products_in(const Products& p) {
     std::vector<double> wide;   // of long sums
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), even_rows = rows + rows % 2;
-        Panel block = x;
-        (p.by_column ? block.length : block.lines) = rows;
-        block.x += (p.by_column ? start : start * x.x_pitch) * size_of(x.x_dtype);
-        if (block.b) block.b += (p.by_column ? start : start * x.b_pitch) * size_of(x.b_dtype);
+        Panel block = x.part(p.by_column, start, rows);
         float unit = 1;
         if (kind == kIntegers) {
             const Statistics own = measured(block, p.full);
@@ -293,13 +302,7 @@ static void products_in(const Products& p) {
             if (block.length % 2)
                 for (int64_t line = 0; line < block.lines + block.lines % 2; ++line)
                     pairs[line * pitch + block.length] = 0;
-            for (int64_t line = 0; line < block.lines; line += 2)
-                for (int64_t i = 0; i < block.length; i += kLanes) {
-                    const uint16_t* const at = pairs + line * pitch + i;
-                    const vu even = __builtin_convertvector(*(const vh_any*)at, vu);
-                    const vu odd = __builtin_convertvector(*(const vh_any*)(at + pitch), vu);
-                    *(vu_any*)(across + line / 2 * pitch + i) = even | odd << 16;
-                }
+            pair_up(pairs, pitch, block.lines, block.length, across, pitch);
         }
         const uint32_t* const read = there ? (const uint32_t*)block.x : along;
         const int64_t read_pitch = there ? x.x_pitch : pitch;

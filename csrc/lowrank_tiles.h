@@ -189,16 +189,6 @@ static void pad(const Matrix& x, int64_t lines, int64_t length) {
     }
 }
 
-// Lines in bf16, padded, as pairs of lines.
-static void pair_up(const Matrix& x, int64_t lines, int64_t length, const Matrix& out) {
-    for (int64_t line = 0; line < lines; line += 2)
-        for (int64_t i = 0; i < length; i += kLanes) {
-            const vu even = __builtin_convertvector(*(const vh_any*)x.tile(line, i / 2), vu);
-            const vu odd = __builtin_convertvector(*(const vh_any*)x.tile(line + 1, i / 2), vu);
-            *(vu_any*)out.tile(line / 2, i) = even | odd << 16;
-        }
-}
-
 // Whether they were taken: not where too many elements of X are no bf16 numbers and may not be rounded.
 static bool products_in_tiles(const Products& p, bool half) {
     if (!half && (p.x.x_dtype != kBFloat16 || (p.x.b && p.x.b_dtype != kBFloat16))) return false;
@@ -253,17 +243,16 @@ static bool products_in_tiles(const Products& p, bool half) {
     const TileShapes shapes;
     for (int64_t start = 0; start < n; start += step) {
         const int64_t rows = std::min(step, n - start), padded = up(rows, 32);
-        Panel block = x;
-        (by_column ? block.length : block.lines) = rows;
-        block.x += (by_column ? start : start * x.x_pitch) * size_of(x.x_dtype);
-        if (block.b) block.b += (by_column ? start : start * x.b_pitch) * size_of(x.b_dtype);
+        Panel block = x.part(by_column, start, rows);
         block.out = (char*)along.at, block.out_dtype = kBFloat16, block.out_pitch = pitch;
         block.rests = half ? nullptr : &rests;
         rests.held.clear();
         write_lines(block, statistics, p.statistics, p.full);
         if (rests.held.size() > rests.most) return false;
         pad(along, block.lines, block.length);
-        if (by_column || p.z) pair_up(along, up(block.lines, 32), up(block.length, 32), across);
+        if (by_column || p.z)
+            pair_up((const uint16_t*)along.at, pitch, up(block.lines, 32), up(block.length, 32), (uint32_t*)across.at,
+                    across.pitch);
 
         for (int64_t k = 0; k < deep / 2; k += kTilePairs) {
             const int64_t pairs = std::min(kTilePairs, deep / 2 - k);

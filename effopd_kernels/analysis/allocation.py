@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 from . import figures
+from .comparison import CHECKPOINT
 from .figures import Picture
-from .findings import CHECKPOINT, Findings, Row, grouped, norms, share
+from .findings import Findings, Row, grouped, norms, share
 from .report import Headline, Part, Section, shown
 
 THIRDS = ("outside", "whole", "bottom", "middle", "top")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checks import FLOATS
 from ..errors import UserError
@@ -16,6 +17,7 @@ from .adapters import Adapter, is_adapter
 from .checkpoints import Checkpoint, counted, listed
 from .roles import role_of, token_embedding
 
+CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
 _PACKED = re.compile(r"weight(_packed)?$|_blocks$")
 
@@ -33,6 +35,11 @@ class Comparison:
     def checkpoints(self) -> list[tuple[str, int, Checkpoint]]:
         """(trajectory, position, checkpoint) of all."""
         return [(t, i, c) for t, many in self.trajectories.items() for i, c in enumerate(many)]
+
+    def about(self, trajectory: str, position: int) -> dict[str, Any]:
+        """What names a checkpoint in every table: the columns `CHECKPOINT`."""
+        checkpoint, progress = self.trajectories[trajectory][position], self.progress[trajectory][position]
+        return dict(zip(CHECKPOINT, (trajectory, checkpoint.label, checkpoint.step, progress), strict=True))
 
 
 def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) -> Comparison:

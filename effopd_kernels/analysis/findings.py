@@ -15,7 +15,6 @@ from .measure import Measured, Options, relative
 from .roles import TYPES, third
 
 Row = Mapping[str, Any]
-CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")  # what names a checkpoint in every table
 WHOLE = "MLP and attention"
 GROUPS: dict[str, Callable[[Row], bool]] = {
     WHOLE: lambda row: row["part"] in ("mlp", "attention"),
@@ -54,12 +53,6 @@ class Findings:
         notes = [f"NaN or infinite in the base, so left out of all numbers: {listed(list(broken))}."] if broken else []
         self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
         self.middle = any(row["third"] == "middle" for row in self.rows)
-
-    def about(self, trajectory: str, position: int) -> dict[str, Any]:
-        """What names a checkpoint in every table."""
-        checkpoint = self.comparison.trajectories[trajectory][position]
-        progress = self.comparison.progress[trajectory][position]
-        return dict(zip(CHECKPOINT, (trajectory, checkpoint.label, checkpoint.step, progress), strict=True))
 
     def each(self, rows: Iterable[Row]) -> dict[str, list[Row]]:
         """trajectory → its rows."""

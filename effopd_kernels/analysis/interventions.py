@@ -30,8 +30,9 @@ from .comparison import Comparison, compare
 from .edits import EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import readable
-from .output import check_free, not_left_empty
+from .output import check_free, not_left_empty, whole_folder
 from .plans import INTERVENTIONS, Plan, Trial
+from .report import PARTS
 from .roles import role_of
 from .scoring import Validate, estimate
 from .updates import trajectories_of
@@ -309,18 +310,7 @@ def model_name(trial: Trial) -> str:
 
 
 def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:
-    """Everything into a folder of its own first; then each part takes its place."""
-    staging = folder / ".unfinished"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     compared = ", ".join(f"{t} ({counted(c, 'checkpoint')})" for t, c in comparison.trajectories.items())
     lead = f"{compared}, from {comparison.base.label}: each edited in place, scored on the same prompts, and restored."
-    try:
-        with written(folder):
-            intervention_report.write(staging, rows, metric, settings, lead, notes)
-            for part in staging.iterdir():
-                if (folder / part.name).is_dir():
-                    shutil.rmtree(folder / part.name)
-                part.replace(folder / part.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with whole_folder(folder, PARTS) as staging:
+        intervention_report.write(staging, rows, metric, settings, lead, notes)

@@ -88,7 +88,7 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
         last, finals = len(checkpoints) - 1, []
         for position in (last, *range(last)):  # the last first: the others' subspaces are held against its
             a, b = _pair(checkpoints[position], name, base, options.device)
-            where = _where(comparison, trajectory, position)
+            where = comparison.about(trajectory, position)
             for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
                 named = _named(label, place, x)
                 svd, spectrum, row, subtracted = _spectrum(x, y, options)
@@ -125,7 +125,7 @@ def _sizes(comparison: Comparison, name: str, role: Role, options: Options, embe
     return Measured(
         name,
         [
-            {**_where(comparison, *at), **_named(name, role, like), **_norms(total, like), "weight_norm": weight_norm}
+            {**comparison.about(*at), **_named(name, role, like), **_norms(total, like), "weight_norm": weight_norm}
             for total, (*at, _) in zip(totals[1:], checkpoints, strict=True)
         ],
         tokens={t: dict(zip(TOKEN_COLUMNS, torch.cat(parts, 1), strict=True)) for t, parts in tokens.items()},
@@ -138,16 +138,6 @@ def _blocks(shape: tuple[int, ...]) -> list[slice]:
         return [EVERY]
     step = max(1, BLOCK * shape[0] // math.prod(shape))
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-
-def _where(comparison: Comparison, trajectory: str, position: int) -> dict[str, Any]:
-    checkpoint = comparison.trajectories[trajectory][position]
-    return {
-        "trajectory": trajectory,
-        "checkpoint": checkpoint.label,
-        "step": checkpoint.step,
-        "progress": comparison.progress[trajectory][position],
-    }
 
 
 def relative(update: float, weight: float) -> float:

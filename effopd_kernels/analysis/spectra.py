@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from . import figures
+from .comparison import CHECKPOINT
 from .figures import Interval
-from .findings import CHECKPOINT, GROUPS, WHOLE, Findings, Row, finite, grouped, interval, mean, norms
+from .findings import GROUPS, WHOLE, Findings, Row, finite, grouped, interval, mean, norms
 from .measure import GRID
 from .report import Headline, Part, Section
 
@@ -170,7 +171,7 @@ def _energy(found: Findings) -> list[dict[str, Any]]:
         rest = [[(1 - min(1.0, part) ** 2) ** 0.5 for part in curve] for curve in curves]
         bottom = torch.tensor(rest, dtype=torch.float64).mean(0).flip(0)
         table += [
-            found.about(trajectory, position) | {"rank_fraction": f, "top": t, "bottom": b}
+            found.comparison.about(trajectory, position) | {"rank_fraction": f, "top": t, "bottom": b}
             for f, t, b in zip(GRID, top.tolist(), bottom.tolist(), strict=True)
         ]
     return table

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import figures
-from .findings import CHECKPOINT, GROUPS, WHOLE, Findings, Row, grouped, mean
+from .comparison import CHECKPOINT
+from .findings import GROUPS, WHOLE, Findings, Row, grouped, mean
 from .report import Headline, Part, Section
 
 MEASURES = {"mean_cosine": "mean |cos(uᵢ, uᵢ,last)|", "mean_principal_cosine": "mean principal cosine"}
@@ -104,7 +105,7 @@ def _coordinates(found: Findings, places: list[int]) -> tuple[list[dict[str, Any
     order = found.comparison.checkpoints()
     table = []
     for j, i in enumerate(places):
-        row = found.about(*order[i][:2])
+        row = found.comparison.about(*order[i][:2])
         for name, points in coordinates.items():
             row[f"{name}_1"], row[f"{name}_2"] = points[j]
         table.append(row)

@@ -245,19 +245,18 @@ def _linear_rows(
 
     fill()
 
-    def spread(rows, full):  # index_add, for absent tokens repeat index 0 (with zeros)
-        return (
-            rows
-            if index is None or rows is None
-            else full.index_add_(full.ndim - 1 if rows is stats else 0, index, rows)
-        )
+    def spread(rows, dim=0):  # index_add, for absent tokens repeat index 0 (with zeros)
+        if index is None:
+            return rows
+        shape = (*rows.shape[:dim], N, *rows.shape[dim + 1 :])
+        return rows.new_zeros(shape).index_add_(dim, index, rows)
 
     grads = (
-        spread(grad_h, student[0].new_zeros(student[0].shape)) if needs[0] else student[0].new_empty(0),
+        spread(grad_h) if needs[0] else student[0].new_empty(0),
         grad_w.to(student[1].dtype) if needs[1] else student[1].new_empty(0),
         grad_b.to(student[2].dtype) if needs[2] else student[1].new_empty(0),
     )
-    return spread(loss, loss.new_zeros(N)), *grads, spread(stats, stats.new_zeros(3, N)) if with_stats else stats
+    return spread(loss), *grads, spread(stats, 1) if with_stats else stats
 
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:

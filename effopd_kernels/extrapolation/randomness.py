@@ -24,13 +24,13 @@ class SameRandomness:
 
     @contextmanager
     def rewound(self):
-        self._rewind()
+        self.rewind()
         try:
             yield
         finally:
-            self._rewind()
+            self.rewind()
 
-    def _rewind(self) -> None:
+    def rewind(self) -> None:
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)

@@ -23,6 +23,12 @@ GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below th
 
 
 def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
+    """First-pass statistics of the unscaled differences, (B, 5) fp64: Σ Δ², max |Δ|, entries with Δ = 0, Σ ulp(x)²,
+    non-finite entries.
+
+    The two middle ones are filled only when ``full``. A matrix with non-finite entries may hold anything in the first
+    two.
+    """
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=x[0].device)
     for row, matrix in zip(result, _each(x, base, None), strict=True):
         over_panels(lambda rows, p: None, *matrix, arithmetic(matrix[0]), row, full)
@@ -30,6 +36,9 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
 
 
 def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool) -> tuple[Tensor, Tensor]:
+    """The first pass: (fast :func:`gram_apply` of the unscaled differences and the test matrix of :mod:`signs`,
+    :func:`stats`), the second from the same reading.
+    """
     rows = x[0].shape[1]
     z = x[0].new_empty(len(x), rows, columns, dtype=arithmetic(x[0]))
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=z.device)
@@ -41,6 +50,9 @@ def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: b
 
 
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+    """Z_b = X_bᵀ (X_b q_b): x_b (N, M), q (B, M, L) → (B, M, L). One reading of the pair on CPU; two skinny products
+    elsewhere.
+    """
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
         z[i] = _products(matrix, q[i], half=fast)
@@ -48,6 +60,7 @@ def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | N
 
 
 def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Y_b = X_b q_b, X_bᵀ Y_b): (B, M, L) → (B, N, L), (B, M, L). Readings of the pair as in :func:`gram_apply`."""
     y, z = q.new_empty(len(x), x[0].shape[0], q.shape[2]), torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
         z[i] = _products(matrix, q[i], y[i])
@@ -55,6 +68,9 @@ def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None
 
 
 def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to 16 bits (sums
+    stay in fp32).
+    """
     y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
     for i, matrix in enumerate(_each(x, base, scale)):
         _products(matrix, q[i], y[i], want_z=False)
@@ -71,6 +87,9 @@ def _products(matrix, q, y=None, want_z=True, statistics=None, full=False, half=
 
 
 def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool) -> Tensor:
+    """G_b = X_bᵀ X_b, (B, M, M), exactly symmetric; only one triangle is computed. ``double``: fp64 products and
+    result.
+    """
     m = x[0].shape[1]
     g = torch.zeros(len(x), m, m, dtype=torch.float64 if double else arithmetic(x[0]), device=x[0].device)
     share = shared_out if g.device.type == "cpu" else map
@@ -89,6 +108,9 @@ def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool
 
 
 def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, (B, L) and eigenvectors in columns (B, L, L) of symmetric g (B, L, L), in g's dtype
+    (fp32 or fp64).
+    """
     values, vectors = torch.linalg.eigh(g[0] if len(g) == 1 else g)  # one matrix alone is a third faster
     return values.flip(-1).reshape(g.shape[:2]), vectors.flip(-1).contiguous().reshape(g.shape)
 

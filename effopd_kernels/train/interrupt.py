@@ -1,16 +1,15 @@
 """Stop signals become KeyboardInterrupt, at once or, with several processes, when all have agreed; what a step was when
 it completed is remembered, so that a checkpoint of it can still be written."""
 
-import random
 import signal
 import threading
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from ..extrapolation.interrupts import Deferred
+from ..extrapolation.randomness import SameRandomness
 
 
 class Interrupts:
@@ -77,21 +76,14 @@ class StepGuard(TrainerCallback):
         self._update.__exit__()
 
     def _completed(self, state) -> None:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        self.step = state.global_step
-        self.random_state = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+        self.step, self.random_state = state.global_step, SameRandomness()
         self.train_tokens, self.num_tokens = self.trainer.ledger.train_tokens, state.num_input_tokens_seen
 
     def restore(self) -> None:
         """As it was then: resuming draws, and counts, the abandoned rollout again."""
         self.trainer.ledger.train_tokens = self.train_tokens
         self.trainer.state.num_input_tokens_seen = self.num_tokens  # TRL's, prompts included
-        python, numpy, cpu, cuda = self.random_state
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+        self.random_state.rewind()
 
 
 class EvaluationDue(TrainerCallback):

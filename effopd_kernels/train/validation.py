@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl.trainer.utils import pad
 
+from ..extrapolation.event import modes_kept
 from ..extrapolation.records import Losses
 from .errors import UserError
 from .grading import is_correct
@@ -197,9 +198,6 @@ class TeacherLoss:
 @contextmanager
 def evaluating(model: torch.nn.Module):
     """`model.eval()` for the duration; TRL files metrics by the mode it finds the model in."""
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        model.train(was_training)
