@@ -49,7 +49,8 @@ class SpectralMetrics(NamedTuple):
     rank_above_noise: Tensor  # int64, σ that noise passes in fewer than one matrix in a thousand
     unchanged_fraction: Tensor  # entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise
     quantisation_limited: Tensor  # bool, a tenth or more of Σσ is below the edge: the effective rank counts rounding
-    # Of the sampled metrics (method="slq" only): the jackknife's over probes, and what the quadrature lacks.
+    # Of the sampled metrics (method="slq" only): the jackknife's over probes, and what the quadrature lacks, which for
+    # rank_above_noise is a bound: as many σ as its nodes do not tell from the threshold.
     standard_error: "dict[str, Tensor] | None" = None
 
 
@@ -173,6 +174,7 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, shape: torch.Size, top: int
             return torch.stack([found[name] for name in SAMPLED])
 
         lacks = spectrum.quadrature_error(lambda s: estimates(_sums(s, unit, threshold).mean(0)))
+        lacks[SAMPLED.index("rank_above_noise")] = spectrum.count_error(threshold)  # a step's last change tells nothing
         errors = torch.hypot(_jackknife(estimates, sums), lacks)
         values |= {f"{name} error": error for name, error in zip(SAMPLED, errors, strict=True)}
     return values

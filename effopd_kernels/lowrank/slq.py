@@ -64,6 +64,25 @@ class Spectrum(NamedTuple):
         nodes, weights = self.coarser
         return nodes.shape[1] * (f(self) - f(self._replace(nodes=nodes, weights=weights))).abs()
 
+    def count_error(self, x: Tensor) -> Tensor:
+        """How far the number of σ above x may be from that of the nodes, over the probes' mean.
+
+        Both measures have the same moments, so by Chebyshev, Markov and Stieltjes they differ by no more than the most
+        that any such measure has in x itself: 1 / Σ_j p_j(x)² of its orthonormal polynomials, which in terms of nodes
+        is 1 / Σ_j ℓ_j(x)² / w_j with Lagrange's.
+        """
+        if self.nodes is None or self.rest_norm() <= x:
+            return x.new_zeros(())
+        # Nodes below rounding are one, and a node without weight is none.
+        zero, squares = self.nodes == 0, self.nodes.square()
+        weights = torch.where(zero, 0.0, self.weights)
+        weights[:, 0] += (self.weights * zero).sum(1)
+        held = weights > 1e-12 * weights.sum(1, keepdim=True)
+        other = held.unsqueeze(1) & ~torch.eye(held.shape[1], dtype=torch.bool, device=held.device)
+        apart = squares.unsqueeze(2) - squares.unsqueeze(1)
+        lagrange = torch.where(other, (x.square() - squares).unsqueeze(1) / apart, 1.0).prod(2)
+        return (1 / torch.where(held, lagrange.square() / weights, 0.0).sum(1)).mean()
+
     def rest_norm(self) -> float:
         """An upper bound on the spectral norm of X(1 − VVᵀ), the matrix without its leading right singular vectors; it
         fails with probability `FAILURE`, over the seed.

@@ -160,3 +160,25 @@ def test_standard_errors_tell_of_the_quadrature_too(spectrum, steps):
         for name, error in sampled.standard_error.items():
             if name != "rank_above_noise":  # in whole numbers
                 assert abs(getattr(sampled, name) - getattr(exact, name)) <= 4 * error + 1e-5 * getattr(exact, name)
+
+
+@pytest.mark.parametrize("ratio", [0.97, 0.98, 0.99])
+def test_the_standard_error_of_a_count_tells_of_what_the_nodes_do_not_part(ratio):
+    """Of geometric spectra one node stands for hundreds of σ on both sides of the noise, in every probe and after every
+    step: neither the spread over probes nor the last step's change is anything.
+    """
+    generator = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(896, 768, generator=generator)).bfloat16()
+    a = (base.double() + with_spectrum(896, 768, ratio ** torch.arange(768, dtype=torch.float64))).bfloat16()
+    exact = spectral_metrics(a, base=base).rank_above_noise
+    sampled = spectral_metrics(a, base=base, method="slq")
+    assert abs(sampled.rank_above_noise - exact) <= sampled.standard_error["rank_above_noise"] + 0.5
+
+
+@pytest.mark.parametrize("rank", [4, 12])
+def test_a_count_within_the_leading_triplets_is_nearly_certain(rank):
+    generator = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(500, 300, generator=generator)).bfloat16()
+    update = torch.randn(500, rank, generator=generator) @ torch.randn(rank, 300, generator=generator)
+    sampled = spectral_metrics((base + 3e-4 * update).bfloat16(), base=base, method="slq")
+    assert sampled.rank_above_noise == rank and sampled.standard_error["rank_above_noise"] < 2
