@@ -65,15 +65,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """The public names and the folders they are from, imported when the first is used: PyTorch takes over a second,
-    and --help does not need it."""
-    ideas = ("divergence", "extrapolation", "lowrank")
-    if name not in (*__all__, *ideas):
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    for module in [import_module(f"{__name__}.{idea}") for idea in ideas]:
-        globals().update({public: getattr(module, public) for public in __all__ if public in module.__all__})
-    return globals()[name]
+if not TYPE_CHECKING:  # to a type checker a name that is not above is a mistake
+
+    def __getattr__(name: str) -> Any:
+        """The public names and the folders they are from, imported when the first is used: PyTorch takes over a second,
+        and --help does not need it."""
+        ideas = ("divergence", "extrapolation", "lowrank")
+        if name not in (*__all__, *ideas):
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        for module in [import_module(f"{__name__}.{idea}") for idea in ideas]:
+            globals().update({public: getattr(module, public) for public in __all__ if public in module.__all__})
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""What checks before any work share."""
+"""Helpers for checks of arguments, which run before any work."""
+
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,3 +17,16 @@ def readable(tensor: Tensor) -> bool:
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
     return tensor.numel() > 0 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: a tensor by its shape, not its entries."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -45,10 +45,19 @@ def jsd(beta: float = 0.5) -> Divergence:
 
 
 def skew_forward_kl(alpha: float) -> Divergence:
-    """KL(p ‖ alpha·p + (1−alpha)·q), DistiLLM's skew KL (arXiv 2402.03898, eq. 4); alpha 0 is FORWARD_KL."""
+    """KL(p ‖ alpha·p + (1−alpha)·q), DistiLLM's skew KL (arXiv 2402.03898, eq. 4); alpha 0 is FORWARD_KL. Raises
+    ValueError outside 0 ≤ alpha < 1: at 1 it vanishes identically.
+    """
+    _check_skew("skew_forward_kl", alpha)
     return Divergence(1.0, 0.0, alpha)
 
 
 def skew_reverse_kl(alpha: float) -> Divergence:
-    """KL(q ‖ (1−alpha)·p + alpha·q), DistiLLM's skew reverse KL; alpha 0 is REVERSE_KL."""
+    """KL(q ‖ (1−alpha)·p + alpha·q), DistiLLM's skew reverse KL; alpha 0 is REVERSE_KL. Raises as `skew_forward_kl`."""
+    _check_skew("skew_reverse_kl", alpha)
     return Divergence(0.0, 1.0, 1 - alpha)
+
+
+def _check_skew(name: str, alpha: float) -> None:
+    if not isinstance(alpha, Real) or not 0 <= alpha < 1:
+        raise ValueError(f"{name} needs 0 <= alpha < 1, got {alpha!r}; at 1 it vanishes identically")

@@ -77,11 +77,11 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) 
         raise ValueError(f"{name} is on {ids.device} but what it indexes on {device}")
 
 
-def _check_range(name: str, ids: Tensor, V: int) -> None:
+def _check_range(name: str, ids: Tensor, V: int, hint: str = "") -> None:
     if readable(ids):  # where it is not, indexing out of bounds is an assertion on the device
         for found in map(int, ids.aminmax()):
             if not 0 <= found < V:
-                raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}")
+                raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}{hint}")
 
 
 def _check_distinct(name: str, ids: Tensor) -> None:
@@ -180,7 +180,8 @@ def topk_divergence_loss(
     masked = None if mask is None else ~mask
     if masked is not None:
         absent = absent | masked[..., None]
-    _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V)
+    hint = "; if the student is hidden states, give student_weight too" if student_weight is None else ""
+    _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V, hint)
     _check_mass(teacher_logprobs if masked is None else teacher_logprobs.masked_fill(masked[..., None], -torch.inf))
     ids = teacher_ids.long().masked_fill(absent, -1)
     _check_distinct("teacher_ids", ids)

@@ -7,6 +7,7 @@ Shape legend: D rows of a basis, K columns.
 import torch
 from torch import Tensor
 
+from ..checks import is_integer, shown
 from .types import RSVD
 
 
@@ -65,8 +66,10 @@ def _check_bases(u: Tensor, v: Tensor) -> None:
 def _leading(u: Tensor, v: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     _check_bases(u, v)
     k = min(u.shape[-1], v.shape[-1]) if k is None else k
-    if not 1 <= k <= min(u.shape[-1], v.shape[-1]):
-        raise ValueError(f"k must be between 1 and the fewer columns, {min(u.shape[-1], v.shape[-1])}; it is {k}")
+    if not is_integer(k) or not 1 <= k <= min(u.shape[-1], v.shape[-1]):
+        raise ValueError(
+            f"k must be an integer between 1 and the fewer columns, {min(u.shape[-1], v.shape[-1])}; it is {shown(k)}"
+        )
     u, v = _promoted(u, v)
     return u[..., :k], v[..., :k]
 

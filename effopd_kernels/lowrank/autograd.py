@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .alignment import reconstruct
 from .coupling import complement
 from .decompose import Rest, Settings, decompose, oriented
 from .types import RSVD
@@ -69,7 +70,7 @@ class LowRankPart(torch.autograd.Function):
     def forward(ctx, a: Tensor, base: Tensor | None, settings: Settings):
         svd, rest = decompose(a, base, settings)
         _save(ctx, a, base, svd, rest)
-        return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
+        return reconstruct(svd)
 
     @staticmethod
     @once_differentiable

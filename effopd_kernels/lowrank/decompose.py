@@ -29,11 +29,11 @@ class Settings(NamedTuple):
     """What :func:`batched_rsvd` was asked for, checked."""
 
     rank: int
-    oversample: int | None
-    power_iters: int
-    tol: float | None
-    seed: int
-    route: str | None
+    oversample: int | None = None
+    power_iters: int = 2
+    tol: float | None = None
+    seed: int = 0
+    route: str | None = None
 
     def width(self, m: int) -> int:
         """Columns L of the sketch for a short side m; unless told, a multiple of 16, which products like."""

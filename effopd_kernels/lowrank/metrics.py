@@ -36,21 +36,32 @@ class SpectralMetrics(NamedTuple):
     """Metrics of every matrix of a batch, each (...) fp64 unless said; NaN where a matrix has non-finite entries.
 
     A zero matrix has norms and ranks 0 and NaN for the ratios.
+
+    spectral_norm: σ₁.
+    frobenius_norm, spectral_to_frobenius: ‖Δ‖_F, σ₁ / ‖Δ‖_F.
+    effective_rank: exp(−Σ p log p), p_i = σ_i / Σσ.
+    top_fraction_norm_ratio: ‖Δ_top‖_F / ‖Δ‖_F, Δ_top the leading ⌈top_fraction · min(m, n)⌉ triplets.
+    participation_ratio: ‖Δ‖_F⁴ / ‖ΔᵀΔ‖_F².
+    stable_rank: ‖Δ‖_F² / σ₁².
+    noise_edge: the spectral norm that rounding ``a`` to its dtype alone would give.
+    rank_above_noise: int64, the number of σ above what noise passes in fewer than one matrix in a thousand.
+    unchanged_fraction: of entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise.
+    quantisation_limited: bool, a tenth or more of Σσ is below the edge: the effective rank counts rounding.
+    standard_error: of the sampled metrics by name, with method="slq" only: the jackknife's over probes, and what the
+        quadrature lacks, which for rank_above_noise is a bound: as many σ as its nodes do not tell from the threshold.
     """
 
-    spectral_norm: Tensor  # σ₁
+    spectral_norm: Tensor
     frobenius_norm: Tensor
     spectral_to_frobenius: Tensor
     effective_rank: Tensor
-    top_fraction_norm_ratio: Tensor  # ‖Δ_top‖_F / ‖Δ‖_F, Δ_top the leading ⌈top_fraction · min(m, n)⌉ triplets
+    top_fraction_norm_ratio: Tensor
     participation_ratio: Tensor
-    stable_rank: Tensor  # ‖Δ‖_F² / σ₁²
-    noise_edge: Tensor  # spectral norm that rounding ``a`` to its dtype alone would give
-    rank_above_noise: Tensor  # int64, σ that noise passes in fewer than one matrix in a thousand
-    unchanged_fraction: Tensor  # entries with Δ = 0 exactly; above ~0.2 the edge overestimates the noise
-    quantisation_limited: Tensor  # bool, a tenth or more of Σσ is below the edge: the effective rank counts rounding
-    # Of the sampled metrics (method="slq" only): the jackknife's over probes, and what the quadrature lacks, which for
-    # rank_above_noise is a bound: as many σ as its nodes do not tell from the threshold.
+    stable_rank: Tensor
+    noise_edge: Tensor
+    rank_above_noise: Tensor
+    unchanged_fraction: Tensor
+    quantisation_limited: Tensor
     standard_error: "dict[str, Tensor] | None" = None
 
 

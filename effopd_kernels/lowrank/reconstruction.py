@@ -8,11 +8,11 @@ triplets needed.
 """
 
 import itertools
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from ..checks import is_integer, is_number, shown
 from .panels import PANEL
 from .types import RSVD
 
@@ -40,17 +40,21 @@ def low_rank_update(
         out: written without gradients and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
 
     Raises:
-        TypeError: ``w0`` that is not floating.
+        TypeError: ``w0`` that is no floating tensor, ``svd`` that is no RSVD, ``alpha`` that is no number.
         ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k.
     """
-    if not w0.is_floating_point():
-        raise TypeError(f"w0 must be floating, got {w0.dtype}")
+    if not isinstance(w0, Tensor) or not w0.is_floating_point():
+        raise TypeError(f"w0 must be a floating tensor, got {getattr(w0, 'dtype', type(w0).__name__)}")
+    if not isinstance(svd, RSVD):
+        raise TypeError(f"svd must be an RSVD, as batched_rsvd returns it, got {type(svd).__name__}")
     k = svd.S.shape[-1]
     if rank is not None and tail is not None:
         raise ValueError("give rank or tail, not both")
     for name, value in (("rank", rank), ("tail", tail)):
-        if value is not None and not 0 <= value <= k:
-            raise ValueError(f"{name} must be between 0 and the {k} triplets at hand, got {value}")
+        if value is not None and not (is_integer(value) and 0 <= value <= k):
+            raise ValueError(f"{name} must be an integer from 0 to the {k} triplets at hand, got {shown(value)}")
+    if not is_number(alpha) and not (isinstance(alpha, Tensor) and alpha.ndim == 0):
+        raise TypeError(f"alpha must be a number, got {shown(alpha)}")
     shape = (*svd.U.shape[:-1], svd.Vh.shape[-1])
     if w0.shape != shape:
         raise ValueError(f"w0 is {tuple(w0.shape)}, the factors make {tuple(shape)}")
@@ -62,7 +66,7 @@ def low_rank_update(
             raise ValueError(
                 f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
             )
-    elif match_norm is not None and not (isinstance(match_norm, Real) and match_norm >= 0):
+    elif match_norm is not None and not (is_number(match_norm) and match_norm >= 0):
         raise ValueError(f"match_norm must be a number ≥ 0, or a tensor of one for each matrix, got {match_norm!r}")
 
     part = slice(tail, None) if tail is not None else slice(0, rank)

@@ -6,12 +6,10 @@ Then Aᵀu_i = σ_i v_i by construction (of a wide matrix its transpose is taken
 measures how far the triplets are from being singular. :mod:`decompose` has the steps.
 """
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..checks import FLOATS, is_integer, is_number, shown
 from . import routes
 from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
@@ -57,14 +55,12 @@ def batched_rsvd(
         TypeError: integer or complex input. ValueError: shapes, rank, route or options out of range.
     """
     check_pair(a, base)
-    m, n = a.shape[-2:]
-    k = check_options(rank, m, n, oversample, power_iters, tol, seed, route, clip_rank)
+    settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
     check_align_to(align_to, a.shape)
-    settings = Settings(k, oversample, power_iters, tol, seed, route)
     pair = as_batch(a), None if base is None else as_batch(base)
     result = RSVD(*TruncatedSVD.apply(*pair, settings)) if _wants_gradient(*pair) else decompose(*pair, settings)[0]
     result = RSVD(*(field.reshape((*a.shape[:-2], *field.shape[1:])) for field in result))
-    if rank > k:
+    if rank > settings.rank:
         result = result._replace(flags=result.flags | Flag.CLIPPED)
     return result if align_to is None else aligned(result, align_to)
 
@@ -90,9 +86,9 @@ def low_rank_part(
     RuntimeError.
     """
     check_pair(a, base)
-    k = check_options(rank, *a.shape[-2:], oversample, power_iters, tol, seed, route, clip_rank)
+    settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
     pair = as_batch(a), None if base is None else as_batch(base)
-    return LowRankPart.apply(*pair, Settings(k, oversample, power_iters, tol, seed, route)).reshape(a.shape)
+    return LowRankPart.apply(*pair, settings).reshape(a.shape)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -144,25 +140,26 @@ def check_align_to(align_to: "RSVD | Tensor | None", shape: torch.Size, name: st
         raise ValueError(f"{name} has U of shape {tuple(previous.shape)}; it must be {(*shape[:-1], 'k')}")
 
 
-def check_options(rank, m, n, oversample, power_iters, tol, seed, route, clip_rank) -> int:
-    """Raise for options out of range; return the rank to compute."""
+def settings_for(shape: torch.Size, rank, oversample, power_iters, tol, seed, route, clip_rank) -> Settings:
+    """What was asked for of matrices (..., m, n), with the rank there is. Raises for options out of range."""
+    m, n = shape[-2:]
     for name, value in (
         ("rank", rank),
         ("oversample", 0 if oversample is None else oversample),
         ("power_iters", power_iters),
     ):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be an integer ≥ 0, got {value!r}")
+        if not is_integer(value) or value < 0:
+            raise ValueError(f"{name} must be an integer ≥ 0, got {shown(value)}")
     if rank > min(m, n) and not clip_rank:
         raise ValueError(
             f"rank {rank} exceeds min(m, n) = {min(m, n)} of a {m} × {n} matrix; clip_rank=True takes that instead"
         )
-    if tol is not None and not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}")
-    if not isinstance(seed, Integral):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if tol is not None and not (is_number(tol) and tol > 0):
+        raise ValueError(f"tol must be a number > 0 or None, got {shown(tol)}")
+    if not is_integer(seed):
+        raise TypeError(f"seed must be an integer, got {shown(seed)}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
     if route not in (None, *routes.ROUTES):
-        raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {route!r}")
-    return min(rank, m, n)
+        raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {shown(route)}")
+    return Settings(min(rank, m, n), oversample, power_iters, tol, seed, route)

@@ -103,7 +103,7 @@ def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None
     """
     m, (probes, least, most, seed) = x.x[0].shape[1], sampling
     if svd is None:
-        found, _ = decompose_group(x.x, x.base, Settings(min(k, m), None, 2, None, seed, None))
+        found, _ = decompose_group(x.x, x.base, Settings(min(k, m), seed=seed))
         svd = RSVD(*(field[0] for field in found))
     k = svd.S.shape[-1]
     s, v = svd.S.double(), svd.Vh.mT.contiguous()

@@ -12,10 +12,13 @@ _FORMAT = "effopd_kernels.lowrank.RSVD/1"
 def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
     """Write factors and certificates of named matrices (never the matrices). The file appears whole or not at all.
 
-    Raises FileNotFoundError where its folder is not there.
+    Raises TypeError for other than a mapping of names to `RSVD`, FileNotFoundError where the file's folder is not
+    there.
     """
     from safetensors.torch import save_file
 
+    if not isinstance(svds, Mapping) or not all(isinstance(svd, RSVD) for svd in svds.values()):
+        raise TypeError(f"svds must be a mapping of names to RSVDs, got {type(svds).__name__}")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")

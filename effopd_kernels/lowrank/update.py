@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checks import FLOATS
 from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
-from .rsvd import aligned, check_align_to, check_options, check_pair
+from .rsvd import aligned, as_batch, check_align_to, check_pair, settings_for
 from .types import RSVD, Flag
 from .workers import side_by_side, without_autocast
 
@@ -45,8 +45,8 @@ def update_svd(
     ones are a batch).
 
     Args:
-        current, anchor: mappings of names to tensors, or paths of safetensors files or folders, which are read one
-            tensor at a time.
+        current, anchor: W_t and W_0, in this order: mappings of names to tensors, or paths of safetensors files or
+            folders, which are read one tensor at a time.
         rank, oversample, power_iters, tol, seed, route, clip_rank: as for `batched_rsvd`, with the same result bit for
             bit on CPU; small matrices are clipped by default.
         include: a regular expression to search in names, or a predicate; default every matrix.
@@ -61,14 +61,17 @@ def update_svd(
     Raises:
         ValueError: matrices missing on one side (all are listed), unequal shapes, damaged shards: before any work is
             done.
-        TypeError: a selected matrix is not floating. FileNotFoundError: a folder or shard that is not there.
+        TypeError: a selected matrix is not floating, ``align_to`` no mapping. FileNotFoundError: a folder or shard that
+            is not there.
     """
     device = None if device is None else torch.empty(0, device=device).device  # "cuda" by its index
     sides = open_checkpoint(current, "current"), open_checkpoint(anchor, "anchor")
-    names = _matching_names(*sides, include, strict)
+    if not isinstance(align_to, Mapping | None):
+        raise TypeError(f"align_to must be a mapping of names to earlier results, got {type(align_to).__name__}")
+    names, settings = _matching_names(*sides, include, strict), {}
     for name in names:
         shape = torch.Size(sides[0].shapes[name][0])
-        check_options(rank, *shape[-2:], oversample, power_iters, tol, seed, route, clip_rank)
+        settings[name] = settings_for(shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
         check_align_to((align_to or {}).get(name), shape, f"align_to[{name!r}]")
 
     from tqdm import tqdm
@@ -79,8 +82,8 @@ def update_svd(
     ) as bar:
 
         def factor(group: list[tuple[str, Tensor, Tensor]]) -> tuple[list, list[RSVD]]:
-            x, y = [v for _, a, _ in group for v in _matrices(a)], [v for _, _, b in group for v in _matrices(b)]
-            return group, _factor(x, y, Settings(min(rank, *x[0].shape), oversample, power_iters, tol, seed, route))
+            x, y = [v for _, a, _ in group for v in as_batch(a)], [v for _, _, b in group for v in as_batch(b)]
+            return group, _factor(x, y, settings[group[0][0]])  # of one shape, so of one rank
 
         groups = _groups(_pairs(*sides, names, device))
         if all(d.type == "cpu" for d in ([device] if device else sides[0].devices)):
@@ -161,7 +164,7 @@ def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Ten
 
 
 def _at_once(current, anchor, names: list[str]) -> int:
-    """Pairs that fit the limit, however large."""
+    """How many pairs of the largest size fit HELD_BYTES; at least one."""
     sizes = (
         sum(math.prod(side.shapes[name][0]) * side.shapes[name][1].itemsize for side in (current, anchor))
         for name in names
@@ -184,10 +187,6 @@ def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[
             yield from waiting.values()
             waiting, size = {}, 0
     yield from waiting.values()
-
-
-def _matrices(a: Tensor) -> list[Tensor]:
-    return list(a.reshape(a.shape[:-2].numel(), *a.shape[-2:]).unbind())
 
 
 @without_autocast

@@ -88,9 +88,12 @@ def assert_all_close(found, expected, rtol=1e-4, atol=1e-5):
 def test_the_family_is_three_numbers():
     assert jsd(0.25) == Divergence(0.25, 0.75, 0.25)
     assert skew_reverse_kl(0.0) == REVERSE_KL and skew_forward_kl(0.0) == FORWARD_KL
-    for build in (lambda: jsd(0.0), lambda: jsd(1.0), lambda: skew_forward_kl(1.5), lambda: Divergence(-1, 0, 0)):
-        with pytest.raises(ValueError):
-            build()
+    bad_ones = (jsd, 0.0), (jsd, 1.0), (skew_forward_kl, 1.0), (skew_reverse_kl, 1.5), (skew_reverse_kl, "0.1")
+    for build, bad in bad_ones:
+        with pytest.raises(ValueError, match=f"{build.__name__} needs 0.*< 1, got {bad!r}"):
+            build(bad)
+    with pytest.raises(ValueError):
+        Divergence(-1, 0, 0)
 
 
 @every_member

@@ -55,7 +55,7 @@ def test_a_group_is_each_of_its_matrices(route, shape, rank, small):
     a = base + torch.stack([spectrum("polynomial", *shape, seed).float() for seed in range(5)])
     a[1], a[3, 7, 9] = base[1], torch.nan
     a[4], base[4] = base[4] * small, 0
-    settings = Settings(rank, None, 2, None, 0, route)
+    settings = Settings(rank, route=route)
     together, _ = decompose_group(list(a), list(base), settings)
     for i in range(5):
         alone, _ = decompose_group([a[i]], [base[i]], settings)
@@ -348,7 +348,10 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a.numpy(), 2), TypeError, "ndarray"),
         (lambda a: batched_rsvd(a[0], 2), ValueError, r"\(9,\)"),
         (lambda a: batched_rsvd(a, 2, route="fast"), ValueError, "subspace, gram, exact"),
-        (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be positive"),
+        (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be a number > 0"),
+        (lambda a: batched_rsvd(a, 2, tol="1"), ValueError, "tol must be a number > 0 or None, got '1'"),
+        (lambda a: batched_rsvd(a, a), ValueError, r"rank must be an integer ≥ 0, got a tensor \(12, 9\)"),
+        (lambda a: subspace_alignment(a, a, 2.0), ValueError, "k must be an integer.*it is 2.0"),
         (lambda a: batched_rsvd(a, 2, oversample=-1), ValueError, "oversample"),
         (lambda a: batched_rsvd(a, 2, power_iters=-1), ValueError, "power_iters"),
         (lambda a: batched_rsvd(a, True), ValueError, "rank must be an integer"),

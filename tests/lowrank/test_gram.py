@@ -111,7 +111,7 @@ def test_non_finite_entries_are_counted(poison):
     base = torch.randn(300, 80).bfloat16()
     x = base.clone()
     x[7, 5] = poison
-    svd, statistics, _ = of_pair(x, base, Settings(8, None, 2, None, 0, None))
+    svd, statistics, _ = of_pair(x, base, Settings(8))
     assert statistics[0, ops.NON_FINITE] == 1 and svd.flags == int(Flag.NON_FINITE) and svd.U.isnan().all()
 
 
@@ -119,12 +119,12 @@ def test_non_finite_entries_are_counted(poison):
 @pytest.mark.parametrize(("rank", "ratio"), [(64, 1e-3), (64, 1e-2), (300, 3e-3)])
 def test_a_decomposition(shape, rank, ratio):
     a, b = matrices.bf16_pair(*shape, rank, ratio)
-    svd, _, g = of_pair(a, b, Settings(32, None, 2, None, 0, None))
+    svd, _, g = of_pair(a, b, Settings(32))
     assert g is not None
     exact = a.double() - b.double()
     matrices.assert_certified(svd, exact)
     s = torch.linalg.svdvals(exact)[:32]
-    usual = decompose_group([a], [b], Settings(32, None, 2, None, 0, None))[0]
+    usual = decompose_group([a], [b], Settings(32))[0]
     errors = [((s - found.double()) / s).abs().max() for found in (svd.S, usual.S[0])]
     assert errors[0] <= 1.5 * errors[1] + 1e-5
     assert svd.triplet_residual.max() < 2 * usual.triplet_residual[0].max() + 1e-3 * s[0]
@@ -136,16 +136,16 @@ def test_what_rounding_would_swamp_is_taken_from_the_pair():
     b = torch.zeros(700, 520, dtype=torch.bfloat16)
     u, v = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((700, 4), (4, 520)))
     a = (u @ v).bfloat16()  # whole numbers, exactly
-    svd, statistics, g = of_pair(a, b, Settings(16, None, 2, None, 0, None))
+    svd, statistics, g = of_pair(a, b, Settings(16))
     assert g is not None and statistics[0, ops.NON_FINITE] == 0
-    usual = decompose_group([a], [b], Settings(16, None, 2, None, 0, None))[0]
+    usual = decompose_group([a], [b], Settings(16))[0]
     for field, same in zip(svd, usual, strict=True):
         assert torch.equal(field, same[0])
 
 
 def test_a_sampled_spectrum():
     a, b = matrices.bf16_pair(1200, 560, 200, 3e-3)
-    settings = Settings(32, None, 2, None, 0, None)
+    settings = Settings(32)
     svd, _, g = of_pair(a, b, settings)
     pair = Difference([a], [b])
     usual, found = (
@@ -162,7 +162,7 @@ def test_a_sampled_spectrum():
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
 def test_scales(scale):
     a, b = (scale * v for v in matrices.bf16_pair(600, 530, 40, 1e-2))
-    svd, _, _ = of_pair(a, b, Settings(16, None, 2, None, 0, None))
+    svd, _, _ = of_pair(a, b, Settings(16))
     matrices.assert_certified(svd, a.double() - b.double())
 
 

@@ -179,7 +179,7 @@ def test_a_decomposition_brings_the_statistics(route, shape, zero):
     base = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = base if zero else (base + 0.01 * torch.randn(shape, generator=torch.Generator().manual_seed(1))).bfloat16()
     found = torch.full((1, 5), torch.nan, dtype=torch.float64)
-    decompose_group([x], [base], Settings(4, None, 2, None, 0, route), found)
+    decompose_group([x], [base], Settings(4, route=route), found)
     torch.testing.assert_close(found, ops.stats([x], [base], True), rtol=1e-6, atol=0)
     assert found[0, ops.SUM_ULP_SQUARES] > 0 and (found[0, ops.UNCHANGED] == x.numel()) == zero
 

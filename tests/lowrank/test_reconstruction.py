@@ -87,11 +87,18 @@ def test_bad_input(case):
     w0, _, svd = case
     with pytest.raises(TypeError, match="int64"):
         low_rank_update(w0.long(), svd)
+    with pytest.raises(TypeError, match="w0 must be a floating tensor, got RSVD"):
+        low_rank_update(svd, w0)
+    with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
+        low_rank_update(w0, w0)
+    with pytest.raises(TypeError, match="alpha must be a number, got '2'"):
+        low_rank_update(w0, svd, alpha="2")
     for options, words in (
         ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), got \(3,\)"),
         ({"rank": 1, "tail": 1}, "not both"),
-        ({"rank": 11}, "rank must be between 0 and the 10"),
-        ({"tail": -1}, "tail must be between"),
+        ({"rank": 11}, "rank must be an integer from 0 to the 10 triplets"),
+        ({"rank": 2.0}, "rank must be an integer.*got 2.0"),
+        ({"tail": -1}, "tail must be an integer from 0"),
         ({"out": w0[:1]}, "out is"),
         ({"match_norm": -1.0}, "match_norm must be a number"),
         ({"match_norm": [1.0, 2.0]}, "match_norm must be a number.*got \\[1.0, 2.0\\]"),
@@ -119,7 +126,7 @@ def test_alignment_and_principal_angles():
     assert subspace_alignment(u @ rotation, u, 4) < 0.9
     torch.testing.assert_close(principal_cosines(u @ rotation, u), torch.ones(4, dtype=torch.float64))
     assert subspace_alignment(torch.stack([u, turned]), torch.stack([u, u]), 4).shape == (2,)
-    with pytest.raises(ValueError, match="k must be between 1 and the fewer columns, 4"):
+    with pytest.raises(ValueError, match="k must be an integer between 1 and the fewer columns, 4"):
         subspace_alignment(u, v, 5)
     with pytest.raises(ValueError, match="all but the last"):
         principal_cosines(u, v[:5])

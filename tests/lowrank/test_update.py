@@ -1,6 +1,8 @@
 """Whole checkpoints: streamed from files, equal to one matrix at a time, whole or not at all."""
 
 import json
+import math
+import os
 import re
 
 import pytest
@@ -144,16 +146,22 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
     assert update_svd({"empty": torch.zeros(0, 4)}, {"empty": torch.zeros(0, 4)}, 2)["empty"].S.shape == (0,)
 
 
-def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
+def header_of(name="a", shape=(2, 3), stop=24):
+    """A file of one tensor, of which it says this."""
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, stop]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(24 if stop else 0)
 
+
+def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
     monkeypatch.setattr("effopd_kernels.lowrank.update._factor", None)
     current, anchor = folders
     shard = current / "model-2.safetensors"
     whole = shard.read_bytes()
-    header = b'{"a":{"dtype":"F32","shape":[-2,-3],"data_offsets":[0,24]}}'
-    negative = len(header).to_bytes(8, "little") + header + bytes(24)
+    negative = header_of(shape=[-2, -3])
+    odd = (header_of(name="a\ud800"), header_of(shape=[2**32, 2**32], stop=0), header_of(shape=[2**70, 0], stop=0),
+           header_of(stop=math.inf), header_of(stop=24.0))  # fmt: skip
     for damaged in (
-        whole[:-7], whole[:50], b"", b"\xff" * 100, whole + b"\0", whole.replace(b"BF16", b"BF17"), negative,
+        whole[:-7], whole[:50], b"", b"\xff" * 100, whole + b"\0", whole.replace(b"BF16", b"BF17"), negative, *odd,
     ):  # fmt: skip
         shard.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"model-2\.safetensors: damaged or truncated"):
@@ -170,10 +178,25 @@ def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
         update_svd(empty, anchor, 2)
+    (pipe := current / "pipe").mkdir()
+    os.mkfifo(pipe / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        update_svd(pipe, anchor, 2)
     (current / "model.safetensors.index.json").unlink()
     save_file({"a.weight": torch.zeros(2, 2)}, current / "again.safetensors")
     with pytest.raises(ValueError, match=r"'a\.weight' is in both"):
         update_svd(current, anchor, 2)
+
+
+def test_earlier_results_come_by_name(pair):
+    with pytest.raises(TypeError, match="align_to must be a mapping of names to earlier results, got Tensor"):
+        update_svd(*pair, 2, align_to=torch.ones(2))
+
+
+def test_a_file_of_another_kind_is_not_called_damaged(pair, tmp_path):
+    torch.save(pair[0], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a safetensors file"):
+        update_svd(tmp_path / "pytorch_model.bin", pair[1], 2)
 
 
 def test_file_cut_after_its_header_was_read(folders):
@@ -198,6 +221,8 @@ def test_save_and_load(pair, tmp_path):
     with pytest.raises(ValueError, match=r"factors\.safetensors: damaged"):
         load(path)
     save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(TypeError, match="svds must be a mapping of names to RSVDs, got RSVD"):
+        save(found[next(iter(found))], path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         save({}, tmp_path / "nowhere" / "factors.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
