@@ -19,7 +19,7 @@ INLINE vf power(vf x, int dtype) {
     return from_bits(dtype == kFloat16 ? (size < (113 << 23) ? vi{} : size) : size);
 }
 
-// 16 elements at p, or the fewer that are left, padded by zeros.
+// kLanes elements at p, or the fewer that are left, padded by zeros.
 INLINE vf load_some(const char* p, const int dtype, int left) {
     if (left >= kLanes) return load(p, dtype);
     char rest[64] = {};

@@ -201,7 +201,7 @@ static void signed_sums(const uint32_t* rows, int64_t pitch, bool by_term, int64
     }
 }
 
-// Room for `elements` of 32 bits, of this thread until it asks again, in cache lines of their own.
+// Scratch of this thread, `elements` of 32 bits from a cache line on, valid until it asks again.
 static uint32_t* scratch(int64_t elements) {
     thread_local std::vector<uint32_t> room;
     if (int64_t(room.size()) < elements + 16) room.resize(elements + 16);

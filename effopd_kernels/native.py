@@ -30,3 +30,8 @@ def native():
     for message in _unsaid:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     return _C
+
+
+def has_products() -> bool:
+    """Whether the extension is there and has matrix products of its own for this processor: from AVX2 on."""
+    return native() is not None and native().num_multipliers() > 0

@@ -92,8 +92,8 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def anchor_of(inputs) -> Tensor | None:
-    """What has no entries, is in the graph of all inputs and hangs on to the memory of none; None where no graph is
-    made of it.
+    """An empty tensor whose graph reaches every input without keeping any input's memory alive; None when autograd
+    records nothing.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None

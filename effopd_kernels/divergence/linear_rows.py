@@ -25,9 +25,9 @@ MIB = 1 << 20
 BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
 PITCH = 64  # elements, of which a GPU's rows of logits are multiples
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
-# With units for products of matrices a CPU is kept waiting by what rearranges their operands, and with AVX2 alone MKL
-# multiplies a large matrix by a small one the faster if that is the order: there (in fp32 too, where MKL takes 130 MB
-# for it) it pays to transpose logits and gradients instead. With AVX-512 and no such units it costs 4 to 7 %.
+# On CPUs with AMX, repacking the operands dominates a GEMM; with AVX2 alone, MKL is faster when the large matrix comes
+# first. There (in fp32 too, where MKL allocates 130 MB for it) it pays to compute W·hᵀ and to transpose logits and
+# gradients. With AVX-512 and no AMX that costs 4 to 7 %.
 TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
 TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 

@@ -28,6 +28,7 @@ torch.library.define(
     f"(Tensor(a!) student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
 )
 
+# x ·= factor, a scalar. On the CPU and under Triton nothing is read or written where it is 1, as in a plain backward.
 torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
@@ -125,9 +126,6 @@ if TRITON:
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
-    """x ·= factor, a scalar tensor. On the CPU and under Triton nothing is read or written where the factor is 1, as in
-    a plain backward.
-    """
     x.mul_(factor)
 
 

@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..native import native
+from ..native import has_products, native
 from . import ops
 
 _ONE_ROUND, _TWO_ROUNDS = 3e3, 1e7  # ‖R⁻¹‖ of unit columns up to which so many rounds give fp32 orthonormality
@@ -97,8 +97,7 @@ def _in_cpp(y: Tensor) -> bool:
         y.device.type == "cpu"
         and y.dtype == torch.float32
         and (y.stride(-1) == 1 or y.shape[-1] == 1)
-        and native() is not None
-        and native().num_multipliers() > 0
+        and has_products()
     )
 
 

@@ -10,17 +10,13 @@ On the CPU the C++ extension makes them: subtraction, rounding to bf16 and stati
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, native
+from ..native import DTYPES, has_products, native
 from . import signs
 from .workers import shared_out
-
-if TYPE_CHECKING:
-    from .difference import Difference
 
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
 
@@ -162,7 +158,7 @@ def products(
 
 def rounded(q: Tensor) -> Tensor:
     """An fp32 q (..., M, L) as products in 16 bits round it: to bf16, or by columns to integers of a unit."""
-    if q.device.type != "cpu" or native() is None or not native().num_multipliers() or native().rounded(-1) != "int16":
+    if q.device.type != "cpu" or not has_products() or native().rounded(-1) != "int16":
         return q.bfloat16().float()
     largest = torch.linalg.vector_norm(q, torch.inf, -2, keepdim=True)
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 12)
@@ -178,7 +174,7 @@ def exact_gram(
     ``statistics`` (6,) fp64 takes those of `ops.stats` in full, and Σ base². instruction_set: the multiplier's, −1 the
     best.
     """
-    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not native().num_multipliers():
+    if x.dtype != torch.bfloat16 or not x.numel() or not _in_cpp(x, base, x.dtype) or not has_products():
         return None
     g = torch.empty(x.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     taken = native().difference_gram(
@@ -202,36 +198,7 @@ def multiplies(x: Tensor, base: Tensor | None, q: Tensor) -> bool:
     """Whether :func:`products` is one kernel of C++, without a panel in memory: for the operands of C++ panels, on a
     processor with AVX2 at least.
     """
-    return (
-        q.dtype == torch.float32
-        and x.numel() > 0 < q.numel()
-        and _in_cpp(x, base, q.dtype)
-        and native().num_multipliers() > 0
-    )
-
-
-def has_lanczos_step(x: "Difference", q: Tensor, v: Tensor) -> bool:
-    """Whether :func:`lanczos_step` takes it: a Gram at hand, probes that fill a vector, even sizes."""
-    return (
-        x.known is not None
-        and q.device.type == "cpu"
-        and q.dtype == torch.float32
-        and q.shape[2] == 16
-        and q.shape[1] % 2 == v.shape[1] % 2 == 0
-        and native() is not None
-        and native().num_multipliers() > 0
-    )
-
-
-def lanczos_step(
-    x: "Difference", v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Tensor, instruction_set: int = -1
-) -> None:
-    """As `slq._step`, of contiguous tensors, in one kernel. instruction_set: the multiplier's, −1 the best."""
-    scale = 1.0 if x.scale is None else x.scale.item() ** 2
-    native().lanczos_step(
-        x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
-        diagonal.data_ptr(), off.data_ptr(), instruction_set,
-    )  # fmt: skip
+    return q.dtype == torch.float32 and x.numel() > 0 < q.numel() and _in_cpp(x, base, q.dtype) and has_products()
 
 
 def _sources(a: Tensor, b: Tensor | None) -> list[int]:

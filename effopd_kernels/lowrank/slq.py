@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import panels
+from ..native import has_products, native
 from .decompose import Settings, decompose_group
 from .difference import Difference, resolves
 from .types import RSVD, least_rounding
@@ -129,7 +129,7 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
     length = torch.linalg.vector_norm(z, dim=0)
     q, (diagonal, off), rules = z.new_empty(most + 1, *z.shape), z.new_empty(2, most, len(length)), []
     torch.div(z, length, out=q[0])
-    step = panels.lanczos_step if panels.has_lanczos_step(x, q, v) else _step
+    step = step_in_cpp if _in_cpp(x, q, v) else _step
     for t in range(most):
         step(x, v, q, t, diagonal, off)
         if t + 1 >= min(least, most) - 1:  # the last two are wanted
@@ -160,6 +160,27 @@ def _step(x: Difference, v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Te
     alive = beta > torch.finfo(beta.dtype).eps * diagonal[0]
     off[t] = torch.where(alive, beta, 0.0)
     q[t + 1] = torch.where(alive, y / torch.where(alive, beta, 1.0), 0.0)
+
+
+def _in_cpp(x: Difference, q: Tensor, v: Tensor) -> bool:
+    """A Gram at hand, probes that fill a vector, even sizes."""
+    return (
+        x.known is not None
+        and q.device.type == "cpu"
+        and q.dtype == torch.float32
+        and q.shape[2] == 16
+        and q.shape[1] % 2 == v.shape[1] % 2 == 0
+        and has_products()
+    )
+
+
+def step_in_cpp(x: Difference, v: Tensor, q: Tensor, t: int, diagonal, off, instruction_set: int = -1) -> None:
+    """As :func:`_step`, of contiguous tensors, in one kernel. instruction_set: the multiplier's, −1 the best."""
+    scale = 1.0 if x.scale is None else x.scale.item() ** 2
+    native().lanczos_step(
+        x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
+        diagonal.data_ptr(), off.data_ptr(), instruction_set,
+    )  # fmt: skip
 
 
 def _quadrature(diagonal: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from effopd_kernels.lowrank import RSVD, Flag, ops, panels
 from effopd_kernels.lowrank.decompose import Settings, decompose_group, oriented
 from effopd_kernels.lowrank.difference import Difference
 from effopd_kernels.lowrank.panels import exact_gram
-from effopd_kernels.lowrank.slq import Sampling, _outside, _step, sampled_spectrum
+from effopd_kernels.lowrank.slq import Sampling, _in_cpp, _outside, _step, sampled_spectrum, step_in_cpp
 from effopd_kernels.lowrank.types import least_rounding
 from effopd_kernels.native import native
 
@@ -179,10 +179,10 @@ def test_a_step_of_lanczos(m, k, instruction_set):
     z = _outside(v, z)
     z /= z.norm(dim=0)
     results = []
-    for step in (_step, functools.partial(panels.lanczos_step, instruction_set=instruction_set)):
+    for step in (_step, functools.partial(step_in_cpp, instruction_set=instruction_set)):
         q, (diagonal, off) = torch.full((6, m, 16), torch.nan), torch.full((2, 5, 16), torch.nan)
         q[0] = z
-        assert panels.has_lanczos_step(x, q, v)
+        assert _in_cpp(x, q, v)
         for t in range(5):
             step(x, v, q, t, diagonal, off)
         results.append((q, diagonal, off))

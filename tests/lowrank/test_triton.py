@@ -15,6 +15,7 @@ from effopd_kernels.lowrank import ops, signs
 from effopd_kernels.lowrank import triton_kernels as kernels
 
 N, M, L = (100, 70, 20) if not ON_GPU else (1000, 5000, 72)
+LONG = N + 1500 if ON_GPU else N + 200  # columns of two spans
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -76,8 +77,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=[
     ],
 )
 def test_skinny(dtype, transposed, pair):
-    x, base, exact = batch(dtype, transposed, pair, size=(M, N + 200))  # two spans
-    q, scale = normal(2, N + 200, L).to(DEVICE), torch.tensor([2.0, 0.25], device=DEVICE)
+    x, base, exact = batch(dtype, transposed, pair, size=(M, LONG))
+    q, scale = normal(2, LONG, L).to(DEVICE), torch.tensor([2.0, 0.25], device=DEVICE)
     want = exact * scale.double()[:, None, None]
     assert_product(kernels.launch_skinny(x, base, q, scale, False), want, q.double(), 8 * EPS)
     assert_product(kernels.launch_skinny(x, base, q, None, True), exact, q.double(), 2.0**-7 + 8 * EPS)
