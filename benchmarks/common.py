@@ -42,7 +42,7 @@ def _processor() -> str:
 def when_and_with_what() -> dict[str, str]:
     """The date and the versions that a result belongs to."""
     installed = {package.metadata["Name"].lower(): package.version for package in importlib.metadata.distributions()}
-    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"date": date} | {name: installed[name] for name in PEERS if name in installed}
 
 

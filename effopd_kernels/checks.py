@@ -1,5 +1,6 @@
 """Helpers for checks of arguments, which run before any work."""
 
+import sys
 from numbers import Integral, Real
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+LARGEST = sys.float_info.max  # of a number; integers beyond have no float
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
 
 

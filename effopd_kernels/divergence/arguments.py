@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..checks import FLOATS, LARGEST
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
 
@@ -91,15 +91,17 @@ def check_positive(**numbers: float) -> None:
                 raise TypeError(f"{name} must be one constant real number, got a tensor {kind}")
         elif not isinstance(number, Real):
             raise TypeError(f"{name} must be a number, got {number!r}")
-        if not 0 < number < float("inf"):
+        if not 0 < number <= LARGEST:
             raise ValueError(f"{name} must be positive and finite, got {number}")
 
 
 def check_whole(**numbers: int | None) -> None:
-    """Raise TypeError for a number that is given and has a fraction, or could."""
+    """Raise TypeError for a number that is given and has a fraction, or could; ValueError for one beyond 64 bits."""
     for name, number in numbers.items():
         if number is not None and not isinstance(number, (Integral, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {number!r}")
+        if isinstance(number, Integral) and number >= 2**63:
+            raise ValueError(f"{name} must be an int of 64 bits, got {number}")
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:
@@ -126,8 +128,10 @@ def make_spec(
         "student_logit_scale": student_logit_scale,
         "teacher_logit_scale": teacher_logit_scale,
     }
-    softcaps = student_softcap or 0.0, teacher_softcap or 0.0  # 0: none
-    check_positive(**numbers, student_softcap=softcaps[0] or 1.0, teacher_softcap=softcaps[1] or 1.0)
+    caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
+    caps = {name: cap for name, cap in caps.items() if cap is not None and not (isinstance(cap, Real) and cap == 0)}
+    check_positive(**numbers, **caps)
+    softcaps = caps.get("student_softcap", 0.0), caps.get("teacher_softcap", 0.0)  # 0: none
     return Spec(*map(float, (divergence.a, divergence.b, divergence.pi, *numbers.values(), *softcaps)))
 
 
@@ -142,7 +146,7 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)} {num_tokens.dtype}")
     if num_tokens is not None and not isinstance(num_tokens, (Tensor, Real)):
         raise TypeError(f"num_tokens must be a number, got {num_tokens!r}")
-    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not 0 <= num_tokens < float("inf"):
+    if num_tokens is not None and not isinstance(num_tokens, Tensor) and not 0 <= num_tokens <= LARGEST:
         raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")
     for name, tensor in (("mask", mask), ("weight", weight)):
         if tensor is not None and not isinstance(tensor, Tensor):

@@ -178,7 +178,8 @@ def reduced_loss(
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
         rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
-        return rows if scale_N is None else rows * scale_N, rows.detach(), stats_3N
+        # A copy for the statistics: the loss may be written to, as by `loss *= advantages`.
+        return rows if scale_N is None else rows * scale_N, rows.detach().clone() if stats else rows, stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N
     if dtype == torch.float16 and scale_N is not None and scale_N.numel():

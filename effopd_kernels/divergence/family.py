@@ -7,9 +7,10 @@ With p the teacher's distribution, q the student's and m = π·p + (1−π)·q,
 so a divergence is three numbers, and one kernel per language serves all of them.
 """
 
-import math
 from dataclasses import dataclass
 from numbers import Real
+
+from ..checks import LARGEST
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Divergence:
     def __post_init__(self):
         if not all(isinstance(number, Real) for number in (self.a, self.b, self.pi)):
             raise TypeError(f"a divergence is three numbers, got {self}")
-        if not (0 <= self.a < math.inf and 0 <= self.b < math.inf and 0 <= self.pi <= 1):
+        if not (0 <= self.a <= LARGEST and 0 <= self.b <= LARGEST and 0 <= self.pi <= 1):
             raise ValueError(f"a divergence needs a >= 0, b >= 0, both finite, and 0 <= pi <= 1, got {self}")
 
 

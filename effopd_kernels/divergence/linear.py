@@ -40,7 +40,8 @@ def compute_dtype(prefix: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"{prefix}hidden is {hidden.dtype} but {prefix}weight {weight.dtype}: cast one, or use autocast"
+            f"{prefix}hidden is {hidden.dtype} but {prefix}weight {weight.dtype}: cast one"
+            + ("" if autocast else ", or use autocast")
         )
     return hidden.dtype
 
@@ -152,7 +153,8 @@ def linear_divergence_loss(
         compute_dtype("teacher_", teacher_hidden, teacher_weight),
     )
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
-    teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]).detach(), teacher_weight.detach(), teacher_bias
+    teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
+    teacher = tuple(t if t is None else t.detach() for t in teacher)
     loss, rows, stats = reduced_loss(
         _rows,
         (*student, *teacher, mask_N),

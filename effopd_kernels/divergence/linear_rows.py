@@ -253,19 +253,23 @@ def _linear_rows(
 
     grads = (
         spread(grad_h) if needs[0] else student[0].new_empty(0),
-        grad_w.to(student[1].dtype) if needs[1] else student[1].new_empty(0),
-        grad_b.to(student[2].dtype) if needs[2] else student[1].new_empty(0),
+        grad_w.to(_summed_dtype(student[1])) if needs[1] else student[1].new_empty(0),
+        grad_b.to(_summed_dtype(student[2])) if needs[2] else student[1].new_empty(0),
     )
     return spread(loss), *grads, spread(stats, 1) if with_stats else stats
 
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
     """Where dW is gathered: fp32 unless one product, rounded once, is all there is. What no product reaches is zero."""
-    grad = ops.empty_rows(
-        *weight.shape, weight, weight.dtype if num_chunks == 1 and weight.dtype == dtype else acc_dtype
-    )
+    once = num_chunks == 1 and weight.dtype == dtype == _summed_dtype(weight)
+    grad = ops.empty_rows(*weight.shape, weight, dtype if once else acc_dtype)
     grad[V if num_chunks else 0 :] = 0
     return grad
+
+
+def _summed_dtype(parameter: Tensor) -> torch.dtype:
+    """Of a gradient summed over tokens: fp32 for fp16, which it may leave until backward divides by their number."""
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
 
 
 torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)
@@ -282,7 +286,11 @@ def _(
     return (
         loss,
         student_hidden.new_empty(student_hidden.shape if grad_h else 0),
-        student_weight.new_empty(student_weight.shape if grad_w else 0),
-        student_bias.new_empty(student_bias.shape) if grad_b else student_weight.new_empty(0),
+        student_weight.new_empty(student_weight.shape, dtype=_summed_dtype(student_weight))
+        if grad_w
+        else student_weight.new_empty(0),
+        student_bias.new_empty(student_bias.shape, dtype=_summed_dtype(student_bias))
+        if grad_b
+        else student_weight.new_empty(0),
         loss.new_empty((3, N) if with_stats else 0),
     )

@@ -35,9 +35,11 @@ def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
 
 
 def _rows_overlap(logits: Tensor) -> bool:
-    """Whether rows of (..., V) may share memory, as those of expanded logits or of sliding windows do."""
-    extent = logits.shape[-1]
-    for size, stride in sorted(_axes(logits), key=lambda axis: axis[1]):
+    """Whether rows of (N, V) or (B, T, V) may share memory, as those of expanded logits or of sliding windows do."""
+    extent, axes = logits.shape[-1], _axes(logits)
+    if len(axes) == 2 and axes[1][1] < axes[0][1]:
+        axes.reverse()  # the smaller stride first; torch.compile cannot sort symbols
+    for size, stride in axes:
         if size > 1 and stride < extent:
             return True
         extent += (size - 1) * stride

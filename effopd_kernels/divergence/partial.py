@@ -44,11 +44,11 @@ class _PartialRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        needs = ctx.needs_input_grad[:3]
+        needs, tensors = ctx.needs_input_grad[:3], ctx.saved_tensors  # once: activation checkpoints unpack no twice
         with torch.no_grad():
-            grads = torch.ops.effopd.partial_rows_backward(grad_output, *ctx.saved_tensors, *ctx.rest, *needs)
+            grads = torch.ops.effopd.partial_rows_backward(grad_output, *tensors, *ctx.rest, *needs)
         grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-        grads = differentiable_once(grads, ctx.saved_tensors[:3])
+        grads = differentiable_once(grads, tensors[:3])
         return *grads, *(None for _ in range(1 + len(ctx.rest)))
 
 

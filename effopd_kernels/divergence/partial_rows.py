@@ -56,6 +56,18 @@ def bucket_rows(*args) -> Tensor:
     return apply(_BucketRows, *args)
 
 
+def _present(ids_Nk: Tensor) -> Tensor:
+    """Ids to index with: another of the token's in place of a negative one, 0 where it has none."""
+    return torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), ids_Nk)
+
+
+def _others(z_NV: Tensor, ids_Nk: Tensor) -> Tensor:
+    """z with −inf at the ids that are not negative."""
+    present = _present(ids_Nk)
+    gone = torch.where(ids_Nk.amax(1, keepdim=True) < 0, z_NV.gather(1, present), -torch.inf)
+    return z_NV.scatter(1, present, gone)
+
+
 def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
     """Log-weights (N, k) of the k entries, −inf where the id is negative, and with a tail to speak of, of all others
     together as one more column.
@@ -63,11 +75,8 @@ def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> T
     Summed over the others rather than taken as 1 − Σ of the k, which cancels where the k hold nearly everything.
     """
     z = _transformed(logits_NV, *transform)
-    ids_Nk = torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), absent := ids_Nk)
-    known = z.gather(1, ids_Nk).masked_fill(absent < 0, -torch.inf)
-    if not tail:
-        return known
-    return torch.cat([known, z.scatter(1, ids_Nk, -torch.inf).logsumexp(1, keepdim=True)], 1)
+    known = z.gather(1, _present(ids_Nk)).masked_fill(ids_Nk < 0, -torch.inf)
+    return torch.cat([known, _others(z, ids_Nk).logsumexp(1, keepdim=True)], 1) if tail else known
 
 
 def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
@@ -98,15 +107,14 @@ def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> T
 def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:
     """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype."""
     z = _transformed(logits, temperature, scale, softcap)
-    known, absent = grad[:, : ids.shape[1]], ids < 0
-    ids = torch.where(absent, ids.amax(1, keepdim=True).clamp(min=0), ids)
+    known = grad[:, : ids.shape[1]].masked_fill(ids < 0, 0)
     if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
-        g = z.clone() if token else z.scatter(1, ids, -torch.inf)
+        g = z.clone() if token else _others(z, ids)
         total = g.logsumexp(1, keepdim=True)
         g.sub_(total.masked_fill_(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
     else:
         g = torch.zeros_like(z)
-    g.scatter_add_(1, ids, known.masked_fill(absent, 0))
+    g.scatter_add_(1, _present(ids), known)
     if softcap:
         g.addcmul_(g, z.mul_(temperature / softcap).square_(), value=-1)
     return (g if scale == temperature else g.mul_(scale / temperature)).to(logits.dtype)

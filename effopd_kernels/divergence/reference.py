@@ -24,13 +24,12 @@ FLOOR = -1e4
 
 
 def _transform(logits: Tensor, scale: float, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
-    """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none), up to a shift of the row, and dz/dx, in at
-    least fp32. Uncapped, x comes relative to the row's largest: a product rounds by its own size, and softmax would
-    subtract the largest only after that."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none), up to a shift of the row, and dz/dx.
+    Uncapped, x comes relative to the row's largest: a product rounds by its own size, and softmax would subtract the
+    largest only after that."""
     if not softcap:
-        return (x - x.amax(-1, keepdim=True)) * (scale / temperature), scale / temperature
-    tanh = torch.tanh(x * (scale / softcap))
+        return (logits - logits.amax(-1, keepdim=True)) * (scale / temperature), scale / temperature
+    tanh = torch.tanh(logits * (scale / softcap))
     return tanh * (softcap / temperature), (1 - tanh.square()) * (scale / temperature)
 
 
@@ -59,7 +58,8 @@ def divergence_rows(
     """Per-row divergence (N,) fp32 (fp64 for fp64 logits), row_scale·dD/dstudent (N, Vs) in the student's dtype, and
     stats (3, N): student entropy, teacher entropy, top-1 agreement. All three are 0 in masked rows."""
     V = min(student_NV.shape[-1], teacher_NV.shape[-1])  # both are renormalised over the shared prefix
-    student, teacher = student_NV[:, :V], teacher_NV[:, :V]
+    dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
+    student, teacher = student_NV[:, :V].to(dtype), teacher_NV[:, :V].to(dtype)
     if mask_N is not None:  # whatever masked rows hold, NaN included, must not leak
         student = student.masked_fill(~mask_N[:, None], 0)
         teacher = teacher.masked_fill(~mask_N[:, None], 0)

@@ -11,9 +11,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torchrun import torchrun
 
 from effopd_kernels.divergence import (
+    FORWARD_KL,
     Divergence,
     arguments,
     divergence_loss,
@@ -159,6 +161,10 @@ SIZES = {
     "logits of sequences": lambda s, t, mask: divergence_loss(
         s.view(2, -1, V)[:, :-1], t.view(2, -1, V)[:, :-1], mask=mask.view(2, -1)[:, 1:]
     ),
+    "sequences, in place": lambda s, t, mask: divergence_loss(
+        (s * 1).view(2, -1, V)[:, :-1], t.view(2, -1, V)[:, :-1], mask=mask.view(2, -1)[:, 1:], inplace=True
+    ),
+    "logits in fp16": lambda s, t, mask: divergence_loss(s.half(), t, mask=mask),
     "linear": lambda s, t, mask: linear_divergence_loss(s, t[:7], t, t[:7], mask=mask, num_valid=4),
     "top-k": lambda s, t, mask: topk_divergence_loss(s, *torch.log_softmax(t, -1).topk(3), mask=mask),
     "top-k, linear": lambda s, t, mask: topk_divergence_loss(
@@ -336,6 +342,15 @@ def test_a_second_backward_gives_the_same_gradient(loss_of, leaves):
             for g in kept:
                 g.fill_(math.nan)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@every_loss
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpoints(loss_of, leaves, reentrant):
+    expected = torch.autograd.grad(loss_of(*(kept := [x.clone().requires_grad_() for x in leaves])), kept)
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    checkpoint(loss_of, *leaves, use_reentrant=reentrant).backward()
+    torch.testing.assert_close([x.grad for x in leaves], list(expected))
 
 
 @every_loss
@@ -627,6 +642,39 @@ for head in (
 # ---- errors
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sums_over_tokens_may_leave_the_range_of_fp16_where_their_mean_does_not(reduction):
+    tokens = 1 << 17
+    hidden, teacher = torch.full((tokens, 1), 60.0).half(), torch.tensor([[0.2], [0.0]]).half()
+    weight, bias = torch.tensor([[0.0], [0.2]]).half().requires_grad_(), torch.zeros(2).half().requires_grad_()
+    loss = linear_divergence_loss(
+        hidden, weight, hidden, teacher, FORWARD_KL, student_bias=bias, reduction=reduction, chunk_bytes=1 << 20
+    )
+    (loss if reduction == "mean" else loss / tokens).backward()
+    assert weight.grad.dtype == bias.grad.dtype == torch.float16
+    torch.testing.assert_close(weight.grad.float(), torch.tensor([[-60.0], [60.0]]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(bias.grad.float(), torch.tensor([-1.0, 1.0]), rtol=1e-2, atol=0)
+
+
+def test_statistics_are_not_the_loss():
+    loss, stats = divergence_loss(S, T, reduction="none", return_stats=True)
+    kept = stats.divergence.clone()
+    loss.mul_(0)
+    assert torch.equal(stats.divergence, kept) and (kept > 0).all()
+
+
+def test_fp64_of_one_side_is_fp64():
+    student, teacher = 0.01 * random(N, V, dtype=torch.bfloat16), 0.01 * random(N, V, seed=1, dtype=torch.float64)
+    for s, t in ((student, teacher), (teacher, student)):
+        found, exact = divergence_loss(s, t), divergence_loss(s.double(), t.double())
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+
+
+def test_a_trainable_bias_of_the_teacher_is_a_constant():
+    loss = linear_divergence_loss(*H, teacher_bias=random(V + 2).requires_grad_(), reduction="none")
+    assert not loss.requires_grad
+
+
 S, T = random(N, V), random(N, V, seed=1)
 H = heads()
 
@@ -669,6 +717,12 @@ H = heads()
         (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=6.0), ["num_valid", "6.0"]),
         (lambda: divergence_loss(S, T, weight=torch.ones(6) * 1j), ["weight", "complex64"]),
         (lambda: divergence_loss(S, T, temperature="1"), ["temperature", "'1'"]),
+        (lambda: divergence_loss(S, T, temperature=10**400), ["temperature", "finite"]),
+        (lambda: divergence_loss(S, T, num_tokens=10**400), ["num_tokens", "finite"]),
+        (lambda: Divergence(10**400, 0, 0), ["finite"]),
+        (lambda: linear_divergence_loss(*H, chunk_bytes=2**63), ["chunk_bytes", "64 bits"]),
+        (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=10**30), ["num_valid", "64 bits"]),
+        (lambda: linear_divergence_loss(*H, student_softcap=torch.ones(2)), ["student_softcap", "(2,)"]),
         (lambda: divergence_loss(S, T, temperature=None), ["temperature", "None"]),
         (lambda: divergence_loss(S, T, temperature=torch.ones(6)), ["temperature", "(6,)"]),
         (lambda: divergence_loss(S, T, temperature=torch.ones(1).requires_grad_()), ["temperature", "gradient"]),

@@ -226,6 +226,16 @@ def topk(**options):
     return topk_divergence_loss(random(N, V), *teacher(3)[1:], **options)
 
 
+@pytest.mark.parametrize("supported", [0, 1])
+def test_a_token_without_known_entries_is_its_tail(supported):
+    """Whose only outcome has probability 1 for both, whatever the student supports."""
+    student = torch.full((1, 3), -torch.inf)
+    student[0, supported] = 0.5
+    student.requires_grad_()
+    loss = topk_divergence_loss(student, torch.tensor([[-torch.inf]]), torch.tensor([[2]]))
+    assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
+
+
 def test_topk_refuses_before_it_projects(monkeypatch):
     def project(*_):
         raise AssertionError("projected")
