@@ -162,14 +162,16 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
 
 
 def row_factor(
-    tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
+    tokens: Tensor, teacher: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens
 ) -> tuple[Tensor | None, Tensor | None]:
     """The mask (N,) and each row's factor in the loss (N,), either None where it has no effect.
 
-    tokens (..., any) gives shape, device and, if wider than fp32, the factor's dtype. Raises as `check_tokens`.
+    tokens (..., any) gives shape and device, and with the teacher's, if wider than fp32, the factor's dtype. Raises as
+    `check_tokens`.
     """
     check_tokens(tokens, mask, weight, reduction, num_tokens)
-    shape, device, dtype = tokens.shape[:-1], tokens.device, torch.promote_types(tokens.dtype, torch.float32)
+    shape, device = tokens.shape[:-1], tokens.device
+    dtype = torch.promote_types(torch.promote_types(tokens.dtype, teacher.dtype), torch.float32)
     if mask is not None:
         mask = mask.reshape(-1)
     if weight is not None:

@@ -145,7 +145,7 @@ def linear_divergence_loss(
         divergence, temperature, teacher_temperature, student_logit_scale, teacher_logit_scale, student_softcap,
         teacher_softcap,
     )  # fmt: skip
-    mask_N, scale_N = row_factor(student_hidden, mask, weight, reduction, num_tokens)
+    mask_N, scale_N = row_factor(student_hidden, teacher_hidden, mask, weight, reduction, num_tokens)
     if num_valid is not None:
         _check_num_valid(mask_N, num_valid)
     dtypes = (

@@ -136,7 +136,7 @@ def divergence_loss(
     if 0 in (student_logits.shape[-1], teacher_logits.shape[-1]):
         raise ValueError(f"empty vocabulary: {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     spec = make_spec(divergence, temperature, teacher_temperature)
-    mask_N, scale_N = row_factor(student_logits, mask, weight, reduction, num_tokens)
+    mask_N, scale_N = row_factor(student_logits, teacher_logits, mask, weight, reduction, num_tokens)
     if inplace:
         _announce_writing(student_logits)
     loss, rows, stats = reduced_loss(
