@@ -163,3 +163,11 @@ def test_every_benchmark_is_collected_from_its_folder():
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     for file in (root / "benchmarks").glob("bench_*.py"):
         assert f"benchmarks/{file.name}::test_" in listed
+
+
+def test_the_readme_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "results").is_dir():
+        pytest.skip("measurements are not packed")
+    table = subprocess.run([sys.executable, root / "benchmarks" / "table.py"], capture_output=True, text=True, check=True)
+    assert table.stdout in (root / "README.md").read_text()
