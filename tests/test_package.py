@@ -169,5 +169,7 @@ def test_the_readme_shows_what_was_measured():
     root = Path(__file__).parents[1]
     if not (root / "benchmarks" / "results").is_dir():
         pytest.skip("measurements are not packed")
-    table = subprocess.run([sys.executable, root / "benchmarks" / "table.py"], capture_output=True, text=True, check=True)
+    table = subprocess.run(
+        [sys.executable, root / "benchmarks" / "table.py"], capture_output=True, text=True, check=True
+    )
     assert table.stdout in (root / "README.md").read_text()
