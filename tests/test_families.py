@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from effopd_kernels.analysis.roles import role_of
-from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, named_tensors, select
+from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled, named_tensors, select
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,7 +47,8 @@ def test_blocks_move_and_have_roles(family):
     config = transformers.AutoConfig.for_model(family, **SIZES | own)
     with torch.device("meta"):
         named = named_tensors(transformers.AutoModelForCausalLM.from_config(config))
-    moves, roles = select(named, DEFAULT_INCLUDE, DEFAULT_EXCLUDE), {name: role_of(name) for name in named}
+    moves = select(named, compiled("include", DEFAULT_INCLUDE), compiled("exclude", DEFAULT_EXCLUDE))
+    roles = {name: role_of(name) for name in named}
     found = [{r.part for r in roles.values() if r.layer == i and r.part in BOTH} for i in range(len(parts))]
     assert found == parts
     for name, role in roles.items():

@@ -16,7 +16,7 @@ import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,9 +25,10 @@ from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import reset_before_next_step, reset_state
+from .masters import reset_before_next_step, reset_state, unwrapped
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
+from .search import refuse_steps_in_backward
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
 from .weights import weights_of
 
@@ -41,24 +42,28 @@ class EffOPDController:
 
     Args:
         params: a module or named tensors as the engine holds them (plain or DTensor shards); a module for LoRA
-            students and FSDP2. Name every trained tensor: include and exclude say which move. The anchor W_0 is taken
-            here: construct the controller before the first training step. Parameters may be frozen later; jumps never
-            move those that are frozen now.
+            students and FSDP2. Name every trained tensor: include and exclude say which move. Ranks hold plain tensors
+            of one name alike. The anchor W_0 is taken here: construct the controller before the first training step.
+            Parameters may be frozen later; jumps never move those that are frozen now.
         score_fn: () → scores of the current weights, one per prompt, higher is better: `Scores`, a sequence, a tensor
             or one number. Always the same prompts; the seeds of torch, random and numpy are handled here, and a module
             is in train or eval mode again as it was. On several ranks each scores its `share` of the prompts and all
             take the same decision.
-        schedule: "pow2" (published), "adaptive" (more often while jumps pay, see `schedules`), an int n for every n-th
-            step, or a collection of steps.
-        alphas: candidates in the order they are tried.
+        schedule: "pow2" (published): steps 1, 2, 4, 8, ...; "adaptive": after a jump of α ≥ 2 half as many steps pass
+            to the next event as did to this one, after any other twice as many; an int n for every n-th step; or a
+            collection of steps.
+        alphas: candidates, tried in this order until one is not strictly better than the best so far (published), so
+            an ascending order walks outwards. For search="gradient" the least above 1 and the greatest bound it.
         include, exclude: regular expressions on parameter names; the default moves attention and MLP weights, and
             exclude=() excludes nothing.
         min_delta: a candidate's mean score must exceed the best by more than this.
-        accept, confidence: "mean", or "paired" differences per prompt, see `acceptance_rule`.
+        accept, confidence: "mean" (published) compares mean scores; "paired" prompt by prompt: the mean difference must
+            exceed min_delta by more than chance, at this one-sided confidence of Student's t (0.84: a standard error).
         max_val_tokens: over the whole run, at least 1. An evaluation that would exceed it, judged by the last one, is
             not started, nor an event that could not afford to score W_t and a candidate, judged by the last event.
-        search: "candidates" (published), or "gradient": α from the slope of loss_fn, see `line_minimum`, then tried
-            against score_fn like any candidate, so that it is never accepted at a worse score than W_t's.
+        search: "candidates" (published), or "gradient": the α at which loss_fn is least along the line, from secants on
+            its slope, then tried against score_fn like any candidate, so that it is never accepted at a worse score
+            than W_t's.
         loss_fn: () → differentiable scalar of a fixed validation batch, an iterable of them (micro-batches), or
             `Losses`. The gradients that all of params had before the event are there again afterwards. Without
             score_fn, −loss is the score. On several ranks the plain mean of their losses counts, whatever the sizes of
@@ -72,17 +77,18 @@ class EffOPDController:
             that move, and maybe of others.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir, unused by the
             others) for A and W_t.
-        on_weights_changed: called before scores of rewritten weights are asked for and whenever an event leaves others
-            than were there, after rollback too (resync rollout engines); not for the points of search="gradient",
-            whose losses come from the model itself.
+        on_weights_changed: called before rewritten weights are scored, when an event leaves other weights than it
+            found, and after rollback (resync rollout engines); not for the points of search="gradient", whose losses
+            come from the model itself.
         process_group: whom to decide with, all ranks by default (then every rank must construct the controller).
         report_s: how long a rank that failed waits to tell the others before it raises.
 
     Raises:
         ValueError: an option is out of range, or not the same on all ranks, no parameter matches, or masters names no
-            parameter, leaves one out, or has what cannot be the master of one.
-        TypeError: optimizer_policy="reset" with an optimizer that is not a torch.optim.Optimizer, wrapped or not; what
-            should be a function is none. OSError: anchor_dir cannot be written to, or has no room.
+            parameter, leaves one out, or has what cannot be the master of one; search="gradient" where optimizers step
+            in the backward pass.
+        TypeError: optimizer is not one optimizer, or for optimizer_policy="reset" no torch.optim.Optimizer, wrapped or
+            not; a function argument is not callable. OSError: anchor_dir cannot be written to, or has no room.
     """
 
     def __init__(
@@ -90,21 +96,21 @@ class EffOPDController:
         params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
         score_fn: Callable[[], Any] | None,
         *,
-        schedule: str | int | Collection[int] = "pow2",
+        schedule: Literal["pow2", "adaptive"] | int | Collection[int] = "pow2",
         alphas: Sequence[float] = (3, 5, 7, 9, 11),
         include: str | Sequence[str] = DEFAULT_INCLUDE,
         exclude: str | Sequence[str] = DEFAULT_EXCLUDE,
         min_delta: float = 0.0,
-        accept: str = "mean",
+        accept: Literal["mean", "paired"] = "mean",
         confidence: float = 0.84,
         max_val_tokens: int | None = None,
-        search: str = "candidates",
+        search: Literal["candidates", "gradient"] = "candidates",
         loss_fn: Callable[[], Any] | None = None,
         max_gradients: int = 6,
         optimizer=None,
-        optimizer_policy: str = "keep",
+        optimizer_policy: Literal["keep", "reset"] = "keep",
         masters: Mapping[str, Tensor] | None = None,
-        anchor_device: str = "device",
+        anchor_device: Literal["device", "host", "disk"] = "device",
         anchor_dir: str | os.PathLike | None = None,
         on_weights_changed: Callable[[], None] | None = None,
         process_group=None,
@@ -131,6 +137,8 @@ class EffOPDController:
             raise ValueError(f'optimizer_policy must be "keep" or "reset", got {optimizer_policy!r}')
         if optimizer_policy == "reset" and optimizer is None:
             raise ValueError('optimizer_policy="reset" needs optimizer')
+        if optimizer is not None:
+            unwrapped(optimizer)  # raises for what is none
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
         self.score_fn, self.loss_fn = score_fn, loss_fn
@@ -155,7 +163,9 @@ class EffOPDController:
         )
         self.ranks.agree(decisive)  # or their replicas would part in silence, or one wait for another that is done
         self.weights = weights_of(params, include, exclude, optimizer, masters, anchor_device, anchor_dir)
-        self.ranks.agree_on_moving(self.weights.names, self.weights.still)
+        if search == "gradient":
+            refuse_steps_in_backward(self.weights.trained())
+        self.weights.holders = self.ranks.agree_on_moving(self.weights.names, self.weights.still)
         self.events: list[EffOPDEvent] = []
         self.val_tokens = 0  # over the run
         self.last_step = 0  # of the last event
@@ -210,22 +220,27 @@ class EffOPDController:
         return start + (global_step - self.last_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}. A sharded student's is
-        for the same rank of as many; what `save` wrote is for any number."""
+        """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}. A sharded student's fits only
+        the same rank of as many ranks; what `save` wrote fits any."""
         events = [event.to_dict() for event in self.events]
         scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "events": events}
         scalars["reset_due"] = self.reset_due
         return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken. ValueError, before anything changes, if it is of other weights, lacks
-        something, or its events are not what `EffOPDEvent.to_dict` made.
+        """Continue where `state_dict` was taken. Of a LoRA student load it first and the model's state_dict then: that
+        has entries of the jumps' adapter, which the model has only once the controller has loaded.
+
+        Raises, before anything changes, ValueError if it is of other weights, lacks something, or its events are not
+        what `EffOPDEvent.to_dict` made, and TypeError for what is no such dict.
         """
         try:
             scalars, anchor = state["scalars"], state["anchor"]
             last_step, val_tokens, events = scalars["last_step"], scalars["val_tokens"], scalars["events"]
         except KeyError as error:
             raise ValueError(f"the controller's state lacks {error}") from error
+        except TypeError as error:
+            raise TypeError(f"state must be what state_dict returned, got a {type(state).__name__}") from error
         events = [EffOPDEvent.from_dict(event) for event in events]
         self.weights.load_state(anchor)
         self.events, self.last_step, self.val_tokens = events, last_step, val_tokens
@@ -237,9 +252,15 @@ class EffOPDController:
         Each rank of a sharded student writes its own part; nothing is gathered. Of a student that every rank holds
         whole, LoRA students among them, rank 0 writes one file.
 
-        A rank that cannot write raises why, all others a RuntimeError that names it; the state before stays.
+        A rank that cannot write raises why, all others a RuntimeError that names it; the state before stays. ValueError
+        where ranks hold different parameters, as the stages of a pipeline do: keep the `state_dict` of each.
         """
         with Deferred():
+            apart = next((name for name, count in self.weights.holders.items() if count < self.ranks.size), None)
+            if apart is not None:
+                raise ValueError(
+                    f"not every rank has {apart}, and save writes one state of all: store each rank's state_dict()"
+                )
             checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, parts=self.weights.parts)
 
     def load(self, directory: str | os.PathLike) -> None:
@@ -247,12 +268,12 @@ class EffOPDController:
 
         The number of ranks and the sharding (FSDP2, HSDP, tensor parallel, none) may be others than when it was saved:
         the anchor is the same bit for bit. Only shards that do not note their place, as first versions wrote them, need
-        the same number.
+        the same number. A LoRA student's state_dict is loaded after it, see `load_state_dict`.
 
         Raises, on every rank and before anything changes, `CheckpointError`, naming the file, if the state is not
         intact, and ValueError if it is of other weights.
         """
-        anchor, scalars = checkpoint.load(directory, self.ranks, self.weights.parts)
+        anchor, scalars = checkpoint.load(directory, self.ranks, self.weights.wanted)
         self.load_state_dict({"anchor": anchor, "scalars": scalars})
 
     def _remember(self, record: EffOPDEvent) -> None:

@@ -6,6 +6,7 @@ can say so while the others are still on their way to the exchange. Shapes: R ra
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -77,14 +78,15 @@ class Ranks:
                         f"{other[name]!r} on rank {rank}"
                     )
 
-    def agree_on_moving(self, moving: Sequence[str], still: Sequence[str]) -> None:
-        """Raises ValueError on every rank, naming a parameter that moves on one and stays on another. Ranks may hold
-        different ones, as the stages of a pipeline do."""
+    def agree_on_moving(self, moving: Sequence[str], still: Sequence[str]) -> Counter[str]:
+        """How many ranks have each of the parameters that move: they may hold different ones, as the stages of a
+        pipeline do. Raises ValueError on every rank, naming a parameter that moves on one and stays on another."""
         every = self.gather((moving, still))
         sides = zip(*every, strict=True)
         moves, stays = ({name: rank for rank, names in enumerate(side) for name in names} for side in sides)
         if torn := sorted(moves.keys() & stays.keys()):
             raise ValueError(f"{torn[0]} is trained on rank {moves[torn[0]]} and frozen on rank {stays[torn[0]]}")
+        return Counter(name for names, _ in every for name in names)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, the same bits on every rank."""
@@ -118,8 +120,12 @@ class Ranks:
 
 def share(items: Sequence[T], rank: int | None = None, size: int | None = None) -> Sequence[T]:
     """This rank's contiguous part of items, maybe empty: merged scores then come in their order, as on one process.
-    rank and size are torch.distributed's by default."""
+    rank and size are torch.distributed's by default. Raises TypeError for items that cannot be sliced."""
     if rank is None or size is None:
         ranks = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
+    if not 0 <= rank < size:
+        raise ValueError(f"rank must be at least 0 and below size, got rank {rank} and size {size}")
+    if isinstance(items, Mapping) or not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
+        raise TypeError(f"items must be a sequence, as a list of prompts, got a {type(items).__name__}")
     return items[rank * len(items) // size : (rank + 1) * len(items) // size]

@@ -2,17 +2,15 @@
 
 import math
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from .distributed import RankFailed
 from .interrupts import Deferred
-from .randomness import SameRandomness
+from .randomness import SameRandomness, modes_kept
 from .records import Candidate, EffOPDEvent, Losses, Scores
-from .search import Point, gradients_aside, line_minimum, summed
+from .search import Point, gradients_aside, line_minimum, refuse_steps_in_backward, summed
 
 if TYPE_CHECKING:
     from .controller import EffOPDController
@@ -168,6 +166,7 @@ class Event:
     def _line_minimum(self) -> float:
         """The α of least loss along the line; W_t is in place again afterwards."""
         alphas = [alpha for alpha in self.controller.alphas if alpha > 1]
+        refuse_steps_in_backward(self.weights.trained())  # hooks may be newer than the controller
         with gradients_aside(self.weights.trained()):
             self.points = line_minimum(
                 self._point,
@@ -206,14 +205,3 @@ class Event:
         losses = Losses.of(self.controller.loss_fn())
         total, count = summed(losses.values, backward=False)
         return Scores((-total / count,), losses.tokens)
-
-
-@contextmanager
-def modes_kept(module: nn.Module | None):
-    """Afterwards every part of module is in the mode, train or eval, that it was in."""
-    modes = [(part, part.training) for part in module.modules()] if module is not None else []
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

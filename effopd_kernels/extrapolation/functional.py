@@ -1,6 +1,6 @@
 """The two functions users import: `extrapolate_` for a list of weights in place, `extrapolate` with gradients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Literal, NamedTuple, overload
 
@@ -20,11 +20,17 @@ Masters = Iterable[Tensor | None] | None
 
 
 class ExtrapolationStats(NamedTuple):
-    """Per tensor, fp32, on the parameters' device, of the local shards; reading one is what synchronises."""
+    """Per tensor, fp32, on the parameters' device, of the local shards; reading one is what synchronises.
 
-    delta_sq: Tensor  # (L,) ‖current − anchor‖²
-    weight_sq: Tensor  # (L,) ‖W‖² of the parameters as written
-    nonfinite: Tensor  # (L,) elements of W that are inf or NaN
+    Attributes:
+        delta_sq: (L,) ‖current − anchor‖².
+        weight_sq: (L,) ‖W‖² of the parameters as written.
+        nonfinite: (L,) elements of W that are inf or NaN.
+    """
+
+    delta_sq: Tensor
+    weight_sq: Tensor
+    nonfinite: Tensor
 
 
 @overload
@@ -65,8 +71,8 @@ def extrapolate_(
     Raises:
         ValueError: lengths, shapes, devices or placements disagree; TypeError: a tensor is not floating.
     """
-    params, anchors, currents = list(params), list(anchors), list(currents)
-    masters = [None] * len(params) if masters is None else list(masters)
+    params, anchors, currents = _listed("params", params), _listed("anchors", anchors), _listed("currents", currents)
+    masters = [None] * len(params) if masters is None else _listed("masters", masters)
     alphas = _one_alpha_per_tensor(alpha, len(params))
     columns = [params, anchors, currents, masters]
     groups = [range(len(params))]
@@ -110,12 +116,16 @@ def extrapolate(w0, delta, alpha):
         ValueError: shapes or lengths disagree; TypeError: a tensor is not floating.
     """
     if isinstance(w0, Tensor):
+        if not isinstance(delta, Tensor):
+            raise TypeError(f"delta must be a tensor, as w0 is, got a {type(delta).__name__}")
         for name, tensor in (("w0", w0), ("delta", delta)):
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
         if not isinstance(alpha, Tensor):  # filled in on the device: a copy would wait for it
+            if not hasattr(alpha, "__float__"):  # which text has not
+                raise TypeError(f"alpha must be a number or a scalar tensor, got {alpha!r}")
             alpha = torch.full((), float(alpha), dtype=torch.float64, device=w0.device)
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
@@ -124,9 +134,12 @@ def extrapolate(w0, delta, alpha):
         transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
         run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate
         return run(w0, delta, alpha)
+    w0, delta = _listed("w0", w0), _listed("delta", delta)
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
     one_each = not isinstance(alpha, Real) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
+    if one_each and not isinstance(alpha, Tensor):
+        alpha = _numbers(alpha)
     if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
@@ -134,6 +147,20 @@ def extrapolate(w0, delta, alpha):
 
 def _is_dual(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _listed(name: str, tensors) -> list:
+    """The tensors of an argument. What else is in a sequence is told where its tensors are looked at."""
+    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, Mapping)):
+        raise TypeError(f"{name} must be a sequence of tensors, got a {type(tensors).__name__}")
+    return list(tensors)
+
+
+def _numbers(alpha) -> list:
+    """alpha, where it is no tensor and not one number, as one per tensor."""
+    if not isinstance(alpha, Iterable) or isinstance(alpha, str):
+        raise TypeError(f"alpha must be a number, or one per tensor, got {alpha!r}")
+    return list(alpha)
 
 
 def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
@@ -147,7 +174,7 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     if isinstance(alpha, Real):
         alphas = torch.full((count,), float(alpha), dtype=torch.float64, device="cpu")
     else:
-        alphas = torch.tensor([float(x) for x in alpha], dtype=torch.float64, device="cpu")
+        alphas = torch.tensor([float(x) for x in _numbers(alpha)], dtype=torch.float64, device="cpu")
     if len(alphas) != count:
         raise ValueError(f"{len(alphas)} alphas for {count} tensors")
     if not alphas.isfinite().all():

@@ -38,7 +38,7 @@ class LoraWeights:
     Args and errors are those of `Adapters`.
     """
 
-    parts = None  # every rank holds all
+    parts = wanted = None  # every rank holds all
 
     def __init__(self, model: nn.Module, chosen: Collection[str]):
         self.adapters = Adapters(model, chosen)
@@ -49,6 +49,7 @@ class LoraWeights:
         self.settled.append(Term(0.0, self._product()))
         self.held: Factors | None = None
         self.offered: list[Term] = self.settled
+        self.holders: Mapping[str, int] = {}  # layer → ranks that have it
         self.adapters.install(self.settled)
 
     @property
@@ -62,6 +63,7 @@ class LoraWeights:
 
     def hold(self) -> None:
         """Keep P_t."""
+        torch.clear_autocast_cache()  # of factors that were stepped inside torch.autocast
         self.held = self._product()
 
     @torch.no_grad()

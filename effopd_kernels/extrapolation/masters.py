@@ -17,20 +17,33 @@ from torch import Tensor
 from .selection import plain_name
 from .shards import local
 
-__all__ = ["check_given", "find_masters", "given_masters", "reset_before_next_step", "reset_state"]
+__all__ = ["check_given", "find_masters", "given_masters", "reset_before_next_step", "reset_state", "unwrapped"]
+
+
+def unwrapped(optimizer):
+    """The optimizer in wrappers such as accelerate's. Raises TypeError for what is none."""
+    while not hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer"):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
+            raise TypeError(f"optimizer must be one optimizer, with param_groups, got {kind}")
+        optimizer = inner
+    return optimizer
 
 
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
     """name → master for the parameters that have one, and the names the optimizer has nothing to do with.
 
     If one of those moves all the same, something this function cannot read steps it (DeepSpeed's flattened partitions).
+    Raises ValueError for a master in a ZeroRedundancyOptimizer: it is on one rank, and the others would not jump alike.
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer = unwrapped(optimizer)
+    stepper = _stepper(optimizer)
     stepped = [t for group in optimizer.param_groups for t in group["params"]]
     ids = {id(t) for t in stepped}
     masters, strangers = {}, []
     for name, param in named.items():
-        state = optimizer.state.get(param, {})
+        state = stepper.state.get(param, {})
         # Where several round to the parameter, as moments and masters of zeros do, a name tells.
         keys = sorted(state, key=lambda key: "master" not in str(key))
         candidates = [state[key] for key in keys if isinstance(state[key], Tensor)]
@@ -38,6 +51,11 @@ def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tens
             candidates += [t for t in stepped if t.shape == param.shape]
         master = next((t for t in candidates if is_master(t, param)), None)
         if master is not None:
+            if stepper is not optimizer and getattr(optimizer, "world_size", 1) > 1:
+                raise ValueError(
+                    f"the fp32 master of {name} is on this rank alone ({type(optimizer).__name__}), where the others "
+                    "cannot move it: train fp32 parameters, or shard with FSDP2"
+                )
             masters[name] = master
             if id(param) not in ids:
                 stepped = [t for t in stepped if t is not master]  # equal tensors have masters of their own, in order
@@ -94,7 +112,7 @@ def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
 
     Raises TypeError for an optimizer that is not one of torch's, which has no such hook.
     """
-    optimizer, method = _unwrapped(optimizer), weakref.WeakMethod(reset)
+    optimizer, method = unwrapped(optimizer), weakref.WeakMethod(reset)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f'optimizer_policy="reset" needs a torch.optim.Optimizer, not a {type(optimizer).__name__}')
     optimizer.register_step_pre_hook(lambda *_: (alive := method()) and alive())
@@ -107,7 +125,7 @@ def reset_state(params: list[Tensor], optimizer) -> None:
     What a parameter starts from is the optimizer's own business (zeros, the learning rate, tables that parameters
     share), so it is given the chance to make it.
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer = _stepper(unwrapped(optimizer))
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     masters, _ = find_masters(dict(enumerate(params)), optimizer)
     for i, param in enumerate(params):
@@ -155,10 +173,6 @@ def _rounds_to(master: Tensor, param: Tensor) -> bool:
     return torch.equal(rounded, param) or bool(((rounded == param) | (rounded.isnan() & param.isnan())).all())
 
 
-def _unwrapped(optimizer):
-    while not hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer"):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise TypeError(f"{type(optimizer).__name__} is not an optimizer: it has no param_groups")
-        optimizer = inner
-    return optimizer
+def _stepper(optimizer):
+    """What holds the states: of torch's ZeroRedundancyOptimizer the inner one, which steps this rank's parameters."""
+    return getattr(optimizer, "optim", optimizer)

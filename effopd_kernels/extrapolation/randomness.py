@@ -1,4 +1,4 @@
-"""The same random numbers for every candidate, and none taken from training.
+"""What an evaluation must leave as training had it: random numbers, the same for every candidate, and modules' modes.
 
 Each evaluation starts from the generators' state at the start of the event, and leaves them there: candidates are
 compared on equal draws, and a run with EffOPD draws the training data it would have drawn without.
@@ -9,8 +9,9 @@ import sys
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-__all__ = ["SameRandomness"]
+__all__ = ["SameRandomness", "modes_kept"]
 
 
 class SameRandomness:
@@ -37,3 +38,14 @@ class SameRandomness:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextmanager
+def modes_kept(module: nn.Module | None):
+    """Afterwards every part of module is in the mode, train or eval, that it was in."""
+    modes = [(part, part.training) for part in module.modules()] if module is not None else []
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

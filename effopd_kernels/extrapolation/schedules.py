@@ -42,7 +42,7 @@ def _adaptive(step: int, events: Sequence[EffOPDEvent]) -> bool:
     return step >= last + (max(LEAST_WAIT, waited // 2) if events[-1].alpha >= 2 else 2 * waited)
 
 
-def alphas_of(alphas: Sequence[float], search: str = "candidates") -> tuple[float, ...]:
+def alphas_of(alphas: Sequence[float], search: str) -> tuple[float, ...]:
     """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1), and for
     search="gradient", which looks between 1 and the largest, if none is above 1."""
     try:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Point", "gradients_aside", "line_minimum", "summed"]
+__all__ = ["Point", "gradients_aside", "line_minimum", "refuse_steps_in_backward", "summed"]
+
+TOLERANCE = 0.1  # of the slope at 1: where the line counts as flat
+# DDP's (compiled), Trainer's and tensor parallelism's of transformers; FSDP2 has none of its own.
+REDUCES_GRADIENTS = (
+    "torch.nn.parallel.distributed",
+    "transformers.trainer",
+    "transformers.distributed.tensor_parallel",
+)
 
 
 class Point(NamedTuple):
@@ -29,21 +37,20 @@ def line_minimum(
     limit: float,
     first: float = 3.0,
     max_passes: int = 6,
-    tolerance: float = 0.1,
     another: Callable[[], bool] = lambda: True,
 ) -> list[Point]:
     """Evaluate L along α ∈ [1, limit] until its minimum is found; the best point is the one of least loss.
 
     From α = 1: a loss that rises there ends the search. Otherwise step out (to `first`, then where the secant points,
     at most trebling) until the slope is positive or `limit` is reached, then secants inside the bracket, kept a tenth
-    of it away from its ends. Stops when |slope| ≤ tolerance·|slope at 1|, after max_passes, or when `another` forbids
+    of it away from its ends. Stops when |slope| ≤ TOLERANCE·|slope at 1|, after max_passes, or when `another` forbids
     one more. A loss or slope that is not finite counts as a rise.
     """
     points = [evaluate(1.0)]
     low, high = points[0], None
     if _rises(low):
         return points
-    flat = tolerance * abs(low.slope)
+    flat = TOLERANCE * abs(low.slope)
     alpha = min(first, limit)
     while len(points) < max_passes and another():
         point = evaluate(alpha)
@@ -74,6 +81,19 @@ def _secant(a: Point, b: Point) -> float:
     if b.slope <= a.slope:
         return math.inf
     return a.alpha - a.slope * (b.alpha - a.alpha) / (b.slope - a.slope)
+
+
+def refuse_steps_in_backward(params: Iterable[Tensor]) -> None:
+    """Raises ValueError where a backward pass does more than to leave gradients: it would train on the validation
+    batch. Only hooks that are known to reduce gradients over ranks may stay."""
+    for param in params:
+        hooks = (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()
+        others = [hook for hook in hooks if getattr(hook, "func", hook).__module__ not in REDUCES_GRADIENTS]
+        if others or hasattr(param, "_in_backward_optimizers"):
+            raise ValueError(
+                'search="gradient" would step the optimizer in its backward pass, or run what else is hooked there '
+                f'({others[0] if others else "an optimizer in backward"}): use search="candidates"'
+            )
 
 
 @contextmanager

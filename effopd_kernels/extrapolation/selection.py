@@ -28,25 +28,30 @@ DEFAULT_EXCLUDE = (
 )
 
 _WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+# peft holds a module that it trains whole beside the original, and calls both otherwise.
+_PEFT_COPIES = re.compile(r"(?<=\.)(modules_to_save\.[^.]+|original_module)\.")
+
+Patterns = Sequence[re.Pattern]  # as `compiled` gives them
 
 
 def named_tensors(
-    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], frozen: bool = False
+    params: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Name → tensor without what DDP, FSDP, compile and checkpoint wrappers put into names; tied tensors once.
-
-    `nn.Parameter`s that are frozen now are left out unless `frozen`: an anchor of them would be wasted memory.
-    """
+    """Name → tensor without what DDP, FSDP, compile and checkpoint wrappers put into names; tied tensors once."""
+    wanted = "params must be a module, or named tensors as model.named_parameters() gives them"
     if isinstance(params, nn.Module):
         items = params.named_parameters()
     else:
         items = params.items() if isinstance(params, Mapping) else params
+    if not isinstance(items, Iterable):
+        raise TypeError(f"{wanted}, got a {type(items).__name__}")
     out, seen = {}, set()
     for item in items:
         name, tensor = item if isinstance(item, (tuple, list)) and len(item) == 2 else (None, item)
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise TypeError(f"params must be a module or named tensors, got ({name!r}, {type(tensor).__name__})")
-        if id(tensor) in seen or (is_frozen(tensor) and not frozen):
+            named = "without a name" if name is None else f"named {name!r}"
+            raise TypeError(f"{wanted}, got a {type(tensor).__name__} {named}")
+        if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if plain_name(name) in out:
@@ -64,19 +69,15 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name).lstrip(".")
 
 
-def select(
-    named: Mapping[str, Tensor], include: str | Sequence[str], exclude: str | Sequence[str]
-) -> dict[str, Tensor]:
-    """The tensors whose name some `include` regular expression finds and no `exclude` one does.
+def select(named: Mapping[str, Tensor], include: Patterns, exclude: Patterns) -> dict[str, Tensor]:
+    """The tensors whose name some `include` pattern finds and no `exclude` one does.
 
-    Raises ValueError for what is no regular expression, and, naming the patterns and a few parameters, when nothing is
-    left: EffOPD would silently do nothing.
+    Raises ValueError, naming the patterns and a few parameters, when nothing is left: EffOPD would silently do nothing.
     """
     chosen = matching(named, include, exclude)
     if not chosen:
         some = ", ".join(list(named)[:5]) or "none that requires a gradient"
-        patterns = compiled("include", include), compiled("exclude", exclude)
-        include, exclude = ([p.pattern for p in which] for which in patterns)
+        include, exclude = ([p.pattern for p in patterns] for patterns in (include, exclude))
         raise ValueError(
             f"no parameter to extrapolate: include {include} and exclude {exclude} leave none of {len(named)} "
             f"(the first: {some})"
@@ -84,16 +85,14 @@ def select(
     return chosen
 
 
-def matching(
-    named: Mapping[str, Tensor], include: str | Sequence[str], exclude: str | Sequence[str]
-) -> dict[str, Tensor]:
+def matching(named: Mapping[str, Tensor], include: Patterns, exclude: Patterns) -> dict[str, Tensor]:
     """As `select`, maybe empty."""
-    wanted, unwanted = compiled("include", include), compiled("exclude", exclude)
-    return {
-        name: tensor
-        for name, tensor in named.items()
-        if any(p.search(name) for p in wanted) and not any(p.search(name) for p in unwanted)
-    }
+    return {name: tensor for name, tensor in named.items() if _found(name, include) and not _found(name, exclude)}
+
+
+def _found(name: str, patterns: Patterns) -> bool:
+    """Under the name it has, or would have had without peft's `modules_to_save`."""
+    return any(pattern.search(each) for each in {name, _PEFT_COPIES.sub("", name)} for pattern in patterns)
 
 
 def compiled(option: str, patterns: str | Sequence[str]) -> list[re.Pattern]:

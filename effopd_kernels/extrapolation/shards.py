@@ -59,13 +59,13 @@ def check_same(saved: Mapping[str, Sequence[int]], here: Mapping[str, Sequence[i
             raise ValueError(f"anchor of {name} is {tuple(saved[name])}, here it is {tuple(shape)}")
 
 
-def replicas(tensor: Tensor, world_size: int) -> float:
-    """How many ranks of world_size hold the same elements; a plain tensor is taken to be replicated on all."""
+def replicas(tensor: Tensor, holders: int) -> float:
+    """How many of the ranks that hold (some of) tensor hold the same elements; those of a plain one all do."""
     shards = 1
     if hasattr(tensor, "placements"):
         for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
-            shards *= size if placement.is_shard() else 1
-    return world_size / shards
+            shards *= 1 if placement.is_replicate() else size  # is_shard() is False for torch's _StridedShard
+    return holders / shards
 
 
 def reshard(module: nn.Module | None) -> None:

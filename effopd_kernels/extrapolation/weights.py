@@ -34,7 +34,7 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         raise ValueError('anchor_device="disk" needs anchor_dir')
     module = params if isinstance(params, nn.Module) else None
     reshard(module)
-    everything = named_tensors(params, frozen=True)
+    everything = named_tensors(params)
     named = {name: t for name, t in everything.items() if not is_frozen(t)}
     chosen = select(named, include, exclude)
     emptied = [name for name, t in chosen.items() if hasattr(t, "ds_id") and t.numel() == 0]
@@ -98,6 +98,7 @@ class DenseWeights:
         self._module, self._trained, self._frozen = module, trained or named.values, frozen or {}
         self.anchors = self._copy()
         self.currents: list[Tensor] | None = None
+        self.holders: Mapping[str, int] = {}  # name → ranks that have it; all, where not said
 
     @property
     def still(self) -> list[str]:
@@ -105,18 +106,22 @@ class DenseWeights:
         return list(self._frozen)
 
     @property
+    def wanted(self) -> dict[str, Part]:
+        """What this rank holds of each tensor."""
+        return {name: part_of(t) for name, t in zip(self.names, self.tensors, strict=True)}
+
+    @property
     def parts(self) -> dict[str, Part] | None:
-        """What this rank holds of each tensor; None, on all ranks alike, where every one holds all of them."""
-        if any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh")):
-            return {name: part_of(t) for name, t in zip(self.names, self.tensors, strict=True)}
-        return None
+        """As `wanted`; None, on all ranks alike, where every one holds all of them."""
+        sharded = any(t.device_mesh.size() > 1 for t in self.tensors if hasattr(t, "device_mesh"))
+        return self.wanted if sharded else None
 
     def hold(self) -> None:
         """Keep W_t. Raises ValueError for a parameter that is no longer the model's, and for one that moved though the
         optimizer steps no copy of it we can see: its next step would undo a jump."""
         reshard(self._module)
         if self._module is not None:
-            there = named_tensors(self._module, frozen=True)  # one that was frozen since has only no further delta
+            there = named_tensors(self._module)
             replaced = [n for n, t in zip(self.names, self.tensors, strict=True) if there.get(n) is not t]
             if replaced:
                 raise ValueError(
@@ -158,6 +163,7 @@ class DenseWeights:
                 for ts in (self.anchors, self.currents)
             )
             stats.append(extrapolate_(params, anchors, currents, alpha, masters=masters))
+        torch.clear_autocast_cache()  # inside torch.autocast it would go on serving casts of the old weights
         return [torch.cat([column.cpu() for column in columns]) for columns in zip(*stats, strict=True)]
 
     def write_for_slope(self, alpha: float) -> None:
@@ -171,11 +177,12 @@ class DenseWeights:
     def slope(self, world_size: int) -> float:
         """This rank's part of ∂L/∂α = Σ ∂L/∂W·(W_t − A), after `write_for_slope` and a backward pass."""
         total = 0.0
-        for tensor, anchor, current in zip(self.tensors, self.anchors, self.currents, strict=True):
+        columns = self.tensors, self.anchors, self.currents, self._replicas(world_size)
+        for tensor, anchor, current, count in zip(*columns, strict=True):
             if tensor.grad is not None:
-                gradient = local(tensor.grad).float()
+                gradient = local(_placed_as(tensor, tensor.grad)).float()
                 delta = current.to(gradient.device).float() - anchor.to(gradient.device).float()
-                total += float((gradient * delta).sum()) / replicas(tensor, world_size)
+                total += float((gradient * delta).sum()) / count
         return total
 
     def trained(self) -> list[Tensor]:
@@ -208,7 +215,7 @@ class DenseWeights:
     def norms(self, world_size: int) -> tuple[float, float]:
         """This rank's part of ‖W_t − A‖² and ‖W_t‖², such that summing over ranks counts every element once."""
         delta_sq, weight_sq, _ = self.write(1.0)
-        share = 1.0 / delta_sq.new_tensor([replicas(t, world_size) for t in self.tensors], dtype=torch.float64)
+        share = 1.0 / delta_sq.new_tensor(self._replicas(world_size), dtype=torch.float64)
         return float((delta_sq * share).sum()), float((weight_sq * share).sum())
 
     def state(self) -> dict[str, Tensor]:
@@ -224,6 +231,10 @@ class DenseWeights:
             self.anchors = buffers.allocate(like, self._place, self._directory)
         for name, anchor in zip(self.names, self.anchors, strict=True):
             anchor.copy_(state[name])
+
+    def _replicas(self, world_size: int) -> list[float]:
+        holders = [self.holders.get(name, world_size) for name in self.names]
+        return list(map(replicas, self.tensors, holders))
 
     def _sources(self) -> list[Tensor]:
         return [t if m is None else m for t, m in zip(self.tensors, self.masters, strict=True)]
@@ -247,3 +258,11 @@ class DenseWeights:
             part.append(i)
             size += anchor.nbytes if away else 0
         yield part
+
+
+def _placed_as(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """gradient in the placements of tensor: that of a replicated one (a norm under sequence parallelism) may be partial
+    sums."""
+    if any(placement.is_partial() for placement in getattr(gradient, "placements", ())):
+        return gradient.redistribute(placements=tensor.placements)
+    return gradient

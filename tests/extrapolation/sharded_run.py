@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effopd_kernels.extrapolation import EffOPDController, Scores, checkpoint, extrapolate_, share
+from effopd_kernels.extrapolation.weights import DenseWeights
 
 STEPS, PROMPTS, WIDTH = 8, 16, 6
 
@@ -183,6 +184,32 @@ def different_settings():
     return said
 
 
+def partial_sums():
+    """The slope where the gradient of a parameter that every rank has is partial sums, as of a norm under sequence
+    parallelism; δ and the whole gradient are ones, four of each."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    param = distribute_tensor(torch.zeros(4), mesh, [Replicate()])
+    dense = DenseWeights({"norm.weight": param})
+    param.to_local().add_(1.0)
+    dense.hold()
+    param.grad = DTensor.from_local(torch.full((4,), 0.25 + 0.5 * dist.get_rank()), mesh, [Partial()])
+    return dense.slope(2)
+
+
+def stages(folder):
+    """Two stages of a pipeline: the norm of both updates, and what saving them and loading the first say."""
+    EffOPDController({"layers.0.mlp.w": torch.zeros(4)}, lambda: 0.0).save(folder / "first")
+    weight, said = torch.zeros(4), []
+    controller = EffOPDController({f"layers.{dist.get_rank()}.mlp.w": weight}, lambda: 0.0)
+    weight.add_(1.0)
+    for action in controller.save, controller.load:
+        try:
+            action(folder / "first")
+        except ValueError as error:
+            said.append(str(error))
+    return controller.step(1).delta_norm, said
+
+
 def save_on_a_full_disk(folder):
     """What each rank raises when rank 1 cannot write its part of a checkpoint."""
 
@@ -206,6 +233,8 @@ def main(folder, case):
     if case == "equal":
         results["dtensors"] = lists_of_dtensors()
         results["settings"] = different_settings()
+        results["partial sums"] = partial_sums()
+        results["stages"] = stages(folder)
         results["full disk"] = save_on_a_full_disk(folder)
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")

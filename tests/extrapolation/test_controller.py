@@ -5,6 +5,7 @@ import math
 import random
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -248,6 +249,40 @@ def test_the_model_is_in_the_modes_that_training_left_it_in(search):
     assert len(entered) > 3 and all(entered)
 
 
+@pytest.mark.parametrize("search", ["candidates", "gradient"])
+def test_an_event_inside_autocast_is_the_event_outside(search):
+    """Autocast keeps its casts of parameters until the outermost region ends, with other weights in them since."""
+
+    def run(around_step, around_loss):
+        net, x = model(), torch.ones(4, 3)
+
+        def loss():
+            with around_loss():
+                return (net["mlp"](x).float() - 9.0).square().mean()
+
+        def score():
+            with torch.set_grad_enabled(search == "candidates"):  # for then are casts kept
+                return -loss().item()
+
+        controller = EffOPDController(net, score, search=search, loss_fn=loss, schedule=1)
+        losses = []
+        for step in 1, 2:
+            with around_step():
+                net.zero_grad()
+                losses.append(loss())
+                losses[-1].backward()
+                with torch.no_grad():
+                    [p.sub_(0.01 * p.grad) for p in net["mlp"].parameters()]
+                controller.step(step)
+                losses.append(loss())
+        events = [(e.alpha, e.score_initial, e.score_best, e.num_gradients) for e in controller.events]
+        assert all(alpha > 1 for alpha, *_ in events)
+        return events, torch.stack(losses).tolist()
+
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    assert run(autocast, nullcontext) == run(nullcontext, autocast)
+
+
 def test_tokens_seconds_and_budget():
     net = model()
     scores = [Scores([x], tokens=100, seconds=2.0) for x in (1, 2, 3, 4, 5, 6)]
@@ -402,6 +437,9 @@ def test_state_of_other_weights_is_refused():
     moved = {k: v + 1 for k, v in state["anchor"].items()}
     with pytest.raises(ValueError, match="not the record of one EffOPDEvent"):
         controller.load_state_dict({"anchor": moved, "scalars": {**state["scalars"], "events": [{"step": 1}]}})
+    for wrong in (None, {"anchor": moved, "scalars": None}):
+        with pytest.raises(TypeError, match=r"state must be what state_dict returned, got a (NoneType|dict)"):
+            controller.load_state_dict(wrong)
     for lacking in ({}, {"anchor": moved, "scalars": {"events": [], "val_tokens": 0}}):
         with pytest.raises(ValueError, match=r"the controller's state lacks '(scalars|last_step)'"):
             controller.load_state_dict(lacking)
@@ -489,6 +527,20 @@ def test_what_cannot_move_is_named_at_once(dtype):
 def test_what_should_be_a_function_is_named(option):
     with pytest.raises(TypeError, match=f"{option} must be a function, got 0.5"):
         EffOPDController(model(), **{"score_fn": lambda: 0.0, option: 0.5})
+
+
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        (lambda: 0.0, "got a function"),
+        (model().parameters(), "got a Parameter without a name"),
+        ({"mlp": [1.0]}, "got a list named 'mlp'"),
+    ],
+    ids=["swapped", "parameters", "no tensor"],
+)
+def test_what_are_no_named_tensors(params, words):
+    with pytest.raises(TypeError, match=rf"params must be a module, or named tensors as model\.named_par.*, {words}"):
+        EffOPDController(params, model())
 
 
 @pytest.mark.parametrize("array", [torch.tensor, np.array])

@@ -65,17 +65,12 @@ def test_value_is_fp32_arithmetic_rounded_once(backend, dtypes):
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_ends_are_copies_bit_for_bit(backend, dtype, alpha):
+    # As torch.lerp alone would not make them: between [-0, 1] and [0, inf] it gives [0, nan] at α = 0.
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-38, -6e-8, 65504.0]).to(dtype)
     anchor, current = (t.flatten().clone() for t in torch.meshgrid(special, special, indexing="ij"))
     param = torch.empty_like(anchor)
     run(backend, [param], [anchor], [current], alpha)
     assert torch.equal(bits(param), bits(current if alpha else anchor))
-
-
-def test_lerp_alone_would_not_be_a_copy():
-    """Why the ends are copies: the guard above fails for torch.lerp."""
-    anchor, current = torch.tensor([-0.0, 1.0]), torch.tensor([0.0, torch.inf])
-    assert not torch.equal(bits(torch.lerp(anchor, current, 0.0)), bits(anchor))
 
 
 @BACKENDS
@@ -216,6 +211,11 @@ class TestPublicFunction:
             (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
             (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
             (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),
+            (dict(alpha="3"), TypeError, "alpha must be a number, or one per tensor, got '3'"),
+            (dict(alpha=None), TypeError, "alpha must be a number, or one per tensor, got None"),
+            (dict(anchors=torch.nn.Linear(2, 2)), TypeError, "anchors must be a sequence of tensors, got a Linear"),
+            (dict(currents=3.0), TypeError, "currents must be a sequence of tensors, got a float"),
+            (dict(masters={"w": None}), TypeError, "masters must be a sequence of tensors, got a dict"),
             (dict(anchors=[np.zeros(3)]), TypeError, r"anchors\[0\] must be a tensor, got ndarray"),
             (dict(anchors=[None]), TypeError, r"anchors\[0\] must be a tensor, got NoneType"),
             (dict(anchors=[torch.zeros(3).to_sparse()]), TypeError, r"anchors\[0\] is torch.float32, torch.sparse_coo"),
@@ -320,6 +320,23 @@ class TestDifferentiable:
                 extrapolate([torch.zeros(3)] * 2, [torch.zeros(3)] * 2, alphas)
         with pytest.raises(ValueError, match="1 tensors in w0"):
             extrapolate([torch.zeros(3)], [], 2.0)
+
+    @pytest.mark.parametrize(
+        "w0, delta, alpha, words",
+        [
+            ({"w": torch.zeros(3)}, {"w": torch.zeros(3)}, 2.0, "w0 must be a sequence of tensors, got a dict"),
+            ("w", "w", 2.0, "w0 must be a sequence of tensors, got a str"),
+            (["w"], ["w"], 2.0, "w0 must be a sequence of tensors, got a str"),
+            (torch.zeros(3), [torch.zeros(3)], 2.0, "delta must be a tensor, as w0 is, got a list"),
+            (torch.zeros(3), torch.zeros(3), "3", "alpha must be a number or a scalar tensor, got '3'"),
+            (torch.zeros(3), torch.zeros(3), None, "alpha must be a number or a scalar tensor, got None"),
+            ([torch.zeros(3)], [torch.zeros(3)], "3", "alpha must be a number, or one per tensor, got '3'"),
+            ([torch.zeros(3)], [torch.zeros(3)], None, "alpha must be a number, or one per tensor, got None"),
+        ],
+    )
+    def test_what_are_no_tensors_or_numbers(self, w0, delta, alpha, words):
+        with pytest.raises(TypeError, match=words):
+            extrapolate(w0, delta, alpha)
 
     def test_to_any_order_and_in_forward_mode(self):
         leaves = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -192,7 +192,7 @@ def test_what_scoring_changed_is_put_back_whole(number, monkeypatch, what):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(1.0)
-    rewind, calls = SameRandomness._rewind, []
+    rewind, calls = SameRandomness.rewind, []
 
     def interrupted(self):
         calls.append(1)
@@ -200,7 +200,7 @@ def test_what_scoring_changed_is_put_back_whole(number, monkeypatch, what):
             signal.raise_signal(number)
         rewind(self)
 
-    monkeypatch.setattr(SameRandomness, "_rewind", interrupted)
+    monkeypatch.setattr(SameRandomness, "rewind", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         controller.step(1)
     assert all(part.training for part in net.modules()) if what == "modes" else random.getstate() == state

@@ -530,6 +530,23 @@ def test_gradient_search_moves_the_product():
         assert not any(p.requires_grad for n, p in model.named_parameters() if COMPANION in n)
 
 
+def test_factors_stepped_inside_autocast_are_scored_as_they_are():
+    model, x, scores = lora(), torch.randn(4, 6), []
+
+    def score():
+        scores.append(model(x).float().square().mean().item())
+        return scores[-1] if len(scores) == 1 else -1.0
+
+    controller = EffOPDController(model, score)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)  # autocast keeps its casts of the factors
+        train(model, 1)
+        assert controller.step(1).alpha == 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        score()
+    assert scores[-1] == scores[0] != scores[1]
+
+
 def test_bf16_adapters_keep_fp32_products():
     model = lora(torch.bfloat16)
     for p in trained_parameters(model):

@@ -17,7 +17,7 @@ from effopd_kernels.extrapolation.weights import DenseWeights
 WHOLE = {
     "weight": torch.randn(5, 6),
     "bias": torch.randn(5).bfloat16(),
-    "cube": torch.arange(5 * 6 * 2).view(5, 6, 2),
+    "cube": torch.randn(5, 6, 2, dtype=torch.float64),
     "gate": torch.randn(()),  # a plain tensor on all ranks
 }
 LAYOUTS = {
@@ -43,18 +43,16 @@ def size(mesh_shape):
     return torch.Size(mesh_shape).numel()
 
 
-def rank_of(mesh_shape, placements, rank):
+def rank_of(mesh_shape, placements, rank, of=lambda weights: (weights.state(), weights.parts)):
     if not placements:
-        weights = DenseWeights(WHOLE)
-        return weights.state(), weights.parts
+        return of(DenseWeights(WHOLE))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size(mesh_shape))
     try:
         mesh, named = dist.init_device_mesh("cpu", mesh_shape), dict(WHOLE)
         for name in named.keys() - {"gate"}:
             fitting = [p if getattr(p, "dim", 0) < named[name].dim() else Replicate() for p in placements]
             named[name] = distribute_tensor(named[name], mesh, fitting, src_data_rank=None)
-        weights = DenseWeights(named)
-        return weights.state(), weights.parts
+        return of(DenseWeights(named))
     finally:
         dist.destroy_process_group()
 
@@ -128,6 +126,25 @@ def test_a_damaged_shard_is_named_on_every_rank(layouts, here, damage, tmp_path)
         shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     for error in load(layouts[here], tmp_path):
         assert isinstance(error, CheckpointError) and str(shard) in str(error)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_element_counts_once_in_norms_and_slope(layout):
+    """With A = 0 and the weights themselves for a gradient all three are ‖W‖²."""
+    shape, placements = LAYOUTS[layout]
+
+    def measured(weights):
+        for anchor in weights.anchors:
+            anchor.zero_()
+        weights.hold()
+        norms = weights.norms(size(shape))
+        for tensor in weights.tensors:
+            tensor.grad = tensor.clone()
+        return torch.tensor([*norms, weights.slope(size(shape))])
+
+    total = sum(rank_of(shape, placements, rank, measured) for rank in range(size(shape)))
+    expected = sum(float(t.double().square().sum()) for t in WHOLE.values())
+    torch.testing.assert_close(total, torch.full((3,), expected), rtol=1e-5, atol=0)
 
 
 def test_shards_that_do_not_make_up_a_tensor_are_an_error(layouts, tmp_path):

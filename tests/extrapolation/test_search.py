@@ -1,6 +1,7 @@
 """search="gradient": the slope is the slope, the minimum is found, and nothing worse than W_t is ever kept."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -230,6 +231,27 @@ def test_an_exception_in_the_loss_restores_weights_and_gradients(failing):
     with pytest.raises(RuntimeError, match="out of memory"):
         controller.step(1)
     assert torch.equal(net["mlp"].weight, current) and net["mlp"].weight.grad is None
+
+
+def test_an_optimizer_that_steps_in_backward_is_refused():
+    """It would train on the validation batch. Hooks that reduce gradients, as DDP's when compiled, may run."""
+    net, _, _, loss, train = world()
+    controller = EffOPDController(net, None, search="gradient", loss_fn=loss)
+    train()
+
+    def reduce(param, index):
+        assert param.grad is not None
+
+    reduce.__module__ = "torch.nn.parallel.distributed"
+    net["mlp"].weight.register_post_accumulate_grad_hook(partial(reduce, index=0))
+    assert controller.step(1).alpha > 1
+    net["norm"].bias.register_post_accumulate_grad_hook(lambda p: p.data.sub_(p.grad))
+    train()
+    with pytest.raises(ValueError, match="would step the optimizer in its backward pass"):
+        controller.step(2)
+    with pytest.raises(ValueError, match="would step the optimizer in its backward pass"):
+        EffOPDController(net, None, search="gradient", loss_fn=loss)
+    EffOPDController(net, lambda: 0.0)
 
 
 def test_options():

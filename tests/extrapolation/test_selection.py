@@ -6,7 +6,8 @@ from textwrap import dedent
 import pytest
 import torch
 
-from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, named_tensors, select
+from effopd_kernels.extrapolation import EffOPDController
+from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled, named_tensors, select
 
 MOVES = dedent("""
     model.layers.0.self_attn.q_proj.weight model.layers.0.self_attn.q_proj.bias model.layers.0.mlp.gate_up_proj.weight
@@ -27,6 +28,7 @@ MOVES = dedent("""
     encoder.layers.3.ff1.up_proj.weight transformer.attentions.0.q_lin.weight
     model.decoder.layers.0.encoder_attn.q_proj.weight transformer.layer.0.rel_attn.q
     model.cross_attn_layers.0.q_proj.weight
+    base_model.model.model.layers.0.self_attn.q_proj.modules_to_save.default.weight
 """).split()
 
 STAYS = dedent("""
@@ -44,12 +46,18 @@ STAYS = dedent("""
     transformer.h.0.ln_attn.weight transformer.h.0.ln_mlp.bias transformer.layer.0.rel_attn.seg_embed
     decoder.layers.0.self_attention.linear_qkv.layer_norm_weight model.layers.0.mixer.norm.weight
     cls.predictions.transform.dense.weight lm_head.dense.weight
+    base_model.model.model.layers.0.self_attn.q_norm.modules_to_save.default.weight
+    base_model.model.model.layers.0.self_attn.q_norm.original_module.weight
 """).split()
+
+
+def chosen(named, include=DEFAULT_INCLUDE, exclude=DEFAULT_EXCLUDE):
+    return select(named, compiled("include", include), compiled("exclude", exclude))
 
 
 def test_default_patterns():
     named = {name: torch.zeros(1) for name in MOVES + STAYS}
-    assert list(select(named, DEFAULT_INCLUDE, DEFAULT_EXCLUDE)) == MOVES
+    assert list(chosen(named)) == MOVES
 
 
 def test_real_models_split_into_blocks_and_the_rest():
@@ -73,33 +81,33 @@ def test_real_models_split_into_blocks_and_the_rest():
     for config in configs:
         with torch.device("meta"):
             named = named_tensors(transformers.AutoModelForCausalLM.from_config(config))
-        chosen = select(named, DEFAULT_INCLUDE, DEFAULT_EXCLUDE)
-        left = [name for name, t in named.items() if name not in chosen]
+        moves = chosen(named)
+        left = [name for name, t in named.items() if name not in moves]
         assert all(
             named[name].ndim == 1 or named[name].shape[0] == 30 or "embed" in name or "wpe" in name for name in left
         )
         matrices = [name for name, t in named.items() if t.ndim >= 2 and (".layers." in name or ".h." in name)]
-        assert matrices and set(matrices) <= set(chosen), config.model_type
+        assert matrices and set(matrices) <= set(moves), config.model_type
 
 
 def test_own_patterns():
     named = {"a.down_proj.weight": torch.zeros(1), "a.up_proj.weight": torch.zeros(1), "b": torch.zeros(1)}
-    assert list(select(named, "proj", ())) == ["a.down_proj.weight", "a.up_proj.weight"]
-    assert list(select(named, ["."], ["proj"])) == ["b"]
-    assert list(select(named, re.compile("PROJ", re.IGNORECASE), [re.compile("up")])) == ["a.down_proj.weight"]
+    assert list(chosen(named, "proj", ())) == ["a.down_proj.weight", "a.up_proj.weight"]
+    assert list(chosen(named, ["."], ["proj"])) == ["b"]
+    assert list(chosen(named, re.compile("PROJ", re.IGNORECASE), [re.compile("up")])) == ["a.down_proj.weight"]
 
 
 def test_nothing_left_is_an_error_that_names_patterns_and_parameters():
     with pytest.raises(ValueError, match=r"'attn'.*leave none of 1 \(the first: backbone\.w\)"):
-        select({"backbone.w": torch.zeros(1)}, "attn", ())
+        chosen({"backbone.w": torch.zeros(1)}, "attn", ())
     with pytest.raises(ValueError, match="none that requires a gradient"):
-        select(named_tensors(torch.nn.Linear(2, 2).requires_grad_(False)), "", ())
+        EffOPDController(torch.nn.Linear(2, 2).requires_grad_(False), lambda: 0.0, include="", exclude=())
 
 
 @pytest.mark.parametrize("patterns", ["[", ["mlp", "["], [3]], ids=str)
 def test_what_is_no_regular_expression_is_named(patterns):
     with pytest.raises(ValueError, match=r"exclude: ('\['|3) is not a regular expression: "):
-        select({"mlp.w": torch.zeros(1)}, "", patterns)
+        compiled("exclude", patterns)
 
 
 def test_patterns_that_are_none():
@@ -107,7 +115,7 @@ def test_patterns_that_are_none():
         with pytest.raises(
             ValueError, match=r"exclude must be a regular expression or a sequence of them, \(\) for none"
         ):
-            select({"mlp.w": torch.zeros(1)}, "", patterns)
+            compiled("exclude", patterns)
 
 
 def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
@@ -115,7 +123,8 @@ def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
     named = named_tensors([("module._orig_mod.a.weight", linear.weight), ("b.weight", linear.weight)])
     assert list(named) == ["a.weight"]
     linear.bias.requires_grad_(False)
-    assert list(named_tensors(linear)) == ["weight"]
+    assert list(named_tensors(linear)) == ["weight", "bias"]
+    assert EffOPDController(linear, lambda: 0.0, include="").weights.names == ["weight"]
     assert list(named_tensors({"plain": torch.zeros(1)})) == ["plain"]
     with pytest.raises(ValueError, match=r"two different tensors are named 'a\.w'"):
         named_tensors([("a.w", torch.zeros(1)), ("module.a.w", torch.zeros(1))])

@@ -117,6 +117,18 @@ def test_a_rank_that_cannot_save_does_not_leave_the_others_waiting(ranks):
     assert ranks[0]["full disk"] == "RankFailed: rank 1: OSError: no space left"
 
 
+def test_a_gradient_of_partial_sums_is_summed_for_the_slope(ranks):
+    assert sum(rank["partial sums"] for rank in ranks) == pytest.approx(4.0)
+
+
+def test_stages_of_a_pipeline(ranks):
+    """Each counts once, and every rank hears what cannot be saved or loaded on one."""
+    for norm, said in (rank["stages"] for rank in ranks):
+        assert norm == pytest.approx(8**0.5)
+        assert said[0].startswith("not every rank has layers.0.mlp.w")
+        assert said[1:] == ["anchor of other weights: missing ['layers.1.mlp.w'], unexpected ['layers.0.mlp.w']"]
+
+
 def test_settings_that_differ_between_ranks_are_named_on_all_of_them(ranks):
     assert ranks[0]["settings"] == ranks[1]["settings"]
     for said, differs in zip(
@@ -157,6 +169,21 @@ def test_share_is_contiguous_and_complete():
         assert [x for part in parts for x in part] == items
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert share(items) == items
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ((10,), TypeError, "items must be a sequence, as a list of prompts, got a int"),
+        (({"prompt": ["a"]},), TypeError, "items must be a sequence, .* got a dict"),
+        (([1], 0, 0), ValueError, "rank must be at least 0 and below size, got rank 0 and size 0"),
+        (([1], 5, 3), ValueError, "got rank 5 and size 3"),
+    ],
+    ids=str,
+)
+def test_what_has_no_share(arguments, error, words):
+    with pytest.raises(error, match=words):
+        share(*arguments)
 
 
 def test_alone_nothing_is_exchanged():

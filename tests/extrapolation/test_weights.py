@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from effopd_kernels.extrapolation import EffOPDController, buffers, weights
-from effopd_kernels.extrapolation.masters import find_masters, is_master
+from effopd_kernels.extrapolation.masters import find_masters, is_master, reset_state
 
 
 def model(dtype=torch.float32):
@@ -296,8 +297,57 @@ def test_an_optimizer_that_steps_something_else_is_refused():
         net["self_attn"].weight.add_(1.0)
     with pytest.raises(ValueError, match=r"steps neither self_attn\.weight nor an fp32 master"):
         controller.step(2)
-    with pytest.raises(TypeError, match="not an optimizer"):
+    with pytest.raises(TypeError, match="one optimizer, with param_groups, got a object"):
         find_masters(dict(net.named_parameters()), object())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[torch.optim.SGD(model().parameters())], "adamw", 0.1, torch.optim.AdamW],
+    ids=["list", "text", "number", "class"],
+)
+def test_what_is_not_one_optimizer_is_refused_at_construction(wrong):
+    kind = "the class AdamW" if isinstance(wrong, type) else f"a {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=f"optimizer must be one optimizer, with param_groups, got {kind}"):
+        EffOPDController(model(), lambda: 0.0, optimizer=wrong)
+
+
+@pytest.fixture(params=[1, 2])
+def ranks(request):
+    """How many there are, this process one of them; their collectives do nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield request.param
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_zero_redundancy_keeps_its_states_in_an_inner_optimizer(ranks):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = model()
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW)
+    gradient_step(net, optimizer)
+    reset_state([net["mlp"].weight, net["self_attn"].weight], optimizer)
+    gradient_step(net, optimizer)
+    steps = {n: int(optimizer.optim.state[p]["step"]) for n, p in net.named_parameters() if p in optimizer.optim.state}
+    assert len(steps) < 6 or ranks == 1
+    assert set(steps.items()) & {("mlp.weight", 1), ("self_attn.weight", 1)}
+    assert all(count == 2 for name, count in steps.items() if name not in ("mlp.weight", "self_attn.weight"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_masters_that_one_rank_has_are_refused(ranks):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    net = model(torch.bfloat16)
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), MasterInState, lr=0.1)
+    gradient_step(net, optimizer)
+    named = dict(net.named_parameters())
+    if ranks == 1:
+        assert find_masters(named, optimizer)[0].keys() == named.keys()
+    else:
+        with pytest.raises(ValueError, match=r"master of \w+\.\w+ is on this rank alone \(ZeroRedundancyOptimizer\)"):
+            find_masters(named, optimizer)
 
 
 def gradient_step(net, optimizer):
