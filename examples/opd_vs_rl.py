@@ -19,8 +19,9 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from effopd_kernels.analysis.cli import main as analyze
-from effopd_kernels.train import cli
 from effopd_kernels.train.demo import DEFAULTS, build_world, exact_match
+from effopd_kernels.train.options import parse
+from effopd_kernels.train.run import run
 
 BATCH, GROUP = 128, 8  # completions per step, and of those per prompt in RL
 
@@ -46,7 +47,7 @@ def train_opd(world: Path, out: Path, steps: int, save_steps: int, args: argpars
         "save_only_model": True,
         "seed": args.seed,
     }
-    cli.run(*cli.parse([f"--{name}={value}" for name, value in options.items() if value is not None]))
+    run(*parse([f"--{name}={value}" for name, value in options.items() if value is not None]))
 
 
 def train_rl(world: Path, out: Path, steps: int, save_steps: int, args: argparse.Namespace) -> None:

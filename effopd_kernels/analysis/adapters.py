@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UserError
+from ..extrapolation.adapters import BASE
 from ..extrapolation.lora import CHANGES_BASE, COMPANION
 from ..lowrank.checkpoints import EVERY
 from .checkpoints import Checkpoint, listed, read_json
@@ -26,7 +27,7 @@ _VARIANTS = {
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
 
 
-class Factors(NamedTuple):
+class StoredFactors(NamedTuple):
     """Where the factors of one weight are stored."""
 
     file: Checkpoint
@@ -49,13 +50,14 @@ class Adapter(Checkpoint):
     """
 
     def __init__(self, path: str | Path, base: Checkpoint):
-        self._factors: dict[str, list[Factors]] = {}
+        self._factors: dict[str, list[StoredFactors]] = {}
         self._whole: dict[str, tuple[Checkpoint, str]] = {}  # modules_to_save
         for folder in (Path(path), Path(path) / COMPANION):
             if (folder / CONFIG).is_file():
                 self._add(folder)
         super().__init__(path)
         self.config = base.config
+        base.lengthen_names([*self._factors, *self._whole])  # an adapter's are the model's
         unknown = [name for name in dict.fromkeys((*self._factors, *self._whole)) if name not in base.shapes]
         if unknown:
             raise UserError(
@@ -101,7 +103,7 @@ class Adapter(Checkpoint):
         file = Checkpoint(folder)
         found: dict[str, dict[str, str]] = {}
         for stored in file.shapes:
-            name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            name = stored.removeprefix(BASE).replace(".base_layer.", ".")
             if match := _FACTOR.match(name):
                 found.setdefault(match[1], {})[match[3]] = stored
                 if match[2]:
@@ -128,11 +130,11 @@ class Adapter(Checkpoint):
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             transposed = "embedding" in parts or bool(config.get("fan_in_fan_out"))
             self._factors.setdefault(f"{module}.weight", []).append(
-                Factors(file, parts["A"], parts["B"], scale, transposed)
+                StoredFactors(file, parts["A"], parts["B"], scale, transposed)
             )
 
 
-def _product(f: Factors, rows: slice) -> Tensor:
+def _product(f: StoredFactors, rows: slice) -> Tensor:
     b, a = f.file.read(f.b).float(), f.file.read(f.a).float()
     return f.scale * (b @ a[:, rows]).mT.contiguous() if f.transposed else f.scale * (b[rows] @ a)
 

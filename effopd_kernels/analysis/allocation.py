@@ -6,7 +6,7 @@ from typing import Any
 from . import figures
 from .comparison import CHECKPOINT
 from .figures import Picture
-from .findings import Findings, Row, grouped, norms, share
+from .findings import Findings, Row, fraction, grouped, norms
 from .report import Headline, Part, Section, shown
 
 THIRDS = ("outside", "whole", "bottom", "middle", "top")
@@ -35,7 +35,7 @@ def _sums(rows: list[Row], *keys: str) -> list[dict[str, Any]]:
             sums = norms(own)
             shares = {
                 "share_of_update": _share_of_update(sums, whole),
-                "share_of_parameters": share(sums["parameters"], whole["parameters"]),
+                "share_of_parameters": fraction(sums["parameters"], whole["parameters"]),
             }
             out.append(checkpoint | place | sums | shares)
     return out
@@ -43,7 +43,7 @@ def _sums(rows: list[Row], *keys: str) -> list[dict[str, Any]]:
 
 def _share_of_update(part: Row, whole: Row) -> float:
     """Of ‖ΔW‖²; zero where nothing moved."""
-    return share(part["update_norm"] ** 2, whole["update_norm"] ** 2) if whole["update_norm"] else 0.0
+    return fraction(part["update_norm"] ** 2, whole["update_norm"] ** 2) if whole["update_norm"] else 0.0
 
 
 def _headlines(found: Findings, totals: list[Row], by_third: dict[str, dict[str, Row]]) -> list[Headline]:

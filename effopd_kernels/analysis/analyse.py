@@ -20,9 +20,8 @@ from .measure import Measured, Options, measure
 from .roles import role_of, token_embedding
 
 
-def analyse(comparison: Comparison, options: Options, ranks: Ranks | None = None) -> Findings | None:
+def analyse(comparison: Comparison, options: Options, ranks: Ranks) -> Findings | None:
     """Measure every tensor, this rank its share; the findings on rank 0, None elsewhere."""
-    ranks = ranks or Ranks()
     try:
         measured = _measured(comparison, options, ranks)
     except BaseException as error:
@@ -48,7 +47,7 @@ def _measured(comparison: Comparison, options: Options, ranks: Ranks) -> list[Me
             raise
 
 
-def estimate(comparison: Comparison, ranks: int = 1) -> float:
+def estimate(comparison: Comparison, ranks: int) -> float:
     """Seconds that exact spectra will take, from one eigenproblem timed on one core: the Gram matrix (half of n·m²
     products) and its eigenvalues (m³) both scale as the third power.
     """

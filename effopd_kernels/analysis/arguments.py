@@ -25,8 +25,9 @@ def parser() -> Parser:
     p.add_argument("--overwrite_output_dir", action="store_true", help="replace the analysis in --output_dir")
     p.add_argument("--rank", type=int, default=64, help="leading triplets of every matrix (default 64)")
     p.add_argument(
-        "--ks", type=int, nargs="+", default=[1, 8, 64], help="subspaces whose alignment is followed (default 1 8 64)"
-    )
+        "--ks", type=int, nargs="+", default=[1, 8, 64],
+        help="subspaces whose alignment is followed, up to --rank (default 1 8 64)",
+    )  # fmt: skip
     p.add_argument("--exact_spectrum", action="store_true", help="every singular value; the time it takes is estimated")
     p.add_argument("--device", help="where to compute, such as cuda (default cpu)")
     p.add_argument("--seed", type=int, default=0)

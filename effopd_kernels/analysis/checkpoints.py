@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -45,18 +46,23 @@ class Checkpoint:
         step: optimizer steps taken, from trainer_state.json or a name such as checkpoint-500; None if neither says.
 
     Raises:
-        UserError: no such folder, no safetensors in it, a shard missing or damaged (named).
+        UserError: no such folder, no safetensors in it, a shard missing or damaged (named), two tensors of one name.
     """
 
     def __init__(self, path: str | Path):
         self.path, self.label = Path(path), printable(Path(path).name or path)
+        if not self.path.exists():
+            raise UserError(f"{path}: no such file or folder; give a local folder, hub ids are not downloaded")
         self.config = read_json(self.path / "config.json")
         self.step = _step(self.path)
         try:
             self._file = open_checkpoint(path, str(path))
         except (FileNotFoundError, ValueError) as error:
             raise UserError(_conversion(self.path) or str(error)) from error
-        self._stored = {plain_name(name): name for name in self._file.shapes}
+        self._stored: dict[str, str] = {}
+        for stored in self._file.shapes:
+            if (other := self._stored.setdefault(plain_name(stored), stored)) != stored:
+                raise UserError(f"{path} holds both {other} and {stored}, which name one tensor; leave one of them out")
         self.shapes = {name: self._file.shapes[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str, rows: slice = EVERY) -> Tensor:
@@ -72,14 +78,21 @@ class Checkpoint:
         """(a, b) with ΔW = a − b; b None stands for zero. ``base`` is the base's tensor of that name, or rows of it."""
         return self.read(name, rows), base
 
-    def merged(self, name: str, base: Tensor) -> Tensor:
-        """The weight itself, whatever it is stored as, in the base's dtype."""
-        a, b = self.pair(name, base)
-        return a.to(base.dtype) if b is not None else (base.float() + a).to(base.dtype)
-
     def alias(self, name: str, source: str) -> None:
         """Let ``name`` be the tensor ``source``, as tied weights are."""
         self._stored[name], self.shapes[name] = self._stored[source], self.shapes[source]
+
+    def lengthen_names(self, others: Collection[str]) -> None:
+        """Put the first component of most ``others``, such as `transformer.`, before every name, where that makes them
+        names of ``others`` and none is one yet: files of a model without its head, as GPT-2's on the hub, lack it.
+        """
+        if not others or not set(self.shapes).isdisjoint(others):
+            return
+        ((first, _),) = Counter(name.partition(".")[0] for name in others).most_common(1)
+        longer = {name: f"{first}.{name}" for name in self.shapes}
+        if not set(longer.values()).isdisjoint(others):
+            self._stored = {longer[name]: stored for name, stored in self._stored.items()}
+            self.shapes = {longer[name]: about for name, about in self.shapes.items()}
 
 
 def counted(names: Collection, kind: str) -> str:
@@ -111,10 +124,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _step(path: Path) -> int | None:
     step = read_json(path / "trainer_state.json").get("global_step")
-    if isinstance(step, int) or (isinstance(step, float) and step.is_integer()):
-        return int(step)
-    found = _STEPS.search(path.resolve().name)
-    return int(found[1]) if found else None
+    if not (isinstance(step, int) or (isinstance(step, float) and step.is_integer())):
+        found = _STEPS.search(path.resolve().name)
+        step = found and found[1]
+    return None if step is None or abs(int(step)) >= 2**63 else int(step)  # a time of day; tables hold 64 bits
 
 
 def _conversion(path: Path) -> str | None:

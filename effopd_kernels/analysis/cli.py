@@ -1,8 +1,8 @@
 """`effopd-analyze`: what training did to the weights, from checkpoints on disk.
 
 Exit codes: 0 done; 2 something given was wrong or could not be read or written (one sentence on stderr); 130
-interrupted. After either nothing was written, or, with `interventions`, what was done is kept and the same command goes
-on.
+interrupted, by Ctrl-C or SIGTERM. After either nothing was written, or, with `interventions`, what was done is kept and
+the same command goes on.
 """
 
 import gc

@@ -4,6 +4,7 @@ Nothing but headers is read until a tensor is asked for, so everything that can 
 before any work.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from .roles import role_of, token_embedding
 CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
 _PACKED = re.compile(r"weight(_packed)?$|_blocks$")
+# What transformers once stored and now computes: rotary frequencies, causal masks and the number that masks.
+_FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_MASK = re.compile(r"(^|\.)att(n|ention)\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,10 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     if is_adapter(base):
         raise UserError(f"--base {base} is a LoRA adapter; give the model that it was trained from")
     start = Checkpoint(base)
-    opened = {
-        name: [Adapter(path, start) if is_adapter(path) else Checkpoint(path) for path in paths]
-        for name, paths in trajectories.items()
-    }
+    opened = _opened(start, trajectories)
     notes = [note for name, checkpoints in opened.items() for note in _order(name, checkpoints)]
     every = [c for checkpoints in opened.values() for c in checkpoints]
+    notes += _leave_out_computed([start, *every])
     notes += _tie(start, every)
     for checkpoint in every:
         _check(start, checkpoint)
@@ -73,6 +75,35 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     if other := [name for name in names if role_of(name).type == "other"]:
         notes.append(f'No known module name, so grouped as "other": {listed(other)}.')
     return Comparison(start, opened, {name: _progress(c) for name, c in opened.items()}, names, notes)
+
+
+def _opened(base: Checkpoint, trajectories: Mapping[str, Sequence[str | Path]]) -> dict[str, list[Checkpoint]]:
+    """All, under the longest names that one of them has. Adapters last: they are of the base as it is then named."""
+    plain = {t: [None if is_adapter(path) else Checkpoint(path) for path in paths] for t, paths in trajectories.items()}
+    for other in filter(None, itertools.chain(*plain.values())):
+        base.lengthen_names(other.shapes)
+    opened = {
+        t: [found or Adapter(path, base) for found, path in zip(plain[t], paths, strict=True)]
+        for t, paths in trajectories.items()
+    }
+    for other in itertools.chain(*opened.values()):
+        other.lengthen_names(base.shapes)
+    return opened
+
+
+def _leave_out_computed(every: Sequence[Checkpoint]) -> list[str]:
+    """Drop what transformers computes, so that a file may hold it or not, where not all do."""
+    found = dict.fromkeys(name for c in every for name, (shape, _) in c.shapes.items() if _computed(name, shape))
+    left = [name for name in found if not all(name in c.shapes for c in every)]
+    for checkpoint in every:
+        for name in left:
+            checkpoint.shapes.pop(name, None)
+    return [f"Computed by transformers and not in every file, so left out: {listed(left)}."] if left else []
+
+
+def _computed(name: str, shape: tuple[int, ...]) -> bool:
+    mask = shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+    return bool(_FREQUENCIES.search(name) or (mask and _MASK.search(name)))
 
 
 def _order(trajectory: str, checkpoints: list[Checkpoint]) -> list[str]:

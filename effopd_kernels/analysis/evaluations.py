@@ -73,13 +73,19 @@ class Evaluations:
             )
         self._intact = sum(map(len, whole))
 
+    def begin(self) -> None:
+        """Note the settings alone, where nothing is noted: what is written beside the file is of them too."""
+        self._append()
+
     def add(self, key: str, evaluation: Evaluation, write: bool) -> None:
         """write: whether this process is the one that keeps the file. Raises UserError where the disk is full."""
         self.done[key] = evaluation
-        if not write:
-            return
-        text = "" if self._intact else json.dumps(self.settings) + "\n"
-        text += json.dumps([key, *evaluation]) + "\n"
+        if write:
+            self._append([key, *evaluation])
+
+    def _append(self, *lines: list) -> None:
+        lines = lines if self._intact else (self.settings, *lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         with written(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:

@@ -203,16 +203,16 @@ def heat_map(
     columns: Sequence[str],
     label: str,
     *,
-    limits: tuple[float, float] | None = None,
-    title: str = "",
-    row_label: str = "",
+    limits: tuple[float, float],
+    title: str,
+    row_label: str,
 ) -> None:
     """``values[row][column]``, the first row at the bottom; NaN stays blank. ``limits`` make several comparable."""
     import numpy
 
     axes.figure.set_figheight(min(7.5, max(HEIGHT, 1.2 + 0.16 * len(rows))))
     grid = numpy.ma.masked_invalid(numpy.asarray(values, dtype=float))
-    low, high = limits or (None, None)
+    low, high = limits
     mesh = axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
     step = max(1, -(-len(rows) // 16))
     axes.set_yticks([i + 0.5 for i in range(0, len(rows), step)], rows[::step])

@@ -41,7 +41,7 @@ class Findings:
         self.rows = self._sorted(row for m in tensors for row in m.rows)
         self.alignment = self._sorted(row for m in tensors for row in m.alignment)
         self.energy: dict[tuple[str, int], list[list[float]]] = {}
-        for trajectory, position, _, curve in (part for m in tensors for part in m.energy):
+        for trajectory, position, curve in (part for m in tensors for part in m.energy):
             self.energy.setdefault((trajectory, position), []).append(curve)
         products = [m.directions for m in tensors if m.directions is not None]
         self.directions: Tensor | None = torch.stack(products).sum(0) if products else None
@@ -121,7 +121,7 @@ def norms(rows: Sequence[Row]) -> dict[str, Any]:
         "update_norm": update,
         "weight_norm": weight,
         "relative_update": relative(update, weight),
-        "unchanged_fraction": share(sum(r["unchanged_fraction"] * r["parameters"] for r in rows), parameters),
+        "unchanged_fraction": fraction(sum(r["unchanged_fraction"] * r["parameters"] for r in rows), parameters),
     }
 
 
@@ -137,6 +137,6 @@ def interval(row: Row, key: str) -> Interval:
     return Interval(value, row.get(f"{key}_low", value - spread), row.get(f"{key}_high", value + spread))
 
 
-def share(part: float, whole: float) -> float:
+def fraction(part: float, whole: float) -> float:
     """NaN of nothing."""
     return part / whole if whole else math.nan

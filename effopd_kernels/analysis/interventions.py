@@ -6,11 +6,9 @@ down at once (`evaluations.py`), so that an interrupted command goes on where it
 
 import math
 import shutil
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +16,21 @@ from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
 from ..commands import leave_process_group, written
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..extrapolation.lora import COMPANION
-from ..train import OPDTrainer, cli
+from ..train import OPDTrainer
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts
+from ..train.options import DataArguments, options_help, parse_options
+from ..train.run import build_trainer as build_opd_trainer
 from . import intervention_report
 from .adapters import CONFIG
 from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
-from .edits import EditableModel, live_tensors
+from .edits import Edit, EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
-from .loaded import readable
-from .output import check_free, not_left_empty, whole_folder
+from .loaded import as_the_model_names_them
+from .output import check_free, not_left_empty, say, whole_folder
 from .plans import INTERVENTIONS, Plan, Trial
 from .report import PARTS
 from .roles import role_of
@@ -70,25 +70,20 @@ class InterventionArguments:
 
 def main(argv: Sequence[str]) -> None:
     """The sub-command. Raises UserError for anything wrong with what was given, before any work."""
-    # TRL and peft use names that transformers has renamed; nothing a user of the command could do about.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
-    try:
-        ours, data, args, model_args = parse(list(argv))
-    except (ValueError, OSError) as error:  # HfArgumentParser, TrainingArguments and the YAML reader
-        raise UserError(one_line(error)) from error
+    ours, data, args, model_args = parse(list(argv))
     with Interrupts(immediate=True).installed(), not_left_empty(args.output_dir):
         run(ours, data, args, model_args)
     leave_process_group()
 
 
-def parse(argv: list[str]) -> tuple[InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig]:
+def parse(argv: list[str]) -> tuple[InterventionArguments, DataArguments, OPDConfig, ModelConfig]:
     parser = TrlParser(
-        (InterventionArguments, cli.DataArguments, OPDConfig, ModelConfig), prog="effopd-analyze interventions"
+        (InterventionArguments, DataArguments, OPDConfig, ModelConfig), prog="effopd-analyze interventions"
     )
     if "-h" in argv or "--help" in argv:
         print_help(parser)
         raise SystemExit(0)
-    return cli.parse_options(parser, argv)
+    return parse_options(parser, argv)
 
 
 EVALUATION = {  # options of effopd-train that matter here, and what they mean here where that differs
@@ -105,7 +100,7 @@ EVALUATION = {  # options of effopd-train that matter here, and what they mean h
     "seed": "Of sampling.",
     "effopd_anchor_device": "Where the copy of the base is kept: device, host (pinned) or disk (mapped).",
     "output_dir": "A new folder, or that of the interrupted command.",
-    "overwrite_output_dir": "Evaluate anew what is noted in output_dir.",
+    "overwrite_output_dir": "Evaluate anew what is noted in output_dir, and remove the models saved there.",
 }
 
 
@@ -114,13 +109,13 @@ def print_help(parser: TrlParser) -> None:
     print("           --eval_metric accuracy|teacher_kl [--teacher_model_name_or_path DIR] --output_dir OUT")
     print("       torchrun --nproc_per_node 8 -m effopd_kernels.analysis.cli interventions ...\n")
     sections = {"what to try": InterventionArguments.__dataclass_fields__, "evaluation": EVALUATION}
-    print(cli.options_help(parser, sections, EVALUATION))
+    print(options_help(parser, sections, EVALUATION))
     print(
         "The same command goes on where it was interrupted. Options of effopd-train, and its YAML as --config, apply."
     )
 
 
-def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, model_args: ModelConfig) -> None:
+def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model_args: ModelConfig) -> None:
     """Check, estimate, evaluate, report."""
     check(ours, data, args)
     comparison = compare(ours.base, trajectories_of(ours.checkpoints, ours.trajectory or []))
@@ -137,7 +132,8 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     first = trainer.is_world_process_zero()
     evaluations.done = broadcast_object_list([evaluations.done])[0]  # every process must leave out the same
     options = {"trust_remote_code": args.trust_remote_code}
-    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(trainer.model), **options)
+    live = live_tensors(trainer.model)
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live, **options)
     model = EditableModel(
         trainer.model,
         trajectories,
@@ -154,13 +150,17 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
     cost = estimate(model, trials, left, validate)
     notes = notes_on(comparison, plan)
     if first:
-        for note in notes:
-            print(f"effopd-analyze: {note}", file=sys.stderr)
+        say(notes)
         print(cost, flush=True)
     if ours.estimate_only:
         return
+    models = folder / "models"
+    if first and args.overwrite_output_dir:
+        clear(models)
     if ours.save_models:
-        save_models(model, trainer, trials, folder / "models", fresh=args.overwrite_output_dir)
+        if first:
+            evaluations.begin()
+        save_models(model, trainer, trials, models)
     evaluate_trials(model, left, evaluations, validate, write=first)
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
@@ -168,7 +168,7 @@ def run(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig, m
         print(f"tables, figures and report.html are in {printable(folder)}")
 
 
-def check(ours: InterventionArguments, data: cli.DataArguments, args: OPDConfig) -> None:
+def check(ours: InterventionArguments, data: DataArguments, args: OPDConfig) -> None:
     """What can be known to be wrong from the arguments alone."""
     for name, value in {"base": ours.base, "dataset_name": data.dataset_name}.items():
         if value is None:
@@ -212,7 +212,7 @@ def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args:
     }
 
 
-def inputs_of(comparison: Comparison, data: cli.DataArguments, args: OPDConfig) -> list[str | Path]:
+def inputs_of(comparison: Comparison, data: DataArguments, args: OPDConfig) -> list[str | Path]:
     """Everything that is read, where it is a path."""
     weights = [comparison.base.path, *(checkpoint.path for _, _, checkpoint in comparison.checkpoints())]
     return [*weights, data.dataset_name, *filter(None, [args.teacher_model_name_or_path])]
@@ -228,7 +228,7 @@ def _identity(path: Path) -> str:
         return str(path)
     path = path.resolve()
     files = [path] if path.is_file() else [file for pattern in WEIGHTS for file in path.glob(pattern)]
-    written = datetime.fromtimestamp(max((file.stat().st_mtime for file in files), default=0), timezone.utc)
+    written = datetime.fromtimestamp(max((file.stat().st_mtime for file in files), default=0), UTC)
     size = sum(file.stat().st_size for file in files)
     return f"{path} ({size:,} bytes, written {written.isoformat(' ', 'milliseconds')})"
 
@@ -241,7 +241,7 @@ def build_trainer(ours, data, args: OPDConfig, model_args: ModelConfig) -> OPDTr
     without_teacher = args.teacher_model_name_or_path is None
     if without_teacher:
         args.teacher_model_name_or_path = ours.base  # it insists on one
-    trainer = cli.build_trainer(data, args, model_args)
+    trainer = build_opd_trainer(data, args, model_args)
     if without_teacher:
         trainer.teacher_model = args.teacher_model_name_or_path = None
     return trainer
@@ -280,13 +280,15 @@ def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
     return list(dict.fromkeys([*notes, *(f"{path} equals the base." for path, norm in places if norm == 0)]))
 
 
-def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], folder: Path, fresh: bool) -> None:
-    """Every edited model in a folder of its own, once; one that is there stays, unless ``fresh``. It appears whole."""
-    distinct: dict[str, Trial] = {}
-    for trial in trials:
-        distinct.setdefault(trial.edit.key(), trial)
-    named = {model_name(trial): trial.edit for trial in distinct.values()}
-    missing = {name: edit for name, edit in named.items() if fresh or not (folder / name).exists()}
+def clear(models: Path) -> None:
+    """Remove the models that a run with other settings may have saved."""
+    for model in filter(Path.is_dir, models.glob("*")):
+        shutil.rmtree(model)
+
+
+def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], folder: Path) -> None:
+    """Every edited model in a folder of its own, once; one that is there stays. It appears whole."""
+    missing = {name: edit for name, edit in named_edits(trials).items() if not (folder / name).exists()}
     first, partial = trainer.is_world_process_zero(), folder / ".partial"
     missing = broadcast_object_list([missing])[0]  # every process must save the same
     try:
@@ -296,17 +298,29 @@ def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], 
             with model.edited(edit), written(folder):
                 trainer.save_model(str(partial))
             if first:
-                shutil.rmtree(folder / name, ignore_errors=True)
                 partial.replace(folder / name)
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def named_edits(trials: list[Trial]) -> dict[str, Edit]:
+    """Every edit once, by a name of its own: α = −0.5 of opd and α = 0.5 of opd- would share one."""
+    distinct: dict[str, Trial] = {}
+    for trial in trials:
+        distinct.setdefault(trial.edit.key(), trial)
+    named: dict[str, Edit] = {}
+    for key, trial in distinct.items():
+        name = model_name(trial)
+        named[f"{name}-{key[:8]}" if name in named else name] = trial.edit
+    return named
+
+
 def model_name(trial: Trial) -> str:
-    parts = (trial.intervention, trial.edit.trajectory, *trial.about.values())
-    texts = (f"{part:g}" if isinstance(part, float) else str(part) for part in parts if part is not None)
-    return "-".join(texts).replace(" ", "_")
+    """What was asked for; numbers that were measured may have other last digits another time."""
+    asked = [value for key, value in trial.about.items() if key not in ("progress", "update_norm")]
+    parts = [trial.intervention, trial.edit.trajectory, *asked]
+    return "-".join(str(part) for part in parts if part is not None).replace(" ", "_")
 
 
 def write_report(folder: Path, rows: list[dict], metric: str, settings: dict, comparison: Comparison, notes) -> None:

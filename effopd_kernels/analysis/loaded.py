@@ -46,7 +46,7 @@ class Loader:
         return self._tensors
 
 
-def readable(
+def as_the_model_names_them(
     trajectories: Mapping[str, Sequence[Checkpoint]], base: Checkpoint, live: Mapping[str, Tensor], **options
 ) -> tuple[Mapping[str, Sequence[Checkpoint | LoadedCheckpoint]], Checkpoint | LoadedCheckpoint | None]:
     """The trajectories and the base as the model names their tensors: themselves where their names are the model's,

@@ -32,6 +32,7 @@ from .roles import Role, role_of
 OVERSAMPLE = 32  # a third less time than the default of `Settings`; what it costs is inside the error bars
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
 MOST_STEPS = 24
+TOP_FRACTION = 0.01  # of the rank, whose part of the norm is told
 GRAM_SIDE = 1536  # shorter sides up to which, by count, the Gram costs less than the products it stands for
 _LOG = [10 ** (i / 12) for i in range(-36, 0)]
 GRID = sorted({0.0, 1.0, *_LOG, *(1 - f for f in _LOG)})  # rank fractions of energy curves: f with each 1 − f
@@ -45,7 +46,6 @@ class Options(NamedTuple):
     rank: int = 64
     ks: tuple[int, ...] = (1, 8, 64)  # subspaces whose alignment is followed
     exact: bool = False  # the whole spectrum of every matrix
-    top_fraction: float = 0.01
     seed: int = 0
     device: str | None = None  # where to compute; None is the CPU
 
@@ -57,7 +57,7 @@ class Measured:
     tensor: str
     rows: list[dict[str, Any]] = field(default_factory=list)  # per checkpoint and matrix
     alignment: list[dict[str, Any]] = field(default_factory=list)  # per checkpoint, matrix and k
-    energy: list[tuple[str, int, str, list[float]]] = field(default_factory=list)  # trajectory, position, type, (G,)
+    energy: list[tuple[str, int, list[float]]] = field(default_factory=list)  # trajectory, position, (G,)
     directions: Tensor | None = None  # (T, T) inner products of sign-aligned u₁, summed over the tensor's matrices
     tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # trajectory → column → (V,)
 
@@ -100,7 +100,7 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
                     finals.append(svd)
                 if row["non_finite"] or row["update_norm"] == 0:
                     continue
-                found.energy.append((trajectory, position, role.type, _energy(spectrum, min(x.shape), row)))
+                found.energy.append((trajectory, position, _energy(spectrum, min(x.shape), row)))
                 found.alignment += [{**where, **named, **r} for r in _alignment(svd, finals[i], options.ks)]
                 first.setdefault(trajectory, {}).setdefault(position, {})[i] = svd.U[:, 0].float().cpu()
     found.directions = _directions(comparison, first)
@@ -195,7 +195,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     it came with the rest.
     """
     n, m = max(a.shape), min(a.shape)
-    top = triplets(options.top_fraction, m)
+    top = triplets(TOP_FRACTION, m)
     rank = min(max(options.rank, top), m)  # the top are known one by one
     settings = Settings(rank, OVERSAMPLE, 2, None, options.seed, None)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
@@ -230,6 +230,10 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         **{f"{name}_error": row.pop(f"{name} error", 0.0) for name in SAMPLED},
         "spectrum": "exact" if exact else "sampled",
     }
+    if (count := row["rank_above_noise"]) is not None:
+        spread = 2 * row["rank_above_noise_error"]
+        ends = max(count - spread, 0.0), min(count + spread, float(m))
+        row["rank_above_noise_low"], row["rank_above_noise_high"] = ends
     return svd, spectrum, row, subtracted
 
 

@@ -1,14 +1,22 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and what is said on stderr."""
 
 import contextlib
 import os
+import re
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ..commands import written
 from ..errors import UserError
 from ..extrapolation.lora import COMPANION
+
+
+def say(notes: Iterable[str]) -> None:
+    """What a reader must know, while the report is yet to come."""
+    for note in notes:
+        print(f"effopd-analyze: {note}", file=sys.stderr)
 
 
 def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
@@ -24,6 +32,7 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
                 raise UserError(f"--output_dir '{folder}' is or holds '{read}', which is read; give another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir '{folder}' is a file; give a folder")
+    _clear_abandoned(folder.absolute())
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; give another folder, or --overwrite_output_dir to "
@@ -34,6 +43,26 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
         raise UserError(f"--output_dir '{folder}' cannot be made: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir '{folder}' cannot be written: no permission in {there}, or a read-only disk")
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Remove what `whole_folder` began in a process that was killed."""
+    for place in (folder, folder.parent):
+        for partial in place.glob(".*.partial"):
+            began = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.partial", partial.name)
+            if began and not _runs(int(began[1])):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, this one apart: in a container every run may have the same number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ It is told on its stdin what to draw and ends when that is closed, so at the lat
 A Ctrl-C at the terminal is this process's alone.
 """
 
+import os
 import pickle
 import subprocess
 import sys
@@ -37,6 +38,15 @@ class Painter:
     @contextmanager
     def drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Draw and `figures.save` these while the block is at work, and raise what that raises."""
+        try:
+            yield from self._drawing(jobs)
+        except BaseException:
+            if self.process:  # or it would go on writing into what is cleared away now
+                self.process.kill()
+                self.process.wait()
+            raise
+
+    def _drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
         with suppress(BrokenPipeError):  # killed, as by a system that is short of memory
             if self.process:
                 pickle.dump(jobs, self.process.stdin)
@@ -51,7 +61,7 @@ class Painter:
 
 def paint() -> None:
     """What the second process does."""
-    sys.stdout, answer = sys.stderr, sys.stdout.buffer
+    sys.stdout, answer = sys.stderr, sys.stdout.fileno()
     figures.lines({}, "", "").draw()  # imports what it takes
     error = None
     try:
@@ -60,7 +70,8 @@ def paint() -> None:
         return
     except Exception as raised:
         error = raised
-    pickle.dump(error, answer)
+    with suppress(BrokenPipeError):  # whoever asked has gone
+        os.write(answer, pickle.dumps(error))
 
 
 def _draw(jobs: Sequence[Job]) -> None:

@@ -9,7 +9,7 @@ from . import figures
 from .comparison import CHECKPOINT
 from .figures import Interval
 from .findings import GROUPS, WHOLE, Findings, Row, finite, grouped, interval, mean, norms
-from .measure import GRID
+from .measure import GRID, TOP_FRACTION
 from .report import Headline, Part, Section
 
 AVERAGED = (
@@ -17,7 +17,7 @@ AVERAGED = (
     "spectral_to_frobenius", "spectral_to_frobenius_low", "spectral_to_frobenius_high",
     "effective_rank", "effective_rank_error", "top_fraction_norm_ratio", "top_fraction_norm_ratio_high",
     "participation_ratio", "participation_ratio_error", "stable_rank", "noise_edge",
-    "rank_above_noise", "rank_above_noise_error",
+    "rank_above_noise", "rank_above_noise_error", "rank_above_noise_low", "rank_above_noise_high",
 )  # fmt: skip
 TITLE = "How concentrated it is"
 # Of what is drawn: the figure's name, the column, and how the axis is labelled.
@@ -34,7 +34,7 @@ def spectra(found: Findings) -> Part:
     if not any(r["update_norm"] for r in rows):
         return Part([Section(TITLE, "No matrix of attention or MLP moved.")], tables={"spectra": table})
     whole = [r for r in table if r["group"] == WHOLE]
-    top = f"top\u2011{100 * found.options.top_fraction:g}%"  # a hyphen that does not break
+    top = f"top\u2011{100 * TOP_FRACTION:g}%"  # a hyphen that does not break
     sections, tables = [_last(found, table, top)], {"spectra": table}
     if max(map(len, found.each(whole).values())) > 1:
         sections.append(_progress(found, whole))

@@ -3,7 +3,9 @@
 import argparse
 import itertools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
-from .output import check_free, whole_folder
+from .output import check_free, say, whole_folder
 from .painter import Painter
 from .report import PARTS, REPORT_NAME, Section, write_report
 
@@ -40,7 +42,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
     ks = tuple(sorted({min(k, args.rank) for k in args.ks}))
-    with _ranks() as ranks:
+    with _terminated_as_interrupted(), _ranks() as ranks:
         options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=_device(args.device, ranks))
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:
@@ -92,8 +94,7 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: 
         parts = [replace(part, sections=[_alone(section) for section in part.sections]) for part in parts]
     comparison, options = found.comparison, found.options
     notes = list(dict.fromkeys([*comparison.notes, *_warnings(found)]))  # once of a folder in two trajectories
-    for note in notes:
-        print(f"effopd-analyze: {note}", file=sys.stderr)
+    say(notes)
     compared = {
         "base": comparison.base.path,
         **{f"trajectory {t}": ", ".join(str(c.path) for c in many) for t, many in comparison.trajectories.items()},
@@ -110,6 +111,19 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: 
         folder, "What training did to the weights", parts, {**compared, **asked, **settings},
         lead=_lead(comparison), notes=notes, painter=painter,
     )  # fmt: skip
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ against its file before any work.
 """
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Mapping
@@ -155,7 +156,7 @@ def _shards(path: Path) -> list[Path]:
         if missing:
             raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing)}")
         return [path / name for name in names]
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())  # a pipe would be waited for
     if not found:
         raise FileNotFoundError(f"{path}: no *.safetensors in this folder")
     numbered = [match for file in found if (match := _SHARD.fullmatch(file.name))]
@@ -180,18 +181,20 @@ def _header(path: Path) -> dict[str, Entry]:
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged or truncated safetensors file: {error}") from error
+        what = "damaged or truncated" if path.suffix == ".safetensors" else "not a"
+        raise ValueError(f"{path}: {what} safetensors file: {error}") from error
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
 def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:
+    name.encode()  # half of a surrogate pair, which JSON allows and no table takes, is a ValueError
     if about["dtype"] not in _DTYPES:
         raise ValueError(f"tensor {name!r} has unknown dtype {about['dtype']!r}")
-    dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
-    start, stop = (offset + int(position) for position in about["data_offsets"])
-    if any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError(f"tensor {name!r} has shape {shape}")
-    expected = torch.Size(shape).numel() * dtype.itemsize
-    if stop - start != expected or start < offset:
+    dtype, shape, offsets = _DTYPES[about["dtype"]], tuple(about["shape"]), tuple(about["data_offsets"])
+    if any(type(size) is not int or not 0 <= size < 2**63 for size in (*shape, *offsets)):
+        raise ValueError(f"tensor {name!r} has shape {shape} and offsets {offsets}")
+    start, stop = (offset + position for position in offsets)
+    expected = math.prod(shape) * dtype.itemsize
+    if stop - start != expected:
         raise ValueError(f"tensor {name!r} {shape} {dtype} needs {expected} bytes, its offsets give {stop - start}")
     return Entry(path, dtype, shape, start, stop)

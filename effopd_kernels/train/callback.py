@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 STATE_DIR = "effopd_state"  # inside each checkpoint folder
 STATE_KEY = "effopd"  # in trainer_state.json: which events the run has had that the state belongs to
+DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
+PATIENCE = "early_stopping_patience_counter"  # of callbacks that count evaluations without gain
 
 
 class EffOPDCallback(TrainerCallback):
@@ -32,8 +34,9 @@ class EffOPDCallback(TrainerCallback):
     Args:
         score_fn: no arguments; returns per-prompt scores of the model's current weights, higher is better, as
             `EffOPDController` takes them. Called with the model as training left it.
-        log: receives a dict of `effopd/*` metrics after each event, of one that was skipped with the reason as text in
-            place of scores; pass `trainer.log`.
+        log: receives a dict of `effopd/*` metrics after each event; if it was skipped, with the reason as text in place
+            of scores. Pass `trainer.log`: of its trainer a `score_fn` that evaluates with it uses up no patience
+            (`EarlyStoppingCallback`).
         controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
 
     The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
@@ -58,8 +61,10 @@ class EffOPDCallback(TrainerCallback):
         **controller_args: Any,
     ):
         inspect.signature(EffOPDController).bind(None, score_fn, optimizer=None, **controller_args)
+        if not (score_fn is None or callable(score_fn)):
+            raise TypeError(f"score_fn must be a function, got {score_fn!r}")
         self.score_fn = score_fn
-        trainer = getattr(log, "__self__", None)
+        self.trainer = trainer = getattr(log, "__self__", None)
         # TRL's trainers override `log` to add, and clear, the averages of the steps since the last one: an event's
         # record would take them away from the next step's.
         averages = any("log" in vars(cls) and cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
@@ -106,13 +111,16 @@ class EffOPDCallback(TrainerCallback):
         self._step(state, control)
 
     def _step(self, state, control) -> None:
-        # A score_fn that logs or evaluates with the trainer, and logging here, clear what the step itself has to do.
-        due = {name: getattr(control, name) for name in ("should_log", "should_evaluate", "should_save")}
+        # A score_fn that logs or evaluates with the trainer, and logging here, clear what the step itself has to do;
+        # and candidates' evaluations are not those that training is stopped by.
+        callbacks = self.trainer.callback_handler.callbacks if isinstance(self.trainer, Trainer) else []
+        decided = [(control, name, getattr(control, name)) for name in DECISIONS]
+        decided += [(each, PATIENCE, getattr(each, PATIENCE)) for each in callbacks if hasattr(each, PATIENCE)]
         event = self.controller.step(state.global_step)
         if event is not None:
             self._record(event)
-        for name, value in due.items():
-            setattr(control, name, value)
+        for owner, name, value in decided:
+            setattr(owner, name, value)
 
     def _record(self, event: EffOPDEvent) -> None:
         self._note_history()  # transformers writes trainer_state.json before it calls on_save

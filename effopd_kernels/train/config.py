@@ -26,12 +26,16 @@ def parse_divergence(text: str) -> Divergence:
     if name in _MEMBERS and not parameter:
         return _MEMBERS[name]
     try:
-        return _FAMILY[name](float(parameter))
+        member, number = _FAMILY[name], float(parameter)
     except (KeyError, ValueError) as e:
         raise UserError(
             f"--divergence {text!r} is not one of reverse_kl, forward_kl, jsd:BETA, skew_reverse_kl:ALPHA, "
             "skew_forward_kl:ALPHA"
         ) from e
+    try:
+        return member(number)
+    except ValueError as e:
+        raise UserError(f"--divergence {text!r}: {e}") from e
 
 
 def parse_schedule(text: str | int | list[int]) -> str | int | list[int]:
@@ -67,6 +71,10 @@ class OPDConfig(trl.DistillationConfig):
             "help": "Loss per completion token: reverse_kl, forward_kl, jsd:BETA, skew_reverse_kl:ALPHA or "
             "skew_forward_kl:ALPHA. Unset: what `beta` says (1 = reverse KL)."
         },
+    )
+    temperature: float = field(
+        default=trl.DistillationConfig.temperature,
+        metadata={"help": "Sampling temperature; that of the loss is loss_temperature."},
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of the loss; `temperature` is that of sampling."}
@@ -104,7 +112,7 @@ class OPDConfig(trl.DistillationConfig):
         default_factory=lambda: [3, 5, 7, 9, 11],
         metadata={"help": "Candidate step sizes alpha in W = anchor + alpha * (W_t - anchor), in order."},
     )
-    effopd_max_candidates: int = field(default=5, metadata={"help": "Most candidates tried at one event."})
+    effopd_max_candidates: int | None = field(default=None, metadata={"help": "Most tried at one event; unset: all."})
     effopd_schedule: None | str | list[int] = field(  # noqa: RUF036  so ordered, a flag's is text
         default="pow2",
         metadata={
@@ -129,8 +137,8 @@ class OPDConfig(trl.DistillationConfig):
     effopd_search: str = field(
         default="candidates",
         metadata={
-            "help": "'candidates': try effopd_alphas in turn (published). 'gradient': find alpha <= max(effopd_alphas) "
-            "from the slope of the teacher KL on fixed completions, then score that one."
+            "help": "'candidates': try effopd_alphas until one is not strictly better (published). 'gradient': find "
+            "alpha <= max(effopd_alphas) from the slope of the teacher KL on fixed completions, and score it."
         },
     )
     effopd_score: str = field(
@@ -200,6 +208,8 @@ class OPDConfig(trl.DistillationConfig):
             "gradient_accumulation_steps", "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
         ):  # fmt: skip
             value = getattr(self, name)
+            if value is None and name == "effopd_max_candidates":
+                continue
             if value is None or not 0 < value < math.inf:
                 raise UserError(f"--{name} must be positive{' and finite' * (value == math.inf)}, got {value}")
         if self.eval_steps is not None and not self.eval_steps >= 0:
@@ -225,7 +235,7 @@ class OPDConfig(trl.DistillationConfig):
             )
         parse_schedule(self.effopd_schedule)
         try:  # what the controller would refuse, once the models are loaded
-            alphas_of(self.effopd_alphas[: self.effopd_max_candidates], self.effopd_search)
+            alphas_of(self._alphas, self.effopd_search)
             budget_of(self.effopd_max_val_tokens)
             acceptance_rule(self.effopd_acceptance, self.effopd_min_delta, self.effopd_confidence)
         except ValueError as e:
@@ -236,6 +246,11 @@ class OPDConfig(trl.DistillationConfig):
             except ValueError as e:
                 raise UserError(str(e)) from e
         self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
+
+    @property
+    def _alphas(self) -> list[float]:
+        """What the controller gets. A gradient search reads a range from them, of which nothing may be cut off."""
+        return self.effopd_alphas[: self.effopd_max_candidates if self.effopd_search == "candidates" else None]
 
     @property
     def loss_divergence(self) -> Divergence:
@@ -253,7 +268,7 @@ class OPDConfig(trl.DistillationConfig):
         """The `effopd_*` fields as keyword arguments of `EffOPDController`."""
         args = {
             "schedule": parse_schedule(self.effopd_schedule),
-            "alphas": tuple(self.effopd_alphas[: self.effopd_max_candidates]),
+            "alphas": tuple(self._alphas),
             "min_delta": self.effopd_min_delta,
             "accept": self.effopd_acceptance,
             "confidence": self.effopd_confidence,

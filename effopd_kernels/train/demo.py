@@ -2,7 +2,7 @@
 
 Two-digit addition with characters as tokens and the digits of the sum reversed (so that carries flow left to right):
 "07+85=" → "290". One 100,000-parameter Qwen3 learns it from labels; an early snapshot becomes the student, the last
-one the teacher. OPD and EffOPD then run through `cli.run`, as any user's models would.
+one the teacher. OPD and EffOPD then run through `run`, as any user's models would.
 """
 
 import json
@@ -14,10 +14,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from . import cli
 from .config import OPDConfig
 from .errors import UserError
+from .options import parse
 from .report import compare, run_summary, write_report
+from .run import check_output_dir, run
 
 NAMES = {"opd": "OPD", "effopd": "EffOPD"}
 PAD, EOS = "<pad>", "<eos>"
@@ -149,7 +150,7 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
     output = Path("outputs/demo" if args.output_dir == "trainer_output" else args.output_dir)
     if args.resume_from_checkpoint:
         raise UserError("--demo runs from its beginning: pass --overwrite_output_dir, not --resume_from_checkpoint")
-    cli.check_output_dir(output, args.overwrite_output_dir)
+    check_output_dir(output, args.overwrite_output_dir)
     torch.set_num_threads(1)  # matrices 64 wide: threads cost more to wake than they do, far more on a busy machine
     build_world(output / "world", args.seed)
     world = {
@@ -164,7 +165,7 @@ def run_demo(argv: list[str], args: OPDConfig) -> dict:
         own = {"output_dir": output / method, "effopd_enabled": method == "effopd"}
         flags = [f"--{k}={v}" for k, v in world.items()] + argv + [f"--{k}={v}" for k, v in own.items()]
         print(f"\n{NAMES[method]}")
-        runs.append(run_summary(cli.run(*cli.parse(flags, **DEFAULTS))))
+        runs.append(run_summary(run(*parse(flags, **DEFAULTS))))
     summary = compare(*runs)
     write_report(summary, output)
     print_comparison(summary)

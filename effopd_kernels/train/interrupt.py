@@ -32,7 +32,9 @@ class Interrupts:
 
     @contextmanager
     def installed(self):
-        """Handle signals for the duration; outside the main thread Python delivers none, and this does nothing."""
+        """Handle signals for the duration; one that came in an earlier duration is over. Outside the main thread Python
+        delivers none."""
+        self.pending = False
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

@@ -10,9 +10,11 @@ the process are untouched.
 
 Not every model's logits are softcap(scale·(hidden·weightᵀ + bias)) of what TRL reads: BERT's head has a layer more,
 RecurrentGemma's cap goes by another name, Aya Vision leaves its config's scale unused. The first loss therefore looks
-at both models' own logits, and where they are not what was read, it and all later ones are of those logits.
+at both models' own logits, and where they are not what was read, it and all later ones are of those logits. So they are
+where the student's head has more to train than what is read of it: an adapter on it may change nothing at first.
 """
 
+import inspect
 import logging
 import types
 from collections.abc import Callable
@@ -35,6 +37,7 @@ from ..divergence import (
 )
 from ..divergence.arguments import gathered
 from ..extrapolation.event import modes_kept
+from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class FusedLoss:
         temperature: float | None = None,
         observer: Callable[[DivergenceStats, torch.Tensor], None] | None = None,
     ):
+        if not isinstance(divergence, (Divergence, types.NoneType)):
+            raise TypeError(f"divergence must be a Divergence, such as REVERSE_KL, or None, got {divergence!r}")
         self.divergence = divergence
         self.temperature = temperature
         self.observer = observer
@@ -151,23 +156,47 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
     """Make `trainer` compute its loss with effopd_kernels; returns the loss in use. Undone by `restore_trl_loss`.
 
     Raises:
-        TypeError: `trainer` is not a `trl.DistillationTrainer`.
+        TypeError: `trainer` is not a `trl.DistillationTrainer`, or of a subclass that computes its loss itself.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
     if not isinstance(trainer, DistillationTrainer):
         raise TypeError(f"use_fused_loss needs a trl.DistillationTrainer, not a {type(trainer).__name__}")
-    method = getattr(type(trainer), "_compute_loss", None)
-    if method is None or not {_JOINT, _HIDDEN} <= {*method.__code__.co_names} or _JOINT not in method.__globals__:
+    if not _replaceable(getattr(DistillationTrainer, "_compute_loss", None)):
         import trl
 
         raise RuntimeError(
             f"TRL {trl.__version__} no longer computes its loss through `{_JOINT}` in "
             "`DistillationTrainer._compute_loss`; effopd_kernels was tested with TRL 1.16"
         )
+    method = type(trainer)._compute_loss
+    if not _replaceable(method):
+        raise TypeError(
+            f"{type(trainer).__name__} overrides `_compute_loss`, in whose place use_fused_loss puts its own: override "
+            "`compute_loss`, which calls it, instead"
+        )
+    if not _called_by_compute_loss(type(trainer)):
+        raise TypeError(
+            f"{type(trainer).__name__} computes its loss itself: its `compute_loss` never calls `_compute_loss`, in "
+            "whose place use_fused_loss puts its own"
+        )
     restore_trl_loss(trainer)
     loss = FusedLoss() if loss is None else loss
     trainer._compute_loss = _Joint(trainer, method, loss)
     return loss
+
+
+def _replaceable(method: types.FunctionType | None) -> bool:
+    return method is not None and {_JOINT, _HIDDEN} <= {*method.__code__.co_names} and _JOINT in method.__globals__
+
+
+def _called_by_compute_loss(cls: type) -> bool:
+    """Whether `compute_loss` names `_compute_loss`, or an override of it the one that it overrides, which does."""
+    for owner in cls.__mro__:
+        if "compute_loss" in vars(owner):
+            names = inspect.unwrap(vars(owner)["compute_loss"]).__code__.co_names
+            if "compute_loss" not in names:
+                return "_compute_loss" in names
+    return False
 
 
 def restore_trl_loss(trainer: DistillationTrainer) -> None:
@@ -190,10 +219,11 @@ class _Joint:
         self.hidden_states = getattr(trainer, _HIDDEN)
         self.compute: Callable | None = None
 
-    def __call__(self, *args):
+    def __call__(self, student, *args):
+        student = getattr(student, "_orig_mod", student)  # TRL sees no adapters within what torch.compile wraps
         # accelerate's own is in the forward that TRL goes past, and its bf16 and fp16 would be without effect
         with self.trainer.accelerator.autocast():
-            return self._compute(*args)
+            return self._compute(student, *args)
 
     def _compute(self, unwrapped_student, inputs, num_items_in_batch):
         if self.compute is None:
@@ -223,8 +253,9 @@ class _Joint:
 
     @torch.no_grad()
     def _misread(self, student, ids: torch.Tensor) -> list[str]:
-        """The types of the models whose logits on a few tokens are not those that TRL's reading of them gives."""
-        own, misread = [], []
+        """The types of the models whose logits on a few tokens are not those that TRL's reading of them gives, or will
+        not be once they are trained."""
+        own, misread, trains_more = [], [], _trains_more(_within_peft(student).get_output_embeddings())
 
         def both(model, *args, **kwargs):
             model, gain = _within_peft(model), [1.0]
@@ -243,7 +274,7 @@ class _Joint:
             heads = ("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)
             for (side, hidden, weight), (name, logits, gain) in zip(heads, own, strict=True):
                 rest = (read[f"{side}_{what}"] for what in ("lm_head_bias", "logit_scale", "final_logit_softcapping"))
-                if not _explained(logits, gain, hidden, weight, *rest):
+                if not _explained(logits, gain, hidden, weight, *rest) or (side == "student" and trains_more):
                     misread.append(name)
             return (mask.sum(),) * 3
 
@@ -270,6 +301,23 @@ def _explained(logits, gain, hidden, weight, bias, scale, cap) -> bool:
     read = gain * scale * F.linear(hidden.to(weight.dtype), weight, bias).float()
     error = (cap * torch.tanh(read / cap) if cap else read) - logits.to(read.device)
     return not error.norm() > _TOLERANCE * logits.float().norm()  # NaN is for others to report
+
+
+def _trains_more(head: torch.nn.Module) -> bool:
+    """Whether any trainable parameter of a head is none that its weight or its bias is, or is computed from."""
+    if not hasattr(head, "bias"):
+        raise UserError(
+            f"the student's head is a {type(head).__name__}, of which TRL cannot read the bias: with "
+            "trainable_token_indices, untie the head from the embeddings first (tie_word_embeddings=False)"
+        )
+    with torch.enable_grad():
+        read = [t for t in (head.weight, head.bias) if t is not None]
+    known, nodes = {id(t) for t in read}, [t.grad_fn for t in read]
+    while nodes:
+        if (node := nodes.pop()) is not None:
+            known.add(id(getattr(node, "variable", None)))  # of a leaf
+            nodes += [before for before, _ in node.next_functions]
+    return any(p.requires_grad and id(p) not in known for p in head.parameters())
 
 
 class _OwnBackbone(torch.nn.Module):

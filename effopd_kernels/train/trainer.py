@@ -2,7 +2,7 @@
 
 Rollouts, chat templates, LoRA, accumulation, mixed precision, sharding, checkpoints and trackers are TRL's,
 transformers' and accelerate's; nothing of them is written again here. What this leans on beyond their documented
-interfaces is in joints.py.
+interfaces is in private_api.py.
 """
 
 import json
@@ -24,8 +24,7 @@ from trl.models import prepare_deepspeed
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from ..commands import written
-from ..divergence import REVERSE_KL
-from ..errors import one_line
+from ..divergence import REVERSE_KL, DivergenceStats
 from ..extrapolation import Scores
 from .callback import EffOPDCallback, load_trained_adapter
 from .checkpoint import (
@@ -42,14 +41,16 @@ from .checkpoint import (
     write_settings,
 )
 from .config import OPDConfig
-from .errors import NonFiniteLossError, UserError
+from .errors import NonFiniteLossError, UserError, as_user_error
 from .interrupt import EvaluationDue, Interrupts, StepGuard
-from .joints import check_joints
 from .ledger import Ledger
+from .lock import sole_run
 from .loss import FusedLoss, use_fused_loss
+from .private_api import check_private_api
 from .validation import TeacherLoss, Validator, evaluating
 
 LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
+_OF_OPTIONS = ValueError, TypeError, ImportError  # what an optimizer's and a schedule's options make libraries raise
 
 
 class EpochSampler(RepeatSampler):
@@ -78,9 +79,10 @@ class OPDTrainer(trl.DistillationTrainer):
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`; an output folder that not all ranks share; options that no
-            optimizer or schedule can be made with, when training begins; a checkpoint to resume from that is another
-            model's, or of a run with another seed, learning rate or other setting that a run keeps to its end.
+        UserError: see `OPDConfig` and `EffOPDCallback`; an output folder that not all ranks share; when training
+            begins, one that another run is writing to, or options that no optimizer or schedule can be made with; a
+            checkpoint to resume from that is another model's, or of a run with another seed, learning rate or other
+            setting that a run keeps to its end.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -103,7 +105,7 @@ class OPDTrainer(trl.DistillationTrainer):
             teacher_model = _load_teacher(teacher_model, args)
         # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
         super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        check_joints(self)
+        check_private_api(self)
         # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
         # read them: they are never sampled.
         if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
@@ -169,21 +171,24 @@ class OPDTrainer(trl.DistillationTrainer):
                 self._metrics["train"]["teacher_kl" if is_kl else "divergence"].append(divergence / tokens)
         return output
 
-    def reverse_kl(self, inputs: dict, observer: Callable) -> torch.Tensor:
-        """KL(student ‖ teacher) of a micro-batch, as `FusedLoss.measuring`; differentiable unless gradients are off."""
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        with self.fused_loss.measuring(observer), self.compute_loss_context_manager():
-            return self._forward_redirection(self.model_wrapped, student, self._compute_loss, student, inputs, None)[0]
+    def reverse_kl(self, inputs: dict) -> tuple[torch.Tensor, DivergenceStats, torch.Tensor]:
+        """KL(student ‖ teacher) of a micro-batch: its mean over the completion tokens, differentiable unless gradients
+        are off, and what `FusedLoss` tells an observer."""
+        student, seen = self.accelerator.unwrap_model(self.model_wrapped), []
+        with self.fused_loss.measuring(lambda *told: seen.append(told)), self.compute_loss_context_manager():
+            loss, *_ = self._forward_redirection(self.model_wrapped, student, self._compute_loss, student, inputs, None)
+        ((stats, mask),) = seen
+        return loss, stats, mask
 
     def _check_last_update(self) -> None:
-        """That an update left a student of finite numbers is told by the loss of the step after it. The last has none,
-        so what it learnt from is looked at again, once, before the student is saved."""
-        inputs, self._last_inputs, seen = self._last_inputs, None, []
+        """The next step's loss shows whether an update left finite weights. The last update has no next step, so its
+        micro-batch is evaluated once more before the student is saved."""
+        inputs, self._last_inputs = self._last_inputs, None
         if inputs is None:
             return
         with self.ledger.off_the_clock(), torch.no_grad(), evaluating(self.model):
-            self.reverse_kl(inputs, lambda stats, mask: seen.append(stats.divergence.sum().float()))
-        if not self.accelerator.gather(seen[0]).sum().isfinite():
+            _, stats, _ = self.reverse_kl(inputs)
+        if not self.accelerator.gather(stats.divergence.sum().float()).sum().isfinite():
             step = self.state.global_step
             raise NonFiniteLossError(f"the loss is not finite after step {step}{self._why_diverged(step + 1)}")
 
@@ -209,7 +214,8 @@ class OPDTrainer(trl.DistillationTrainer):
         return EpochSampler(sampler, epoch=lambda: int(self.state.epoch or 0))
 
     def _generate_single_turn(self, *args, **kwargs):
-        with _finite_logits(self.accelerator.unwrap_model(self.model_wrapped)):
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        with _finite_logits(student), _input_hooks_kept(student):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate(self, prompts: list):
@@ -281,6 +287,10 @@ class OPDTrainer(trl.DistillationTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """`transformers.Trainer.train`. On Ctrl-C (SIGINT, SIGTERM) a checkpoint of the last completed step is written
         and KeyboardInterrupt raised; with several processes, at the end of the step in which any of them was told."""
+        with sole_run(Path(self.args.output_dir)):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(newest_intact(Path(self.args.output_dir)))
         if resume_from_checkpoint:
@@ -288,7 +298,7 @@ class OPDTrainer(trl.DistillationTrainer):
         if self.is_world_process_zero():
             for abandoned in unpublished(Path(self.args.output_dir)):
                 remove(abandoned)
-        self._step_sums, self._scored, self._last_inputs = [0.0, 0], None, None
+        self._forget_unfinished_step()
         self.args.resume_from_checkpoint = resume_from_checkpoint or None  # where callbacks find their state
         if resume_from_checkpoint and (ledger := Path(resume_from_checkpoint) / LEDGER_NAME).is_file():
             self.ledger.load_state_dict(json.loads(ledger.read_text()))
@@ -308,12 +318,23 @@ class OPDTrainer(trl.DistillationTrainer):
             self._check_last_update()
             return output
 
+    def _forget_unfinished_step(self) -> None:
+        """An earlier `train` may have been interrupted between two micro-batches; TRL would go on with its rollouts."""
+        self._step_sums, self._scored, self._last_inputs = [0.0, 0], None, None
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        self._metrics["train"].clear()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.resume_from_checkpoint:  # transformers' mean over the steps since then, not over the run
+            logs.pop("train_loss", None)
+        super().log(logs, start_time)
+
     def create_optimizer(self, *args, **kwargs):
-        with _as_given("the optimizer"):
+        with as_user_error("the optimizer cannot be made with the options given", *_OF_OPTIONS):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
-        with _as_given("the learning rate schedule"):
+        with as_user_error("the learning rate schedule cannot be made with the options given", *_OF_OPTIONS):
             return super().create_scheduler(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -438,22 +459,19 @@ def _finite_logits(student: torch.nn.Module):
 
 
 @contextmanager
-def _as_given(what: str):
-    """What torch and transformers raise for an optimizer's or a schedule's options, as a UserError."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError) as e:
-        raise UserError(f"{what} cannot be made with the options given: {one_line(e, 300)}") from e
+def _input_hooks_kept(student: torch.nn.Module):
+    """TRL turns gradient checkpointing off to generate and on again, and transformers then hooks the input embeddings
+    anew and forgets the hook that was there: one more at each batch, unless the old one is removed."""
+    before = getattr(student, "_require_grads_hooks", None)
+    yield
+    if before is not None and student._require_grads_hooks is not before:
+        for hook in before:
+            hook.remove()
 
 
-@contextmanager
 def _fitting(checkpoint: str | None):
-    """What torch and transformers raise for a checkpoint of another model, as a UserError that names it."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as e:
-        what = one_line(e, 300)
-        raise UserError(f"checkpoint '{checkpoint}' was made with another model or other settings: {what}") from e
+    what = f"checkpoint '{checkpoint}' was made with another model or other settings"
+    return as_user_error(what, RuntimeError, ValueError)
 
 
 def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
@@ -463,12 +481,12 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    with weights_of(name):
+    with damaged_weights_named(name):
         return create_model_from_path(name, **kwargs)
 
 
 @contextmanager
-def weights_of(name: str):
+def damaged_weights_named(name: str):
     """What safetensors and transformers raise for weights that are damaged, or of another model than their config, as
     a UserError."""
     try:

@@ -140,13 +140,11 @@ class Validator:
 
     def _teacher_kl(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
         """Mean KL(student ‖ teacher) per completion token of each prompt, in nats."""
-        seen = []
-        self._reverse_kl(prompt_ids, completion_ids, lambda stats, mask: seen.append((stats, mask)))
-        ((stats, mask),) = seen
+        _, stats, mask = self.reverse_kl(prompt_ids, completion_ids)
         return (stats.divergence.sum(-1) / mask.sum(-1)).tolist()
 
-    def _reverse_kl(self, prompt_ids, completion_ids, observer) -> torch.Tensor:
-        """Mean over all completion tokens, through the trainer's own loss; differentiable unless gradients are off."""
+    def reverse_kl(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]):
+        """`OPDTrainer.reverse_kl` of these."""
         trainer = self.trainer
 
         def padded(rows, value, side):
@@ -160,7 +158,7 @@ class Validator:
             "completion_ids": padded(completion_ids, pad_id, "right"),
             "completion_mask": padded([[1] * len(r) for r in completion_ids], 0, "right"),
         }
-        return trainer.reverse_kl(inputs, observer)
+        return trainer.reverse_kl(inputs)
 
 
 class TeacherLoss:
@@ -192,7 +190,8 @@ class TeacherLoss:
             for index, completions in zip(validator.indices(), self.completions, strict=True):
                 prompts = len(validator.batches[index]) if index < len(validator.batches) else 0
                 share = prompts / len(validator.prompts) * len(self.completions) * world
-                yield share * validator._reverse_kl(*completions, lambda *_: None)
+                loss, *_ = validator.reverse_kl(*completions)
+                yield share * loss
 
 
 @contextmanager

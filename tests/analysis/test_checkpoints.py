@@ -61,9 +61,6 @@ def test_lora_is_its_merged_product(base, tmp_path, config, scale):
     comparison = compare(base, {"run": [lora(tmp_path / "adapter", pair, **config)]})
     torch.testing.assert_close(update(comparison, Q), scale * product.double(), rtol=1e-6, atol=1e-6)
     assert not update(comparison, "model.layers.1.self_attn.q_proj.weight").any()
-    weight = comparison.base.read(Q)
-    merged = comparison.trajectories["run"][0].merged(Q, weight)
-    torch.testing.assert_close(merged, weight + scale * product)
 
 
 def test_an_adapter_as_peft_saves_it(base, tmp_path):
@@ -165,6 +162,26 @@ def test_a_head_untied_in_training_is_held_against_the_embedding(tmp_path):
     torch.testing.assert_close(update(comparison, "lm_head.weight").float(), torch.ones(planted.SHAPES[EMBEDDING]))
 
 
+def test_names_and_buffers_that_transformers_forgives(tmp_path):
+    """GPT-2's on the hub have no `transformer.` and hold their masks; Llama 2's hold rotary frequencies."""
+    names = ("wte.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias")
+    short = {name: torch.ones(8, 8) if "weight" in name else torch.ones(8) for name in names}
+    long = {f"transformer.{name}": tensor + 1 for name, tensor in short.items()}
+    short |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    short["h.0.attn.rotary_emb.inv_freq"] = torch.ones(2)
+    with_masks = {f"transformer.{name}" for name in short}
+    pair, product = factors("transformer.h.0.attn.c_attn", 8, 8)
+    hub, saved = planted.write(tmp_path / "hub", short), planted.write(tmp_path / "saved", long)
+    adapter = lora(tmp_path / "adapter", pair)
+    for start, run, changed in ((hub, saved, 1.0), (saved, hub, -1.0), (hub, adapter, 2 * product), (hub, hub, 0.0)):
+        comparison = compare(start, {"run": [run], "hub": [hub]})
+        everywhere = saved not in (start, run)
+        assert set(comparison.names) == set(short if start is run else with_masks if everywhere else long)
+        assert any(note.startswith("Computed by transformers") for note in comparison.notes) != everywhere
+        weight = "h.0.attn.c_attn.weight" if start is run else "transformer.h.0.attn.c_attn.weight"
+        torch.testing.assert_close(update(comparison, weight), torch.as_tensor(changed).double().expand(8, 8))
+
+
 def test_steps_order_checkpoints(base, tmp_path):
     weights = planted.base_weights()
     numbered = [planted.write(tmp_path / f"checkpoint-{step}", weights) for step in (200, 1000, 40)]
@@ -179,12 +196,17 @@ def test_steps_order_checkpoints(base, tmp_path):
     [
         ("checkpoint-500", 500), ("global_step40", 40), ("global_step_40", 40), ("run2-step-7", 7),
         ("iter_0000300", 300), ("epoch=1-step=20", 20), ("final-v3", None), ("bf16", None), ("epoch-3", None),
-        ("Qwen3-8", None), ("misstep4", None),
+        ("Qwen3-8", None), ("misstep4", None), ("checkpoint-20251130123456123456", None),
     ],
 )  # fmt: skip
 def test_which_names_tell_a_step(tmp_path, name, step):
     folder = planted.write(tmp_path / name, {Q: torch.ones(2, 2)})
     assert compare(folder, {"run": [folder]}).trajectories["run"][0].step == step
+
+
+def test_a_step_that_no_table_holds_is_none(tmp_path):
+    folder = planted.write(tmp_path / "checkpoint-5", {Q: torch.ones(2, 2)}, step=1e30)
+    assert compare(folder, {"run": [folder]}).trajectories["run"][0].step is None
 
 
 def test_without_a_step_the_order_given_stays_and_is_said(tmp_path):
@@ -226,6 +248,7 @@ def broken(base, tmp):
     array = stored("array", weights)
     (array / "config.json").write_text("[1, 2]")
     whole_numbers = stored("whole_numbers", {"steps": torch.ones(2, dtype=torch.int64)})
+    twofold = stored("twofold", weights | {f"module.{Q}": weights[Q] + 1})
     cut = stored("cut", weights)
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
     garbage = stored("garbage", weights)
@@ -261,7 +284,7 @@ def broken(base, tmp):
         return [*arguments, *(part for k, v in values.items() for part in (f"--{k}", v))]
 
     return {
-        "no such base": (case(base, start=tmp / "nobody"), "nobody: no such file or folder"),
+        "no such base": (case(base, start=tmp / "nobody"), "nobody: no such file or folder; give a local folder, hub"),
         "no such checkpoint": (case(tmp / "nobody"), "nobody: no such file or folder"),
         "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
         "garbage": (case(garbage), "garbage/model.safetensors: damaged or truncated"),
@@ -270,6 +293,7 @@ def broken(base, tmp):
         "bad index": (case(index.parent), "not a safetensors index (its weight_map maps to what is no file's name)"),
         "config an array": (case(array), "array/config.json must hold a JSON object, not a list"),
         "no floats": (case(whole_numbers, start=whole_numbers), "has no floating tensor with entries"),
+        "one name twice": (case(twofold), f"twofold holds both {Q} and module.{Q}, which name one tensor"),
         "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),
         "missing tensors": (case(stored("less", without)), f"less lacks 9 tensors of {base}"),
         "missing tensors named": (case(tmp / "less"), "model.layers.5.input_layernorm.weight"),
@@ -388,6 +412,21 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, mon
     assert asked == [tmp_path]
 
 
+def test_what_a_killed_run_left_is_no_content(tmp_path):
+    """Where the folder is to be and in one that is there; not that of a process at work, nor of another folder."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out = tmp_path / "out"
+    left = [place / f".out.{pid}.partial" for place in (tmp_path, out) for pid in (gone.pid, os.getpid())]
+    for folder in (*left, tmp_path / f".out.{os.getppid()}.partial", tmp_path / f".other.{gone.pid}.partial"):
+        folder.mkdir(parents=True)
+    check_free(out)
+    assert not any(folder.exists() for folder in left) and len(list(tmp_path.iterdir())) == 3
+    (out / f".out.{os.getppid()}.partial").mkdir()
+    with pytest.raises(UserError, match="is not empty"):
+        check_free(out)
+
+
 def test_what_is_read_is_not_written_over(base, tmp_path, capsys):
     """The base, a folder of checkpoints, one behind a link, a companion; a folder inside a checkpoint is nobody's."""
     shutil.copytree(base, tmp_path / "run/checkpoint-1")
@@ -432,13 +471,10 @@ def test_a_tensor_without_entries_is_left_out(tmp_path):
     assert compare(folder, {"run": [folder]}).names == [Q]
 
 
-def test_a_merged_weight_has_the_bases_dtype(tmp_path):
+def test_an_adapters_update_is_not_rounded_to_the_bases_dtype(tmp_path):
     start = planted.write(tmp_path / "base", {n: t.bfloat16() for n, t in planted.base_weights().items()})
     pair, product = factors(Q.removesuffix(".weight"), 64, 64)
     comparison = compare(start, {"run": [lora(tmp_path / "adapter", pair)]})
-    weight = comparison.base.read(Q)
-    merged = comparison.trajectories["run"][0].merged(Q, weight)
-    assert merged.dtype == torch.bfloat16 and torch.equal(merged, (weight.float() + 2 * product).bfloat16())
     assert math.isclose(float(update(comparison, Q).norm()), float((2 * product).norm()), rel_tol=1e-6)
 
 

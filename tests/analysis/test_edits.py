@@ -13,7 +13,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from effopd_kernels.analysis import edits
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel, live_tensors
-from effopd_kernels.analysis.loaded import readable
+from effopd_kernels.analysis.loaded import as_the_model_names_them
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
 SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
@@ -169,7 +169,7 @@ def test_an_update_is_the_files_whatever_the_model_rounds(tmp_path, dtype):
     comparison = compare(folders["base"], {name: [folders[name]] for name in ("near", "far")})
     net.to(dtype)
     before = bits(net)
-    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(net))
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
     model = EditableModel(net, trajectories, files=files)
     for name, norm in model.norms("near").items():
         assert norm == pytest.approx(float((moved[name].double() - base[name].double()).norm()), rel=1e-6)
@@ -315,7 +315,7 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
     net = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     comparison = compare(tmp_path / "base", {"run": [tmp_path / "one", tmp_path / "two"]})
     assert not set(live_tensors(net)) <= set(comparison.base.shapes)
-    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(net))
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
     assert files is None  # the model holds what they hold
     model = EditableModel(net, trajectories)
     before = bits(net)
@@ -328,7 +328,7 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
         update = net.get_parameter(experts).detach() - weights["base"][experts]
     assert update.shape == (4, 8, 4) and torch.linalg.matrix_rank(update, atol=1e-5).tolist() == [2] * 4
     half = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    trajectories, files = readable(comparison.trajectories, comparison.base, live_tensors(half))
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(half))
     rounded = EditableModel(half, trajectories, files=files)
     assert rounded.norms("run") == model.norms("run")
     with rounded.edited(Edit("run", 1, tuple(rounded.live))):

@@ -26,12 +26,13 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TOLD
-from effopd_kernels.analysis.interventions import InterventionArguments, _identity, plan_of
+from effopd_kernels.analysis.interventions import InterventionArguments, _identity, named_edits, plan_of
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
 from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.errors import UserError
+from effopd_kernels.train import OPDTrainer
 
 HERE = Path(__file__).parent
 STEPS, TRAJECTORIES = (2, 4), {"opd": 1, "rl": 2}
@@ -91,6 +92,14 @@ def test_truncation_is_matched_to_every_trajectory():
             (norm, f) for norm in (None, "opd", "rl") for f in (0.1, 0.5)
         ]
         assert all(t.about["rank_kept" if part == "top" else "rank_dropped"] == t.edit.fraction for t in trials)
+
+
+def test_saved_models_have_names_of_their_own():
+    close = (0.5, -0.5, 1.0000001, 1.0000002)
+    trials = plan(2, ("opd", "opd-"), alphas=close).trials(["scale", "norm"])
+    named = named_edits(trials)
+    assert {edit.key() for edit in named.values()} == {trial.edit.key() for trial in trials}
+    assert {"base", "final-opd", "norm-opd-20", "scale-opd-1.0000001"} <= set(named)
 
 
 def test_a_checkpoint_without_a_step_makes_all_of_its_trajectory_count_by_position(tmp_path):
@@ -338,6 +347,30 @@ def test_edited_models_are_written_when_asked(trained, tmp_path):
     assert kept.items() <= {p: p.stat().st_mtime_ns for p in (tmp_path / "models").iterdir()}.items()
     assert main(arguments(trained, tmp_path, *few, "--overwrite_output_dir", "true")) == 0
     assert kept.items().isdisjoint({p: p.stat().st_mtime_ns for p in (tmp_path / "models").iterdir()}.items())
+    few.remove("--save_models")
+    few.remove("true")
+    assert main(arguments(trained, tmp_path, *few, "--overwrite_output_dir", "true", "--seed", "3")) == 0
+    assert not any((tmp_path / "models").iterdir())  # or they would pass for those of the new settings
+
+
+def test_saving_models_is_interrupted_and_gone_on_with(trained, tmp_path, monkeypatch, capfd):
+    argv = arguments(trained, tmp_path / "out", "--interventions", "embeddings", "--save_models", "true")
+    argv += ["--max_prompts", "2"]
+    models, save, saved = tmp_path / "out/models", OPDTrainer.save_model, []
+
+    def interrupted(self, folder):
+        saved.append(save(self, folder))
+        if len(saved) == 2:  # written, but not yet by its name
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OPDTrainer, "save_model", interrupted)
+        assert main(argv) == 130
+    assert [p.name for p in models.iterdir()] == ["base"]
+    before = (models / "base").stat().st_mtime_ns
+    assert main([*argv, "--seed", "3"]) == 2 and "seed was 42, is now 3" in capfd.readouterr().err
+    assert main(argv) == 0
+    assert len(list(models.iterdir())) > 2 and (models / "base").stat().st_mtime_ns == before
 
 
 def test_without_a_teacher_accuracy_alone_is_measured(trained, tmp_path):
@@ -427,6 +460,21 @@ def test_a_final_checkpoint_equal_to_the_base_is_said(trained, tmp_path, capfd):
         for row in read_table(tmp_path / "tables", name):
             assert row["gain"] == 0 and row["recovered"] is None
             assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+
+
+def test_a_base_without_the_models_first_component(trained, tmp_path, capfd):
+    """As some are on the hub; transformers forgives it."""
+    weights = load_file(trained / "student/model.safetensors")
+    shutil.copytree(trained / "student", tmp_path / "short")
+    short = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    short["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(short, tmp_path / "short/model.safetensors", {"format": "pt"})
+    argv = arguments(trained, tmp_path / "out", "--base", str(tmp_path / "short"), "--estimate_only", "true")
+    assert main(argv) == 0
+    captured = capfd.readouterr()
+    assert "models to score on 10 prompts" in captured.out
+    notes = [line for line in captured.err.splitlines() if line.startswith("effopd-analyze: ")]
+    assert len(notes) == 1 and "left out: model.layers.0.self_attn.rotary_emb.inv_freq." in notes[0]
 
 
 def test_estimate_only(trained, tmp_path, capfd):

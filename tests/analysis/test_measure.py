@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from effopd_kernels.analysis import measure
+from effopd_kernels.analysis.findings import interval
 from effopd_kernels.analysis.measure import GRID, PROBES, Options, _alignment, _energy, _spectrum, _tokens
+from effopd_kernels.analysis.report import shown
+from effopd_kernels.lowrank.metrics import measured
 
 M, N, RANK = 640, 1408, 64  # short side beyond what is done exactly
 
@@ -70,6 +74,19 @@ def test_the_whole_spectrum_is_estimated(case):
     assert row["participation_ratio"] == pytest.approx(participation, rel=0.02)
     if kind == "rounded":
         assert row["rank_above_noise"] == 16 and row["quantisation_limited"]
+
+
+def test_the_rank_above_noise_is_given_between_bounds_it_can_have(monkeypatch):
+    """A count that is known to a few hundred only is not printed alone."""
+
+    def uncertain(*given):
+        spectrum, metrics = measured(*given)
+        told = {"rank_above_noise": torch.tensor(600), "rank_above_noise error": torch.tensor(304.0)}
+        return spectrum, metrics | told
+
+    monkeypatch.setattr(measure, "measured", uncertain)
+    row = _spectrum(*matrix("rounded"), Options(RANK))[2]
+    assert shown(interval(row, "rank_above_noise")) == "600 [0, 640]"
 
 
 def test_energy_curves_follow_the_exact_ones(case):

@@ -1,5 +1,7 @@
 """What a second process draws is what this one would, and what goes wrong there is said here."""
 
+import pickle
+import signal
 import subprocess
 import sys
 
@@ -55,6 +57,23 @@ def test_a_killed_one_is_done_without(tmp_path):
         with painter.drawing([(LINE, tmp_path, "x")]):
             pass
     assert (tmp_path / "x.svg").exists()
+
+
+def test_does_not_draw_into_what_an_interrupt_clears_away(tmp_path):
+    with Painter() as painter:
+        with pytest.raises(KeyboardInterrupt), painter.drawing([(LINE, tmp_path, "x")] * 1000):
+            raise KeyboardInterrupt
+        assert painter.process.poll() == -signal.SIGKILL
+
+
+def test_nobody_to_answer(tmp_path, capfd):
+    """As when this process is killed."""
+    with Painter() as painter:
+        painter.process.stdout.close()
+        pickle.dump([(LINE, tmp_path, "x")], painter.process.stdin)
+        painter.process.stdin.close()
+        assert painter.process.wait(60) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ends_with_nothing_to_draw(capfd):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +290,14 @@ def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatc
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "new" / "out")]) == code
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err.endswith(said + "\n")
+
+
+def test_terminated_is_interrupted(undrawn, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(updates, "write_report", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_file_that_goes_while_it_is_read_is_named(undrawn, folders, tmp_path, monkeypatch, capsys):

@@ -203,6 +203,8 @@ def test_an_option_that_the_controller_does_not_have_is_said_at_construction():
     for option in dict(alfas=(2,)), dict(optimizer=None), dict(params=None):
         with pytest.raises(TypeError, match=next(iter(option))):
             EffOPDCallback(lambda: 0.0, **option)
+    with pytest.raises(TypeError, match=r"score_fn must be a function, got 1\.0"):
+        EffOPDCallback(1.0)
 
 
 def test_a_skipped_event_logs_why_in_place_of_scores(world, tmp_path):
@@ -261,6 +263,19 @@ def test_what_a_step_has_to_do_is_not_forgotten_for_its_event(world, tmp_path):
     assert losses == [1, 2, 3]
     last = [record for record in trainer.state.log_history if "eval_loss" in record and record["step"] == 3]
     assert len(last) == 1  # off schedule: the due one alone
+
+
+def test_scoring_uses_up_no_patience(world, tmp_path):
+    """A score_fn may evaluate with a trainer that stops early; here no evaluation after the first is a gain."""
+    worse = {"metric_for_best_model": "loss", "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = plain_trainer(world, tmp_path, max_steps=3, **worse)
+    stopping = transformers.EarlyStoppingCallback(4)
+    trainer.add_callback(stopping)
+    effopd = EffOPDCallback(lambda: -trainer.evaluate()["eval_loss"], log=trainer.log, schedule=1)
+    trainer.add_callback(effopd)
+    trainer.train()
+    assert [e.num_candidates > 1 for e in effopd.controller.events] == [True] * 3
+    assert (trainer.state.global_step, stopping.early_stopping_patience_counter) == (3, 2)
 
 
 def test_an_override_of_log_is_the_one_that_is_called(world, tmp_path):

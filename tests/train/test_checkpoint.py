@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from effopd_kernels.train import OPDConfig, UserError, checkpoint, cli
+from effopd_kernels.train import OPDConfig, UserError, checkpoint, cli, lock, run
 from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
+from effopd_kernels.train.lock import LOCK_NAME, acquire, release
 from train import world as tiny
 from train.world import make_trainer
 
@@ -173,14 +174,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints_before(
 ):
     """The system, safetensors and torch each say so in a way of their own."""
     size = 0 if first_refused == "metrics.jsonl" else (two_checkpoints / "checkpoint-2" / first_refused).stat().st_size
-    full, build = FullFrom(2, max(size - 1, 1)), cli.build_trainer
+    full, build = FullFrom(2, max(size - 1, 1)), run.build_trainer
 
     def build_trainer(*args):
         trainer = build(*args)
         trainer.add_callback(full)
         return trainer
 
-    monkeypatch.setattr(cli, "build_trainer", build_trainer)
+    monkeypatch.setattr(run, "build_trainer", build_trainer)
     config = {**tiny.FLAGS, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": tmp_path / "out"}
     config |= {"model_name_or_path": world / "student", "teacher_model_name_or_path": world / "teacher"}
     config |= {f"{kind}dataset_name": world / f"{kind[:-1] or 'train'}.jsonl" for kind in ("", "val_")}
@@ -220,6 +221,57 @@ def test_replacing_a_checkpoint_there_is_a_whole_one_at_any_moment(checkpoints, 
                 publish(staged, checkpoints / "checkpoint-2")
         assert damage(newest_intact(checkpoints)) is None
     assert [p.name for p in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(world, tmp_path, capsys):
+    """Before models are loaded, and again when training begins; what a killed run left is no other run."""
+    trainer = make_trainer(world, tmp_path / "out", config={"max_steps": 1, "effopd_enabled": False})
+    held = acquire(tmp_path / "out")
+    with pytest.raises(UserError, match=f"another run is writing to --output_dir '{tmp_path / 'out'}'"):
+        trainer.train()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="another run is writing to"):
+        run.check_output_dir(tmp_path / "out", write_over=True)
+    release(held, tmp_path / "out")
+    trainer.train()
+    assert not (tmp_path / "out" / LOCK_NAME).exists()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / LOCK_NAME).touch()
+    run.check_output_dir(tmp_path / "killed", write_over=False)
+
+
+def test_a_lock_that_went_while_it_was_waited_for_is_looked_for_again(tmp_path, monkeypatch):
+    """And where the file system knows none, there is none."""
+    flock = lock.fcntl.flock
+
+    def removed_at_first(file, how):
+        (tmp_path / LOCK_NAME).unlink()
+        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        flock(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", removed_at_first)
+    held = acquire(tmp_path)
+    with pytest.raises(UserError, match="another run"):
+        acquire(tmp_path)
+    release(held, tmp_path)
+
+    def none(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    for held in [acquire(tmp_path), acquire(tmp_path)]:
+        release(held, tmp_path)
+
+
+def test_another_run_is_every_ranks_error(monkeypatch, tmp_path):
+    sent, held = [], acquire(tmp_path)
+    monkeypatch.setattr(lock, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
+    for main in (True, False):
+        monkeypatch.setattr(lock, "PartialState", lambda main=main: SimpleNamespace(is_main_process=main))
+        with pytest.raises(UserError, match="another run"), lock.sole_run(tmp_path):
+            pytest.fail("let in")
+    assert len(sent) == 2
+    release(held, tmp_path)
 
 
 def test_a_folder_that_rank_0_cannot_write_to_is_every_ranks_error(monkeypatch, tmp_path):

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Co
 from effopd_kernels.extrapolation.lora import COMPANION
 from effopd_kernels.train import cli
 from effopd_kernels.train.checkpoint import damage
+from effopd_kernels.train.options import parse
 from effopd_kernels.train.report import MetricsFile
 from train import world as tiny
 
@@ -147,6 +148,7 @@ def broken_worlds(world, tmp):
             case(learning_rate="fast"),
             "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
         ),
+        "commas": (case(effopd_alphas="3,5,7"), "invalid float value: '3,5,7'; separate by spaces"),
         "bad pattern": (case(effopd_include="["), "--effopd_include: '[' is not a regular expression"),
         "text and chat": (
             case(dataset_name=tmp / "mixed.jsonl"),
@@ -237,7 +239,7 @@ CASES = [
     "NaN teacher", "bad schedule", "score of no search", "bad divergence", "unknown flag", "bad config file",
     "output is a file", "broken config file", "truncated weights", "no chat template", "fewer prompts than a step",
     "nothing held out", "greedy rollouts", "colder than greedy", "endless completions", "no deepspeed", "unknown key",
-    "bad value", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
+    "bad value", "commas", "bad pattern", "text and chat", "no checkpoint", "no step", "worse is accepted",
     "no tokenizer", "too sure", "best by no metric", "paired losses", "no budget", "no jump",
     "a folder per node", "too many held out", "scored and held out", "no such held-out prompts", "other columns",
     "not UTF-8", "an encoder", "an encoder-decoder", "no EOS", "another JSON", "a student of other shapes",
@@ -289,7 +291,7 @@ def test_a_yaml_file_says_what_flags_would(tmp_path, monkeypatch):
         "lora_target_modules: all-linear\nresume_from_checkpoint: no\nmodel_init_kwargs: {revision: '1'}\n"
         "eval_steps:\nreport_to: [none]\nmax_steps: 3\nenv: {SAID_BY: 5}\n"
     )
-    data, args, model_args = cli.parse([f"--config={tmp_path / 'run.yaml'}", "--max_steps=4"], seed=5, max_steps=2)
+    data, args, model_args = parse([f"--config={tmp_path / 'run.yaml'}", "--max_steps=4"], seed=5, max_steps=2)
     assert (data.dataset_name, args.learning_rate, args.effopd_alphas, args.bf16) == ("5", 1e-5, [3, 10], False)
     assert args.controller_args()["schedule"] == [1, 2] and model_args.lora_target_modules == "all-linear"
     assert (args.resume_from_checkpoint, args.model_init_kwargs) == (None, {"revision": "1"})
@@ -409,7 +411,7 @@ def test_interrupted_before_training_nothing_is_said_of_resuming(world, tmp_path
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "build_trainer", interrupted)
+    monkeypatch.setattr("effopd_kernels.train.run.build_trainer", interrupted)
     assert cli.main(flags(world, tmp_path / "out")) == 130
     assert capsys.readouterr().err == "effopd-train: interrupted\n"
 
@@ -431,6 +433,8 @@ def test_help_is_readable(world):
     short, full = (json.loads(line) for line in run.stdout.splitlines())
     assert short["code"] == full["code"] == 0
     assert len(short["stdout"].splitlines()) < 200 < len(full["stdout"].splitlines())
+    for text in short["stdout"], full["stdout"]:
+        assert "Sampling temperature; that of the loss is loss_temperature." in " ".join(text.split())
     for name in ("--model_name_or_path", "--effopd_alphas", "--eval_metric", "--resume_from_checkpoint", "--help_all"):
         assert name in short["stdout"], name
 

@@ -204,17 +204,100 @@ def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
     assert one._compute_loss is mine
 
 
-def test_a_trl_that_moved_the_joint_is_named(world):
-    class Moved(trl.DistillationTrainer):
-        def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-            return None
+class ScaledHead(torch.nn.Linear):
+    """Starts as a plain head."""
 
+    def __init__(self, head: torch.nn.Linear):
+        super().__init__(head.in_features, head.out_features, bias=False)
+        self.weight, self.log_scale = head.weight, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.log_scale.exp()
+
+
+def scaled(student):
+    student.lm_head = ScaledHead(student.lm_head)
+    return student
+
+
+def adapted(student):
+    student.add_adapter(LoraConfig(target_modules=["lm_head"]))
+    return student
+
+
+def parametrized(student):
+    torch.nn.utils.parametrizations.weight_norm(student.lm_head)
+    return student
+
+
+def saved_whole(student):
+    return get_peft_model(student, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("change", [adapted, scaled, parametrized, saved_whole])
+def test_all_that_a_head_trains_is_trained(world, tmp_path, caplog, change):
+    """Also what changes no logits at first, as adapters do not; what makes the weight that TRL reads, by TRL's way."""
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (tiny.tiny_qwen(tokenizer, 32, 1, len(tokenizer), s, tie_word_embeddings=False) for s in (0, 1))
+    trainer = trl_trainer(world, tmp_path, change(student), teacher, beta=1.0)
+    trainer.model.train()
+    use_fused_loss(trainer)
+    _, ours = loss_and_gradients(trainer)
+    assert bool(caplog.records) == (change in (adapted, scaled))
+    trainer.model.zero_grad()
+    expected(trainer).backward()
+    of_head = {n: p.grad for n, p in trainer.model.named_parameters() if "lm_head" in n and p.grad is not None}
+    assert len(of_head) == (1 if change is saved_whole else 2)
+    for name, gradient in of_head.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_adapters_within_what_torch_compiles(world, tmp_path):
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (model_of("phi (bias)", tokenizer, seed) for seed in (0, 1))
+    student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trainer = trl_trainer(world, tmp_path, student, teacher, beta=1.0, torch_compile_backend="eager")
+    use_fused_loss(trainer)
+    loss = trainer.compute_loss(torch.compile(trainer.model, backend="eager"), batch(trainer))
+    torch.testing.assert_close(loss, expected(trainer).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_trl_cannot_read_is_named(world, tmp_path):
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (tiny.tiny_qwen(tokenizer, 32, 1, len(tokenizer), seed) for seed in (0, 1))
+    student = get_peft_model(student, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]))
+    trainer = trl_trainer(world, tmp_path, student, teacher, beta=1.0)
+    use_fused_loss(trainer)
+    with pytest.raises(UserError, match="head is a TrainableTokensWrapper, of which TRL cannot read the bias: with"):
+        loss_and_gradients(trainer)
+
+
+def test_what_computes_its_loss_elsewhere_is_named(monkeypatch):
+    class Own(trl.DistillationTrainer):
+        def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+
+    class Elsewhere(trl.DistillationTrainer):  # as TRL's ServerDistillationTrainer
+        def compute_loss(self, model, inputs, *_):
+            return model(**inputs).loss
+
+    class Around(trl.DistillationTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    for cls, says in {
+        torch.nn.Linear: r"needs a trl\.DistillationTrainer, not a Linear",
+        Own: "Own overrides `_compute_loss`, in whose place use_fused_loss puts its own: override `compute_loss`",
+        Elsewhere: "Elsewhere computes its loss itself: its `compute_loss` never calls `_compute_loss`",
+    }.items():
+        with pytest.raises(TypeError, match=says):
+            use_fused_loss(object.__new__(cls))
+    use_fused_loss(object.__new__(Around))
+    monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", lambda self, *_: None)
     with pytest.raises(
         RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"
     ):
-        use_fused_loss(object.__new__(Moved))
-    with pytest.raises(TypeError, match=r"needs a trl\.DistillationTrainer, not a Linear"):
-        use_fused_loss(torch.nn.Linear(1, 1))
+        use_fused_loss(object.__new__(Around))
 
 
 def test_divergence_and_temperature_of_the_loss(world, tmp_path):
@@ -235,11 +318,21 @@ def test_divergence_names():
     for bad in ("kl", "jsd", "jsd:x", "reverse_kl:1"):
         with pytest.raises(UserError, match="is not one of reverse_kl"):
             parse_divergence(bad)
+    with pytest.raises(UserError, match=r"--divergence 'jsd:1': jsd needs 0 < beta < 1, got 1\.0; its limits are"):
+        parse_divergence("jsd:1")
+    with pytest.raises(
+        TypeError, match="divergence must be a Divergence, such as REVERSE_KL, or None, got 'reverse_kl"
+    ):
+        FusedLoss("reverse_kl")
 
 
 def test_options_as_yaml_types_them():
     assert parse_schedule("adaptive") == "adaptive"
     assert parse_schedule(4) == 4 and parse_schedule([1, 2, 4]) == [1, 2, 4]
     assert OPDConfig(effopd_alphas=3).controller_args()["alphas"] == (3,)
+    many = {"effopd_alphas": [2, 3, 4, 5, 6, 7]}
+    for limit, search, tried in (None, "candidates", 6), (2, "candidates", 2), (2, "gradient", 6):
+        config = OPDConfig(effopd_max_candidates=limit, effopd_search=search, **many)
+        assert config.controller_args()["alphas"] == (2, 3, 4, 5, 6, 7)[:tried]
     with pytest.raises(UserError, match="--divergence 3 is not one of"):
         OPDConfig(divergence=3)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError
-from effopd_kernels.train.joints import check_joints
+from effopd_kernels.train.private_api import check_private_api
 from effopd_kernels.train.trainer import LEDGER_NAME
 from effopd_kernels.train.validation import TeacherLoss
 from train import world as tiny
@@ -141,18 +141,24 @@ def test_the_loss_as_score_generates_once_an_event(world, tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_teacher_loss_is_one_mean_whatever_the_ranks(world, tmp_path, monkeypatch, world_size):
-    """Ten prompts in batches of four: batches count by their prompts, stand-ins for missing ones nothing."""
+    """Ten prompts in batches of four: batches count by their prompts, stand-ins for missing ones nothing. Completed
+    once, however often it is asked."""
     trainer = make_trainer(world, tmp_path, config={"effopd_search": "gradient", "per_device_eval_batch_size": 4})
     validator = trainer._validators["val"]
     assert [len(batch) for batch in validator.batches] == [4, 4, 2]
-    monkeypatch.setattr(validator, "_reverse_kl", lambda index, _, observer: torch.tensor([1.0, 10.0, 100.0])[index])
+    completed, kl_of_batch = [], torch.tensor([1.0, 10.0, 100.0])
+    monkeypatch.setattr(validator, "complete", lambda index: completed.append(index) or (min(index, 2), [[5, 6]]))
+    monkeypatch.setattr(validator, "reverse_kl", lambda index, _: (kl_of_batch[index], None, None))
     means = []
     for rank in range(world_size):
         accelerator = SimpleNamespace(num_processes=world_size, process_index=rank)
         monkeypatch.setattr(trainer, "accelerator", accelerator)
-        loss = TeacherLoss(validator)
-        loss.completions = [(min(index, 2), None) for index in validator.indices()]
-        values = list(loss._losses())
+        loss, batches = TeacherLoss(validator), len(validator.indices())
+        completed.clear()
+        for tokens in 2 * batches, 0:
+            losses = loss()
+            assert losses.tokens == tokens and len(completed) == batches
+            values = list(losses.values)
         means.append(sum(values) / len(values))
     assert sum(means) / world_size == pytest.approx(0.4 * 1 + 0.4 * 10 + 0.2 * 100)
 
@@ -173,6 +179,7 @@ def test_resuming_is_exact(world, tmp_path, stop):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
     assert_same_weights(weights(resumed), weights(whole))
     assert history(resumed) == history(whole)
+    assert "train_loss" in whole.state.log_history[-1] and "train_loss" not in resumed.state.log_history[-1]
     assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
     lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(whole.state.log_history)
@@ -212,6 +219,10 @@ class SignalAt(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.now = state.global_step + 1 == self.step
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        if self.point == "micro-batch" and self.now and not self.fired:
+            self._fire()
+
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.point == "update" and state.global_step + 1 == self.step:
             self._fire()
@@ -243,6 +254,31 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, 
     assert curves[0] == curves[1] and [r["step"] for r in curves[0]] == [2, 4, 6]  # what it cost included
     counts = [{r["step"]: r["num_tokens"] for r in history(t) if "num_tokens" in r} for t in (resumed, whole)]
     assert all(counts[1][step] == count for step, count in counts[0].items()) and {5, 6} <= counts[0].keys()
+
+
+def test_a_trainer_that_was_interrupted_goes_on_without_the_rollouts_of_the_step_it_was_in(world, tmp_path):
+    config = {"max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    whole = make_trainer(world, tmp_path / "whole", config=config | {"effopd_enabled": False})
+    whole.train()
+    stopped = make_trainer(world, tmp_path / "stopped", config=config | {"effopd_enabled": False})
+    stopped.add_callback(SignalAt(stopped, "micro-batch", step=2))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    stopped.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(stopped), weights(whole))
+    assert history(stopped) == history(whole)
+
+
+def test_told_to_stop_once_a_trainer_stops_once(world, tmp_path):
+    """Where, as with several processes, a signal is acted upon at the end of its step."""
+    trainer = make_trainer(world, tmp_path, config={"max_steps": 3, "effopd_enabled": False})
+    trainer.interrupts.immediate = False
+    trainer.add_callback(SignalAt(trainer, "loss", step=1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
 
 
 def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was(world, tmp_path):
@@ -416,6 +452,16 @@ def test_a_lora_student(world, tmp_path):
     assert_same_weights(weights(whole), after)
 
 
+def test_generating_adds_no_hooks_to_the_embeddings(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, config={"gradient_checkpointing": True})
+    trainer.model.activation_checkpointing_enable()
+    hooks = trainer.model.get_input_embeddings()._forward_hooks
+    (there,) = hooks
+    for _ in range(2):
+        trainer._validators["val"]()
+    assert len(hooks) == 1 and there not in hooks and trainer.model.is_activation_checkpointing
+
+
 def test_messages_go_through_the_chat_template(world, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]} for r in tiny.problems()]
     for name, part in {"train": rows[:40], "val": rows[40:50], "eval": rows[50:]}.items():
@@ -466,10 +512,10 @@ def test_a_folder_that_ranks_do_not_share_is_refused_before_a_model_is_loaded(tm
 def test_a_joint_that_is_gone_is_named(world, tmp_path, monkeypatch):
     """An override that transformers no longer calls, and what only a trainer with vLLM has."""
     trainer = make_trainer(world, tmp_path)
-    check_joints(trainer)
+    check_private_api(trainer)
     trainer.use_vllm = True
     with pytest.raises(RuntimeError, match="has no `_last_loaded_step`, which is the step whose weights vLLM holds"):
-        check_joints(trainer)
+        check_private_api(trainer)
     monkeypatch.delattr(Trainer, "_run_epoch")
     with pytest.raises(RuntimeError, match=r"^TRL 1.* has no `_run_epoch`, which trains an epoch; .* tested with TRL"):
         make_trainer(world, tmp_path)
