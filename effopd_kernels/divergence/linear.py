@@ -110,7 +110,7 @@ def linear_divergence_loss(
         the projections and cost nothing; on a GPU, finding them synchronises once, which num_valid avoids.
     num_valid: how many tokens the mask keeps, where the caller knows. More are an error on the CPU; elsewhere, and
         under torch.compile, those beyond that number are dropped.
-    chunk_bytes: budget for logits alive at a time; default 224 MiB on the CPU, 1 GiB elsewhere.
+    chunk_bytes: budget for logits alive at a time; default 208 MiB on the CPU, 1 GiB elsewhere.
     logits_dtype: of the projections' results; default the operands' dtype. float32 avoids the rounding of logits to
         bf16, which at |logit| ≈ 20 is as large as an on-policy divergence.
 

@@ -23,6 +23,7 @@ from . import ops
 
 MIB = 1 << 20
 BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
+WIDE_BLOCK = 2 * BLOCK  # of operands that are cast: MKL repacks the hidden states for each, the larger the fewer
 PITCH = 64  # elements, of which a GPU's rows of logits are multiples
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
 # On CPUs with AMX, repacking the operands dominates a GEMM; with AVX2 alone, MKL is faster when the large matrix comes
@@ -54,7 +55,7 @@ def pieces(total: int, limit: int) -> list[slice]:
 
 
 def default_chunk_bytes(device: torch.device) -> int:
-    return (224 if device.type == "cpu" else 1024) * MIB
+    return (208 if device.type == "cpu" else 1024) * MIB
 
 
 def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,12 +64,14 @@ def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     return ops.empty_rows(N, -(-V // pitch) * pitch, like, dtype)[:, :V]
 
 
-def _blocks(N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the head and scratch (slice, N) of the dtype of `like`, which a CPU's caches hold; and a slice beside
-    it, where that is not of `dtype` and therefore cast.
+def _blocks(
+    N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype, size: int = BLOCK
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the head and scratch (slice, N) of the dtype of `like`, of `size` bytes; and a slice beside it, where
+    that is not of `dtype` and therefore cast.
     """
     V, D = head_VD.shape
-    rows = max(BLOCK // dtype.itemsize // max(N if head_VD.dtype == dtype else N + D, 1), 1)
+    rows = max(size // dtype.itemsize // max(N if head_VD.dtype == dtype else N + D, 1), 1)
     scratch = ops.empty_rows(1, min(rows, V) * N, like)
     for cols in pieces(V, rows):
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
@@ -105,9 +108,14 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         torch.mm(hidden_ND, weight_VD.T, out_dtype=out_NV.dtype, out=out_NV)
         if bias_V is not None:
             out_NV += bias_V
+    elif not (TRANSPOSES and device.type == "cpu"):  # there is no GEMM of these dtypes: one in a wider, by pieces
+        hidden, cast = hidden_ND.to(product_dtype), _in(product_dtype, device)
+        for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype, WIDE_BLOCK):
+            bias = None if bias_V is None else bias_V[cols].to(product_dtype)
+            _product(hidden, cast(weight_VD[cols]).T, bias, block := block.view(len(hidden), -1))
+            out_NV[:, cols] = block
     else:
-        # Repacked is the second operand: here the few hidden states, and the head is used as it lies. Where there is no
-        # GEMM of these dtypes, it is one in a wider.
+        # Repacked is the second operand: here the few hidden states, and the head is used as it lies.
         N = len(hidden_ND)
         short = -N % (32 if product_dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
         hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
@@ -133,7 +141,7 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
     result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype, device), _in(dtype, device)
-    for cols in pieces(V, BLOCK // dtype.itemsize // max(N + D, 1)):
+    for cols in pieces(V, WIDE_BLOCK // dtype.itemsize // max(N + D, 1)):
         result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
 
