@@ -86,7 +86,7 @@ def _opened(base: Checkpoint, trajectories: Mapping[str, Sequence[str | Path]]) 
         t: [found or Adapter(path, base) for found, path in zip(plain[t], paths, strict=True)]
         for t, paths in trajectories.items()
     }
-    for other in itertools.chain(*opened.values()):
+    for other in filter(None, itertools.chain(*plain.values())):
         other.lengthen_names(base.shapes)
     return opened
 

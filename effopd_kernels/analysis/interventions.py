@@ -155,7 +155,7 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     if ours.estimate_only:
         return
     models = folder / "models"
-    if first and args.overwrite_output_dir:
+    if first and args.overwrite_output_dir and going_on:  # else what is there is not ours
         clear(models)
     if ours.save_models:
         if first:
@@ -282,8 +282,9 @@ def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
 
 def clear(models: Path) -> None:
     """Remove the models that a run with other settings may have saved."""
-    for model in filter(Path.is_dir, models.glob("*")):
-        shutil.rmtree(model)
+    for model in models.glob("*"):
+        if model.is_dir() and not model.is_symlink():
+            shutil.rmtree(model)
 
 
 def save_models(model: EditableModel, trainer: OPDTrainer, trials: list[Trial], folder: Path) -> None:

@@ -197,7 +197,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     n, m = max(a.shape), min(a.shape)
     top = triplets(TOP_FRACTION, m)
     rank = min(max(options.rank, top), m)  # the top are known one by one
-    settings = Settings(rank, OVERSAMPLE, 2, None, options.seed, None)
+    settings = Settings(rank, OVERSAMPLE, seed=options.seed)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
     exact = options.exact or choose(n, m, rank, settings.width(m), a.device) == "exact"
     known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)

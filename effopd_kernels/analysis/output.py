@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import sys
@@ -46,16 +47,19 @@ def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable
 
 
 def _clear_abandoned(folder: Path) -> None:
-    """Remove what `whole_folder` began in a process that was killed."""
+    """Remove what `whole_folder` began in a process of this machine that was killed."""
+    ours = re.escape(f".{folder.name}.{platform.node()}.")
     for place in (folder, folder.parent):
         for partial in place.glob(".*.partial"):
-            began = re.fullmatch(rf"\.{re.escape(folder.name)}\.(\d+)\.partial", partial.name)
+            began = re.fullmatch(rf"{ours}(\d+)\.partial", partial.name)
             if began and not _runs(int(began[1])):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
 def _runs(pid: int) -> bool:
     """Whether there is such a process, this one apart: in a container every run may have the same number."""
+    if os.name == "nt":  # where 0 is no question but Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -92,7 +96,7 @@ def whole_folder(output_dir: str | Path, parts: Collection[str]) -> Iterator[Pat
 
 
 def _whole_folder(folder: Path, parts: Collection[str]) -> Iterator[Path]:
-    filled, name = folder.is_dir(), f".{folder.name}.{os.getpid()}.partial"
+    filled, name = folder.is_dir(), f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
     partial = folder / name if filled else folder.with_name(name)
     try:
         partial.mkdir(parents=True)

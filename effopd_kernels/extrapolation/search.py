@@ -91,8 +91,8 @@ def refuse_steps_in_backward(params: Iterable[Tensor]) -> None:
         others = [hook for hook in hooks if getattr(hook, "func", hook).__module__ not in REDUCES_GRADIENTS]
         if others or hasattr(param, "_in_backward_optimizers"):
             raise ValueError(
-                'search="gradient" would step the optimizer in its backward pass, or run what else is hooked there '
-                f'({others[0] if others else "an optimizer in backward"}): use search="candidates"'
+                'search="gradient" runs backward passes on validation batches, and there a hook of a parameter would '
+                f'run that may train ({others[0] if others else "an optimizer in backward"}): use search="candidates"'
             )
 
 

@@ -116,11 +116,13 @@ class EffOPDCallback(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks if isinstance(self.trainer, Trainer) else []
         decided = [(control, name, getattr(control, name)) for name in DECISIONS]
         decided += [(each, PATIENCE, getattr(each, PATIENCE)) for each in callbacks if hasattr(each, PATIENCE)]
-        event = self.controller.step(state.global_step)
-        if event is not None:
-            self._record(event)
-        for owner, name, value in decided:
-            setattr(owner, name, value)
+        try:
+            event = self.controller.step(state.global_step)
+            if event is not None:
+                self._record(event)
+        finally:
+            for owner, name, value in decided:
+                setattr(owner, name, value)
 
     def _record(self, event: EffOPDEvent) -> None:
         self._note_history()  # transformers writes trainer_state.json before it calls on_save

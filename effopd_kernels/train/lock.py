@@ -1,7 +1,6 @@
 """One run at a time in an output folder: two would replace and remove each other's checkpoints."""
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,24 +12,40 @@ from accelerate.utils import broadcast_object_list
 from ..commands import written
 from .errors import UserError
 
-LOCK_NAME = ".lock"  # in the folder while a run is; the system unlocks what a killed one leaves behind
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None
+
+# In the folder while a run is, by a name that is not pushed to the hub; the system unlocks what a killed run leaves
+# behind, once processes that it forked have ended, too.
+LOCK_NAME = "_lock"
+_held: set[Path] = set()  # folders, by this process
 
 
 @contextmanager
 def sole_run(output_dir: Path) -> Iterator[None]:
-    """Keeps other runs out of `output_dir`, which is made. Raises UserError, on every rank, where one is there."""
+    """Keeps other runs out of `output_dir`, which is made; inside another of the same folder, nothing. Raises
+    UserError, on every rank, where one is there.
+    """
+    folder = output_dir.absolute()
+    if folder in _held:
+        yield
+        return
     lock = failure = None
     if PartialState().is_main_process:
         try:
             lock = acquire(output_dir)
-        except UserError as error:
+        except Exception as error:  # whatever it is, or the others would wait
             failure = error
     (failure,) = broadcast_object_list([failure])
     if failure is not None:
         raise failure
+    _held.add(folder)
     try:
         yield
     finally:
+        _held.discard(folder)
         if lock is not None:
             release(lock, output_dir)
 
@@ -42,6 +57,8 @@ def acquire(output_dir: Path) -> int:
         with written(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if fcntl is None:
+            return lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

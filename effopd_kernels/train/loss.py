@@ -36,7 +36,7 @@ from ..divergence import (
     linear_divergence_loss,
 )
 from ..divergence.arguments import gathered
-from ..extrapolation.event import modes_kept
+from ..extrapolation.randomness import modes_kept
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
     """Make `trainer` compute its loss with effopd_kernels; returns the loss in use. Undone by `restore_trl_loss`.
 
     Raises:
-        TypeError: `trainer` is not a `trl.DistillationTrainer`, or of a subclass that computes its loss itself.
+        TypeError: `trainer` is not a `trl.DistillationTrainer`, or of a subclass that overrides `_compute_loss`.
         RuntimeError: the installed TRL computes its loss elsewhere.
     """
     if not isinstance(trainer, DistillationTrainer):
@@ -175,9 +175,10 @@ def use_fused_loss(trainer: DistillationTrainer, loss: FusedLoss | None = None) 
             "`compute_loss`, which calls it, instead"
         )
     if not _called_by_compute_loss(type(trainer)):
-        raise TypeError(
-            f"{type(trainer).__name__} computes its loss itself: its `compute_loss` never calls `_compute_loss`, in "
-            "whose place use_fused_loss puts its own"
+        logger.warning(  # no error: it may call it by another way than its name, as through a decorator
+            "%s.compute_loss does not seem to call `_compute_loss`, in whose place use_fused_loss puts its own: "
+            "the loss may stay what it was",
+            type(trainer).__name__,
         )
     restore_trl_loss(trainer)
     loss = FusedLoss() if loss is None else loss
@@ -193,7 +194,8 @@ def _called_by_compute_loss(cls: type) -> bool:
     """Whether `compute_loss` names `_compute_loss`, or an override of it the one that it overrides, which does."""
     for owner in cls.__mro__:
         if "compute_loss" in vars(owner):
-            names = inspect.unwrap(vars(owner)["compute_loss"]).__code__.co_names
+            code = getattr(inspect.unwrap(vars(owner)["compute_loss"]), "__code__", None)
+            names = code.co_names if code else ("_compute_loss",)  # a partialmethod: for all that can be seen
             if "compute_loss" not in names:
                 return "_compute_loss" in names
     return False

@@ -19,7 +19,7 @@ from .checkpoint import check_settings, check_shared, checkpoints, damage, newes
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, split_off
 from .errors import UserError
-from .lock import LOCK_NAME, acquire, release
+from .lock import LOCK_NAME, acquire, release, sole_run
 from .options import DataArguments
 from .report import MetricsFile, run_summary, saved_step, write_report
 from .trainer import OPDTrainer, damaged_weights_named
@@ -58,13 +58,13 @@ def check_output_dir(folder: Path, write_over: bool, go_on: str = "") -> None:
             with suppress(OSError):
                 made.rmdir()
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if LOCK_NAME in names:
+        release(acquire(folder), folder)  # another run that is writing there is told of now, not after loading models
     if not write_over and names - {LOCK_NAME}:
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; pass {go_on}--overwrite_output_dir to write over it, or "
             "another folder"
         )
-    if LOCK_NAME in names:
-        release(acquire(folder), folder)  # another run that is writing there is told of now, not after loading models
 
 
 def check_models_stay(args: OPDConfig, student: str | None) -> None:
@@ -261,17 +261,19 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
     trainer = build_trainer(data, args, model_args)
     if args.overwrite_output_dir:
         trainer.add_callback(_WriteOver())
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    last = trainer.state.global_step
-    evaluated = any(r["step"] == last and "eval_teacher_kl" in r for r in trainer.state.log_history)
-    if trainer.eval_dataset is not None and not evaluated and last == saved_step(trainer):
-        trainer.evaluate()
-    with written(args.output_dir):
-        trainer.save_model(args.output_dir)
+    with sole_run(Path(args.output_dir)):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        last = trainer.state.global_step
+        evaluated = any(r["step"] == last and "eval_teacher_kl" in r for r in trainer.state.log_history)
+        if trainer.eval_dataset is not None and not evaluated and last == saved_step(trainer):
+            trainer.evaluate()
+        with written(args.output_dir):
+            trainer.save_model(args.output_dir)
+            if trainer.is_world_process_zero():
+                trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
+            write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))
     if trainer.is_world_process_zero():
-        write_report({"runs": [run_summary(trainer)]}, Path(args.output_dir))
         student = f"student (of step {saved_step(trainer)})"
         logger.info("%s, metrics.jsonl, summary.json and curves.png are in %s", student, args.output_dir)
     return trainer

@@ -326,7 +326,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.resume_from_checkpoint:  # transformers' mean over the steps since then, not over the run
-            logs.pop("train_loss", None)
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}
         super().log(logs, start_time)
 
     def create_optimizer(self, *args, **kwargs):
@@ -463,10 +463,12 @@ def _input_hooks_kept(student: torch.nn.Module):
     """TRL turns gradient checkpointing off to generate and on again, and transformers then hooks the input embeddings
     anew and forgets the hook that was there: one more at each batch, unless the old one is removed."""
     before = getattr(student, "_require_grads_hooks", None)
-    yield
-    if before is not None and student._require_grads_hooks is not before:
-        for hook in before:
-            hook.remove()
+    try:
+        yield
+    finally:
+        if before is not None and student._require_grads_hooks is not before:
+            for hook in before:
+                hook.remove()
 
 
 def _fitting(checkpoint: str | None):

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl.trainer.utils import pad
 
-from ..extrapolation.event import modes_kept
+from ..extrapolation.randomness import modes_kept
 from ..extrapolation.records import Losses
 from .errors import UserError
 from .grading import is_correct

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -173,6 +174,9 @@ def test_names_and_buffers_that_transformers_forgives(tmp_path):
     pair, product = factors("transformer.h.0.attn.c_attn", 8, 8)
     hub, saved = planted.write(tmp_path / "hub", short), planted.write(tmp_path / "saved", long)
     adapter = lora(tmp_path / "adapter", pair)
+    of_hub = lora(tmp_path / "adapter of the hub's", factors("h.0.attn.c_attn", 8, 8)[0])
+    with pytest.raises(UserError, match="adapter of the hub's"):  # names of two kinds: one sentence
+        compare(hub, {"run": [of_hub, adapter]})
     for start, run, changed in ((hub, saved, 1.0), (saved, hub, -1.0), (hub, adapter, 2 * product), (hub, hub, 0.0)):
         comparison = compare(start, {"run": [run], "hub": [hub]})
         everywhere = saved not in (start, run)
@@ -413,16 +417,18 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, mon
 
 
 def test_what_a_killed_run_left_is_no_content(tmp_path):
-    """Where the folder is to be and in one that is there; not that of a process at work, nor of another folder."""
+    """Where the folder is to be and in one that is there; not that of a process at work, another folder or machine."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     out = tmp_path / "out"
-    left = [place / f".out.{pid}.partial" for place in (tmp_path, out) for pid in (gone.pid, os.getpid())]
-    for folder in (*left, tmp_path / f".out.{os.getppid()}.partial", tmp_path / f".other.{gone.pid}.partial"):
+    here = f".out.{platform.node()}"
+    left = [place / f"{here}.{pid}.partial" for place in (tmp_path, out) for pid in (gone.pid, os.getpid())]
+    others = f"{here}.{os.getppid()}", f".other.{platform.node()}.{gone.pid}", f".out.another-machine.{gone.pid}"
+    for folder in (*left, *(tmp_path / f"{name}.partial" for name in others)):
         folder.mkdir(parents=True)
     check_free(out)
-    assert not any(folder.exists() for folder in left) and len(list(tmp_path.iterdir())) == 3
-    (out / f".out.{os.getppid()}.partial").mkdir()
+    assert not any(folder.exists() for folder in left) and len(list(tmp_path.iterdir())) == 4
+    (out / f"{here}.{os.getppid()}.partial").mkdir()
     with pytest.raises(UserError, match="is not empty"):
         check_free(out)
 

@@ -333,7 +333,9 @@ def test_two_processes_equal_one(finished, trained, tmp_path):
 
 def test_edited_models_are_written_when_asked(trained, tmp_path):
     few = ["--interventions", "embeddings", "--save_models", "true", "--max_prompts", "2"]
-    assert main(arguments(trained, tmp_path, *few)) == 0
+    (mine := tmp_path / "models" / "mine").mkdir(parents=True)
+    assert main(arguments(trained, tmp_path, *few, "--overwrite_output_dir", "true")) == 0
+    mine.rmdir()  # it is still there: nothing says that an earlier run made it
     saved = load_file(tmp_path / "models/embeddings-opd-embeddings/model.safetensors")
     base, final = (load_file(trained / f / "model.safetensors") for f in ("student", "opd/checkpoint-4"))
     for name, weight in saved.items():

@@ -278,6 +278,21 @@ def test_scoring_uses_up_no_patience(world, tmp_path):
     assert (trainer.state.global_step, stopping.early_stopping_patience_counter) == (3, 2)
 
 
+def test_an_interrupted_score_uses_up_no_patience(world, tmp_path):
+    trainer = plain_trainer(world, tmp_path, max_steps=3, metric_for_best_model="loss", eval_strategy="epoch")
+    stopping = transformers.EarlyStoppingCallback(4)
+    trainer.add_callback(stopping)
+
+    def score():
+        stopping.early_stopping_patience_counter += 1
+        raise KeyboardInterrupt
+
+    trainer.add_callback(EffOPDCallback(score, log=trainer.log, schedule=1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert stopping.early_stopping_patience_counter == 0
+
+
 def test_an_override_of_log_is_the_one_that_is_called(world, tmp_path):
     trainer, seen = plain_trainer(world, tmp_path, max_steps=1), []
 

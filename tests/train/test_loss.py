@@ -272,7 +272,7 @@ def test_a_head_that_trl_cannot_read_is_named(world, tmp_path):
         loss_and_gradients(trainer)
 
 
-def test_what_computes_its_loss_elsewhere_is_named(monkeypatch):
+def test_what_computes_its_loss_elsewhere_is_named(monkeypatch, caplog):
     class Own(trl.DistillationTrainer):
         def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
@@ -288,11 +288,14 @@ def test_what_computes_its_loss_elsewhere_is_named(monkeypatch):
     for cls, says in {
         torch.nn.Linear: r"needs a trl\.DistillationTrainer, not a Linear",
         Own: "Own overrides `_compute_loss`, in whose place use_fused_loss puts its own: override `compute_loss`",
-        Elsewhere: "Elsewhere computes its loss itself: its `compute_loss` never calls `_compute_loss`",
     }.items():
         with pytest.raises(TypeError, match=says):
             use_fused_loss(object.__new__(cls))
+    assert not caplog.messages
     use_fused_loss(object.__new__(Around))
+    assert not caplog.messages
+    use_fused_loss(object.__new__(Elsewhere))
+    assert "Elsewhere.compute_loss does not seem to call `_compute_loss`" in caplog.text
     monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", lambda self, *_: None)
     with pytest.raises(
         RuntimeError, match=r"TRL \d+\.\d+.*no longer computes its loss through `_chunked_divergence_loss`"

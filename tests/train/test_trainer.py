@@ -509,7 +509,7 @@ def test_a_folder_that_ranks_do_not_share_is_refused_before_a_model_is_loaded(tm
         OPDTrainer("nobody", "nobody", OPDConfig(str(tmp_path / "out"), effopd_enabled=False))
 
 
-def test_a_joint_that_is_gone_is_named(world, tmp_path, monkeypatch):
+def test_a_private_interface_that_is_gone_is_named(world, tmp_path, monkeypatch):
     """An override that transformers no longer calls, and what only a trainer with vLLM has."""
     trainer = make_trainer(world, tmp_path)
     check_private_api(trainer)
