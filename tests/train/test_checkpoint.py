@@ -50,8 +50,7 @@ def finish(process, out):
 
 
 def test_killed_at_any_moment_the_resumed_run_is_the_same(world, tmp_path):
-    finish(start(world, tmp_path / "whole", "afresh"), tmp_path / "whole")
-    out = tmp_path / "killed"
+    whole, out = start(world, tmp_path / "whole", "afresh"), tmp_path / "killed"
     for lines in (2, 5):  # killed twice: after that many records, wherever the process then is
         process = start(world, out, "resume")
         metrics, deadline = out / "metrics.jsonl", time.monotonic() + 100
@@ -62,6 +61,7 @@ def test_killed_at_any_moment_the_resumed_run_is_the_same(world, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     finish(start(world, out, "resume"), out)
+    finish(whole, tmp_path / "whole")
     expected, got = (load_file(p / "model.safetensors") for p in (tmp_path / "whole", out))
     assert expected.keys() == got.keys()
     for name in expected:
