@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from ..commands import EXIT_USER_ERROR, interrupted, print_anywhere, refused
 from ..errors import UserError, one_line
+from .ahead import reading_ahead
 from .painter import Painter
 
 USAGE = """usage: effopd-analyze updates --base DIR --checkpoints DIR [DIR ...] --output_dir OUT
@@ -64,12 +65,14 @@ def _updates(arguments: list[str]) -> None:
         from .updates import main
 
         return main(args)
+    named = (folder for text in args.trajectory for folder in text.partition("=")[2].split(","))
     with Painter() as painter:
-        gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
-        from .updates import main
+        with reading_ahead([args.base, *(args.checkpoints or ()), *named]):
+            gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
+            from .updates import main
 
-        gc.freeze()
-        gc.enable()
+            gc.freeze()
+            gc.enable()
         main(args, painter)
 
 

@@ -7,6 +7,7 @@ A Ctrl-C at the terminal is this process's alone.
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ class Painter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(BrokenPipeError), self.process as process:  # closes the pipes and waits
-            process.kill()  # it has drawn, or is not to
+        with suppress(BrokenPipeError), self.process:  # closes the pipes
+            self._kill()  # it has drawn, or is not to
         self.process = None
 
     @contextmanager
@@ -42,9 +43,16 @@ class Painter:
             yield from self._drawing(jobs)
         except BaseException:
             if self.process:  # or it would go on writing into what is cleared away now
-                self.process.kill()
-                self.process.wait()
+                self._kill()
             raise
+
+    def _kill(self) -> None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError):  # gone by itself
+                if self.process.poll() is None:
+                    os.killpg(self.process.pid, signal.SIGKILL)  # with the copy that draws the other half
+        self.process.kill()
+        self.process.wait()
 
     def _drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
         with suppress(BrokenPipeError):  # killed, as by a system that is short of memory
@@ -65,13 +73,32 @@ def paint() -> None:
     figures.lines({}, "", "").draw()  # imports what it takes
     error = None
     try:
-        _draw(pickle.load(sys.stdin.buffer))
+        _draw_in_halves(pickle.load(sys.stdin.buffer))
     except EOFError:  # nothing to draw
         return
     except Exception as raised:
         error = raised
     with suppress(BrokenPipeError):  # whoever asked has gone
         os.write(answer, pickle.dumps(error))
+
+
+def _draw_in_halves(jobs: Sequence[Job]) -> None:
+    """Half of it by a copy of this process, if the system makes copies; what the copy fails at is tried again here."""
+    copy = os.fork() if hasattr(os, "fork") else None
+    if copy == 0:
+        try:
+            _draw(jobs[1::2])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    failed = True
+    try:
+        _draw(jobs[::2])
+    finally:
+        if copy is not None:
+            failed = os.waitpid(copy, 0)[1] != 0
+    if failed:
+        _draw(jobs[1::2])
 
 
 def _draw(jobs: Sequence[Job]) -> None:

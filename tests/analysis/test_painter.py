@@ -4,6 +4,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from analysis import planted
@@ -39,13 +40,11 @@ def test_draws_while_the_block_is_at_work(tmp_path):
         assert (tmp_path / f"there.{suffix}").read_bytes() == (tmp_path / f"here.{suffix}").read_bytes()
 
 
-def test_its_errors_are_raised_here(tmp_path):
+@pytest.mark.parametrize("before", [0, 1])  # of the two that draw, each its turn
+def test_its_errors_are_raised_here(tmp_path, before):
     (tmp_path / "file").write_text("")
-    with (
-        Painter() as painter,
-        pytest.raises(FileExistsError) as error,
-        painter.drawing([(LINE, tmp_path / "file", "x")]),
-    ):
+    jobs = [(LINE, tmp_path, "x")] * before + [(LINE, tmp_path / "file", "x")]
+    with Painter() as painter, pytest.raises(FileExistsError) as error, painter.drawing(jobs):
         pass
     assert error.value.filename == str(tmp_path / "file")
 
@@ -61,9 +60,14 @@ def test_a_killed_one_is_done_without(tmp_path):
 
 def test_does_not_draw_into_what_an_interrupt_clears_away(tmp_path):
     with Painter() as painter:
-        with pytest.raises(KeyboardInterrupt), painter.drawing([(LINE, tmp_path, "x")] * 1000):
+        with pytest.raises(KeyboardInterrupt), painter.drawing([(LINE, tmp_path, str(i)) for i in range(1000)]):
+            while len(list(tmp_path.iterdir())) < 4:  # both are at it
+                time.sleep(0.01)
             raise KeyboardInterrupt
         assert painter.process.poll() == -signal.SIGKILL
+    there = set(tmp_path.iterdir())
+    time.sleep(0.5)
+    assert set(tmp_path.iterdir()) == there
 
 
 def test_nobody_to_answer(tmp_path, capfd):
