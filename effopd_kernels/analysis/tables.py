@@ -1,6 +1,7 @@
 """Tables: a list of rows, or columns of equal length, as CSV for people and Parquet for programs."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ def write_table(folder: str | Path, name: str, rows: Rows) -> None:
         names = list(dict.fromkeys(key for row in rows for key in row))
         rows = {key: [row.get(key) for row in rows] for key in names}
     table = pyarrow.table(dict(rows))
+    words = [field.name for field in table.schema if pyarrow.types.is_string(field.type)]  # which repeat; floats do not
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for write, suffix in ((csv.write_csv, "csv"), (parquet.write_table, "parquet")):
+    for suffix, write in {
+        "csv": csv.write_csv,
+        "parquet": partial(parquet.write_table, use_dictionary=words),
+    }.items():
         with open(folder / f"{name}.{suffix}", "wb") as file:  # opened here: Arrow takes no path that is not UTF-8
             write(table, file)
 
