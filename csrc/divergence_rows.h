@@ -30,7 +30,7 @@ INLINE void horner(const float (&c)[n], const vf (&x)[K], vf (&p)[K]) {
     for (int j = 0; j < n; ++j) EACH p[k] = p[k] * x[k] + c[j];
 }
 
-// 2^x for x < 128, relative error < 1e-7, exactly 1 at 0; exactly 0 from −150 (elsewhere than AVX-512, from −125). NaN
+// 2^x for x < 128, relative error < 1e-7, exactly 1 at 0; exactly 0 from −126 (elsewhere than AVX-512, from −125). NaN
 // stays NaN. What may be larger goes through `below_overflow` first.
 template <int K>
 INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {

@@ -1,5 +1,6 @@
 """Helpers for checks of arguments, which run before any work."""
 
+import math
 import sys
 from numbers import Integral, Real
 from typing import Any
@@ -8,7 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-LARGEST = sys.float_info.max  # of a number; integers beyond have no float
+
+
+def below_infinity(number: "Real | Tensor") -> bool:
+    """Whether a number is none of infinity, NaN and an integer that no float can hold."""
+    return number < math.inf and not (isinstance(number, int) and number > sys.float_info.max)
+
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
 
 

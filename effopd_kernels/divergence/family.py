@@ -10,7 +10,7 @@ so a divergence is three numbers, and one kernel per language serves all of them
 from dataclasses import dataclass
 from numbers import Real
 
-from ..checks import LARGEST
+from ..checks import below_infinity
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Divergence:
     def __post_init__(self):
         if not all(isinstance(number, Real) for number in (self.a, self.b, self.pi)):
             raise TypeError(f"a divergence is three numbers, got {self}")
-        if not (0 <= self.a <= LARGEST and 0 <= self.b <= LARGEST and 0 <= self.pi <= 1):
+        if not (min(self.a, self.b) >= 0 and below_infinity(self.a) and below_infinity(self.b) and 0 <= self.pi <= 1):
             raise ValueError(f"a divergence needs a >= 0, b >= 0, both finite, and 0 <= pi <= 1, got {self}")
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import typing
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -696,6 +697,10 @@ H = heads()
         (lambda: linear_divergence_loss(*H, chunk_bytes=0), ["chunk_bytes", "0"]),
         (lambda: linear_divergence_loss(*H, logits_dtype=torch.int8), ["logits_dtype", "int8"]),
         (lambda: divergence_loss(S, T, temperature=math.inf), ["temperature", "inf"]),
+        (lambda: divergence_loss(S, T, temperature=np.float32(math.inf)), ["temperature", "inf"]),
+        (lambda: divergence_loss(S, T, temperature=torch.tensor(math.inf)), ["temperature", "inf"]),
+        (lambda: divergence_loss(S, T, num_tokens=np.float32(math.inf)), ["num_tokens", "inf"]),
+        (lambda: Divergence(np.float32(math.inf), 0.0, 0.0), ["finite", "inf"]),
         (lambda: linear_divergence_loss(*H, student_softcap=math.inf), ["student_softcap", "inf"]),
         (lambda: linear_divergence_loss(*H, chunk_bytes=1e6), ["chunk_bytes", "1000000.0"]),
         (lambda: linear_divergence_loss(*H, mask=MASK, num_valid=6.0), ["num_valid", "6.0"]),

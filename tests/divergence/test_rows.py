@@ -88,6 +88,17 @@ def test_logits_of_ten_thousand(implementation, member):
     check(implementation, logits(4, 1500) + 1e4, logits(4, 1500, seed=1) - 1e4, member)  # shifts cancel
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@every_member
+def test_no_time_goes_into_subnormals(implementation, member):
+    """Of logits that span 100 nats most exponentials are such: kernels round them to 0, for themselves alone."""
+    student = logits(2, 4096, spread=30.0)
+    check(implementation, student, teacher := logits(2, 4096, spread=30.0, seed=1), member)
+    _, grad, _ = run(implementation, student, teacher, member)
+    assert not ((grad != 0) & (grad.abs() < torch.finfo(torch.float32).tiny)).any()
+    assert (torch.full((8,), 1e-38) * 0.1 != 0).all()
+
+
 @every_implementation
 @every_member
 @pytest.mark.parametrize("spread", [100.0, 300.0, 1000.0])
