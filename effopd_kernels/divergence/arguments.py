@@ -91,7 +91,7 @@ def check_positive(**numbers: float) -> None:
                 raise TypeError(f"{name} must be one constant real number, got a tensor {kind}")
         elif not isinstance(number, Real):
             raise TypeError(f"{name} must be a number, got {number!r}")
-        if not (0 < number and below_infinity(number)):
+        if not (number > 0 and below_infinity(number)):
             raise ValueError(f"{name} must be positive and finite, got {number}")
 
 
@@ -146,7 +146,7 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)} {num_tokens.dtype}")
     if num_tokens is not None and not isinstance(num_tokens, (Tensor, Real)):
         raise TypeError(f"num_tokens must be a number, got {num_tokens!r}")
-    if isinstance(num_tokens, Real) and not (0 <= num_tokens and below_infinity(num_tokens)):
+    if isinstance(num_tokens, Real) and not (num_tokens >= 0 and below_infinity(num_tokens)):
         raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")
     for name, tensor in (("mask", mask), ("weight", weight)):
         if tensor is not None and not isinstance(tensor, Tensor):

@@ -24,6 +24,7 @@ from . import ops
 MIB = 1 << 20
 BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
 WIDE_BLOCK = 2 * BLOCK  # of operands that are cast: MKL repacks the hidden states for each, the larger the fewer
+FEW = 32  # rows of a product that reads the head for them alone
 PITCH = 64  # elements, of which a GPU's rows of logits are multiples
 TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it computes 2,816
 # On CPUs with AMX, repacking the operands dominates a GEMM; with AVX2 alone, MKL is faster when the large matrix comes
@@ -83,22 +84,22 @@ def _in(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda x: x if x.dtype == dtype else room.resize_(x.shape).copy_(x)
 
 
-def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _product_dtype(dtype: torch.dtype, rows: int, device: torch.device) -> torch.dtype:
     """What to multiply in: fp32 on a CPU whose bf16 or fp16 PyTorch multiplies in plain loops, or the processor itself
-    more slowly than fp32.
+    more slowly than fp32. For few rows it is the head's bytes that take the time, which a cast multiplies by five.
     """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None:
         return dtype
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)  # not public either
     slow = dtype == torch.bfloat16 and not TILES and native() is not None and not native().multiplies_bf16()
-    return dtype if supported() and not slow else torch.float32
+    return dtype if supported() and not (slow and rows > FEW) else torch.float32
 
 
 def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> None:
     """out = hidden·weightᵀ + bias, rounded once to out's dtype, which may be wider or narrower than the operands'."""
     device, dtype = out_NV.device, torch.promote_types(out_NV.dtype, hidden_ND.dtype)
-    product_dtype, (V, D) = _product_dtype(dtype, device), weight_VD.shape
+    product_dtype, (V, D) = _product_dtype(dtype, len(hidden_ND), device), weight_VD.shape
     alike = out_NV.dtype == hidden_ND.dtype == product_dtype
     if alike and not (TRANSPOSES and device.type == "cpu"):
         # In parts on a CPU: MKL packs whatever it is given, up to 50 MB of a head.
@@ -136,7 +137,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
     """grad·weight (N, D), in their dtype or a wider one."""
     device = grad_NV.device
-    dtype = _product_dtype(grad_NV.dtype, device)
+    dtype = _product_dtype(grad_NV.dtype, len(grad_NV), device)
     if dtype == grad_NV.dtype:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
@@ -149,7 +150,7 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
 def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool) -> None:
     """acc += gradᵀ·hidden, or = for the first; acc may be fp32 and the operands narrower."""
     beta, device = 0 if first else 1, acc_VD.device  # 0 leaves unread what stood there
-    dtype = _product_dtype(acc_VD.dtype, device)
+    dtype = _product_dtype(acc_VD.dtype, len(grad_NV), device)
     alike = acc_VD.dtype == grad_NV.dtype == dtype
     if alike and not (TRANSPOSES and device.type == "cpu" and acc_VD.itemsize == 2):
         acc_VD.addmm_(grad_NV.T, hidden_ND, beta=beta)

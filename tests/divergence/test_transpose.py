@@ -36,7 +36,7 @@ def test_products_with_a_head(N, D, V, operands, results, transposes, widened, m
     """
     monkeypatch.setattr(linear_rows, "BLOCK", 1 << 18)
     monkeypatch.setattr(linear_rows, "TRANSPOSES", transposes)
-    monkeypatch.setattr(linear_rows, "_product_dtype", lambda dtype, _: torch.float32 if widened else dtype)
+    monkeypatch.setattr(linear_rows, "_product_dtype", lambda dtype, *_: torch.float32 if widened else dtype)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     hidden, head, grad = (torch.randn(s).to(dtypes[operands]) for s in ((N, D), (V, D), (N, V)))
     bias = torch.randn(V).to(dtypes[operands])
@@ -64,14 +64,17 @@ def test_products_with_a_head(N, D, V, operands, results, transposes, widened, m
 @pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_is_multiplied_where_that_is_faster(supported, tiles, outruns, monkeypatch):
-    """By PyTorch at all, and by a processor with matrix tiles, or vectors whose products of bf16 outrun fp32's."""
-    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    """By PyTorch at all, and by a processor with matrix tiles, or vectors whose products of bf16 outrun fp32's; and for
+    few rows, where a head is cast for nothing.
+    """
+    cpu, bf16, many = torch.device("cpu"), torch.bfloat16, linear_rows.FEW + 1
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
     monkeypatch.setattr(linear_rows, "TILES", tiles)
     monkeypatch.setattr(linear_rows, "native", lambda: SimpleNamespace(multiplies_bf16=lambda: outruns))
     expected = bf16 if supported and (tiles or outruns) else torch.float32
-    assert linear_rows._product_dtype(bf16, cpu) == expected
+    assert linear_rows._product_dtype(bf16, many, cpu) == expected
+    assert linear_rows._product_dtype(bf16, linear_rows.FEW, cpu) == (bf16 if supported else torch.float32)
     monkeypatch.setattr(linear_rows, "native", lambda: None)  # then PyTorch is asked alone
-    assert linear_rows._product_dtype(bf16, cpu) == (bf16 if supported else torch.float32)
-    assert linear_rows._product_dtype(bf16, torch.device("cuda")) == bf16
-    assert linear_rows._product_dtype(torch.float64, cpu) == torch.float64
+    assert linear_rows._product_dtype(bf16, many, cpu) == (bf16 if supported else torch.float32)
+    assert linear_rows._product_dtype(bf16, many, torch.device("cuda")) == bf16
+    assert linear_rows._product_dtype(torch.float64, many, cpu) == torch.float64
