@@ -12,6 +12,7 @@ __all__ = ["PLACES", "allocate"]
 PLACES = ("device", "host", "disk")
 
 
+@torch.inference_mode(False)  # the caller's may be on, and its tensors could not be written to outside of it
 def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLike | None = None) -> list[Tensor]:
     """Uninitialised tensors of the shapes and dtypes of `like`.
 

@@ -25,11 +25,12 @@ from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import reset_before_next_step, reset_state, unwrapped
+from .masters import refuse_copies_of_weights, reset_before_next_step, reset_state, unwrapped
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
 from .search import refuse_steps_in_backward
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
+from .shards import checksum
 from .weights import weights_of
 
 __all__ = ["EffOPDController"]
@@ -70,9 +71,9 @@ class EffOPDController:
             their batches: give equal ones, or weigh each by its part of the whole times the number of ranks. Unused by
             search="candidates".
         max_gradients: most forward-backward passes of an event of search="gradient", at least 2.
-        optimizer: to find fp32 masters in, and for optimizer_policy.
+        optimizer: to find fp32 masters in, and for optimizer_policy; a list where several step the parameters.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
-            parameters that moved (moments, step counts).
+            parameters that moved (moments, step counts). Schedule-free optimizers need it.
         masters: name → fp32 copy, where the optimizer keeps them out of reach: of all parameters of lower precision
             that move, and maybe of others.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir, unused by the
@@ -85,9 +86,9 @@ class EffOPDController:
 
     Raises:
         ValueError: an option is out of range, or not the same on all ranks, no parameter matches, or masters names no
-            parameter, leaves one out, or has what cannot be the master of one; search="gradient" where optimizers step
-            in the backward pass.
-        TypeError: optimizer is not one optimizer, or for optimizer_policy="reset" no torch.optim.Optimizer, wrapped or
+            parameter, leaves one out, or has what is not the master of one; search="gradient" where optimizers step
+            in the backward pass; optimizer_policy="keep" for a schedule-free optimizer; a model sharded by FSDP1.
+        TypeError: optimizer is no optimizer, or for optimizer_policy="reset" no torch.optim.Optimizer, wrapped or
             not; a function argument is not callable. OSError: anchor_dir cannot be written to, or has no room.
     """
 
@@ -139,6 +140,8 @@ class EffOPDController:
             raise ValueError('optimizer_policy="reset" needs optimizer')
         if optimizer is not None:
             unwrapped(optimizer)  # raises for what is none
+            if optimizer_policy == "keep":
+                refuse_copies_of_weights(optimizer)
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
         self.score_fn, self.loss_fn = score_fn, loss_fn
@@ -253,13 +256,20 @@ class EffOPDController:
         whole, LoRA students among them, rank 0 writes one file.
 
         A rank that cannot write raises why, all others a RuntimeError that names it; the state before stays. ValueError
-        where ranks hold different parameters, as the stages of a pipeline do: keep the `state_dict` of each.
+        where ranks hold different parameters, as the stages of a pipeline do, or plain tensors of one name that differ:
+        keep the `state_dict` of each.
         """
         with Deferred():
             apart = next((name for name, count in self.weights.holders.items() if count < self.ranks.size), None)
             if apart is not None:
                 raise ValueError(
                     f"not every rank has {apart}, and save writes one state of all: store each rank's state_dict()"
+                )
+            uneven = self._uneven()
+            if uneven is not None:
+                raise ValueError(
+                    f"{uneven} is a plain tensor that differs between ranks, and save writes that of rank 0 for all: "
+                    "store each rank's state_dict(), or shard with DTensors"
                 )
             checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, parts=self.weights.parts)
 
@@ -275,6 +285,15 @@ class EffOPDController:
         """
         anchor, scalars = checkpoint.load(directory, self.ranks, self.weights.wanted)
         self.load_state_dict({"anchor": anchor, "scalars": scalars})
+
+    def _uneven(self) -> str | None:
+        """A tensor of which every rank should hold the same and does not, as plain shards of tensor parallelism."""
+        # LoRA students are not asked: each rank shortens their sums of products itself, maybe not to the last bit.
+        if self.ranks.size == 1 or self.weights.parts is not None or self.weights.wanted is None:
+            return None
+        sums = {name: checksum(anchor) for name, anchor in self.weights.state().items()}
+        every = self.ranks.gather(sums)
+        return next((name for name in sums if any(other.get(name) != sums[name] for other in every)), None)
 
     def _remember(self, record: EffOPDEvent) -> None:
         self.events.append(record)

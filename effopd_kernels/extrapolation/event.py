@@ -55,7 +55,7 @@ class Event:
             self.slope_alpha = self._line_minimum()
             if self.slope_alpha == 1.0:
                 self.skipped = self._why_no_jump()
-            elif not self._affordable(0):
+            elif not self._affordable(2 * self._score_cost()):
                 self.skipped = SPENT
         return self.skipped is None
 
@@ -145,13 +145,22 @@ class Event:
         return limit is None or self.controller.val_tokens + self.tokens + max(next_cost, 1) <= limit
 
     def _least_cost(self) -> int:
-        """Tokens of scoring W_t and one candidate, as the last event that scored found them; 0 where none has."""
+        """Tokens of scoring W_t and one candidate, as the last event that scored found them; where none has, of a
+        gradient, as the last search that found no jump did; 0 where nothing was spent."""
         scored = [event for event in self.controller.events if event.score_initial is not None]
         if not scored:
-            return 0
+            searched = [event for event in self.controller.events if event.num_gradients]
+            return searched[-1].val_tokens // searched[-1].num_gradients if searched else 0
         if not scored[-1].num_candidates:
             return 2 * scored[-1].val_tokens
         return scored[-1].val_tokens - sum(c.tokens for c in scored[-1].candidates[1:])
+
+    def _score_cost(self) -> int:
+        """Tokens of one score, as the last one found them; 0 where none has been."""
+        if self.controller.score_fn is None:
+            return self.point_tokens
+        costs = [c.tokens for event in self.controller.events for c in event.candidates if c.score is not None]
+        return costs[-1] if costs else 0
 
     def _why_no_jump(self) -> str:
         first = self.points[0]

@@ -2,8 +2,9 @@
 
 A master is recognised by what it is, whatever its name: a wider tensor of the parameter's shape whose rounding is the
 parameter, bit for bit. It is looked for where optimizers keep one: in the parameter's own state (Transformer Engine's
-and apex's FusedAdam) and in the parameter groups, in the parameter's place (apex O2 and hand-written loops). Under
-accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters are the fp32 masters themselves.
+FusedAdam), in groups of masters beside the parameter groups (apex's) and in the latter, in the parameter's place (apex
+O2 and hand-written loops). Under accelerate's mixed precision and FSDP2's `MixedPrecisionPolicy` the parameters are the
+fp32 masters themselves.
 """
 
 import inspect
@@ -17,36 +18,65 @@ from torch import Tensor
 from .selection import plain_name
 from .shards import local
 
-__all__ = ["check_given", "find_masters", "given_masters", "reset_before_next_step", "reset_state", "unwrapped"]
+__all__ = [
+    "check_given",
+    "find_masters",
+    "given_masters",
+    "refuse_copies_of_weights",
+    "reset_before_next_step",
+    "reset_state",
+    "unwrapped",
+]
 
 
-def unwrapped(optimizer):
-    """The optimizer in wrappers such as accelerate's. Raises TypeError for what is none."""
+def unwrapped(optimizer) -> list:
+    """The optimizer, or those of a list, in wrappers such as accelerate's. Raises TypeError for what is none."""
+    if isinstance(optimizer, (list, tuple)) and optimizer:
+        return [inner for each in optimizer for inner in unwrapped(each)]
     while not hasattr(optimizer, "param_groups") or hasattr(optimizer, "optimizer"):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
             kind = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {type(optimizer).__name__}"
-            raise TypeError(f"optimizer must be one optimizer, with param_groups, got {kind}")
+            raise TypeError(f"optimizer must be an optimizer, with param_groups, or a list of them, got {kind}")
         optimizer = inner
-    return optimizer
+    return [optimizer]
+
+
+def refuse_copies_of_weights(optimizer) -> None:
+    """Raises ValueError for a schedule-free optimizer, which steps a second copy of the weights and averages it into
+    them: steps after a jump would take it back."""
+    for each in unwrapped(optimizer):
+        if "ScheduleFree" in type(each).__name__:
+            raise ValueError(
+                f"{type(each).__name__} keeps a copy of the weights that does not jump, and would undo jumps: use "
+                'optimizer_policy="reset"'
+            )
 
 
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
-    """name → master for the parameters that have one, and the names the optimizer has nothing to do with.
+    """name → master for the parameters that have one, and the names no optimizer has anything to do with.
 
     If one of those moves all the same, something this function cannot read steps it (DeepSpeed's flattened partitions).
     Raises ValueError for a master in a ZeroRedundancyOptimizer: it is on one rank, and the others would not jump alike.
     """
-    optimizer = unwrapped(optimizer)
+    masters, strangers = {}, list(named)
+    for each in unwrapped(optimizer):
+        found, strangers = _masters_in(each, {name: named[name] for name in strangers})
+        masters |= found
+    return masters, strangers
+
+
+def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tensor], list[Any]]:
     stepper = _stepper(optimizer)
     stepped = [t for group in optimizer.param_groups for t in group["params"]]
     ids = {id(t) for t in stepped}
+    beside = _masters_beside_groups(stepper)
     masters, strangers = {}, []
     for name, param in named.items():
         state = stepper.state.get(param, {})
         # Where several round to the parameter, as moments and masters of zeros do, a name tells.
         keys = sorted(state, key=lambda key: "master" not in str(key))
-        candidates = [state[key] for key in keys if isinstance(state[key], Tensor)]
+        candidates = [t for t in (beside.get(id(param)), *map(state.get, keys)) if isinstance(t, Tensor)]
         if id(param) not in ids:
             candidates += [t for t in stepped if t.shape == param.shape]
         master = next((t for t in candidates if is_master(t, param)), None)
@@ -62,6 +92,12 @@ def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tens
         elif id(param) not in ids:
             strangers.append(name)
     return masters, strangers
+
+
+def _masters_beside_groups(optimizer) -> dict[int, Any]:
+    """id of a parameter → what apex's FusedAdam keeps for it in groups of masters, in the order of its own."""
+    groups = zip(optimizer.param_groups, getattr(optimizer, "param_groups_master", None) or (), strict=False)
+    return {id(p): m for g, masters in groups for p, m in zip(g["params"], masters["params"], strict=False)}
 
 
 def check_given(named: Mapping[str, Tensor], known: Collection[str], masters: Mapping[str, Tensor]) -> None:
@@ -112,10 +148,12 @@ def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
 
     Raises TypeError for an optimizer that is not one of torch's, which has no such hook.
     """
-    optimizer, method = unwrapped(optimizer), weakref.WeakMethod(reset)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f'optimizer_policy="reset" needs a torch.optim.Optimizer, not a {type(optimizer).__name__}')
-    optimizer.register_step_pre_hook(lambda *_: (alive := method()) and alive())
+    optimizers, method = unwrapped(optimizer), weakref.WeakMethod(reset)
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f'optimizer_policy="reset" needs a torch.optim.Optimizer, not a {type(each).__name__}')
+    for each in optimizers:
+        each.register_step_pre_hook(lambda *_: (alive := method()) and alive())
 
 
 @torch.no_grad()
@@ -123,11 +161,15 @@ def reset_state(params: list[Tensor], optimizer) -> None:
     """Let the optimizer start afresh with these parameters: it forgets moments and step counts, not fp32 masters.
 
     What a parameter starts from is the optimizer's own business (zeros, the learning rate, tables that parameters
-    share), so it is given the chance to make it.
+    share), so it is given the chance to make it. A step count in a parameter group goes on: others share it.
     """
-    optimizer = _stepper(unwrapped(optimizer))
+    for each in unwrapped(optimizer):
+        _reset_states(params, _stepper(each))
+
+
+def _reset_states(params: list[Tensor], optimizer) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    masters, _ = find_masters(dict(enumerate(params)), optimizer)
+    masters, _ = _masters_in(optimizer, dict(enumerate(params)))
     for i, param in enumerate(params):
         master = masters.get(i)
         for key in (param, master):
@@ -136,12 +178,21 @@ def reset_state(params: list[Tensor], optimizer) -> None:
                 continue
             if any(value is master for value in state.values()):
                 # Without this entry the optimizer would make another master, from the rounded parameter.
-                for value in state.values():
-                    if isinstance(value, Tensor) and value is not master:
-                        value.zero_()
+                _zero(state, master)
             else:
                 del optimizer.state[key]
                 optimizer.state.update(_state_from_construction(optimizer, groups.get(id(key), {}), key))
+
+
+def _zero(state: dict | list, master: Tensor) -> None:
+    """Tensors but master, and counts, however deep."""
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, Tensor) and value is not master:
+            value.zero_()
+        elif isinstance(value, (dict, list)):
+            _zero(value, master)
+        elif type(value) is int:
+            state[key] = 0
 
 
 def _state_from_construction(optimizer, group: Mapping[str, Any], param: Tensor) -> dict[Tensor, dict[str, Any]]:

@@ -52,7 +52,11 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        return sum(self.values) / len(self.values)
+        try:
+            total = math.fsum(self.values)  # rounded once: the same scores in another order are no better
+        except (OverflowError, ValueError):  # beyond all floats, or both infinities
+            total = sum(self.values)
+        return total / len(self.values)
 
 
 @dataclass(frozen=True)

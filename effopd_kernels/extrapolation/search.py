@@ -42,9 +42,11 @@ def line_minimum(
     """Evaluate L along α ∈ [1, limit] until its minimum is found; the best point is the one of least loss.
 
     From α = 1: a loss that rises there ends the search. Otherwise step out (to `first`, then where the secant points,
-    at most trebling) until the slope is positive or `limit` is reached, then secants inside the bracket, kept a tenth
-    of it away from its ends. Stops when |slope| ≤ TOLERANCE·|slope at 1|, after max_passes, or when `another` forbids
-    one more. A loss or slope that is not finite counts as a rise.
+    at most trebling) until the far end of a bracket or `limit` is reached, then secants inside the bracket, kept a
+    tenth of it away from its ends. The far end is where the slope is positive, the loss or slope is not finite, or the
+    loss is above that of the near end, whatever the slope: reverse KL is flat again beyond its minimum, where the
+    student is certain of something else. Stops when |slope| ≤ TOLERANCE·|slope at 1| at no higher loss, after
+    max_passes, or when `another` forbids one more.
     """
     points = [evaluate(1.0)]
     low, high = points[0], None
@@ -55,19 +57,27 @@ def line_minimum(
     while len(points) < max_passes and another():
         point = evaluate(alpha)
         points.append(point)
-        if abs(point.slope) <= flat or (point.alpha == limit and not _rises(point)):
+        higher = point.loss > low.loss
+        rises = higher or _rises(point)
+        if (abs(point.slope) <= flat and not higher) or (point.alpha == limit and not rises):
             break
         previous = low
-        if _rises(point):
+        if rises:
             high = point
         else:
             low = point
         if high is None:
             alpha = min(max(_secant(previous, point), 1.5 * point.alpha), 3.0 * point.alpha, limit)
         else:
-            margin = 0.1 * (high.alpha - low.alpha)
-            alpha = min(max(_secant(low, high), low.alpha + margin), high.alpha - margin)
+            alpha = _inside(low, high)
     return points
+
+
+def _inside(low: Point, high: Point) -> float:
+    guess, margin = _secant(low, high), 0.1 * (high.alpha - low.alpha)
+    if high.loss > low.loss:  # its slope may be none of this minimum's, so at least halve the bracket
+        guess = min(guess, 0.5 * (low.alpha + high.alpha))
+    return min(max(guess, low.alpha + margin), high.alpha - margin)
 
 
 def _rises(point: Point) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "check_same", "local", "part_of", "replicas", "reshard"]
+__all__ = ["Part", "check_same", "checksum", "local", "part_of", "replicas", "reshard"]
 
 PLAIN = (Tensor, nn.Parameter)  # the common case, decided without an attribute look-up that fails
 
@@ -57,6 +58,13 @@ def check_same(saved: Mapping[str, Sequence[int]], here: Mapping[str, Sequence[i
     for name, shape in here.items():
         if tuple(saved[name]) != tuple(shape):
             raise ValueError(f"anchor of {name} is {tuple(saved[name])}, here it is {tuple(shape)}")
+
+
+def checksum(tensor: Tensor) -> tuple[torch.Size, int]:
+    """The shape, and the sum of the bits as integers: in any order the same number, where the tensor is."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().flatten().view(integers)
+    return tensor.shape, sum(int(part.sum(dtype=torch.int64)) for part in bits.split(1 << 24))
 
 
 def replicas(tensor: Tensor, holders: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import FLOATS
 from . import buffers
+from .cpu import BLOCK
 from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
 from .masters import check_given, find_masters, given_masters
@@ -23,6 +24,7 @@ __all__ = ["DenseWeights", "weights_of"]
 
 logger = logging.getLogger(__name__)
 
+DEVICE_BLOCK = 1 << 24  # elements of a slope at a time, off the CPU
 STAGED_BYTES = 1 << 28  # of each buffer at a time, when it is not on the parameters' device
 
 
@@ -33,6 +35,12 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
     if place == "disk" and directory is None:
         raise ValueError('anchor_device="disk" needs anchor_dir')
     module = params if isinstance(params, nn.Module) else None
+    flattened = [m for m in module.modules() if _is_sharded_fsdp1(m)] if module is not None else ()
+    if flattened:
+        raise ValueError(
+            f"the model is in FullyShardedDataParallel ({flattened[0].sharding_strategy.name}), whose ranks hold parts "
+            "of flattened parameters: shard with FSDP2 (fully_shard)"
+        )
     reshard(module)
     everything = named_tensors(params)
     named = {name: t for name, t in everything.items() if not is_frozen(t)}
@@ -69,13 +77,18 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
     return dense()
 
 
+def _is_sharded_fsdp1(module: nn.Module) -> bool:
+    # One rank alone has NO_SHARD, whatever was asked for.
+    return hasattr(module, "_fsdp_wrapped_module") and module.sharding_strategy.name != "NO_SHARD"
+
+
 class DenseWeights:
     """Named tensors extrapolated element by element: plain ones, or the local shards of DTensors.
 
     Args:
         named: name → tensor as the engine holds it.
-        find_masters: see `masters.find_masters`; asked at every event, as many optimizers create masters at their
-            first step.
+        find_masters: see `masters.find_masters`; asked now, for W_0 is what the masters hold, and at every event, as
+            many optimizers create masters at their first step.
         place, directory: where the two buffers are kept, see `buffers.allocate`.
         module: whose parameters they are, where FSDP2 may have gathered copies of them.
         trained: () → every tensor that a backward pass may give a gradient; `named` ones by default.
@@ -93,7 +106,9 @@ class DenseWeights:
         frozen: Mapping[str, Tensor] | None = None,
     ):
         self.names, self.tensors = list(named), list(named.values())
-        self.masters: list[Tensor | None] = [None] * len(named)
+        self.dtypes = [t.dtype for t in self.tensors]
+        masters, _ = find_masters()
+        self.masters: list[Tensor | None] = [masters.get(name) for name in self.names]
         self._find_masters, self._place, self._directory = find_masters, place, directory
         self._module, self._trained, self._frozen = module, trained or named.values, frozen or {}
         self.anchors = self._copy()
@@ -117,8 +132,8 @@ class DenseWeights:
         return self.wanted if sharded else None
 
     def hold(self) -> None:
-        """Keep W_t. Raises ValueError for a parameter that is no longer the model's, and for one that moved though the
-        optimizer steps no copy of it we can see: its next step would undo a jump."""
+        """Keep W_t. Raises ValueError for a parameter that is no longer the model's, or of another dtype now, and for
+        one that moved though the optimizer steps no copy of it we can see: its next step would undo a jump."""
         reshard(self._module)
         if self._module is not None:
             there = named_tensors(self._module)
@@ -127,6 +142,12 @@ class DenseWeights:
                 raise ValueError(
                     f"{replaced[0]} ({len(replaced)} of {len(self.names)}) is not the model's parameter any more: make "
                     "the controller after what replaces parameters (fully_shard, accelerate.prepare, resizing)"
+                )
+        for name, tensor, dtype in zip(self.names, self.tensors, self.dtypes, strict=True):
+            if tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} and was {dtype} when the controller was made: make the controller after "
+                    "what changes dtypes"
                 )
         thawed = [name for name, t in self._frozen.items() if t.requires_grad]
         if thawed:
@@ -139,10 +160,10 @@ class DenseWeights:
             self._frozen = {}  # said once
         masters, strangers = self._find_masters()
         for name, tensor, anchor in zip(self.names, self.tensors, self.anchors, strict=True):
-            if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device)):
+            if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device, tensor.dtype)):
                 raise ValueError(
                     f"the optimizer steps neither {name} nor an fp32 master of it that could be found, so it would "
-                    "undo a jump: pass masters={name: tensor}"
+                    "undo a jump: pass a list of all optimizers if another one steps it, or masters={name: tensor}"
                 )
         self.masters = [masters.get(name) for name in self.names]
         self.currents = self._copy()
@@ -180,9 +201,7 @@ class DenseWeights:
         columns = self.tensors, self.anchors, self.currents, self._replicas(world_size)
         for tensor, anchor, current, count in zip(*columns, strict=True):
             if tensor.grad is not None:
-                gradient = local(_placed_as(tensor, tensor.grad)).float()
-                delta = current.to(gradient.device).float() - anchor.to(gradient.device).float()
-                total += float((gradient * delta).sum()) / count
+                total += _along(local(_placed_as(tensor, tensor.grad)), anchor, current) / count
         return total
 
     def trained(self) -> list[Tensor]:
@@ -198,15 +217,12 @@ class DenseWeights:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """A ← W, and forget W_t."""
+        """A ← W, in the memory of W_t: after the decision nothing is allocated, which could fail, and where masters
+        appeared since the last event its dtypes are theirs."""
         reshard(self._module)
-        sources = [local(t) for t in self._sources()]
-        if all(a.dtype == s.dtype for a, s in zip(self.anchors, sources, strict=True)):
-            for anchor, source in zip(self.anchors, sources, strict=True):
-                anchor.copy_(source)
-        else:  # masters appeared since
-            self.anchors = self._copy()
-        self.currents = None
+        for current, source in zip(self.currents, self._sources(), strict=True):
+            current.copy_(local(source))
+        self.anchors, self.currents = self.currents, None
 
     def fold(self) -> bool:
         """False: jumps are in the weights themselves. See `LoraWeights.fold`."""
@@ -258,6 +274,17 @@ class DenseWeights:
             part.append(i)
             size += anchor.nbytes if away else 0
         yield part
+
+
+def _along(gradient: Tensor, anchor: Tensor, current: Tensor) -> float:
+    """Σ gradient·(current − anchor) in fp32, some rows at a time: no temporary is as large as a large tensor."""
+    block = BLOCK if gradient.is_cpu else DEVICE_BLOCK
+    total, columns = 0.0, [torch.atleast_1d(t) for t in (gradient, anchor, current)]
+    rows = max(1, block * len(columns[0]) // max(1, gradient.numel()))
+    for g, a, c in zip(*(t.split(rows) for t in columns), strict=True):
+        delta = c.to(g.device).float() - a.to(g.device).float()
+        total += float((g.float() * delta).sum())
+    return total
 
 
 def _placed_as(tensor: Tensor, gradient: Tensor) -> Tensor:

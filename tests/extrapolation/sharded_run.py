@@ -210,6 +210,16 @@ def stages(folder):
     return controller.step(1).delta_norm, said
 
 
+def plain_shards(folder):
+    """What saving says of a plain tensor of which each rank holds another part, and of one that all hold alike."""
+    whole = torch.arange(4.0)
+    EffOPDController({"mlp.w": whole.clone()}, lambda: 0.0).save(folder / "alike")
+    try:
+        EffOPDController({"mlp.v": whole.clone(), "mlp.w": share(whole)}, lambda: 0.0).save(folder / "parts")
+    except ValueError as error:
+        return str(error)
+
+
 def save_on_a_full_disk(folder):
     """What each rank raises when rank 1 cannot write its part of a checkpoint."""
 
@@ -235,6 +245,7 @@ def main(folder, case):
         results["settings"] = different_settings()
         results["partial sums"] = partial_sums()
         results["stages"] = stages(folder)
+        results["plain shards"] = plain_shards(folder)
         results["full disk"] = save_on_a_full_disk(folder)
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")

@@ -69,3 +69,16 @@ def test_the_confidence_holds_for_few_prompts(n, confidence):
     zero, rounds = Scores((0.0,) * n), 4000
     accepted = sum(better(Scores(tuple(draw.gauss(0, 1) for _ in range(n))), zero) for _ in range(rounds))
     assert abs(accepted / rounds - (1 - confidence)) < 4 * math.sqrt(confidence * (1 - confidence) / rounds)
+
+
+@pytest.mark.parametrize("accept", ["mean", "paired"])
+def test_the_same_scores_in_another_order_are_no_better(accept):
+    """0.1 + 0.2 + 0.3 is more than 0.3 + 0.2 + 0.1, summed as floats."""
+    better = acceptance_rule(accept, 0.0, 0.84)
+    assert not better(Scores((0.1, 0.2, 0.3)), Scores((0.3, 0.2, 0.1)))
+    assert not better(Scores((0.3, 0.2, 0.1)), Scores((0.1, 0.2, 0.3)))
+
+
+def test_means_that_no_float_is():
+    assert Scores((1e308, 1e308)).mean == math.inf and Scores((-math.inf, 1.0)).mean == -math.inf
+    assert math.isnan(Scores((math.inf, -math.inf)).mean)

@@ -1,10 +1,12 @@
 """search="gradient": the slope is the slope, the minimum is found, and nothing worse than W_t is ever kept."""
 
 import math
+import random
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effopd_kernels.extrapolation import EffOPDController, Losses, Scores
 from effopd_kernels.extrapolation.search import Point, line_minimum
@@ -46,6 +48,41 @@ def test_hard_lines_never_end_worse_than_they_began(loss, slope, passes):
     assert len(points) <= passes and all(1.0 <= p.alpha <= 11.0 for p in points)
     finite = [p for p in points if math.isfinite(p.loss)]
     assert min(p.loss for p in finite) < loss(1.0)
+
+
+@pytest.mark.parametrize(
+    "loss, alpha",
+    [
+        (lambda a: 1 - torch.exp(-((a - 1.6) ** 2) / 0.3), 1.6),  # flat beyond its minimum
+        (lambda a: torch.where(a < 2, -0.1 * a, 1000 - 0.2 * a), 1.875),  # falling on, above a cliff
+        (lambda a: torch.sin(3 * a), math.pi / 2),  # falling into a second valley
+    ],
+    ids=["flat", "cliff", "valleys"],
+)
+def test_a_higher_loss_is_beyond_the_minimum_whatever_its_slope(loss, alpha):
+    def evaluate(a):
+        at = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+        value = loss(at)
+        return Point(a, value.item(), torch.autograd.grad(value, at)[0].item())
+
+    points = line_minimum(evaluate, 64.0)
+    assert best(points) == pytest.approx(alpha, abs=0.02) and len(points) <= 6
+
+
+def test_the_search_of_a_saturated_student_ends_near_the_teacher():
+    """Reverse KL is flat where the student is certain: at α = 3 it is above that of α = 1, and hardly falls."""
+    teacher = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64).log_softmax(-1)
+    start = torch.tensor([-3.0, 0.5, 0.0], dtype=torch.float64)
+    update = torch.tensor([3.6, -1.0, -0.9], dtype=torch.float64)
+
+    def evaluate(a):
+        at = torch.tensor(a, dtype=torch.float64, requires_grad=True)
+        student = (start + at * update).log_softmax(-1)
+        loss = (student.exp() * (student - teacher)).sum()
+        return Point(a, loss.item(), torch.autograd.grad(loss, at)[0].item())
+
+    points = line_minimum(evaluate, 11.0)
+    assert points[1].loss > points[0].loss and best(points) == pytest.approx(1.25, abs=0.15)
 
 
 def world():
@@ -268,6 +305,50 @@ def test_options():
     controller.weights.tensors[0].add_(1.0)
     with pytest.raises(ValueError, match="requires_grad"):
         controller.step(1)
+
+
+@pytest.mark.parametrize("limit", [150, 340, 350, 650])
+@pytest.mark.parametrize("scored", [False, True])
+def test_the_budget_is_kept_by_searches_that_find_no_jump(limit, scored):
+    """After the first evaluation, whose cost nobody knows; the loss costs 100, and is the score or beside one of 30."""
+    net, draw = torch.nn.ModuleDict({"mlp": torch.nn.Linear(3, 2)}), random.Random(limit)
+
+    def score():
+        return Scores((draw.random(),), tokens=30)
+
+    def loss():
+        return Losses(net["mlp"].weight.sum() * (draw.random() - 0.6), 100)
+
+    options = dict(search="gradient", loss_fn=loss, schedule=1, max_val_tokens=limit)
+    controller = EffOPDController(net, score if scored else None, **options)
+    for step in range(1, 30):
+        with torch.no_grad():
+            net["mlp"].weight.add_(0.1)
+        controller.step(step)
+    assert controller.val_tokens <= max(limit, 100)
+
+
+def test_a_slope_needs_no_temporary_of_the_size_of_the_weights(monkeypatch):
+    net, start, target, loss, train = world()
+    controller = EffOPDController(net, None, search="gradient", loss_fn=loss)
+    train()
+    weights = controller.weights
+    weights.hold()
+    loss().backward()
+    expected = ((net["mlp"].weight - target) * (net["mlp"].weight - start)).sum().item()
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                sizes.append(out.numel())
+            return out
+
+    monkeypatch.setattr("effopd_kernels.extrapolation.weights.BLOCK", 4)
+    with Sizes():
+        assert weights.slope(1) == pytest.approx(expected, rel=1e-5)
+    assert max(sizes) == 4
 
 
 def test_the_budget_counts_points_of_the_line():

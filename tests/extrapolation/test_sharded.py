@@ -129,6 +129,11 @@ def test_stages_of_a_pipeline(ranks):
         assert said[1:] == ["anchor of other weights: missing ['layers.1.mlp.w'], unexpected ['layers.0.mlp.w']"]
 
 
+def test_plain_tensors_that_differ_between_ranks_are_not_saved_as_one(ranks):
+    for rank in ranks:
+        assert rank["plain shards"].startswith("mlp.w is a plain tensor that differs between ranks")
+
+
 def test_settings_that_differ_between_ranks_are_named_on_all_of_them(ranks):
     assert ranks[0]["settings"] == ranks[1]["settings"]
     for said, differs in zip(

@@ -4,6 +4,7 @@ import errno
 import gc
 import itertools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,18 +298,19 @@ def test_an_optimizer_that_steps_something_else_is_refused():
         net["self_attn"].weight.add_(1.0)
     with pytest.raises(ValueError, match=r"steps neither self_attn\.weight nor an fp32 master"):
         controller.step(2)
-    with pytest.raises(TypeError, match="one optimizer, with param_groups, got a object"):
+    with pytest.raises(TypeError, match="an optimizer, with param_groups, or a list of them, got a object"):
         find_masters(dict(net.named_parameters()), object())
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [[torch.optim.SGD(model().parameters())], "adamw", 0.1, torch.optim.AdamW],
-    ids=["list", "text", "number", "class"],
+    [[], "adamw", 0.1, torch.optim.AdamW, [torch.optim.SGD(model().parameters()), "adamw"]],
+    ids=["empty", "text", "number", "class", "among others"],
 )
-def test_what_is_not_one_optimizer_is_refused_at_construction(wrong):
-    kind = "the class AdamW" if isinstance(wrong, type) else f"a {type(wrong).__name__}"
-    with pytest.raises(TypeError, match=f"optimizer must be one optimizer, with param_groups, got {kind}"):
+def test_what_is_no_optimizer_is_refused_at_construction(wrong):
+    last = wrong[-1] if wrong and isinstance(wrong, list) else wrong
+    kind = "the class AdamW" if isinstance(last, type) else f"a {type(last).__name__}"
+    with pytest.raises(TypeError, match=f"with param_groups, or a list of them, got {kind}"):
         EffOPDController(model(), lambda: 0.0, optimizer=wrong)
 
 
@@ -354,6 +356,110 @@ def gradient_step(net, optimizer):
     for p in net.parameters():
         p.grad = torch.cos(torch.arange(p.numel())).view_as(p).to(p.dtype)
     optimizer.step()
+
+
+def test_several_optimizers():
+    """As Muon for matrices and AdamW for the others: each is asked for its masters, and each is reset."""
+    net = model(torch.bfloat16)
+    kinds = [p for p in net.parameters() if p.dim() > 1], [p for p in net.parameters() if p.dim() == 1]
+    muon, adam = (MasterInState(params, 0.1) for params in kinds)
+    both = SimpleNamespace(step=lambda: (muon.step(), adam.step()))
+    controller = run(net, both, steps=[1, 2], optimizer=(muon, adam), optimizer_policy="reset")
+    assert [e.alpha for e in controller.events] == [5.0, 5.0] and all(m is not None for m in controller.weights.masters)
+    gradient_step(net, both)
+    for name, p in net.named_parameters():
+        moment = (muon if p.dim() > 1 else adam).state[p]["exp_avg"]
+        assert torch.equal(moment, p.grad.float()) is not name.startswith("norm"), name
+
+
+class MasterBesideGroups(torch.optim.SGD):
+    """As apex's FusedAdam with master_weights."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.param_groups_master = [
+            {"params": [p.detach().float() for p in group["params"]]} for group in self.param_groups
+        ]
+
+    @torch.no_grad()
+    def step(self):
+        for group, masters in zip(self.param_groups, self.param_groups_master, strict=True):
+            for p, master in zip(group["params"], masters["params"], strict=True):
+                p.copy_(master.add_(p.grad.float(), alpha=-group["lr"]))
+
+
+def test_masters_in_groups_of_their_own():
+    half, full = model(torch.bfloat16), model(torch.bfloat16).float()
+    optimizer = MasterBesideGroups(half.parameters(), 0.1)
+    assert [e.alpha for e in run(half, optimizer, optimizer=optimizer).events] == [5.0] * 4
+    run(full, torch.optim.SGD(full.parameters(), 0.1))
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(half.parameters(), full.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_anchor_is_what_the_masters_hold(given):
+    """Not that rounded, from which a small first update could be ten times as far."""
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 8)})
+    start = {n: p.detach().clone() for n, p in net.named_parameters()}
+    masters = {n: p.clone().requires_grad_() for n, p in start.items()}
+    net.bfloat16()
+    found = dict(masters=masters) if given else dict(optimizer=torch.optim.SGD(masters.values()))
+    scores = iter([0.0, 1.0])
+    controller = EffOPDController(net, lambda: next(scores), alphas=(11,), **found)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(masters[name].sub_(2.0**-10))
+    assert controller.step(1).alpha == 11.0
+    for name, master in masters.items():
+        torch.testing.assert_close(master.detach(), start[name] - 11 * 2.0**-10)
+
+
+def test_nothing_is_allocated_after_the_decision(monkeypatch):
+    """Though masters appeared since: it could fail, and leave a jump that no event records."""
+    net = model(torch.bfloat16)
+    optimizer = MasterInState(net.parameters(), 0.1)
+    calls, allocate = [], buffers.allocate
+    monkeypatch.setattr(buffers, "allocate", lambda *args: calls.append(1) or allocate(*args))
+    controller = run(net, optimizer, steps=[1], optimizer=optimizer)
+    assert len(calls) == 2  # A at construction, W_t before the decision
+    assert controller.events[0].alpha == 5.0 and all(a.dtype == torch.float32 for a in controller.weights.anchors)
+
+
+class AdamWScheduleFree(torch.optim.SGD):
+    """As that of the package schedulefree: steps z, and averages it into the weights."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z.sub_(group["lr"] * p.grad), 1 / group["k"])
+
+
+def test_an_optimizer_that_averages_another_copy_into_the_weights_has_to_start_afresh():
+    net = model()
+    optimizer = AdamWScheduleFree(net.parameters(), lr=0.01)
+    with pytest.raises(ValueError, match=r"AdamWScheduleFree keeps a copy .* use optimizer_policy=\"reset\""):
+        EffOPDController(net, lambda: 0.0, optimizer=optimizer)
+    controller = run(net, optimizer, steps=[1], optimizer=optimizer, optimizer_policy="reset")
+    jumped = snapshot(net)
+    gradient_step(net, optimizer)
+    assert controller.events[0].alpha == 5.0
+    for name, p in net["mlp"].named_parameters(prefix="mlp"):
+        torch.testing.assert_close(p.detach(), jumped[name] - 0.005 * p.grad)  # half of a step, and nothing undone
+
+
+def test_reset_forgets_counts_and_nested_states_beside_a_master():
+    param = torch.nn.Parameter(torch.ones(3).bfloat16())
+    optimizer, master = torch.optim.SGD([param]), torch.ones(3)
+    optimizer.state[param] = dict(
+        step=7, master_param=master, moments=dict(exp_avg=torch.ones(3), counts=[4, torch.ones(1)]), fused=True
+    )
+    reset_state([param], optimizer)
+    state = optimizer.state[param]
+    assert state["step"] == 0 and state["master_param"] is master and master.sum() == 3 and state["fused"] is True
+    assert not state["moments"]["exp_avg"].any() and state["moments"]["counts"] == [0, torch.zeros(1)]
 
 
 @pytest.mark.parametrize("policy", ["keep", "reset"])
@@ -451,6 +557,41 @@ def test_replaced_parameters_are_named():
     net["mlp"].weight = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"mlp.weight \(1 of 4\) is not the model's parameter any more: make the"):
         controller.step(1)
+
+
+def test_a_changed_dtype_is_named():
+    net = model()
+    controller = EffOPDController(net, lambda: 0.0)
+    net.bfloat16()
+    with pytest.raises(ValueError, match=r"self_attn\.weight is torch\.bfloat16 and was torch\.float32 when the"):
+        controller.step(1)
+
+
+def test_inference_mode_around_construction_and_events_does_not_matter():
+    net, scores = model(), iter([0.0, 1.0] * 2)
+    with torch.inference_mode():
+        controller = EffOPDController(net, lambda: next(scores), alphas=(3,))
+    for step, mode in (1, True), (2, False):
+        with torch.no_grad():
+            net["mlp"].weight.add_(0.1)
+        with torch.inference_mode(mode):
+            assert controller.step(step).alpha == 3.0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_flattened_shards_are_refused(ranks, strategy):
+    """Of FSDP1. One rank alone holds all."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    options = dict(sharding_strategy=ShardingStrategy[strategy], device_id=torch.device("cpu"), use_orig_params=True)
+    net = torch.nn.ModuleDict({"mlp": FullyShardedDataParallel(torch.nn.Linear(3, 2), **options)})
+    arguments = net, [re.compile("mlp")], [], None, None, "device", None
+    if ranks == 1 or strategy == "NO_SHARD":
+        assert weights.weights_of(*arguments).names == ["mlp.weight", "mlp.bias"]
+    else:
+        with pytest.raises(ValueError, match=rf"FullyShardedDataParallel \({strategy}\), .* shard with FSDP2"):
+            weights.weights_of(*arguments)
 
 
 @pytest.mark.parametrize("search", ["candidates", "gradient"])
