@@ -25,7 +25,8 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
     if instruction_set is not None and EXCHANGE is not None and native() is not None:
         if _cpp(*lists, alphas, stats, instruction_set):
             return stats
-        rows = zip(*filter(None, lists), strict=True)
+        rows = [_lying_flat(row) for row in zip(*filter(None, lists), strict=True)]
+        params, anchors, currents, masters = lists = [*map(list, zip(*rows, strict=True)), []][:4]
         fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in rows]
         chosen = ([t for t, fit in zip(column, fits, strict=False) if fit] for column in lists)
         where = torch.tensor(fits, device="cpu")
@@ -43,6 +44,16 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
         else:
             _write(param, anchor, current, alpha, master)
     return stats
+
+
+def _lying_flat(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Contiguous views of them, where all lie in memory alike without gaps, as transposed or in channels_last."""
+    strides = row[0].stride()
+    if all(t.stride() == strides for t in row):
+        order = sorted(range(len(strides)), key=lambda d: -strides[d])
+        if row[0].permute(order).is_contiguous():
+            return tuple(t.permute(order) for t in row)
+    return row
 
 
 def alike(params: list, anchors: list, currents: list, masters: list) -> bool:

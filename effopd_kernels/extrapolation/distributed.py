@@ -120,8 +120,11 @@ class Ranks:
 
 def share(items: Sequence[T], rank: int | None = None, size: int | None = None) -> Sequence[T]:
     """This rank's contiguous part of items, maybe empty: merged scores then come in their order, as on one process.
-    rank and size are torch.distributed's by default. Raises TypeError for items that cannot be sliced."""
-    if rank is None or size is None:
+    rank and size, given both or neither, are torch.distributed's by default. Raises ValueError for others and TypeError
+    for items that cannot be sliced."""
+    if (rank is None) != (size is None):
+        raise ValueError(f"give both rank and size or neither, got rank {rank} and size {size}")
+    if rank is None:
         ranks = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
     if not 0 <= rank < size:

@@ -33,7 +33,14 @@ class Scores:
         """Whatever a score_fn may return, with plain floats; TypeError for anything else."""
         values, tokens, seconds = result, 0, None
         if isinstance(result, Scores):
-            values, tokens, seconds = result.values, int(result.tokens), result.seconds
+            values = result.values
+            try:
+                tokens = int(result.tokens)
+                seconds = None if result.seconds is None else float(result.seconds)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise TypeError(
+                    f"Scores need a number of tokens and of seconds, got {result.tokens!r} and {result.seconds!r}"
+                ) from error
         if isinstance(values, Tensor):
             values = values.detach()
         if hasattr(values, "flatten"):  # a tensor, or numpy's

@@ -285,7 +285,7 @@ def test_an_event_inside_autocast_is_the_event_outside(search):
 
 def test_tokens_seconds_and_budget():
     net = model()
-    scores = [Scores([x], tokens=100, seconds=2.0) for x in (1, 2, 3, 4, 5, 6)]
+    scores = [Scores([x], tokens=torch.tensor(100), seconds=np.float32(2.0)) for x in (1, 2, 3, 4, 5, 6)]
     controller = EffOPDController(net, Script(net, *scores), max_val_tokens=350)
     train(net)
     event = controller.step(1)
@@ -295,6 +295,7 @@ def test_tokens_seconds_and_budget():
     skipped = controller.step(2)  # W_t could be scored, no candidate beside it
     assert skipped.skipped == "max_val_tokens is spent" and skipped.score_initial is None
     assert len(controller.score_fn.scores) == 3 and controller.val_tokens == 300
+    json.dumps(controller.state_dict()["scalars"])
 
 
 @pytest.mark.parametrize(
@@ -561,6 +562,8 @@ def test_scores_of_any_shape(array):
         (["good"], TypeError, "score_fn must return"),
         (["12"], TypeError, "score_fn must return"),
         ([None], TypeError, "score_fn must return"),
+        ([Scores([1.0], seconds="two")], TypeError, "a number of tokens and of seconds, got 0 and 'two'"),
+        ([Scores([1.0], tokens=math.nan)], TypeError, "a number of tokens"),
         ([[]], ValueError, "no score"),
         ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),
     ],

@@ -140,6 +140,29 @@ def test_strided_parameters(backend):
     torch.testing.assert_close(one, two)
 
 
+@IN_CPP
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (0, 2, 3, 1)], ids=["transposed", "channels_last"])
+@pytest.mark.parametrize("masters", [True, False])
+def test_what_lies_without_gaps_is_as_fast_in_any_order(order, masters, monkeypatch):
+    """By the kernel, bit for bit what contiguous tensors get; beside one that has gaps."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float32)
+    plain, gaps = triple((2, 3, 4, 5), dtypes), triple((4, 6), dtypes)
+    back = [order.index(d) for d in range(4)]
+    laid = [t.permute(order).contiguous().permute(back) for t in plain]
+    assert not laid[0].is_contiguous()
+    slow, in_blocks = [], cpu._in_blocks
+    monkeypatch.setattr(cpu, "_in_blocks", lambda *args: slow.append(args[0].shape) or in_blocks(*args))
+    results = []
+    for tensors in (laid, plain):
+        columns = [[t, gap.clone()[:, ::2]] for t, gap in zip(tensors, gaps, strict=True)]
+        columns.append([torch.empty_like(t, dtype=torch.float32) for t in columns[0]] if masters else [])
+        results.append((run(cpu.extrapolate_, *columns[:3], 3.0, masters=columns[3]), columns))
+    assert slow == [(4, 3), (4, 3)]  # what has gaps
+    (one, written), (two, expected) = results
+    assert all(torch.equal(a, b) for k in (0, 3) for a, b in zip(written[k], expected[k], strict=True))
+    torch.testing.assert_close(one, two)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     alphas=st.lists(st.floats(-20, 20), min_size=1, max_size=5),

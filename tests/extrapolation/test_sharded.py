@@ -183,6 +183,7 @@ def test_share_is_contiguous_and_complete():
         (({"prompt": ["a"]},), TypeError, "items must be a sequence, .* got a dict"),
         (([1], 0, 0), ValueError, "rank must be at least 0 and below size, got rank 0 and size 0"),
         (([1], 5, 3), ValueError, "got rank 5 and size 3"),
+        (([1], None, 2), ValueError, "give both rank and size or neither, got rank None and size 2"),
     ],
     ids=str,
 )
