@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-
 def below_infinity(number: "Real | Tensor") -> bool:
     """Whether a number is none of infinity, NaN and an integer that no float can hold."""
     return number < math.inf and not (isinstance(number, int) and number > sys.float_info.max)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import is_integer, shown
-from .types import RSVD
+from .types import RSVD, check_svd
 
 
 def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
@@ -48,7 +48,10 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
 
 
 def reconstruct(svd: RSVD) -> Tensor:
-    """U diag(S) Vh, (..., m, n). For a gradient that also exists inside clusters of equal σ, take `low_rank_part`."""
+    """U diag(S) Vh, (..., m, n). For a gradient that also exists inside clusters of equal σ, take `low_rank_part`.
+    TypeError for what is no RSVD.
+    """
+    check_svd(svd)
     return (svd.U * svd.S.unsqueeze(-2)) @ svd.Vh
 
 

@@ -66,6 +66,8 @@ class MappingCheckpoint:
 
     def __init__(self, tensors: Mapping[str, Tensor], label: str):
         for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the names of {label} must be strings, got {name!r}")
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(tensor).__name__}")
         self._tensors, self.label = tensors, label

@@ -3,7 +3,8 @@
     Q from one of three routes;   Y = X Q = U₀ R;   XᵀU₀ = V S Wᵀ;   U = U₀ W;   ρ = ‖X V − U S‖ by column
 
 Xᵀu_i = σ_i v_i by construction, so σ̃_i ≤ σ_i and ‖X‖² − Σσ̃² is the squared norm of what was left out; the last product
-measures how far the triplets are from being singular. The factorisation proper happens on the short side.
+measures how far the triplets are from being singular. The factorisation proper happens on the short side. A fourth
+route is LAPACK's SVD of the whole.
 
 Shape legend: B matrices; N ≥ M long and short side; L sketch columns; K′ of them kept for the projection; K = rank.
 """
@@ -22,6 +23,7 @@ from .workers import side_by_side
 
 NARROW = 16  # short sides below which fp32 input is factored in fp64
 MAX_ROUNDS = 8  # of power iterations, while `tol` is not met
+TOGETHER = 32  # small matrices of the CPU; of all that is done with them no bit depends on the others
 _SCALE_BEYOND = 40  # |log₂ max |Δ|| up to which fp32 squares and their sums are safe as they are
 
 
@@ -58,14 +60,16 @@ class Rest(NamedTuple):
 
 
 def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD, Rest]:
-    """Factor a (B, m, n) − base. On CPU side by side, so that none depends on its batch; elsewhere as one group."""
+    """Factor a (B, m, n) − base. On CPU side by side, such that none depends on its batch; elsewhere as one group."""
     if not len(a):
         m, n = a.shape[-2:]
         dtype = torch.promote_types(a.dtype, torch.float32)
         svd, rest = _blank(0, max(m, n), min(m, n), settings, dtype, a.device)
         return svd if m >= n else svd.mT, rest
     x, y = a.detach(), None if base is None else base.detach()
-    size = 1 if a.device.type == "cpu" else len(a)
+    size = len(a)
+    if a.device.type == "cpu":  # small ones share the time that steps take to start
+        size = TOGETHER if settings.route is None and routes.small(a) else 1
     groups = [(list(x[i : i + size]), [] if y is None else list(y[i : i + size])) for i in range(0, len(x), size)]
     factor = side_by_side if a.device.type == "cpu" else map
     svds, rests = zip(*factor(lambda group: decompose_group(*group, settings), groups), strict=True)
@@ -87,6 +91,8 @@ def decompose_group(
     """
     tall = x[0].shape[0] >= x[0].shape[1]
     pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base], known=known)
+    if settings.route is None:  # by the dtype given: what is narrow goes on in fp64
+        settings = settings._replace(route=routes.choose(x[0], settings.rank, settings.width(min(x[0].shape))))
     if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
         if statistics is not None:
             statistics.copy_(ops.stats(pair.x, pair.base, True))
@@ -97,8 +103,7 @@ def decompose_group(
 
 def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) -> tuple[RSVD, Rest]:
     """As `decompose_group`; those that are zero or not finite are set apart."""
-    (n, m), k, full = x.x[0].shape, settings.rank, wanted is not None
-    route = settings.route or routes.choose(n, m, k, settings.width(m), x.x[0].device)
+    (n, m), k, full, route = x.x[0].shape, settings.rank, wanted is not None, settings.route
     start = None
     if x.known is not None:
         statistics = wanted
@@ -146,8 +151,11 @@ def _factor(
         if found is not None:
             return found
         x = replace(x, known=None)
-    q = _first_basis(x, start, route, settings)
-    svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=route != "exact")
+    if route == "direct":
+        svd, rest = _direct(x, frobenius * scale, settings)
+    else:
+        q = _first_basis(x, start, route, settings)
+        svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=route != "exact")
     return _unscaled(svd, rest, scale, settings.kept(settings.width(x.x[0].shape[1])) - settings.rank)
 
 
@@ -224,6 +232,19 @@ def _first_basis(x: Difference, start: Tensor | None, route: str, settings: Sett
 def _omega(x: Difference, width: int, settings: Settings) -> Tensor:
     m = x.x[0].shape[1]
     return signs.dense(settings.seed, m, width, x.x[0].device, x.dtype).expand(len(x.x), m, width)
+
+
+def _direct(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD, Rest]:
+    """The SVD of the whole difference in fp64: all that is off is its rounding to X's dtype."""
+    k, kept, dtype = settings.rank, settings.kept(settings.width(x.x[0].shape[1])), x.dtype
+    # One by one: LAPACK's bits may depend on where in memory a matrix lies.
+    alone = (torch.linalg.svd(x.dense(i).double(), full_matrices=False) for i in range(len(x.x)))
+    u, s, vh = map(torch.stack, zip(*alone, strict=True))
+    rounding = least_rounding(frobenius, dtype)
+    residual, triplets = torch.linalg.vector_norm(s[:, k:], dim=-1) + rounding, rounding.unsqueeze(-1).repeat(1, k)
+    flags = _flags(s[:, :kept], k, rounding.unsqueeze(-1), torch.ones_like(frobenius, dtype=torch.bool))
+    u, s, vh = u[..., :k].to(dtype), s[:, :kept].to(dtype), vh[:, :kept].to(dtype)
+    return RSVD(u, s[:, :k], vh[:, :k], residual, frobenius, triplets, flags), Rest(s[:, k:], vh[:, k:].mT)
 
 
 def _triplets(x: Difference, q: Tensor, frobenius: Tensor, settings: Settings, may_iterate: bool) -> tuple[RSVD, Rest]:

@@ -8,13 +8,14 @@ triplets needed.
 """
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
-from ..checks import is_integer, is_number, shown
+from ..checks import below_infinity, is_integer, is_number, readable, shown
 from .panels import PANEL
-from .types import RSVD
+from .types import RSVD, check_svd
 
 
 def low_rank_update(
@@ -40,13 +41,14 @@ def low_rank_update(
         out: written without gradients and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
 
     Raises:
-        TypeError: ``w0`` that is no floating tensor, ``svd`` that is no RSVD, ``alpha`` that is no number.
-        ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k.
+        TypeError: ``w0`` that is no floating tensor, ``svd`` that is no RSVD, ``alpha`` that is no number, ``out`` that
+            is no tensor.
+        ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k, ``alpha`` or
+            ``match_norm`` that is not finite, the latter below 0 (on a GPU these are not looked at).
     """
     if not isinstance(w0, Tensor) or not w0.is_floating_point():
         raise TypeError(f"w0 must be a floating tensor, got {getattr(w0, 'dtype', type(w0).__name__)}")
-    if not isinstance(svd, RSVD):
-        raise TypeError(f"svd must be an RSVD, as batched_rsvd returns it, got {type(svd).__name__}")
+    check_svd(svd)
     k = svd.S.shape[-1]
     if rank is not None and tail is not None:
         raise ValueError("give rank or tail, not both")
@@ -55,9 +57,13 @@ def low_rank_update(
             raise ValueError(f"{name} must be an integer from 0 to the {k} triplets at hand, got {shown(value)}")
     if not is_number(alpha) and not (isinstance(alpha, Tensor) and alpha.ndim == 0):
         raise TypeError(f"alpha must be a number, got {shown(alpha)}")
+    if not _usable(alpha, -math.inf):
+        raise ValueError(f"alpha must be finite, got {alpha}")
     shape = (*svd.U.shape[:-1], svd.Vh.shape[-1])
     if w0.shape != shape:
         raise ValueError(f"w0 is {tuple(w0.shape)}, the factors make {tuple(shape)}")
+    if not isinstance(out, Tensor | None):
+        raise TypeError(f"out must be a tensor like w0, got {type(out).__name__}")
     if out is not None and (out.shape != w0.shape or out.dtype != w0.dtype):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, w0 is {tuple(w0.shape)} {w0.dtype}")
 
@@ -66,8 +72,10 @@ def low_rank_update(
             raise ValueError(
                 f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
             )
-    elif match_norm is not None and not (is_number(match_norm) and match_norm >= 0):
+    elif match_norm is not None and not is_number(match_norm):
         raise ValueError(f"match_norm must be a number ≥ 0, or a tensor of one for each matrix, got {match_norm!r}")
+    if match_norm is not None and not _usable(match_norm, 0):
+        raise ValueError(f"match_norm must be finite and ≥ 0, got {shown(match_norm)}")
 
     part = slice(tail, None) if tail is not None else slice(0, rank)
     u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
@@ -81,6 +89,13 @@ def low_rank_update(
     if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
         return (w0.to(wide) + us @ vh).to(w0.dtype)
     return _added(w0, us, vh, torch.empty_like(w0) if out is None else out)
+
+
+def _usable(value: float | Tensor, least: float) -> bool:
+    """Whether it is finite and no less, as far as a look at it costs nothing."""
+    if not isinstance(value, Tensor):
+        return value >= least and below_infinity(abs(value))
+    return not readable(value) or bool(((value >= least) & value.isfinite()).all())
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""Three ways to a basis Q (B, M, L) that holds the leading right singular vectors of X (N × M, N ≥ M), and how one is
+"""Ways to a basis Q (B, M, L) that holds the leading right singular vectors of X (N × M, N ≥ M), and how one is
 chosen.
 
     subspace   Q ← orth(XᵀX Q), two products with the pair per iteration
     gram       G = XᵀX once, then Q ← orth(G Q) without touching the pair
     exact      eigenvectors of G in fp64 (for fp64 input: LAPACK's SVD)
+    direct     no basis: LAPACK's SVD in fp64 is the answer; on the CPU, for few entries or most of the triplets
 
 The last iteration of the first two is shifted, Q ← (XᵀX − c) Q, which damps what is left of the unwanted directions at
 no cost (Feng, Yu, Xie & Tang 2024, arXiv 2404.09276; here from Ritz values of the same product), and keeps the leading
@@ -25,15 +26,29 @@ from .difference import Difference
 from .orth import basis
 
 ROUTES = ("subspace", "gram", "exact")
+SMALL = 1 << 14  # entries, for which LAPACK takes less time than other routes
 GRAM_ITERATIONS = 4  # iterations in the Gram per requested power iteration: they cost a tenth of one on the pair
 
 
-def choose(n: int, m: int, rank: int, width: int, device: torch.device) -> str:
-    """The fastest accurate route for X (n × m, n ≥ m)."""
+def small(x: Tensor) -> bool:
+    """Whether x (..., m, n) are so few entries each that `choose` leaves them to LAPACK."""
+    return _for_lapack(x) and x.shape[-2:].numel() <= SMALL
+
+
+def _for_lapack(x: Tensor) -> bool:
+    """On the CPU, and of a dtype next to which the rounding of LAPACK's fp64 is nothing."""
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
+def choose(x: Tensor, rank: int, width: int) -> str:
+    """The fastest accurate route for x (m × n)."""
+    m, n = sorted(x.shape)
+    if small(x) or (_for_lapack(x) and rank > 0.6 * m and n <= 2 * m):
+        return "direct"
     if m <= 512 or width > 0.3 * m:
         return "exact"
     # On CPU products in 16 bits keep iterations on the pair cheap for longer than on a GPU, where a Gram is one launch.
-    return "subspace" if rank <= (96 if device.type == "cpu" else 16) else "gram"
+    return "subspace" if rank <= (96 if x.device.type == "cpu" else 16) else "gram"
 
 
 def iterate(

@@ -13,13 +13,15 @@ def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
     """Write factors and certificates of named matrices (never the matrices). The file appears whole or not at all.
 
     Raises TypeError for other than a mapping of names to `RSVD`, FileNotFoundError where the file's folder is not
-    there.
+    there, ValueError for a folder.
     """
     from safetensors.torch import save_file
 
     if not isinstance(svds, Mapping) or not all(isinstance(svd, RSVD) for svd in svds.values()):
         raise TypeError(f"svds must be a mapping of names to RSVDs, got {type(svds).__name__}")
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     tensors = {

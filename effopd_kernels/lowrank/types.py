@@ -2,7 +2,7 @@
 
 import math
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ def least_rounding(norm: Tensor, dtype: torch.dtype) -> Tensor:
 def triplets(fraction: float, rank: int) -> int:
     """How many make a part of a rank: whole ones, rounded up, but 28 of 100 for 0.28, whose product is above 28."""
     return math.ceil(fraction * rank - 1e-9)
+
+
+def check_svd(svd: Any) -> None:
+    if not isinstance(svd, RSVD):
+        raise TypeError(f"svd must be an RSVD, as batched_rsvd returns it, got {type(svd).__name__}")
 
 
 class Flag(IntFlag):

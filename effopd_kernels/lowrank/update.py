@@ -7,6 +7,7 @@ are held at a time.
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
 from .decompose import Settings, decompose_group
 from .rsvd import aligned, as_batch, check_align_to, check_pair, settings_for
 from .types import RSVD, Flag
-from .workers import side_by_side, without_autocast
+from .workers import side_by_side, submitted, without_autocast
 
 HELD_BYTES = 2 << 30  # of pairs: waiting for their like on a GPU, in work on the CPU
 
@@ -77,9 +78,10 @@ def update_svd(
     from tqdm import tqdm
 
     found: dict[str, RSVD] = {}
-    with tqdm(
-        total=len(names), desc="update_svd", unit="matrix", disable=None if progress is None else not progress
-    ) as bar:
+    hidden = None if progress is None else not progress
+    if sys.stderr is None:  # as in programs without a console
+        hidden = True
+    with tqdm(total=len(names), desc="update_svd", unit="matrix", disable=hidden) as bar:
 
         def factor(group: list[tuple[str, Tensor, Tensor]]) -> tuple[list, list[RSVD]]:
             x, y = [v for _, a, _ in group for v in as_batch(a)], [v for _, _, b in group for v in as_batch(b)]
@@ -111,7 +113,7 @@ def _matching_names(
 ) -> list[str]:
     """Names of the matrices to factor, after checking that both sides fit."""
     try:
-        wanted = include if callable(include) else re.compile(include or "").search
+        wanted = include if callable(include) else re.compile("" if include is None else include).search
     except (re.error, TypeError) as error:
         raise ValueError(f"include must be a regular expression or a predicate, got {include!r}: {error}") from error
     mine, theirs = (
@@ -156,7 +158,7 @@ def _pairs(current, anchor, names: list[str], device) -> Iterator[tuple[str, Ten
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for name in names:
-            this, ahead = ahead, reader.submit(read, name)
+            this, ahead = ahead, submitted(reader, read, name)
             if this is not None:
                 yield moved(*this.result())
         if ahead is not None:
@@ -173,7 +175,7 @@ def _at_once(current, anchor, names: list[str]) -> int:
 
 
 def _groups(pairs: Iterator[tuple[str, Tensor, Tensor]]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Equal shapes, dtypes and strides together; on CPU, where a group is no faster, one by one."""
+    """Equal shapes, dtypes and strides together; on CPU, where a group is hardly faster, one by one."""
     waiting: dict[tuple, list] = {}
     size = 0
     for pair in pairs:

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -45,11 +45,13 @@ class _Team:
         self.drivers, self.sharers = (
             ThreadPoolExecutor(threads, "effopd-lowrank", self._start, (ready, shares)) for shares in (False, True)
         )
-        for pool in (self.drivers, self.sharers):
-            for _ in range(threads):
-                pool.submit(ready.wait)
         try:
+            for pool in (self.drivers, self.sharers):
+                for _ in range(threads):
+                    pool.submit(ready.wait)
             ready.wait()
+        except RuntimeError:  # the main thread has ended: no pool takes anything, and `submitted` does without
+            ready.abort()
         except BaseException:  # interrupted: let the others go
             ready.abort()
             raise
@@ -102,6 +104,22 @@ def shared_out(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
     return _in_order(team.sharers, function, items, team.threads)
 
 
+def submitted(pool: ThreadPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """function(item) in the pool, or, once the main thread has ended, which closes pools under threads that go on,
+    here and now.
+    """
+    try:
+        return pool.submit(function, item)
+    except RuntimeError:
+        future, threads = Future(), torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            future.set_result(function(item))
+        finally:
+            torch.set_num_threads(threads)
+        return future
+
+
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
@@ -113,7 +131,7 @@ def _in_order(
 
     try:
         for item in items:
-            waiting.append(pool.submit(run, item))
+            waiting.append(submitted(pool, run, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,5 +1,6 @@
 """Inputs that break low-rank codes: degenerate, huge, tiny, poisoned, oddly shaped."""
 
+import functools
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from effopd_kernels.lowrank import (
     batched_rsvd,
     low_rank_part,
     panels,
+    routes,
     spectral_metrics,
     subspace_alignment,
     subspace_overlap,
@@ -63,6 +65,32 @@ def test_a_group_is_each_of_its_matrices(route, shape, rank, small):
         for name, x, y in zip(together._fields, together, alone, strict=True):
             unit = 1.0 if name in ("U", "Vh", "flags") else norm
             torch.testing.assert_close(x[i] / unit, y[0] / unit, rtol=0, atol=1e-4, equal_nan=True, msg=f"{name} {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 33), (40, 30), (31, 43)], ids=str)
+def test_small_matrices_do_not_depend_on_their_batch(shape, dtype):
+    """Though they are factored together: zero, poisoned and tiny ones beside usual ones, wherever in memory."""
+    a = torch.randn(40, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    a[3], a[5, 0, 0], a[7] = 0, torch.nan, a[7] * 1e-30
+    together = batched_rsvd(a, 5)
+    for i in range(40):
+        alone = batched_rsvd(a[i].clone(), 5)
+        assert all(torch.equal(x[i].nan_to_num(), y.nan_to_num()) for x, y in zip(together, alone, strict=True)), i
+        if i not in (3, 5):
+            assert_certified(alone, a[i].double())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("m", "n", "rank"), [(12, 9, 9), (60, 90, 6), (200, 150, 100), (130, 140, 130)])
+def test_left_to_lapack(m, n, rank, decay):
+    """Few entries, or most of the triplets; fp64 is not, whose certificates its roundings would break."""
+    a = with_spectrum(m, n, torch.exp(-decay * torch.arange(min(m, n), dtype=torch.float64))).float()
+    assert routes.choose(a, rank, rank) == "direct" != routes.choose(a.double(), rank, rank)
+    assert routes.choose(torch.empty(200, 150), 10, 42) == "exact"
+    svd = batched_rsvd(a, rank)
+    assert_certified(svd, a.double())
+    assert bool(svd.flags & Flag.RANK_DEFICIENT) == (decay * (rank - 1) > 14)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -227,6 +255,28 @@ def test_workers_leave_errors_and_other_threads_alone():
     assert counts == [3]
 
 
+@pytest.mark.parametrize("closed", ["before", "after"])
+def test_threads_that_outlive_the_main_one(monkeypatch, closed):
+    """When it ends, pools are closed under the others: before or after they first computed anything."""
+    torch.set_num_threads(2)
+    monkeypatch.setattr(workers, "_team", functools.cache(workers._Team))
+    a = torch.stack([spectrum("polynomial", 130, 140, seed).float() for seed in range(3)])
+
+    def found():
+        by_name = update_svd({"one": a[0]}, {"one": a[1]}, 5)
+        return [*batched_rsvd(a, 5), *batched_rsvd(a[0], 5, route="subspace"), *by_name["one"]]
+
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    expected = found()
+    if closed == "before":
+        workers._team.cache_clear()
+    monkeypatch.setattr(workers.ThreadPoolExecutor, "submit", refuse)
+    assert all(torch.equal(x, y) for x, y in zip(found(), expected, strict=True))
+    assert torch.get_num_threads() == 2
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_inference_mode_and_autocast_change_nothing(threads):
     """Neither inside them nor afterwards, though buffers made inside are used again; in backward too."""
@@ -346,6 +396,10 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, 2, base=a.int()), TypeError, "base must be .* got torch.int32"),
         (lambda a: batched_rsvd(a.to(torch.complex64), 2), TypeError, "complex64"),
         (lambda a: batched_rsvd(a.numpy(), 2), TypeError, "ndarray"),
+        (lambda a: batched_rsvd(None, 2), TypeError, "a must be a tensor of .* got NoneType"),
+        (lambda a: spectral_metrics(None), TypeError, "a must be a tensor of .* got NoneType"),
+        (lambda a: batched_rsvd(a.to_sparse(), 2), TypeError, "a must be dense, got layout torch.sparse_coo"),
+        (lambda a: batched_rsvd(a, 2, align_to=a.to(torch.complex64)), TypeError, "its U, got torch.complex64"),
         (lambda a: batched_rsvd(a[0], 2), ValueError, r"\(9,\)"),
         (lambda a: batched_rsvd(a, 2, route="fast"), ValueError, "subspace, gram, exact"),
         (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be a number > 0"),

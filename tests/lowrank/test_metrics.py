@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from lowrank.matrices import SPECTRA, bf16_pair, kahan, spectrum, with_spectrum
@@ -129,7 +130,11 @@ def test_metrics_do_not_depend_on_scale_or_batch():
     [
         ({"top_fraction": 0.0}, ValueError, "top_fraction"),
         ({"method": "lanczos"}, ValueError, '"exact" or "slq"'),
-        ({"method": "slq", "probes": 1}, ValueError, "two probes"),
+        ({"top_fraction": None}, ValueError, r"top_fraction must be a number in \(0, 1\], got None"),
+        ({"method": "slq", "probes": 1}, ValueError, "probes must be an integer ≥ 2, got 1"),
+        ({"probes": 16.5}, ValueError, "probes must be an integer ≥ 2, got 16.5"),
+        ({"steps": math.inf}, ValueError, "steps must be an integer ≥ 1, got inf"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"base": torch.zeros(3, 3)}, ValueError, r"\(4, 5\) and base \(3, 3\)"),
     ],
 )
@@ -138,6 +143,13 @@ def test_bad_input(options, error, words):
         spectral_metrics(torch.zeros(4, 5), **options)
     with pytest.raises(TypeError, match="int64"):
         spectral_metrics(torch.zeros(4, 5, dtype=torch.int64))
+
+
+def test_numpy_integers_are_integers():
+    a, three = spectrum("polynomial", 20, 30).float(), np.int64(3)
+    options = {"probes": three, "steps": three, "seed": three}
+    found, expected = (spectral_metrics(a, method="slq", **each) for each in (options, dict.fromkeys(options, 3)))
+    assert torch.equal(found.effective_rank, expected.effective_rank)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,10 @@ def test_bad_input(case):
         low_rank_update(svd, w0)
     with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
         low_rank_update(w0, w0)
+    with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
+        reconstruct(w0)
+    with pytest.raises(TypeError, match="out must be a tensor like w0, got list"):
+        low_rank_update(w0, svd, out=[w0])
     with pytest.raises(TypeError, match="alpha must be a number, got '2'"):
         low_rank_update(w0, svd, alpha="2")
     for options, words in (
@@ -100,7 +104,12 @@ def test_bad_input(case):
         ({"rank": 2.0}, "rank must be an integer.*got 2.0"),
         ({"tail": -1}, "tail must be an integer from 0"),
         ({"out": w0[:1]}, "out is"),
-        ({"match_norm": -1.0}, "match_norm must be a number"),
+        ({"match_norm": -1.0}, "match_norm must be finite and ≥ 0, got -1.0"),
+        ({"match_norm": torch.inf}, "match_norm must be finite"),
+        ({"match_norm": torch.tensor([1.0, -1.0])}, "match_norm must be finite"),
+        ({"match_norm": torch.tensor(torch.nan)}, "match_norm must be finite"),
+        ({"alpha": -torch.inf}, "alpha must be finite, got -inf"),
+        ({"alpha": torch.tensor(torch.nan)}, "alpha must be finite"),
         ({"match_norm": [1.0, 2.0]}, "match_norm must be a number.*got \\[1.0, 2.0\\]"),
     ):
         with pytest.raises(ValueError, match=words):

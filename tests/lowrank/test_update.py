@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 from lowrank.matrices import assert_certified, bf16_pair
@@ -136,6 +138,10 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
         update_svd(current, anchor | {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}, 2)
     with pytest.raises(TypeError, match=r"current\['x'\].*list"):
         update_svd({"x": [1.0]}, anchor, 2)
+    with pytest.raises(TypeError, match="names of current must be strings, got 1"):
+        update_svd({1: anchor["a.weight"]}, anchor, 2)
+    with pytest.raises(ValueError, match="include must be a regular expression or a predicate, got array"):
+        update_svd(*pair, 3, include=np.array(["a", "b"]))
     with pytest.raises(TypeError, match="anchor must be a mapping"):
         update_svd(current, 3, 2)
     with pytest.raises(ValueError, match=r"include must be a regular expression or a predicate, got '\('"):
@@ -223,6 +229,9 @@ def test_save_and_load(pair, tmp_path):
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(TypeError, match="svds must be a mapping of names to RSVDs, got RSVD"):
         save(found[next(iter(found))], path)
+    for folder in ("", tmp_path):
+        with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+            save({}, folder)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         save({}, tmp_path / "nowhere" / "factors.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
@@ -250,3 +259,9 @@ def test_progress_bar_on_request(pair, capsys):
     assert "update_svd: 100%" in capsys.readouterr().err
     update_svd(*pair, 2, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("progress", [None, True])
+def test_without_a_console_there_is_no_progress_bar(pair, monkeypatch, progress):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert update_svd(*pair, 2, progress=progress)
