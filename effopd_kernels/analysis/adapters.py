@@ -25,6 +25,9 @@ _VARIANTS = {
     "alora_invocation_tokens": "aLoRA",
 }  # fmt: skip
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
+# Families of transformers with Conv1D layers, whose weights are (in, out), and the names of these layers.
+_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 
 class StoredFactors(NamedTuple):
@@ -35,6 +38,12 @@ class StoredFactors(NamedTuple):
     b: str
     scale: float
     transposed: bool  # the weight is (in, out): embeddings and Conv1D
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight that they are to be added to."""
+        n, m = self.file.shapes[self.a][0][1], self.file.shapes[self.b][0][0]
+        return (n, m) if self.transposed else (m, n)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -66,9 +75,9 @@ class Adapter(Checkpoint):
             )
         self.shapes = dict(base.shapes)  # of what is adapted, as the adapter has them: `compare` looks whether they fit
         for name, factors in self._factors.items():
+            factors[:] = (_as_the_weight_lies(f, name, base) for f in factors)
             for f in factors:
-                n, m = f.file.shapes[f.a][0][1], f.file.shapes[f.b][0][0]
-                self.shapes[name] = ((n, m) if f.transposed else (m, n), base.shapes[name][1])
+                self.shapes[name] = (f.shape, base.shapes[name][1])
         for name, (file, stored) in self._whole.items():
             self.shapes[name] = (file.shapes[stored][0], base.shapes[name][1])
 
@@ -132,6 +141,18 @@ class Adapter(Checkpoint):
             self._factors.setdefault(f"{module}.weight", []).append(
                 StoredFactors(file, parts["A"], parts["B"], scale, transposed)
             )
+
+
+def _as_the_weight_lies(f: StoredFactors, name: str, base: Checkpoint) -> StoredFactors:
+    """With ``transposed`` as the base has it. The folder's fan_in_fan_out is that of the layer that peft made last, and
+    decides only where the shape is square and the family none of those.
+    """
+    turned, shape = f._replace(transposed=not f.transposed), base.shapes[name][0]
+    if f.shape != turned.shape and shape in (f.shape, turned.shape):
+        return f if shape == f.shape else turned
+    if base.config.get("model_type") in _CONV1D_FAMILIES and "lora_embedding" not in f.a:
+        return f._replace(transposed=bool(_CONV1D.search(name)))
+    return f
 
 
 def _product(f: StoredFactors, rows: slice) -> Tensor:

@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     print_anywhere()
+    if sys.stderr is None:  # closed: notes and the progress are for nobody
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         if command in ("-h", "--help"):

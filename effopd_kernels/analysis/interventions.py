@@ -30,7 +30,7 @@ from .comparison import Comparison, compare
 from .edits import Edit, EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import as_the_model_names_them
-from .output import check_free, not_left_empty, say, whole_folder
+from .output import answer, check_free, not_left_empty, say, whole_folder
 from .plans import INTERVENTIONS, Plan, Trial
 from .report import PARTS
 from .roles import role_of
@@ -151,7 +151,7 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     notes = notes_on(comparison, plan)
     if first:
         say(notes)
-        print(cost, flush=True)
+        answer(cost)
     if ours.estimate_only:
         return
     models = folder / "models"
@@ -165,7 +165,7 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     if first:
         rows = rows_of(trials, evaluations, args.eval_metric)
         write_report(folder, rows, args.eval_metric, settings, comparison, notes)
-        print(f"tables, figures and report.html are in {printable(folder)}")
+        answer(f"tables, figures and report.html are in {printable(folder)}")
 
 
 def check(ours: InterventionArguments, data: DataArguments, args: OPDConfig) -> None:

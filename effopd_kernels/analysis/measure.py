@@ -199,7 +199,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     rank = min(max(options.rank, top), m)  # the top are known one by one
     settings = Settings(rank, OVERSAMPLE, seed=options.seed)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
-    exact = options.exact or choose(n, m, rank, settings.width(m), a.device) == "exact"
+    exact = options.exact or choose(a, rank, settings.width(m)) in ("direct", "exact")
     known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
     subtracted = None if known is None else math.sqrt(statistics[5]) if statistics[5].isfinite() else math.nan
     statistics, group = statistics[:5], ([a], [] if b is None else [b])

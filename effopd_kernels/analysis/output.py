@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and what is said on stderr."""
+"""A folder that appears whole or not at all, and what is said beside it."""
 
 import contextlib
 import os
@@ -16,8 +16,17 @@ from ..extrapolation.lora import COMPANION
 
 def say(notes: Iterable[str]) -> None:
     """What a reader must know, while the report is yet to come."""
-    for note in notes:
-        print(f"effopd-analyze: {note}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # as in `answer`
+        for note in notes:
+            print(f"effopd-analyze: {note}", file=sys.stderr)
+
+
+def answer(text: str) -> None:
+    """Say on stdout what was asked for. That nobody reads it, or the disk it goes to is full, undoes no work."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest as it ends
 
 
 def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:

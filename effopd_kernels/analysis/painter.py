@@ -1,8 +1,10 @@
 """Figures drawn by a second process, which imports matplotlib while this one imports PyTorch, and draws while this one
 writes tables.
 
-It is told on its stdin what to draw and ends when that is closed, so at the latest with this process, whatever ends it.
-A Ctrl-C at the terminal is this process's alone.
+It is told on its stdin what to draw, and ends when it has drawn that or when its stdin is closed: whatever ends this
+process, it is not left waiting. A Ctrl-C at the terminal is this process's alone, which then kills it.
+
+A system that starts no second process, or loses it, is done without: this one draws.
 """
 
 import os
@@ -28,12 +30,15 @@ class Painter:
 
     def __enter__(self) -> "Painter":
         command = [sys.executable, "-c", _PROGRAM, *sys.path]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        pipe = subprocess.PIPE
+        with suppress(OSError):
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(BrokenPipeError), self.process:  # closes the pipes
-            self._kill()  # it has drawn, or is not to
+        if self.process:
+            with suppress(BrokenPipeError), self.process:  # closes the pipes
+                self._kill()  # it has drawn, or is not to
         self.process = None
 
     @contextmanager
@@ -83,8 +88,10 @@ def paint() -> None:
 
 
 def _draw_in_halves(jobs: Sequence[Job]) -> None:
-    """Half of it by a copy of this process, if the system makes copies; what the copy fails at is tried again here."""
-    copy = os.fork() if hasattr(os, "fork") else None
+    """Half of it by a copy of this process, if the system makes one; what the copy fails at is tried again here."""
+    copy = None
+    with suppress(AttributeError, OSError):  # Windows has none; there may be no room for one
+        copy = os.fork()
     if copy == 0:
         try:
             _draw(jobs[1::2])

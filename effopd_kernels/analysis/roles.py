@@ -21,10 +21,12 @@ TYPES = ("embedding", *ATTENTION, *MLP, *EXPERTS, BIASES, "router", "norm", "hea
 _LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|h|blocks?|attentions|ffns)\.(\d+)(?=\.|$)")
 _EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?=\.|$)")
 # Towers and layers that predict further tokens (MTP) number their layers anew.
-_FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|audio|image|mtp)\w*\.")
-_ATTENTION_BLOCK = re.compile(r"(?:^|\.)\w*att(?:n|entions?)?(?:_layers)?\.")
+_FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|video|audio|image|qformer|perceiver|protein|mtp)\w*\.")
+# The innermost block decides: of Idefics' gated_cross_attn_layers each holds an mlp.
+_ATTENTION_BLOCK = re.compile(r"(?:^|\.)\w*att(?:n|entions?)?(?:_layers)?\.(?!(?:.*\.)?mlp\.)")
 _MIXER_BLOCK = re.compile(r"(?:^|\.)(?:mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.")  # Nemotron-H: any block
-_EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.|block_sparse_moe\.\w+_linear$")  # Granite's
+# Granite and JetMoe have the stacks of experts in the block itself.
+_EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.|\.(?:block_sparse_moe|mlp)\.(?:in|out)put_linear$")
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
 
 # The first pattern that the whole module path (weight and bias endings removed, lower case) ends with decides.
@@ -38,22 +40,22 @@ _WHOLE = [
 _IN_ATTENTION = [
     ("other", r"\w*conv\w*|\w+_decay"),  # a short convolution of the queries is no projection
     (GATES, r"in_proj_(z|a|b|ba)|(\w+_)?gate_proj|linear_gate|[abfg]_proj|[fg]_[ab]_proj|[fio]gate_preact"),
-    (GATES, r"linear_y|receptance"),  # Griffin's, RWKV's
+    (GATES, r"linear_y|receptance|output_gate|gate_attn"),  # Griffin's, RWKV's, MiniMax's, Inkling's
     ("qkv", r"\w*qkv\w*|query_key_value|c_attn|in_proj|\w*pack"),
     ("kv", r"w?kv\w*|\w*_kv"),
-    ("q", r"q|wq(_[ab])?|q_\w*|query\w*|\w*q_proj"),
-    ("k", r"k|wk|k_\w*|key\w*"),
-    ("v", r"v|wv|v_\w*|value\w*|linear_x"),
-    ("o", r"o|wo(_[ab])?|o_\w*|out\w*|linear_out|c_proj|dense|output\.dense"),
+    ("q", r"q|wq(_\w+)?|q_\w*|query\w*|\w*q_proj|project_q|experts\.input_linear"),
+    ("k", r"k|wk(_\w+)?|k_\w*|key\w*|project_k"),
+    ("v", r"v|wv(_\w+)?|v_\w*|value\w*|linear_x|project_v"),
+    ("o", r"o|wo(_\w+)?|o_\w*|out\w*|linear_out|c_proj|dense|output\.dense|attention_out"),
 ]
 _IN_MLP = [
     ("up", r"densereludense\.wi"),  # T5's; ModernBERT's wi is two in one
-    ("router", r"gate(\.wg)?|router(\.\w+)?|shared_expert_gate"),
-    ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12|input_linear"),
-    ("gate", r"gate_\w*|linear_gate|w1|wi_0|c_fc_0|linear_1|proj_up_gate|receptance"),
-    ("up", r"(proj_)?up\w*|w3|v1|wi_1|c_fc(_1)?|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
+    ("router", r"gate(\.wg|\.down_proj)?|router(_mlp)?(\.\w+)?|shared_expert_gate"),
+    ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12|w13_weight|input_linear|experts\.fc1"),
+    ("gate", r"gate_\w*|linear_gate|w1|w_in\.w_0|wi_0|c_fc_0|linear_1|proj_up_gate|receptance"),
+    ("up", r"(proj_)?up\w*|w3|w_in\.w_1|v1|wi_1|c_fc(_1)?|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
     ("up", r"dense_h_to_4h|intermediate\.dense"),
-    ("down", r"(proj_)?down\w*|w2|wo|c_proj|(linear_)?fc2|fc_out|lin2|layer_2|output_linear|value"),
+    ("down", r"(proj_)?down\w*|w2(_weight)?|w_out|wo|c_proj|(linear_)?fc2|fc_out|lin2|layer_2|output_linear|value"),
     ("down", r"dense_4h_to_h|output\.dense"),
 ]
 

@@ -25,7 +25,7 @@ from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
-from .output import check_free, say, whole_folder
+from .output import answer, check_free, say, whole_folder
 from .painter import Painter
 from .report import PARTS, REPORT_NAME, Section, write_report
 
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
         options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=_device(args.device, ranks))
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:
-            print(f"exact spectra: about {estimate(comparison, ranks.size):.0f} s more", file=sys.stderr)
+            say([f"exact spectra: about {estimate(comparison, ranks.size):.0f} s more"])
         began = time.perf_counter()
         found = analyse(comparison, options, ranks)
         if found is None:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
         with whole_folder(args.output_dir, PARTS) as folder:
             write_all(found, folder, {"seconds to read and measure": round(seconds, 1), "ranks": ranks.size}, painter)
     path = Path(args.output_dir) / REPORT_NAME
-    print(printable(path))
+    answer(printable(path))
     return path
 
 

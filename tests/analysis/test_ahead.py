@@ -3,12 +3,11 @@
 import builtins
 import threading
 
+from effopd_kernels.analysis import ahead
 from effopd_kernels.analysis.ahead import reading_ahead
 
 
 def test_reads_the_first_files_alike_far_until_the_block_ends(tmp_path, monkeypatch):
-    import effopd_kernels.analysis.ahead as ahead
-
     read, whole = [], threading.Event()
 
     class Watched:
@@ -50,6 +49,18 @@ def test_ends_with_the_block(tmp_path):
     with reading_ahead([tmp_path]):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_opens_no_more_than_a_process_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_FILES", 2)
+    monkeypatch.setattr(ahead, "_read", lambda paths, _: opened.extend(paths))
+    opened = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    with reading_ahead([tmp_path / name for name in "abc"]):
+        pass
+    assert [path.parent.name for path in opened] == ["a", "b"]
 
 
 def test_what_cannot_be_read_is_not_said_here(tmp_path, capfd):

@@ -95,6 +95,27 @@ def test_an_adapter_as_peft_saves_it(base, tmp_path):
     assert update(comparison, "model.norm.weight").any() and update(comparison, EMBEDDING).any()
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("vocabulary", [40, 16])  # 16: the head is square too
+@pytest.mark.parametrize("targets", [["attn.c_proj", "lm_head"], ["c_attn", "lm_head"], ["c_attn", "c_proj", "wte"]])
+def test_layers_that_lie_the_other_way_as_peft_saves_them(tmp_path, targets, vocabulary):
+    """GPT-2's are Conv1D, (in, out); its head is not, and peft notes for all of them what the last one is."""
+    peft = pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=8, tie_word_embeddings=False)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    after = adapted.merge_and_unload().state_dict()
+    comparison = compare(tmp_path / "base", {"run": [tmp_path / "adapter"]})
+    for name in comparison.names:
+        expected = (after[name] - comparison.base.read(name)).double()
+        torch.testing.assert_close(update(comparison, name), expected, rtol=1e-4, atol=1e-6)
+        assert expected.any() == any(f"{target}.weight" in name for target in targets)
+
+
 def test_the_companion_of_extrapolation_adds(base, tmp_path):
     module = Q.removesuffix(".weight")
     (pair, product), (other, more) = factors(module, 64, 64), factors(module, 64, 64, rank=8, seed=1)

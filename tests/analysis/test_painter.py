@@ -1,5 +1,7 @@
 """What a second process draws is what this one would, and what goes wrong there is said here."""
 
+import errno
+import os
 import pickle
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import pytest
 from analysis import planted
 
 from effopd_kernels.analysis import figures
-from effopd_kernels.analysis.painter import Painter
+from effopd_kernels.analysis.painter import Painter, _draw_in_halves
 
 LINE = figures.lines({"a": ([0, 1], [2, 3])}, "x", "y", title="‖ΔW‖")
 
@@ -56,6 +58,18 @@ def test_a_killed_one_is_done_without(tmp_path):
         with painter.drawing([(LINE, tmp_path, "x")]):
             pass
     assert (tmp_path / "x.svg").exists()
+
+
+def test_a_system_that_starts_no_more_processes(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused, raising=False)
+    _draw_in_halves([(LINE, tmp_path, name) for name in "ab"])
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    with Painter() as alone, alone.drawing([(LINE, tmp_path, "c")]):
+        pass
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["a.svg", "b.svg", "c.svg"]
 
 
 def test_does_not_draw_into_what_an_interrupt_clears_away(tmp_path):

@@ -292,6 +292,20 @@ def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err.endswith(said + "\n")
 
 
+@pytest.mark.parametrize("closed", [True, False])
+def test_nobody_to_read_what_is_said(undrawn, folders, tmp_path, monkeypatch, closed):
+    """Stdout a pipe whose reader is gone, stderr too or closed: the report is there, and that is success."""
+    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1", "--exact_spectrum"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        patch.setattr(sys, "stderr", None if closed else pipe)
+        assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+        sys.stderr.close()
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_terminated_is_interrupted(undrawn, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(updates, "write_report", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
