@@ -28,6 +28,17 @@ def print_anywhere() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+@contextmanager
+def printed_and_done() -> Iterator[None]:
+    """Ends the command after the block; quietly, if a reader had seen enough of its output, as in `--help | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still flushes as it exits
+    raise SystemExit(0)
+
+
 def refused(command: str, why: str) -> int:
     """Say on stderr what was wrong with what was given, on one rank of those that found it; returns the exit code."""
     if _first_to_say(why):

@@ -1,5 +1,6 @@
 """What importing costs, and where the package still works."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from effopd_kernels import commands
 
 
 def run(code: str) -> str:
@@ -75,6 +78,24 @@ def test_an_interrupt_while_importing_is_one_sentence():
             assert said.getvalue() == f"{command}: interrupted\\n"
         """
     )
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        for text in "short", "long" * 10_000:
+            with pytest.raises(SystemExit) as stopped, commands.printed_and_done():
+                print(text)
+            assert stopped.value.code == 0
+
+
+@needs("trl", "peft", "matplotlib")
+def test_the_module_of_a_command_is_the_command():
+    asked = [sys.executable, "-m", "effopd_kernels.train_command", "--top_k=-1"]
+    result = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "error: --top_k must be" in result.stderr
 
 
 # `sys.modules[name] = None` makes `import name` fail as it does where it is not installed.

@@ -39,9 +39,10 @@ class EffOPDCallback(TrainerCallback):
             (`EarlyStoppingCallback`).
         controller_args: keyword arguments of `EffOPDController` (schedule, alphas, include, min_delta, …).
 
-    The anchor is taken when training begins, so add the callback before `train()`. The controller's state goes into
-    each checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set, otherwise from the
-    checkpoint of the resumed step in `args.output_dir`; trainer_state.json says whether it is of the same run.
+    The anchor is taken when training begins, so add the callback before `train()`, one to a trainer. The controller's
+    state goes into each checkpoint folder; resuming reads it from `args.resume_from_checkpoint` if that is set,
+    otherwise from the checkpoint of the resumed step in `args.output_dir`; trainer_state.json says whether it is of the
+    same run.
 
     A LoRA student that jumped is two adapters while it trains, and so are its checkpoints. When training ends they
     become one, of a larger rank (`EffOPDController.fold_`): what `save_model` writes then is the student. To train
@@ -49,8 +50,9 @@ class EffOPDCallback(TrainerCallback):
 
     Raises:
         TypeError: for an option that `EffOPDController` does not have.
-        UserError: when training begins, for an option out of range or when no parameter matches; on resume, when the
-            checkpoint holds no EffOPD state, or that of another run or of other weights.
+        UserError: when training begins, for an option out of range, when no parameter matches, beside another
+            EffOPDCallback, or in a hyperparameter search without `log=trainer.log`; when it began without the callback;
+            on resume, when the checkpoint holds no EffOPD state, or that of another run or of other weights.
     """
 
     def __init__(
@@ -76,9 +78,15 @@ class EffOPDCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.state, self.saved_step = state, None
+        if vars(state).setdefault("effopd_callback", id(self)) != id(self):  # each training has a new TrainerState
+            raise UserError("the trainer has two EffOPDCallbacks, which would undo each other's jumps: add one")
+        if state.is_hyper_param_search and not isinstance(self.trainer, Trainer):
+            raise UserError(
+                "in a hyperparameter search EffOPDCallback needs log=trainer.log: its trainer names the trial's folder"
+            )
         given = Path(args.resume_from_checkpoint or "")
         known = args.resume_from_checkpoint and (given / TRAINER_STATE_NAME).is_file()
-        resumed = None if state.global_step == 0 else given if known else _checkpoint(args, state)
+        resumed = None if state.global_step == 0 else given if known else self._checkpoint(args, state)
         if resumed is not None:
             load_trained_adapter(model, resumed)
         try:
@@ -108,6 +116,8 @@ class EffOPDCallback(TrainerCallback):
         self._note_history()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.controller is None:
+            raise UserError("an EffOPDCallback was added to a training that had begun: add it before train()")
         self._step(state, control)
 
     def _step(self, state, control) -> None:
@@ -161,7 +171,7 @@ class EffOPDCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.saved_step != state.global_step:  # a trainer that writes checkpoints whole has called save() itself
-            self.save(_checkpoint(args, state), state.global_step)
+            self.save(self._checkpoint(args, state), state.global_step)
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Write the controller's state into a checkpoint folder; every rank calls it, before trainer_state.json is
@@ -169,6 +179,12 @@ class EffOPDCallback(TrainerCallback):
         self._note_history()  # an interrupt may have come between an event and its note
         self.controller.save(checkpoint / STATE_DIR)
         self.saved_step = step
+
+    def _checkpoint(self, args, state) -> Path:
+        """Where this step's is: that of a hyperparameter search's trial, in a folder of the trial's."""
+        known, trial = isinstance(self.trainer, Trainer), getattr(self.trainer, "_trial", None)
+        folder = self.trainer._get_output_dir(trial) if known else args.output_dir
+        return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def _note_history(self) -> None:
         self.state.stateful_callbacks[STATE_KEY] = self._history()
@@ -185,7 +201,3 @@ def load_trained_adapter(model, checkpoint: Path) -> None:
     """
     if COMPANION in getattr(model, "peft_config", {}) and (checkpoint / "adapter_model.safetensors").is_file():
         model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
-
-
-def _checkpoint(args, state) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

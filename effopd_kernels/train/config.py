@@ -19,6 +19,38 @@ EVAL_METRICS = ("accuracy", "teacher_kl")
 _FAMILY = {"jsd": jsd, "skew_forward_kl": skew_forward_kl, "skew_reverse_kl": skew_reverse_kl}
 _MEMBERS = {"reverse_kl": REVERSE_KL, "forward_kl": FORWARD_KL}
 
+_COLDEST = 1e-6  # logits that are divided by less may be infinite
+# What an option must be, also as an entry of generation_kwargs, where libraries refuse it late or compute nonsense.
+_DOMAINS = {
+    "temperature": (lambda v: v >= _COLDEST, f"at least {_COLDEST}"),
+    "loss_temperature": (lambda v: v >= _COLDEST, f"at least {_COLDEST}"),
+    "eval_temperature": (
+        lambda v: v == 0 or _COLDEST <= v < math.inf,
+        f"positive, or 0 for greedy, finite and no less than {_COLDEST}",
+    ),
+    "top_k": (lambda v: v >= 0, "a number of tokens, or 0 for all"),
+    "top_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "min_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "repetition_penalty": (lambda v: 0 < v < math.inf, "positive and finite"),
+    "dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
+    "num_beams": (lambda v: v >= 1, "at least 1"),
+    "num_return_sequences": (lambda v: v == 1, "1, for a step has one completion of each prompt"),
+    "stop_strings": (lambda v: False, "left out, for TRL generates without the tokenizer that it needs"),
+}
+
+
+def _check_domains(values: dict[str, Any], option: str) -> None:
+    """`option`: how to name one of the `values`, with {} for its own name."""
+    for name, (allowed, domain) in _DOMAINS.items():
+        if (value := values.get(name)) is None:
+            continue
+        try:
+            fits = allowed(value)
+        except TypeError:  # text, in generation_kwargs
+            fits = False
+        if not fits:
+            raise UserError(f"{option.format(name)} must be {domain}, got {value!r}")
+
 
 def parse_divergence(text: str) -> Divergence:
     """`reverse_kl`, `forward_kl`, `jsd:0.5`, `skew_reverse_kl:0.1`, `skew_forward_kl:0.1` as a member of the family."""
@@ -185,6 +217,8 @@ class OPDConfig(trl.DistillationConfig):
             raise UserError("--resume_from_checkpoint is empty: give a checkpoint's folder or 'latest', or none at all")
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):
             self.resume_from_checkpoint = None
+        if self.save_strategy == "best" and self.metric_for_best_model is None:  # else transformers refuses
+            self.metric_for_best_model = self.eval_metric
         best, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
         if self.metric_for_best_model is not None:  # where none was given, transformers' is the loss: not measured here
@@ -220,8 +254,10 @@ class OPDConfig(trl.DistillationConfig):
         ):  # fmt: skip
             if not isinstance(value := getattr(self, name), (dict, type(None))):
                 raise UserError(f"--{name} must be a mapping, in JSON where it is a flag, got {value!r}")
-        if self.eval_temperature is not None and not self.eval_temperature >= 0:
-            raise UserError(f"--eval_temperature must be positive, or 0 for greedy, got {self.eval_temperature}")
+        _check_domains(vars(self), "--{}")
+        _check_domains(self.generation_kwargs or {}, "--generation_kwargs: {}")
+        if self.use_liger_kernel and self.use_cpu:
+            raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
         if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file

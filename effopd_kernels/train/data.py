@@ -4,6 +4,7 @@ Every check here runs before a model is loaded, and names the file, the column a
 """
 
 import glob
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,59 @@ def load_prompts(
         try:
             dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(name), split="train")
         except Exception as e:
+            _check_cache(e)
             if path.stat().st_size == 0 or "corresponds to no data" in str(e):
                 raise UserError(f"dataset '{name}' is empty") from e
             # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
             raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e
+        if _BUILDERS[path.suffix] == "json":
+            dataset = _with_dates_as_text(dataset, path)
     elif path.exists():
         raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file{_made_one(path)}")
     else:
         try:
             dataset = datasets.load_dataset(name, config, split=split)
         except Exception as e:
+            _check_cache(e)
             raise UserError(f"dataset '{name}' (split '{split}') cannot be loaded: {_innermost(e)}") from e
     try:
         return unify_columns(dataset, name, answers)
     except UnicodeDecodeError as e:
         raise UserError(f"dataset '{name}' has text that is not UTF-8: {e}") from e
+
+
+def _check_cache(error: Exception) -> None:
+    """Raises UserError where it is its cache that `datasets` cannot use, not the dataset."""
+    file, cache = getattr(error, "filename", None), Path(datasets.config.HF_DATASETS_CACHE)
+    if file and (Path(file) in cache.parents or Path(file).is_relative_to(cache)):
+        raise UserError(
+            f"'{cache}', where datasets are cached, cannot be used: {error.strerror}; set HF_HOME to a folder that can "
+            "be written"
+        ) from error
+
+
+def _with_dates_as_text(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """JSON has no dates, but where all texts of a column look like one, pyarrow makes timestamps of them, from which
+    "2020-01-01" cannot be told from "2020-01-01 00:00:00": such a file is read again, by itself."""
+    features = datasets.Features({name: _without_timestamps(f) for name, f in dataset.features.items()})
+    if features == dataset.features:
+        return dataset
+    text = path.read_text(encoding="utf-8-sig")
+    rows = json.loads(text) if text.startswith("[") else map(json.loads, filter(str.strip, text.split("\n")))
+    columns = {name: [] for name in features}
+    for row in rows:
+        for name, values in columns.items():
+            values.append(row.get(name))
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _without_timestamps(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _without_timestamps(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.List):
+        return datasets.List(_without_timestamps(feature.feature))
+    is_date = isinstance(feature, datasets.Value) and feature.dtype.startswith("timestamp")
+    return datasets.Value("string") if is_date else feature
 
 
 def _made_one(path: Path) -> str:
@@ -113,7 +152,17 @@ def unify_columns(dataset: datasets.Dataset, where: str, answers: bool = False) 
         require_answers(dataset, where, found)
     elif answer is not None:
         list(dataset["answer"])  # to be found here, if it cannot be decoded
-    return dataset.select_columns([c for c in ("prompt", "answer", "image", "images") if c in dataset.column_names])
+    images = [c for c in ("image", "images") if c in dataset.column_names and not _is_null(dataset, c)]
+    if images and text:
+        raise UserError(
+            f"dataset '{where}' has a column '{images[0]}' beside prompts that are text: write the prompts as chat "
+            "messages, or remove the column"
+        )
+    return dataset.select_columns([*(c for c in ("prompt", "answer") if c in dataset.column_names), *images])
+
+
+def _is_null(dataset: datasets.Dataset, column: str) -> bool:
+    return dataset.data.column(column).null_count == len(dataset.data)
 
 
 def _is_chat(value: Any) -> bool:
@@ -130,9 +179,9 @@ def require_answers(dataset: datasets.Dataset, where: str, found: list[str]) -> 
         )
     for row, value in enumerate(dataset["answer"]):
         answers = value if isinstance(value, list) else [value]
-        if not answers or any(a is None or a == "" for a in answers):
+        if not answers or any(a is None or not str(a).strip() for a in answers):
             raise UserError(f"dataset '{where}' has no answer in row {row}")
-        if any(isinstance(a, (dict, list)) for a in answers):
+        if not all(isinstance(a, (str, int, float)) for a in answers):  # a bool is an int
             raise UserError(
                 f"dataset '{where}' has an answer in row {row} that is neither text, a number nor a list of such"
             )

@@ -21,6 +21,8 @@ _TYPOGRAPHY = tuple(
         (r"\\%", "%"),
         (r"\{,\}", ","),
         (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"),
+        # 3 \times 10^5 is 3e5
+        (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))", r"e\1\2"),
         (r"(?<=\d)\s*(?=\\[cdt]?frac)", " "),  # 1\frac12 is 1 1/2
         (r"\\[cdt]?frac\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))", r"\1\2/\3\4"),
     )
@@ -37,6 +39,7 @@ _NUMBER = re.compile(
     rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
 )
 _FACTOR_FOLLOWS = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))")  # the 2 of 2\pi and of 2^10 is no answer
+_TERM = re.compile(r"\d(?:!|[xyzni](?![a-zA-Z\d]))")  # 5! and 5x: five (times) in a sentence, but not in a box
 _OPERATORS = ("+", "-", "*", "/", "=", "×", "·", "÷", r"\times", r"\cdot", r"\div")
 
 # In normalised text: where a statement ends, and the letter of an option as in (B), B), B: or B.
@@ -141,7 +144,9 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     gold = _plain(str(answer)).strip()
     gold = gold if (marked := _marked(gold)) is None else marked
     if number := _NUMBER.fullmatch(gold.rstrip(".")):
-        given = _result(extract_answer(completion))
+        stated = extract_answer(completion)
+        term = r"\boxed{" in completion and "=" not in stated and _TERM.search(stated)
+        given = None if term else _result(stated)
         right = given is not None and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(number))
     else:
         text = _plain(completion)

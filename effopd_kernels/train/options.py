@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import trl
 import yaml
 
+from ..commands import printed_and_done
 from ..errors import one_line
 from .config import OPDConfig
 from .errors import UserError
@@ -99,11 +100,11 @@ def parse(argv: list[str], **defaults: Any) -> tuple[DataArguments, OPDConfig, t
     """`defaults` hold where neither flags nor a `--config` file say otherwise."""
     parser = trl.TrlParser((DataArguments, OPDConfig, trl.ModelConfig), prog="effopd-train")
     if "-h" in argv or "--help" in argv:
-        print_help(parser)
-        raise SystemExit(0)
+        with printed_and_done():
+            print_help(parser)
     if "--help_all" in argv:
-        parser.print_help()
-        raise SystemExit(0)
+        with printed_and_done():
+            parser.print_help()
     flag = "--resume_from_checkpoint"
     if flag in argv and (argv[-1] == flag or argv[argv.index(flag) + 1].startswith("--")):
         argv = [*argv[: argv.index(flag) + 1], "true", *argv[argv.index(flag) + 1 :]]

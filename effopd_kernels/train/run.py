@@ -22,7 +22,7 @@ from .errors import UserError
 from .lock import LOCK_NAME, acquire, release, sole_run
 from .options import DataArguments
 from .report import MetricsFile, run_summary, saved_step, write_report
-from .trainer import OPDTrainer, damaged_weights_named
+from .trainer import OPDTrainer, loading_errors_named
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
     try:
-        with damaged_weights_named(student):  # the teacher's are named before
+        with loading_errors_named(student):  # the teacher's are named before
             return OPDTrainer(
                 student,
                 teacher,

@@ -483,14 +483,14 @@ def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    with damaged_weights_named(name):
+    with loading_errors_named(name):
         return create_model_from_path(name, **kwargs)
 
 
 @contextmanager
-def damaged_weights_named(name: str):
-    """What safetensors and transformers raise for weights that are damaged, or of another model than their config, as
-    a UserError."""
+def loading_errors_named(name: str):
+    """What safetensors and transformers raise for weights that are damaged, or of another model than their config, and
+    for options that the model does not have, as a UserError."""
     try:
         yield
     except SafetensorError as e:
@@ -499,6 +499,10 @@ def damaged_weights_named(name: str):
         if "ignore_mismatched_sizes" not in str(e):
             raise
         raise UserError(f"the weights of '{name}' are of other shapes than its config.json makes a model of") from e
+    except TypeError as e:
+        if "unexpected keyword argument" not in str(e):
+            raise
+        raise UserError(f"'{name}' cannot be loaded with the model_init_kwargs given: {e}") from e
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

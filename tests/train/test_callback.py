@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.trainer_utils import HPSearchBackend
 
 from effopd_kernels.extrapolation.lora import COMPANION
 from effopd_kernels.train import EffOPDCallback, UserError, use_fused_loss
@@ -197,6 +199,43 @@ def test_nothing_to_move_is_said_before_training(world, tmp_path):
     with pytest.raises(UserError, match="no_such_parameter"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_a_second_callback_is_refused(world, tmp_path):
+    trainer = plain_trainer(world, tmp_path)
+    for _ in range(2):
+        trainer.add_callback(EffOPDCallback(lambda: [0.0]))
+    with pytest.raises(UserError, match="the trainer has two EffOPDCallbacks"):
+        trainer.train()
+
+
+def test_a_callback_that_comes_after_training_began_is_refused(world, tmp_path):
+    trainer = plain_trainer(world, tmp_path)
+
+    class Late(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.add_callback(EffOPDCallback(lambda: [0.0], log=trainer.log))
+
+    trainer.add_callback(Late())
+    with pytest.raises(UserError, match=r"added to a training that had begun: add it before train\(\)"):
+        trainer.train()
+
+
+def test_a_trial_of_a_search_has_its_state_in_its_own_checkpoints(world, tmp_path, monkeypatch):
+    trainer, effopd = with_effopd(plain_trainer, world, tmp_path)
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: {})  # which needs optuna
+    trial = SimpleNamespace(number=5, params={})
+    trainer.train(trial=trial)
+    checkpoint = tmp_path / "run-5" / "checkpoint-2"
+    assert (checkpoint / "effopd_state").is_dir() and not (tmp_path / "checkpoint-2").exists()
+    resumed, again = with_effopd(plain_trainer, world, tmp_path / "run-5")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert [e.alpha for e in again.controller.events] == [e.alpha for e in effopd.controller.events]
+    trainer.remove_callback(effopd)
+    trainer.add_callback(EffOPDCallback(lambda: [0.0]))
+    with pytest.raises(UserError, match=r"in a hyperparameter search EffOPDCallback needs log=trainer\.log"):
+        trainer.train(trial=trial)
 
 
 def test_an_option_that_the_controller_does_not_have_is_said_at_construction():

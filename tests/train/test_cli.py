@@ -211,6 +211,28 @@ def broken_worlds(world, tmp):
         "no config file": ([*case(), "--config"], "argument --config: expected one argument"),
         "greedy rollouts": (case(temperature=0), "--temperature must be positive, got 0.0"),
         "colder than greedy": (case(eval_temperature=-1), "--eval_temperature must be positive, or 0"),
+        "too hot": (case(eval_temperature="inf"), "--eval_temperature must be positive, or 0 for greedy, fini"),
+        "a frozen loss": (case(loss_temperature=1e-30), "--loss_temperature must be at least 1e-06, got 1e-30"),
+        "vLLM's off": (case(top_k=-1), "--top_k must be a number of tokens, or 0 for all, got -1"),
+        "too likely": (case(min_p=2), "--min_p must be between 0 and 1, got 2.0"),
+        "no repetition": (case(repetition_penalty=0), "--repetition_penalty must be positive and finite, got 0.0"),
+        "less than no workers": (case(dataloader_num_workers=-1), "--dataloader_num_workers must be 0 or more, got -1"),
+        "no beam": (case(generation_kwargs='{"num_beams": 0}'), "--generation_kwargs: num_beams must be at least 1"),
+        "more completions": (
+            case(generation_kwargs='{"num_return_sequences": 2}'),
+            "--generation_kwargs: num_return_sequences must be 1, for a step has one completion of each prompt, got 2",
+        ),
+        "stop strings": (case(generation_kwargs='{"stop_strings": ["a"]}'), "stop_strings must be left out"),
+        "a word for a number": (case(generation_kwargs='{"top_p": "all"}'), "top_p must be between 0 and 1, got 'all'"),
+        "kernels of a GPU": (case(use_liger_kernel=True, use_cpu=True, bf16=False), "--use_liger_kernel needs a GPU"),
+        "unknown to the student": (
+            case(model_init_kwargs='{"foo": 1}'),
+            "student' cannot be loaded with the model_init_kwargs given: Qwen3ForCausalLM.__init__() got an unexpected",
+        ),
+        "unknown to the teacher": (
+            case(teacher_model_init_kwargs='{"foo": 1}'),
+            "teacher' cannot be loaded with the model_init_kwargs given: ",
+        ),
         "endless completions": (case(max_completion_length="None"), "--max_completion_length must be positive"),
         "no deepspeed": (case(deepspeed="none.json"), "deepspeed"),
     }
@@ -245,6 +267,9 @@ CASES = [
     "not UTF-8", "an encoder", "an encoder-decoder", "no EOS", "another JSON", "a student of other shapes",
     "a teacher of other shapes", "a long name", "no folder there", "a list for a manifest", "another manifest",
     "an empty checkpoint", "no accumulation", "no loss", "backwards", "no mapping", "no config file",
+    "too hot", "a frozen loss", "vLLM's off", "too likely", "no repetition", "less than no workers", "no beam",
+    "more completions", "stop strings", "a word for a number", "kernels of a GPU", "unknown to the student",
+    "unknown to the teacher",
 ]  # fmt: skip
 
 

@@ -1,4 +1,6 @@
+import json
 import re
+from datetime import datetime
 
 import datasets
 import pytest
@@ -59,6 +61,28 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
             load_prompts(str(tmp_path / "latin.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+def test_texts_that_look_like_dates_stay_what_they_are(tmp_path, name):
+    chat = [{"role": "user", "content": "1999-12-31"}]
+    rows = [
+        {"prompt": chat, "reward_model": {"ground_truth": "2020-01-01"}, "made": "2020-01-01T10:00:00Z"},
+        {"made": "2020-01-02", "reward_model": {"ground_truth": "2020-01-02 00:00:00"}, "prompt": chat},
+    ]
+    tiny.write_jsonl(tmp_path / name, rows)
+    if name == "d.json":
+        (tmp_path / name).write_text(json.dumps(rows))
+    loaded = load_prompts(str(tmp_path / name), answers=True)
+    assert loaded[:] == {"prompt": [chat] * 2, "answer": ["2020-01-01", "2020-01-02 00:00:00"]}
+
+
+def test_images_need_chat_messages_to_be_in(tmp_path):
+    path = str(tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "image": None}]))
+    assert load_prompts(path).column_names == ["prompt"]
+    path = str(tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "image": "a.png"}]))
+    with pytest.raises(UserError, match=r"d.jsonl' has a column 'image' beside prompts that are text"):
+        load_prompts(path)
+
+
 def test_a_files_name_is_no_pattern(tmp_path):
     for name in ("train1.jsonl", "train[1].jsonl", "trai*.jsonl"):
         tiny.write_jsonl(tmp_path / name, [{"prompt": name}])
@@ -71,6 +95,16 @@ def test_the_columns_that_are_named_are_the_files(tmp_path):
     assert load_prompts(str(path)).column_names == ["prompt"]
     with pytest.raises(UserError, match="whose columns are 'question', 'label', 'reward_model'; "):
         load_prompts(str(path), answers=True)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a"}])
+    with pytest.raises(
+        UserError, match=r"home/datasets', where datasets are cached, cannot .*; set HF_HOME to a folder"
+    ):
+        load_prompts(str(path))
 
 
 def test_empty_and_missing(tmp_path):
@@ -107,6 +141,10 @@ def test_answers_are_required_for_accuracy():
     require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [["1", "one"]]}), "d", [])
     with pytest.raises(UserError, match="no answer in row 0"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d", [])
+    with pytest.raises(UserError, match="no answer in row 0"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [" "]}), "d", [])
+    with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor"):
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [datetime(2020, 1, 1)]}), "d", [])
     with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor a list of such"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [{"value": "1"}]}), "d", [])
 

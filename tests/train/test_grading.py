@@ -49,6 +49,20 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         (r"\frac34", "0.75"),
         (r"1\frac12", "1.5"),
         ("2 1/2 cups", "2.5"),
+        # powers of ten
+        (r"\boxed{3 \times 10^5}", "300000"),
+        (r"\boxed{3\cdot10^{-5}}", "0.00003"),
+        ("the answer is 6.02 x 10^23", "6.02e23"),
+        ("6.02 × 10^23 of them", r"6.02 \times 10^{23}"),
+        (r"$1.5*10^{3}$ m", "1500"),
+        # units glued to a number
+        (r"\boxed{5kg}", "5"),
+        (r"\boxed{5\text{m}}", "5"),
+        (r"\boxed{5\text{ in}}", "5"),
+        (r"\boxed{5\%}", "5"),
+        (r"\boxed{5x = 10}", "10"),
+        ("The answer is 5!", "5"),
+        ("The answer is 5x as many", "5"),
         # options
         ("(B)", "B"),
         (r"\text{B}", "B"),
@@ -120,6 +134,13 @@ def test_right(completion, answer):
         (r"\boxed{x_{12} + y_12}", "2"),
         (r"\boxed{\frac{\pi}{4}}", "4"),
         ("unmatched } and 7 of 9", "7"),
+        (r"\boxed{3 \times 10^5}", "3"),
+        ("the answer is 6.02 x 10^23", "6.02"),
+        (r"\boxed{5!}", "5"),
+        (r"\boxed{5x}", "5"),
+        (r"\boxed{-\frac{1}{2}x}", "-1/2"),
+        (r"\boxed{3+4i}", "4"),
+        (r"\boxed{2x+5}", "5"),
         # what comes after the answer
         ("The answer is 10, not 9", "9"),
         ("The answer is 12 apples and 3 pears", "3"),
@@ -155,10 +176,13 @@ def test_huge_completions_take_linear_time(monkeypatch):
     units = [
         "1", "1,", "1,234,", "1 ", "1/", "0 1/", "1.", "1e", "1\\", "1 + ", "{", "}", "\\", "\\ ", "(", "$", "*", "#",
         "-", "−", r"\frac", r"\frac{1", r"\frac{1}", r"\text{", r"\boxed{", r"\sqrt", "answer ", "answer is ", "a. ",
-        " ", "\n",
+        " ", "\n", "1 x ", "1 x 10^", "1 x 10^{",
     ]  # fmt: skip
     texts = [unit * (100_000 // len(unit)) for unit in units]
-    texts += [start + " " * 100_000 for start in ("answer", "answer is", "####", "1", "1 /", r"\frac{1}", "x")]
+    texts += [
+        start + " " * 100_000
+        for start in ("answer", "answer is", "####", "1", "1 /", r"\frac{1}", "x", "1 x", "1 x 10^")
+    ]
     for text in texts:
         assert not is_correct(text, "0.123")
         assert not is_correct(text + "}x", "Paris")

@@ -333,6 +333,8 @@ def test_options_as_yaml_types_them():
     assert parse_schedule("adaptive") == "adaptive"
     assert parse_schedule(4) == 4 and parse_schedule([1, 2, 4]) == [1, 2, 4]
     assert OPDConfig(effopd_alphas=3).controller_args()["alphas"] == (3,)
+    best = OPDConfig(save_strategy="best", eval_steps=1, eval_metric="teacher_kl")
+    assert (best.metric_for_best_model, best.greater_is_better) == ("teacher_kl", False)
     many = {"effopd_alphas": [2, 3, 4, 5, 6, 7]}
     for limit, search, tried in (None, "candidates", 6), (2, "candidates", 2), (2, "gradient", 6):
         config = OPDConfig(effopd_max_candidates=limit, effopd_search=search, **many)
