@@ -197,7 +197,12 @@ def _lowrank(arch: str) -> Iterator[Variant]:
         if arch == "sm_80" and "statistics" not in launch and "transposed" not in name:
             options = config(launch, types, SMALL_CARD)[1]
             yield Variant(f"lowrank X·Q {name}, small card", tk._skinny_kernel, arguments, sizes, options, elements)
-    for name, types in (("bf16", half | {"HALF": tl.bfloat16}), ("fp32", single | {"HALF": None})):
+    for name, types in (
+        ("bf16", half | {"HALF": tl.bfloat16}),
+        ("bf16 transposed", half | transposed | {"HALF": tl.bfloat16}),
+        ("fp32", single | {"HALF": None}),
+        ("fp32 transposed", single | transposed | {"HALF": None}),
+    ):
         blocks, options = config("gram", types, SHARED_MEMORY[arch])
         arguments = pair | types | blocks | {"PRECISION": precision, "g_ptr": "*fp32", "TILE": tk.GRAM_TILE}
         elements = 2 * tk.GRAM_TILE * blocks["BLOCK"] // (options["num_warps"] * TARGETS[arch].warp_size)

@@ -86,9 +86,11 @@ def extrapolate_(
         device = columns[0][0].device if params else "cpu"
         out = torch.empty((len(params), 3), dtype=torch.float32, device=device)
         for index in groups:
-            part = _call(*([column[i] for i in index] for column in columns), alphas[index], stats)
+            some = torch.stack([alphas[i] for i in index])  # a list as an index is copied to the device, which waits
+            part = _call(*([column[i] for i in index] for column in columns), some, stats)
             if stats:
-                out[index] = part.to(out.device)
+                for i, row in zip(index, part.to(out.device), strict=True):
+                    out[i] = row
     return ExtrapolationStats(*out.unbind(1)) if stats else None
 
 

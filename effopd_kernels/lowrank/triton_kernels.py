@@ -46,14 +46,20 @@ _TILES = {
     "exact": {"ROWS": 128, "BLOCK": 32},
     "exact, before Hopper": {"ROWS": 64, "BLOCK": 32},
     "gram": {"BLOCK": 32},
+    "gram of fp32, before Hopper": {"BLOCK": 16},
 }
-_STAGES = {"rounded": 3, "rounded, statistics": 2, "exact": 3, "exact, before Hopper": 3, "gram": 2}
+_STAGES = {**dict.fromkeys(_TILES, 2), "rounded": 3, "exact": 3, "exact, before Hopper": 3}
 _REGISTERS = {**dict.fromkeys(_TILES, 255), "rounded, statistics": 128}
 CUDA = {k: {**v, **options(8, num_stages=_STAGES[k], maxnreg=_REGISTERS[k])} for k, v in _TILES.items()}
 HIP = {k: {**v, **options(8, num_stages=1)} for k, v in _TILES.items()}  # 64 KB of shared memory: one stage
 CONFIG, PRECISION = (HIP, "ieee") if torch.version.hip else (CUDA, "tf32x3")
 # bytes of shared memory besides tiles on their way
-_BESIDE = {**dict.fromkeys(_TILES, 32 << 10), "exact": 64 << 10, "gram": 64 << 10}
+_BESIDE = {
+    **dict.fromkeys(_TILES, 32 << 10),
+    "exact": 64 << 10,
+    "gram": 64 << 10,
+    "gram of fp32, before Hopper": 64 << 10,
+}
 _HOPPER = 200 << 10  # a program's shared memory there, and on what came after it for data centres, is larger
 
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -320,8 +326,10 @@ def launch_config(kind: str, itemsize: int, shared: int) -> dict[str, int]:
     """
     if kind == "exact" and shared < _HOPPER:
         kind = "exact, before Hopper"
+    if kind == "gram" and shared < _HOPPER and itemsize > 4:
+        kind = "gram of fp32, before Hopper"  # of transposed pairs, more spills
     config = CONFIG[kind]
-    if kind == "gram":
+    if kind.startswith("gram"):
         loaded = 2 * GRAM_TILE * config["BLOCK"] * itemsize
     else:
         loaded = config["BLOCK"] * (config["ROWS"] * itemsize + COLUMNS * (2 if kind.startswith("rounded") else 4))
