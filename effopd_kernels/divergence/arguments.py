@@ -50,6 +50,7 @@ class TopKOptions(TokenOptions, total=False):
     tail: bool
     temperature: float
     chunk_bytes: int | None
+    num_valid: int | None
 
 
 def gathered(tensor: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from .arguments import (
     check_float,
     check_positive,
     check_tokens,
+    check_whole,
     gathered,
     make_spec,
 )
@@ -53,10 +54,8 @@ class _PartialRows(torch.autograd.Function):
 
 
 def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
-    """_rows of the head's logits. prefix: of the arguments' names, in errors."""
+    """_rows of the head's logits. prefix: of the arguments' names, in an error."""
     hidden, weight, bias = map(gathered, (hidden, weight, bias))
-    check_float(**{f"{prefix}hidden": hidden, f"{prefix}weight": weight})
-    check_side(prefix, hidden, weight, bias)
     dtype = compute_dtype(prefix, hidden, weight)
     # the logits, their fp32 form, its exponentials and their gradient live at a time, and a soft cap's steps
     copies = 7 if transform[-1] else 4
@@ -84,9 +83,13 @@ def _check_range(name: str, ids: Tensor, V: int, hint: str = "") -> None:
                 raise ValueError(f"{name} must be token ids from 0 to {V - 1}, got {found}{hint}")
 
 
-def _check_distinct(name: str, ids: Tensor) -> None:
+def _check_distinct(name: str, ids: Tensor, V: int) -> None:
     """Negative ids are none."""
     if readable(ids):
+        if ids.shape[-1] > V // 64:  # marking all of the vocabulary then takes less than sorting
+            seen = ids.new_zeros((*ids.shape[:-1], V + 1), dtype=torch.bool).scatter_(-1, ids + 1, True)
+            if seen[..., 1:].count_nonzero() == (ids >= 0).count_nonzero():
+                return
         ids = ids.sort(-1).values  # of k = 64, less than a hundredth of what the loss and its gradient take
         twice = ids[..., 1:][(ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)]
         if twice.numel():
@@ -101,6 +104,28 @@ def _check_mass(logprobs: Tensor) -> None:
                 f"teacher_logprobs must be log-probabilities under the full distribution, got a token whose add up to "
                 f"a probability of {mass:.3g}"
             )
+
+
+def _kept(mask: Tensor, num_valid: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the tokens to compute, None for all, and which of these count, None for all."""
+    mask_N = mask.reshape(-1)
+    if readable(mask):
+        count = int(mask.sum())
+        if num_valid is not None and num_valid < count:
+            raise ValueError(f"num_valid is {num_valid} but mask keeps {count} tokens")
+        return None if count == len(mask_N) else mask_N.nonzero().squeeze(1), None
+    if num_valid is None:  # on a GPU, finding them would wait for it
+        return None, mask
+    index = torch.nonzero_static(mask_N, size=min(num_valid, len(mask_N)), fill_value=0).squeeze(1)
+    return index, torch.arange(len(index), device=mask.device) < mask.sum()
+
+
+def _spread(found, kept: Tensor, shape: torch.Size):
+    """A result by kept token as one by token, with zeros for the others; a scalar loss as it is."""
+    if isinstance(found, Tensor):  # index_add, for absent tokens repeat index 0 (with zeros)
+        return found if found.ndim == 0 else found.new_zeros(shape.numel()).index_add(0, kept, found).reshape(shape)
+    loss, stats = found
+    return _spread(loss, kept, shape), DivergenceStats(*(_spread(s, kept, shape) for s in stats))
 
 
 @overload
@@ -136,6 +161,7 @@ def topk_divergence_loss(
     num_tokens: int | float | Tensor | None = None,
     return_stats: bool = False,
     chunk_bytes: int | None = None,
+    num_valid: int | None = None,
 ):
     """Divergence from a teacher of whom k log-probabilities per token are known.
 
@@ -148,6 +174,8 @@ def topk_divergence_loss(
     temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
         are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`. A masked token may hold
         anything, in the student, the teacher and the ids.
+    num_valid: as in `linear_divergence_loss`. On the CPU masked tokens leave before any work and cost nothing; on a
+        GPU, where finding them would wait for it, and under torch.compile, only where num_valid tells how many stay.
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
@@ -161,6 +189,8 @@ def topk_divergence_loss(
             f"student and teacher_logprobs must be (..., V or D) and (..., k), got {tuple(student.shape)} and "
             f"{tuple(teacher_logprobs.shape)}"
         )
+    if student_weight is not None:
+        check_side("student_", student, student_weight, student_bias)
     shape = student.shape[:-1]
     V = student.shape[-1] if student_weight is None else student_weight.shape[0]
     if teacher_logprobs.shape[:-1] != shape or not 0 < teacher_logprobs.shape[-1] <= V:
@@ -171,8 +201,18 @@ def topk_divergence_loss(
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
+    if num_valid is not None and mask is None:
+        raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
+    check_whole(num_valid=num_valid)
     check_chunk_bytes(chunk_bytes)
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
+    student = gathered(student)
+    kept, mask = (None, None) if mask is None else _kept(mask, num_valid)
+    if kept is not None:  # the others leave before any work
+        weight = None if weight is None else weight.reshape(-1)[kept]
+        student, teacher_logprobs, teacher_ids = (
+            x.reshape(-1, x.shape[-1])[kept] for x in (student, teacher_logprobs, teacher_ids)
+        )
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
     transform = (temperature, student_logit_scale, student_softcap)
@@ -184,25 +224,29 @@ def topk_divergence_loss(
     _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V, hint)
     _check_mass(teacher_logprobs if masked is None else teacher_logprobs.masked_fill(masked[..., None], -torch.inf))
     ids = teacher_ids.long().masked_fill(absent, -1)
-    _check_distinct("teacher_ids", ids)
-    if student_weight is None:
-        student = gathered(student)
-        masked_N = None if masked is None else masked.reshape(-1)
-        buckets = bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
-    else:
+    _check_distinct("teacher_ids", ids, V)
+    known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
+    temperatures = {}  # those of the buckets are behind them
+    if student_weight is not None:
         if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
-            student = gathered(student).masked_fill(masked[..., None], 0)
+            student = student.masked_fill(masked[..., None], 0)
         buckets = _linear_rows(
             "student_", student, student_weight, student_bias, ids, False, tail, transform, chunk_bytes
         )
-    known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
+    elif k == V and not student_softcap:  # in the vocabulary's order there is nothing to gather
+        buckets, known = student, torch.zeros_like(known).scatter_(-1, ids.clamp(min=0), known)
+        temperatures = {"temperature": temperature / student_logit_scale, "teacher_temperature": 1.0}
+    else:
+        masked_N = None if masked is None else masked.reshape(-1)
+        buckets = bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
     if tail:
         rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
         known = torch.cat([known, rest.log().to(known.dtype)], -1)
-    return divergence_loss(
+    found = divergence_loss(
         buckets.reshape(known.shape), known, divergence, mask=mask, weight=weight, reduction=reduction,
-        num_tokens=num_tokens, return_stats=return_stats,
+        num_tokens=num_tokens, return_stats=return_stats, **temperatures,
     )  # fmt: skip
+    return found if kept is None else _spread(found, kept, shape)
 
 
 def linear_token_logprobs(

@@ -40,14 +40,14 @@ class _BucketRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits_NV, ids_Nk, ctx.tail, *ctx.transform, masked_N = inputs
-        ctx.save_for_backward(logits_NV, ids_Nk, masked_N)
+        ctx.save_for_backward(logits_NV, ids_Nk, masked_N, output)
 
     @staticmethod
     def backward(ctx, grad):
-        logits_NV, ids_Nk, masked_N = ctx.saved_tensors
+        logits_NV, ids_Nk, masked_N, buckets = ctx.saved_tensors
         with torch.no_grad():
             logits = logits_NV if masked_N is None else logits_NV.masked_fill(masked_N[:, None], 0)
-            g = _rows_gradient(grad, logits, ids_Nk, False, ctx.tail, *ctx.transform)
+            g = _rows_gradient(grad, logits, ids_Nk, False, ctx.tail, *ctx.transform, buckets[:, -1:])
         return differentiable_once([g], [logits_NV])[0], None, None, None, None, None, None
 
 
@@ -61,11 +61,18 @@ def _present(ids_Nk: Tensor) -> Tensor:
     return torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), ids_Nk)
 
 
-def _others(z_NV: Tensor, ids_Nk: Tensor) -> Tensor:
-    """z with −inf at the ids that are not negative."""
+def _fill_known(x_NV: Tensor, ids_Nk: Tensor, value: float) -> Tensor:
+    """x, with the value at the ids that are not negative, in its own memory."""
     present = _present(ids_Nk)
-    gone = torch.where(ids_Nk.amax(1, keepdim=True) < 0, z_NV.gather(1, present), -torch.inf)
-    return z_NV.scatter(1, present, gone)
+    return x_NV.scatter_(1, present, torch.where(ids_Nk.amax(1, keepdim=True) < 0, x_NV.gather(1, present), value))
+
+
+def _others(z_NV: Tensor, ids_Nk: Tensor) -> Tensor:
+    """Log-sum-exp (N, 1) of all but the k."""
+    z = _fill_known(z_NV.clone(), ids_Nk, -torch.inf)
+    most = z.amax(1, keepdim=True)
+    most = most.masked_fill_(most == -torch.inf, 0)
+    return z.sub_(most).exp_().sum(1, keepdim=True).log_().add_(most)
 
 
 def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> Tensor:
@@ -76,7 +83,7 @@ def _bucket_rows(logits_NV: Tensor, ids_Nk: Tensor, tail: bool, *transform) -> T
     """
     z = _transformed(logits_NV, *transform)
     known = z.gather(1, _present(ids_Nk)).masked_fill(ids_Nk < 0, -torch.inf)
-    return torch.cat([known, _others(z, ids_Nk).logsumexp(1, keepdim=True)], 1) if tail else known
+    return torch.cat([known, _others(z, ids_Nk)], 1) if tail else known
 
 
 def _token_rows(logits_NV: Tensor, ids_N1: Tensor, *transform) -> Tensor:
@@ -104,14 +111,15 @@ def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> T
     return _token_rows(logits, ids, *transform) if token else _bucket_rows(logits, ids, tail, *transform)
 
 
-def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap) -> Tensor:
-    """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype."""
+def _rows_gradient(grad, logits, ids, token, tail, temperature, scale, softcap, total=None) -> Tensor:
+    """The product of ∂_rows/∂logits with grad, of the logits' shape and dtype. total: the tail's, where it is known."""
     z = _transformed(logits, temperature, scale, softcap)
     known = grad[:, : ids.shape[1]].masked_fill(ids < 0, 0)
     if token or tail:  # a log-sum-exp, of all or of those that are not known, which may all be −inf
-        g = z.clone() if token else _others(z, ids)
-        total = g.logsumexp(1, keepdim=True)
-        g.sub_(total.masked_fill_(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
+        if total is None:
+            total = z.logsumexp(1, keepdim=True) if token else _others(z, ids)
+        g = (z - total.masked_fill(total == -torch.inf, 0)).exp_().mul_(-grad if token else grad[:, -1:])
+        g = g if token else _fill_known(g, ids, 0.0)  # which may be infinite, or NaN
     else:
         g = torch.zeros_like(z)
     g.scatter_add_(1, _present(ids), known)

@@ -57,8 +57,8 @@ def test_topk_of_everything_is_the_full_divergence(member):
     student = random(N, V)
     leaf, full = (student.clone().requires_grad_() for _ in range(2))
     loss, expected = (
-        topk_divergence_loss(leaf, known, ids, MEMBERS[member]),
-        divergence_loss(full, log_p, MEMBERS[member]),
+        topk_divergence_loss(leaf, known, ids, MEMBERS[member], temperature=0.7, student_logit_scale=1.4),
+        divergence_loss(full * 1.4, log_p, MEMBERS[member], temperature=0.7, teacher_temperature=1.0),
     )
     torch.testing.assert_close(loss, expected)
     loss.backward(), expected.backward()
@@ -211,6 +211,61 @@ def test_what_masked_tokens_hold_does_not_matter(garbage, k, softcap):
         torch.testing.assert_close((loss, grad[kept], *rest), loss_and_grads(student[kept], weight, None))
 
 
+@pytest.mark.parametrize("work", ["bucket_rows", "_linear_rows"])
+@pytest.mark.parametrize("count", [0, 2, N])
+def test_masked_tokens_leave_before_the_work(count, work, monkeypatch):
+    """And where there is a result per token, theirs is zero."""
+    tokens, run = [], getattr(partial, work)
+
+    def counted(*args):
+        student = args[0] if work == "bucket_rows" else args[1]
+        tokens.append(student.shape[:-1].numel())
+        return run(*args)
+
+    monkeypatch.setattr(partial, work, counted)
+    _, known, ids = (x.view(2, 3, -1) for x in teacher(5))
+    student, weight = random(2, 3, V).requires_grad_(), random(2, 3).exp()
+    kept = (torch.arange(N) < count).view(2, 3).flip(1)
+    options = {"weight": weight, "student_weight": None if work == "bucket_rows" else random(V, V, seed=4)}
+
+    def results(mask, loss, stats):
+        (grad,) = torch.autograd.grad((loss * mask * random(2, 3, seed=7)).sum(), student)
+        return loss * mask, *(x * mask for x in stats), grad
+
+    found = topk_divergence_loss(student, known, ids, mask=kept, reduction="none", return_stats=True, **options)
+    expected = topk_divergence_loss(student, known, ids, reduction="none", return_stats=True, **options)
+    torch.testing.assert_close(results(torch.ones(2, 3), *found), results(kept, *expected))
+    mean = topk_divergence_loss(student, known, ids, mask=kept, **options)
+    torch.testing.assert_close(mean, (expected[0] * kept).sum() / (weight * kept).sum().clamp(min=1e-9))
+    monkeypatch.setattr(partial, "readable", lambda tensor: False)  # as on a GPU
+    promised = topk_divergence_loss(student, known, ids, mask=kept, num_valid=count, **options)
+    torch.testing.assert_close(promised, mean)
+    assert tokens == [count, N, count, count]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("num_valid", [0, 2, 4, N + 1])
+def test_a_promised_number_of_tokens_stands_for_a_look_at_the_mask(num_valid, reduction, monkeypatch):
+    """As on a GPU, which a look would wait for; more are promised than there are, but for the exact number."""
+    _, known, ids = teacher(5)
+    kept = (torch.arange(N) % 3 == 1) & (num_valid > 0)
+    results = []
+    for head in (None, random(V, D, seed=4)):
+        student = random(N, V if head is None else D)
+        student[~kept], known[~kept], ids[~kept] = torch.nan, torch.nan, -100
+        options = {"student_weight": head, "weight": random(N).exp(), "mask": kept, "reduction": reduction}
+        for look in (True, False):
+            with monkeypatch.context() as patch:
+                if not look:
+                    patch.setattr(partial, "readable", lambda tensor: False)
+                leaf = student.clone().requires_grad_()
+                loss, stats = topk_divergence_loss(
+                    leaf, known, ids, return_stats=True, **options, **({} if look else {"num_valid": num_valid})
+                )
+                results.append((loss, *stats, *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(results[1::2], results[::2])
+
+
 def test_no_tokens_at_all():
     hidden, head = random(2, 0, D).requires_grad_(), random(V, D).requires_grad_()
     ids = torch.zeros(2, 0, 3, dtype=torch.long)
@@ -274,6 +329,10 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: topk(student_bias=random(V)), "student_bias"),
         (lambda: topk(student_logit_scale=0.0), "student_logit_scale must be positive"),
         (lambda: topk(student_weight=random(V, V), chunk_bytes=0), "chunk_bytes"),
+        (lambda: topk(student_weight=torch.ones(())), "student_hidden (..., D) and student_weight (V, D) do not fit"),
+        (lambda: topk(num_valid=3), "num_valid is the number of tokens that mask keeps"),
+        (lambda: topk(mask=torch.ones(N, dtype=torch.bool), num_valid=5), "num_valid is 5 but mask keeps 6"),
+        (lambda: topk(mask=torch.ones(N, dtype=torch.bool), num_valid=6.0), "num_valid must be an int, got 6.0"),
         (lambda: topk(teacher_temperature=2.0), "teacher_temperature"),
         (lambda: topk(inplace=True), "inplace"),
         (lambda: sampled_kl(random(3), random(4)), "(4,)"),
