@@ -19,9 +19,10 @@ $(VENV)/.installed: $(SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/effopd-train --demo --overwrite_output_dir
 
-# Files side by side; passive: a thread that waits for its team must not keep a core from another file's tests.
+# Files side by side, in the order that tests/conftest.py puts them; passive: a thread that waits for its team must not
+# keep a core from another file's tests.
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(INSTALL) -e '.[bench]'

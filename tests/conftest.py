@@ -17,6 +17,20 @@ collect_ignore = [path for path, names in MISSING.items() if names]
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of few tests and a minute or two: left for the end, they would keep one core while the others have nothing to do.
+LONG = {
+    "test_aot.py",
+    "test_checkpoint.py",
+    "test_demo.py",
+    "test_distributed.py",
+    "test_interventions.py",
+    "test_triton.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 def pytest_report_header():
     return [f"left out: tests/{path}, for want of {', '.join(names)}" for path, names in MISSING.items() if names]
