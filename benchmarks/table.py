@@ -128,10 +128,10 @@ ROWS = [
 
 
 def main() -> None:
-    machines = {
-        name: {file.stem: json.loads(file.read_text())["results"] for file in (RESULTS / folder).glob("*.json")}
-        for name, folder in MACHINES.items()
-    }
+    machines = {}
+    for name, folder in MACHINES.items():
+        saved = {file.stem: json.loads(file.read_text()) for file in (RESULTS / folder).glob("*.json")}
+        machines[name] = {stem: found["results"] for stem, found in saved.items() if "results" in found}  # no studies
     print(f"| | {' | '.join(machines)} |\n|---|{'---|' * len(machines)}")
     for title, cell in ROWS:
         cells = []
