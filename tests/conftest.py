@@ -17,14 +17,10 @@ collect_ignore = [path for path, names in MISSING.items() if names]
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Of few tests and a minute or two: left for the end, they would keep one core while the others have nothing to do.
+# A minute or two each: left for the end, they would keep one core while the others have nothing to do.
 LONG = {
-    "test_aot.py",
-    "test_checkpoint.py",
-    "test_demo.py",
-    "test_distributed.py",
-    "test_interventions.py",
-    "test_triton.py",
+    f"test_{name}.py"
+    for name in ("aot", "checkpoint", "cli", "demo", "distributed", "interventions", "trainer", "triton")
 }
 
 
