@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
+
 
 def below_infinity(number: "Real | Tensor") -> bool:
     """Whether a number is none of infinity, NaN and an integer that no float can hold."""
     return number < math.inf and not (isinstance(number, int) and number > sys.float_info.max)
-
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
 
 
 def readable(tensor: Tensor) -> bool:

@@ -28,6 +28,11 @@ def print_anywhere() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def leave_stdout() -> None:
+    """After an error of it: what Python still flushes as it exits goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def printed_and_done() -> Iterator[None]:
     """Ends the command after the block; quietly, if a reader had seen enough of its output, as in `--help | head`."""
@@ -35,7 +40,7 @@ def printed_and_done() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what Python still flushes as it exits
+        leave_stdout()
     raise SystemExit(0)
 
 

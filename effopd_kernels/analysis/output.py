@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from ..commands import written
+from ..commands import leave_stdout, written
 from ..errors import UserError
 from ..extrapolation.lora import COMPANION
 
@@ -26,7 +26,7 @@ def answer(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest as it ends
+        leave_stdout()
 
 
 def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:

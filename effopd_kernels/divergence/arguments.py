@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, below_infinity
+from ..checks import FLOATS, below_infinity, readable
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
 
@@ -103,6 +103,19 @@ def check_whole(**numbers: int | None) -> None:
             raise TypeError(f"{name} must be an int, got {number!r}")
         if isinstance(number, Integral) and number >= 2**63:
             raise ValueError(f"{name} must be an int of 64 bits, got {number}")
+
+
+def check_num_valid(mask: Tensor | None, num_valid: int | None) -> None:
+    """Raise TypeError or ValueError for a promise that is given and is no number of tokens, or less than the mask keeps
+    as far as that can be read.
+    """
+    if num_valid is None:
+        return
+    if mask is None:
+        raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
+    check_whole(num_valid=num_valid)
+    if readable(mask) and num_valid < (kept := int(mask.sum())):
+        raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, readable
+from ..checks import FLOATS
 from .arguments import (
     LinearOptions,
     answer,
     check_chunk_bytes,
     check_float,
-    check_whole,
+    check_num_valid,
     gathered,
     make_spec,
     row_factor,
@@ -56,11 +56,6 @@ def check_side(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise ValueError(f"{prefix}weight is empty: {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias must be ({weight.shape[0]},) as {prefix}weight has it, got {tuple(bias.shape)}")
-
-
-def _check_num_valid(mask_N: Tensor, num_valid: int) -> None:
-    if readable(mask_N) and num_valid < (kept := int(mask_N.sum())):
-        raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
 @overload
@@ -135,19 +130,15 @@ def linear_divergence_loss(
             "student_hidden (..., Ds) and teacher_hidden (..., Dt) must have the same leading shape, got "
             f"{tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
         )
-    if num_valid is not None and mask is None:
-        raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
     if logits_dtype not in (None, *FLOATS):
         raise TypeError(f"logits_dtype must be one of {', '.join(map(str, FLOATS))}, got {logits_dtype!r}")
-    check_whole(num_valid=num_valid)
     check_chunk_bytes(chunk_bytes)
     spec = make_spec(
         divergence, temperature, teacher_temperature, student_logit_scale, teacher_logit_scale, student_softcap,
         teacher_softcap,
     )  # fmt: skip
     mask_N, scale_N = row_factor(student_hidden, teacher_hidden, mask, weight, reduction, num_tokens)
-    if num_valid is not None:
-        _check_num_valid(mask_N, num_valid)
+    check_num_valid(mask_N, num_valid)
     dtypes = (
         compute_dtype("student_", student_hidden, student_weight),
         compute_dtype("teacher_", teacher_hidden, teacher_weight),

@@ -167,7 +167,7 @@ def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool)
                 acc_VD[cols] = product if first else product.add_(acc_VD[cols])
 
 
-def _compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
+def compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | None]:
     """Indices of the tokens that count and, where `num_valid` promises how many, which of the indices are real."""
     if num_valid is None:
         return mask_N.nonzero().squeeze(1), None  # on a GPU the one synchronisation
@@ -197,7 +197,7 @@ def _linear_rows(
     V = min(full_V, teacher[1].shape[0])
     index = valid = None
     if mask_N is not None:
-        index, valid = _compact(mask_N, num_valid)
+        index, valid = compact(mask_N, num_valid)
         row_scale_N = None if row_scale_N is None else row_scale_N[index]
 
     def operands(hidden, weight, bias, dtype):

@@ -16,16 +16,16 @@ from .arguments import (
     TopKOptions,
     check_chunk_bytes,
     check_float,
+    check_num_valid,
     check_positive,
     check_tokens,
-    check_whole,
     gathered,
     make_spec,
 )
 from .autograd import DivergenceStats, apply, differentiable_once, keepable
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
-from .linear_rows import default_chunk_bytes
+from .linear_rows import compact, default_chunk_bytes
 from .logits import divergence_loss
 from .partial_rows import bucket_rows
 
@@ -108,16 +108,10 @@ def _check_mass(logprobs: Tensor) -> None:
 
 def _kept(mask: Tensor, num_valid: int | None) -> tuple[Tensor | None, Tensor | None]:
     """Indices of the tokens to compute, None for all, and which of these count, None for all."""
-    mask_N = mask.reshape(-1)
     if readable(mask):
-        count = int(mask.sum())
-        if num_valid is not None and num_valid < count:
-            raise ValueError(f"num_valid is {num_valid} but mask keeps {count} tokens")
-        return None if count == len(mask_N) else mask_N.nonzero().squeeze(1), None
-    if num_valid is None:  # on a GPU, finding them would wait for it
-        return None, mask
-    index = torch.nonzero_static(mask_N, size=min(num_valid, len(mask_N)), fill_value=0).squeeze(1)
-    return index, torch.arange(len(index), device=mask.device) < mask.sum()
+        return (None, None) if mask.all() else compact(mask.reshape(-1), None)
+    # on a GPU, finding them would wait for it
+    return (None, mask) if num_valid is None else compact(mask.reshape(-1), num_valid)
 
 
 def _spread(found, kept: Tensor, shape: torch.Size):
@@ -201,11 +195,9 @@ def topk_divergence_loss(
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
-    if num_valid is not None and mask is None:
-        raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
-    check_whole(num_valid=num_valid)
     check_chunk_bytes(chunk_bytes)
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
+    check_num_valid(mask, num_valid)
     student = gathered(student)
     kept, mask = (None, None) if mask is None else _kept(mask, num_valid)
     if kept is not None:  # the others leave before any work

@@ -507,7 +507,7 @@ def waits(func, args) -> bool:
 )
 def test_no_host_synchronisation(call, allowed, monkeypatch):
     """Nothing that a GPU would have to be waited for, in forward or, scaled by a device scalar, in backward."""
-    monkeypatch.setattr(linear, "_check_num_valid", lambda mask, num_valid: None)  # as it is off the CPU
+    monkeypatch.setattr(linear, "check_num_valid", lambda mask, num_valid: None)  # as it is off the CPU
     h_s, w_s, *teacher = heads()
     inputs = random(N, V).requires_grad_(), random(N, V, seed=1), (h_s.requires_grad_(), w_s.requires_grad_(), *teacher)
 
