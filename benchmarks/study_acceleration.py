@@ -191,6 +191,15 @@ def summarize(runs: dict[tuple[str, float, int], dict]) -> list[dict]:
     return rows
 
 
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def spread(values: list[float | None]) -> str:
     """Median and range; what never reached the target counts as 0."""
     numbers = [v or 0.0 for v in values]
@@ -209,13 +218,34 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(runs: dict[tuple[str, float, int], dict], path: Path) -> None:
+def draw_factors(rows: list[dict], path: Path) -> None:
+    """The table as a picture: medians as lines, every seed as a dot, 0 for one that never reached OPD's score."""
+    plt = pyplot()
+    panels = {"steps": "× fewer steps", "tokens": "× fewer tokens", "final - OPD": "final score − OPD's"}
+    fig, axes = plt.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained")
+    for (key, label), axis in zip(panels.items(), axes, strict=True):
+        even = 0 if key == "final - OPD" else 1
+        axis.axhline(even, color="black", linewidth=0.8)
+        for method, (name, _) in METHODS.items():
+            own = [(row["learning_rate"], [v or 0.0 for v in row[key]]) for row in rows if row["method"] == method]
+            if method == "opd" or not own:
+                continue
+            (line,) = axis.plot([r for r, _ in own], [statistics.median(v) for _, v in own], label=name)
+            dots = [(rate, value) for rate, values in own for value in values]
+            axis.plot(*zip(*dots, strict=True), ".", color=line.get_color(), alpha=0.5)
+        axis.set(title=label, xlabel="learning rate", xscale="log")
+        if even:
+            axis.set_yscale("symlog", base=2, linthresh=1)
+            axis.set_ylim(bottom=-0.15)
+            axis.yaxis.set_major_formatter("{x:g}")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def draw_curves(runs: dict[tuple[str, float, int], dict], path: Path) -> None:
     """Median curve over seeds and their range, against steps (above) and all tokens (below)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rates = sorted({rate for _, rate, _ in runs})
     fig, axes = plt.subplots(2, len(rates), figsize=(4 * len(rates), 7), squeeze=False, sharey="col")
     for column, rate in enumerate(rates):
@@ -290,7 +320,8 @@ def main() -> None:
     about = {"world": args.world, "device": device, "written": when_and_with_what(), "steps": args.steps}
     (folder / "acceleration.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     (folder / "acceleration.md").write_text(table(rows))
-    figure(runs, folder / "acceleration.png")
+    draw_factors(rows, folder / "acceleration-factors.png")
+    draw_curves(runs, folder / "acceleration.png")
     print(table(rows))
 
 
