@@ -3,9 +3,12 @@
 import json
 import random
 import runpy
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
+from torchrun import torchrun
 
 from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.train import demo
@@ -44,3 +47,27 @@ def test_opd_vs_rl(tmp_path, capsys):
     assert [(row["trajectory"], row["step"]) for row in read_table(tmp_path / "interventions/tables", "norm")] == [
         ("opd", 1), ("opd", 2), ("rl", 2), ("rl", 4),
     ]  # fmt: skip
+
+
+def own_loop(folder, ranks, capsys):
+    """(The student's bytes, what was printed) after four steps, with a checkpoint after two."""
+    flags = ["--output_dir", str(folder), "--max_steps", "4", "--save_steps", "2", "--batch_size", "16"]
+    if ranks == 1:
+        runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](flags)
+        said = capsys.readouterr().out
+    else:
+        done = torchrun(EXAMPLES / "own_loop.py", *flags, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = done.stdout
+    return (folder / "student/model.safetensors").read_bytes(), said
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_own_loop_goes_on_where_it_stopped(tmp_path, ranks, capsys):
+    untrained_world(tmp_path / "world")
+    whole, said = own_loop(tmp_path, ranks, capsys)
+    assert "step 2: loss" in said and "step 4: loss" in said
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed, said = own_loop(tmp_path, ranks, capsys)
+    assert "step 2: loss" not in said and "step 4: loss" in said and resumed == whole
