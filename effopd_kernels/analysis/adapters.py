@@ -13,8 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UserError
-from ..extrapolation.adapters import BASE
-from ..extrapolation.lora import CHANGES_BASE, COMPANION
+from ..extrapolation.adapters import BASE, CHANGES_BASE, COMPANION
 from ..lowrank.checkpoints import EVERY
 from .checkpoints import Checkpoint, listed, read_json
 

@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser
 
 from ..commands import leave_process_group, written
 from ..errors import UserError
-from ..extrapolation.lora import COMPANION
+from ..extrapolation.adapters import COMPANION
 from ..train import OPDTrainer
 from ..train.config import OPDConfig
 from ..train.interrupt import Interrupts

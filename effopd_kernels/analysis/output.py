@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..commands import leave_stdout, written
 from ..errors import UserError
-from ..extrapolation.lora import COMPANION
+from ..extrapolation.adapters import COMPANION
 
 
 def say(notes: Iterable[str]) -> None:

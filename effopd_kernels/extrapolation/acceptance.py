@@ -8,8 +8,6 @@ from statistics import NormalDist
 
 from .records import Scores
 
-__all__ = ["acceptance_rule"]
-
 Rule = Callable[[Scores, Scores], bool]
 
 

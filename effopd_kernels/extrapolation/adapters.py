@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from .selection import plain_name
 
-__all__ = ["CHANGES_BASE", "COMPANION", "Adapters", "Factors", "Term", "as_in_peft", "counts", "shortened"]
-
 COMPANION = "effopd"
 BASE = "base_model.model."  # where a PeftModel holds the model that its configs speak of
 # Initialisations that first change the base weights, most by taking the first r ranks out of them, and do so again

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["PLACES", "allocate"]
-
 PLACES = ("device", "host", "disk")
 
 

@@ -27,8 +27,6 @@ from torch import Tensor
 from .distributed import Ranks, T
 from .shards import Part, check_same
 
-__all__ = ["CheckpointError", "check", "crc32", "load", "newest_intact", "save"]
-
 INDEX = "effopd.json"
 logger = logging.getLogger(__name__)
 

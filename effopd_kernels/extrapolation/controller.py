@@ -33,8 +33,6 @@ from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
 from .shards import checksum
 from .weights import weights_of
 
-__all__ = ["EffOPDController"]
-
 
 class EffOPDController:
     """Call `step(global_step)` after every optimizer and scheduler step; on schedule it tries to jump ahead.

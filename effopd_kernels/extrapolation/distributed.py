@@ -15,8 +15,6 @@ import torch.distributed as dist
 
 from .records import Scores
 
-__all__ = ["Ranks", "share"]
-
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # for the slowest rank's share of the prompts
 

@@ -15,8 +15,6 @@ from .search import Point, gradients_aside, line_minimum, refuse_steps_in_backwa
 if TYPE_CHECKING:
     from .controller import EffOPDController
 
-__all__ = ["Event"]
-
 FP32_EPS = 2.0**-23
 SPENT = "max_val_tokens is spent"
 

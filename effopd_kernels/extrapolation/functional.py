@@ -12,8 +12,6 @@ from ..checks import readable
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .shards import local
 
-__all__ = ["ExtrapolationStats", "extrapolate", "extrapolate_"]
-
 Alpha = float | Sequence[float] | Tensor
 Tensors = Iterable[Tensor]
 Masters = Iterable[Tensor | None] | None

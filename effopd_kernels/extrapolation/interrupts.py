@@ -9,8 +9,6 @@ import signal
 import threading
 from contextlib import contextmanager
 
-__all__ = ["Deferred"]
-
 
 class Deferred:
     """Context manager: SIGINT and SIGTERM are held back inside, but let through inside `open()`.

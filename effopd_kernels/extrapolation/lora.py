@@ -21,9 +21,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .adapters import CHANGES_BASE, COMPANION, Adapters, Factors, Term, as_in_peft, counts, shortened
-
-__all__ = ["CHANGES_BASE", "COMPANION", "LoraWeights", "is_lora_name"]
+from .adapters import COMPANION, Adapters, Factors, Term, as_in_peft, counts, shortened
 
 MOST_TERMS = 8  # of the companion, before they become one
 

@@ -18,16 +18,6 @@ from torch import Tensor
 from .selection import plain_name
 from .shards import local
 
-__all__ = [
-    "check_given",
-    "find_masters",
-    "given_masters",
-    "refuse_copies_of_weights",
-    "reset_before_next_step",
-    "reset_state",
-    "unwrapped",
-]
-
 
 def unwrapped(optimizer) -> list:
     """The optimizer, or those of a list, in wrappers such as accelerate's. Raises TypeError for what is none."""

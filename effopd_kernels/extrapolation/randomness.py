@@ -11,8 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["SameRandomness", "modes_kept"]
-
 
 class SameRandomness:
     """Captures torch (CPU and initialised CUDA devices), `random` and, if loaded, numpy."""

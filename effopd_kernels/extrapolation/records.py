@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Candidate", "EffOPDEvent", "Losses", "Scores"]
-
 T = TypeVar("T")
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as text, for JSON has no such numbers; `float` reads them
 

@@ -9,8 +9,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["extrapolate_", "extrapolate_backward", "extrapolate_forward"]
-
 
 def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype that arithmetic on these tensors happens in: fp64 if one of them is, else fp32."""

@@ -6,8 +6,6 @@ from numbers import Integral
 
 from .records import EffOPDEvent
 
-__all__ = ["alphas_of", "budget_of", "schedule_of"]
-
 LEAST_WAIT = 2  # steps between events of the adaptive schedule: what one costs that validates on two batches of prompts
 
 

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Point", "gradients_aside", "line_minimum", "refuse_steps_in_backward", "summed"]
-
 TOLERANCE = 0.1  # of the slope at 1: where the line counts as flat
 # DDP's (compiled), Trainer's and tensor parallelism's of transformers; FSDP2 has none of its own.
 REDUCES_GRADIENTS = (

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["DEFAULT_EXCLUDE", "DEFAULT_INCLUDE", "is_frozen", "matching", "named_tensors", "select"]
-
 # Path components that are a block of their layer in the Hugging Face families. Attention is any ...attn or ...attention
 # (self_attn, linear_attn, encoder_attn, SelfAttention, XLM's attentions), and what mixes tokens in its place: Mamba's
 # mamba and mixer (Nemotron-H calls every block so), xLSTM's mlstm_layer, Griffin's temporal_block, LFM2's conv. The

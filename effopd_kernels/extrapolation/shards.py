@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "check_same", "checksum", "local", "part_of", "replicas", "reshard"]
-
 PLAIN = (Tensor, nn.Parameter)  # the common case, decided without an attribute look-up that fails
 
 

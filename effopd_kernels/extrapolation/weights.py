@@ -20,8 +20,6 @@ from .masters import check_given, find_masters, given_masters
 from .selection import is_frozen, matching, named_tensors, plain_name, select
 from .shards import Part, check_same, local, part_of, replicas, reshard
 
-__all__ = ["DenseWeights", "weights_of"]
-
 logger = logging.getLogger(__name__)
 
 DEVICE_BLOCK = 1 << 24  # elements of a slope at a time, off the CPU

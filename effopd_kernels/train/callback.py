@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..extrapolation import CheckpointError, EffOPDController, EffOPDEvent, checkpoint
-from ..extrapolation.lora import COMPANION, LoraWeights
+from ..extrapolation.adapters import COMPANION
+from ..extrapolation.lora import LoraWeights
 from .errors import UserError
 
 logger = logging.getLogger(__name__)

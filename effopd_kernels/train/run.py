@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import written
 from ..errors import one_line
-from ..extrapolation.lora import COMPANION
+from ..extrapolation.adapters import COMPANION
 from .checkpoint import check_settings, check_shared, checkpoints, damage, newest_intact, remove
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, split_off

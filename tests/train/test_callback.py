@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.trainer_utils import HPSearchBackend
 
-from effopd_kernels.extrapolation.lora import COMPANION
+from effopd_kernels.extrapolation.adapters import COMPANION
 from effopd_kernels.train import EffOPDCallback, UserError, use_fused_loss
 from train import world as tiny
 

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from effopd_kernels.extrapolation.lora import COMPANION
+from effopd_kernels.extrapolation.adapters import COMPANION
 from effopd_kernels.train import cli
 from effopd_kernels.train.checkpoint import damage
 from effopd_kernels.train.options import parse
