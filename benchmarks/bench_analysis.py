@@ -78,7 +78,7 @@ READ = """
 import sys
 import time
 from effopd_kernels.analysis import updates
-from effopd_kernels.lowrank.checkpoints import FileCheckpoint
+from effopd_kernels.tensor_files import FileCheckpoint
 for turn in range(2):
     began = time.perf_counter()
     files = [FileCheckpoint(path) for path in sys.argv[1:]]

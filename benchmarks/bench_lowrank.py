@@ -158,7 +158,7 @@ LAYER = {
 STREAM = r"""
 import json, re, sys, time
 from effopd_kernels.lowrank import save, update_svd
-from effopd_kernels.lowrank.checkpoints import FileCheckpoint
+from effopd_kernels.tensor_files import FileCheckpoint
 # Not ru_maxrss, which a process inherits from the one that started it.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 start = time.perf_counter()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..extrapolation.adapters import BASE, CHANGES_BASE, COMPANION
-from ..lowrank.checkpoints import EVERY
+from ..tensor_files import EVERY
 from .checkpoints import Checkpoint, listed, read_json
 
 CONFIG = "adapter_config.json"

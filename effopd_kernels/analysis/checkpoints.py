@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
-from ..lowrank.checkpoints import EVERY, open_checkpoint
+from ..tensor_files import EVERY, FileCheckpoint
 
 LISTED = 10  # names in an error message
 # Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
@@ -56,7 +56,7 @@ class Checkpoint:
         self.config = read_json(self.path / "config.json")
         self.step = _step(self.path)
         try:
-            self._file = open_checkpoint(path, str(path))
+            self._file = FileCheckpoint(path)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(_conversion(self.path) or str(error)) from error
         self._stored: dict[str, str] = {}

@@ -16,13 +16,30 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS
-from .checkpoints import FileCheckpoint, MappingCheckpoint, open_checkpoint
+from ..tensor_files import FileCheckpoint
 from .decompose import Settings, decompose_group
 from .rsvd import aligned, as_batch, check_align_to, check_pair, settings_for
 from .types import RSVD, Flag
 from .workers import side_by_side, submitted, without_autocast
 
 HELD_BYTES = 2 << 30  # of pairs: waiting for their like on a GPU, in work on the CPU
+
+
+class MappingCheckpoint:
+    """Tensors already in memory, in the mapping's order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str):
+        for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the names of {label} must be strings, got {name!r}")
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        self._tensors, self.label = tensors, label
+        self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        self.devices = {t.device for t in tensors.values()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
 
 
 def update_svd(
@@ -66,7 +83,7 @@ def update_svd(
             is not there.
     """
     device = None if device is None else torch.empty(0, device=device).device  # "cuda" by its index
-    sides = open_checkpoint(current, "current"), open_checkpoint(anchor, "anchor")
+    sides = _opened(current, "current"), _opened(anchor, "anchor")
     if not isinstance(align_to, Mapping | None):
         raise TypeError(f"align_to must be a mapping of names to earlier results, got {type(align_to).__name__}")
     names, settings = _matching_names(*sides, include, strict), {}
@@ -105,9 +122,22 @@ def update_svd(
     return {name: found[name] for name in names}
 
 
+def _opened(source: "Mapping[str, Tensor] | str | Path", label: str) -> MappingCheckpoint | FileCheckpoint:
+    """Raises FileNotFoundError or ValueError (a damaged shard, by name), TypeError for anything else than a mapping or
+    a path.
+    """
+    if isinstance(source, Mapping):
+        return MappingCheckpoint(source, label)
+    if isinstance(source, str | Path):
+        return FileCheckpoint(source)
+    raise TypeError(
+        f"{label} must be a mapping of names to tensors or the path of safetensors files, got {type(source).__name__}"
+    )
+
+
 def _matching_names(
-    current: "MappingCheckpoint | FileCheckpoint",
-    anchor: "MappingCheckpoint | FileCheckpoint",
+    current: MappingCheckpoint | FileCheckpoint,
+    anchor: MappingCheckpoint | FileCheckpoint,
     include: "str | Callable[[str], bool] | None",
     strict: bool,
 ) -> list[str]:

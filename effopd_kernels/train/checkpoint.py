@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..commands import written
 from ..extrapolation.checkpoint import crc32
-from ..lowrank.checkpoints import FileCheckpoint
+from ..tensor_files import FileCheckpoint
 from .config import OPDConfig
 from .errors import UserError
 

@@ -15,11 +15,11 @@ import torch
 from analysis import planted
 from safetensors.torch import save_file
 
+from effopd_kernels import tensor_files as files
 from effopd_kernels.analysis import cli
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
-from effopd_kernels.lowrank import checkpoints as files
 
 Q, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 

@@ -206,7 +206,7 @@ def test_a_file_of_another_kind_is_not_called_damaged(pair, tmp_path):
 
 
 def test_file_cut_after_its_header_was_read(folders):
-    from effopd_kernels.lowrank.checkpoints import FileCheckpoint
+    from effopd_kernels.tensor_files import FileCheckpoint
 
     file = FileCheckpoint(folders[1])
     path = folders[1] / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Reading named tensors one at a time, from a mapping or from safetensors files.
+"""Reading named tensors one at a time from safetensors files.
 
 Files are read with plain reads into fresh memory, not mapped: of a mapped file every page touched counts as this
 process's memory until the file is closed, and two checkpoints would never fit a small limit. A header is checked
@@ -9,14 +9,13 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..native import native
+from .native import native
 
 EVERY = slice(None)
 _MAPPED_FROM = 1 << 20  # bytes
@@ -59,23 +58,6 @@ class Entry(NamedTuple):
         return self._replace(
             shape=(stop - start, *self.shape[1:]), start=self.start + start * each, stop=self.start + stop * each
         )
-
-
-class MappingCheckpoint:
-    """Tensors already in memory, in the mapping's order."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], label: str):
-        for name, tensor in tensors.items():
-            if not isinstance(name, str):
-                raise TypeError(f"the names of {label} must be strings, got {name!r}")
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{label}[{name!r}] must be a tensor, got {type(tensor).__name__}")
-        self._tensors, self.label = tensors, label
-        self.shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        self.devices = {t.device for t in tensors.values()}
-
-    def read(self, name: str, rows: slice = EVERY) -> Tensor:
-        return self._tensors[name].detach()[rows] if rows != EVERY else self._tensors[name].detach()
 
 
 class FileCheckpoint:
@@ -124,19 +106,6 @@ def _pages(size: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):  # of 2 MB: 512 times fewer faults
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def open_checkpoint(source: "Mapping[str, Tensor] | str | Path", label: str) -> "MappingCheckpoint | FileCheckpoint":
-    """Raises FileNotFoundError or ValueError (a damaged shard, by name), TypeError for anything else than a mapping or
-    a path.
-    """
-    if isinstance(source, Mapping):
-        return MappingCheckpoint(source, label)
-    if isinstance(source, str | Path):
-        return FileCheckpoint(source)
-    raise TypeError(
-        f"{label} must be a mapping of names to tensors or the path of safetensors files, got {type(source).__name__}"
-    )
 
 
 def _shards(path: Path) -> list[Path]:
