@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import read_table
 from torchrun import torchrun
 
-from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.train import demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -31,11 +31,3 @@ def write_table(folder: str | Path, name: str, rows: Rows) -> None:
     }.items():
         with open(folder / f"{name}.{suffix}", "wb") as file:  # opened here: Arrow takes no path that is not UTF-8
             write(table, file)
-
-
-def read_table(folder: str | Path, name: str) -> list[dict[str, Any]]:
-    """The rows that :func:`write_table` wrote."""
-    from pyarrow import parquet
-
-    with open(Path(folder) / f"{name}.parquet", "rb") as file:
-        return parquet.read_table(file).to_pylist()

@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from base64 import b64decode
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -48,9 +47,6 @@ class Page:
         self.events.clear()
         self.call("Page.navigate", url=url)
         self.wait("Page.loadEventFired")
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
     def pdf(self) -> bytes:
         return b64decode(

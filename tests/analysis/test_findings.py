@@ -8,13 +8,13 @@ import pytest
 import torch
 from analysis import planted
 from scipy.stats import binomtest
+from tables import read_table
 from tokenizers import Tokenizer, models
 
 from effopd_kernels.analysis import cli, figures, intervention_report
 from effopd_kernels.analysis.embeddings import speaker
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
-from effopd_kernels.analysis.tables import read_table
 
 
 @pytest.fixture

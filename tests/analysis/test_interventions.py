@@ -17,6 +17,7 @@ import pytest
 import torch
 from analysis import chromium
 from safetensors.torch import load_file, save_file
+from tables import read_table
 from torchrun import torchrun
 from train import world as tiny
 
@@ -30,7 +31,6 @@ from effopd_kernels.analysis.interventions import InterventionArguments, _identi
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
-from effopd_kernels.analysis.tables import read_table
 from effopd_kernels.errors import UserError
 from effopd_kernels.train import OPDTrainer
 

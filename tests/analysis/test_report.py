@@ -4,10 +4,10 @@ import csv
 
 import pytest
 from analysis import chromium, planted
+from tables import read_table
 from torchrun import torchrun
 
 from effopd_kernels.analysis import cli, figures, report
-from effopd_kernels.analysis.tables import read_table
 
 
 @pytest.mark.skipif(chromium.BINARY is None, reason="no chromium or chrome on this machine")

@@ -18,13 +18,13 @@ import torch
 from analysis import planted
 from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
 from matplotlib import image
+from tables import read_table
 
 from effopd_kernels.analysis import cli, figures, updates
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
-from effopd_kernels.analysis.tables import read_table
 
 
 @pytest.fixture
