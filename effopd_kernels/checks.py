@@ -1,4 +1,4 @@
-"""Helpers for checks of arguments, which run before any work."""
+"""Helpers for checks of arguments, which run before any work, and the dtypes that are computed with."""
 
 import math
 import sys
@@ -10,6 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what is computed with
+
+
+def wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype of arithmetic on these floating tensors: fp64 if one of them is, else fp32."""
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def below_infinity(number: "Real | Tensor") -> bool:

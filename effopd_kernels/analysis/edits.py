@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import wide
 from ..extrapolation import buffers, extrapolate, extrapolate_
 from ..extrapolation.interrupts import Deferred
 from ..lowrank import RSVD, batched_rsvd, low_rank_update
@@ -183,8 +184,7 @@ def _difference(a: Tensor, b: Tensor | None) -> Tensor:
     """a − b in fp32 (fp64 for fp64), which is exact for bf16 tensors of one magnitude."""
     if b is None:
         return a
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(wide) - b.to(wide)
+    return a.to(wide(a, b)) - b.to(wide(a, b))
 
 
 def _norm(update: Tensor) -> float:

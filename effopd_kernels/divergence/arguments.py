@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, below_infinity, readable
+from ..checks import FLOATS, below_infinity, readable, wide
 from .autograd import DivergenceStats, Spec, keepable
 from .family import Divergence
 
@@ -185,7 +185,7 @@ def row_factor(
     """
     check_tokens(tokens, mask, weight, reduction, num_tokens)
     shape, device = tokens.shape[:-1], tokens.device
-    dtype = torch.promote_types(torch.promote_types(tokens.dtype, teacher.dtype), torch.float32)
+    dtype = wide(tokens, teacher)
     if mask is not None:
         mask = mask.reshape(-1)
     if weight is not None:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from ..native import DTYPES, TRITON, native
 from . import reference
 
@@ -33,10 +34,6 @@ torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
 _KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
-
-
-def _loss_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def _reference(student, teacher, *args, grad_out, with_stats):
@@ -151,13 +148,13 @@ if TRITON:
 @torch.library.register_fake("effopd::divergence_rows_")
 def _(student, teacher, *args):
     *_, with_stats = args
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_loss_dtype(student, teacher))
+    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, teacher))
     return loss, loss.new_empty((3, loss.shape[0]) if with_stats else 0)
 
 
 @torch.library.register_fake("effopd::divergence_rows")
 def _(student, teacher, *args):
     *_, with_grad, with_stats = args
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_loss_dtype(student, teacher))
+    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, teacher))
     grad = student.new_empty(student.shape if with_grad else 0)
     return loss, grad, loss.new_empty((3, loss.shape[0]) if with_stats else 0)

@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import wide
+
 FLOOR = -1e4
 
 
@@ -58,7 +60,7 @@ def divergence_rows(
     """Per-row divergence (N,) fp32 (fp64 for fp64 logits), row_scale·dD/dstudent (N, Vs) in the student's dtype, and
     stats (3, N): student entropy, teacher entropy, top-1 agreement. All three are 0 in masked rows."""
     V = min(student_NV.shape[-1], teacher_NV.shape[-1])  # both are renormalised over the shared prefix
-    dtype = torch.promote_types(torch.promote_types(student_NV.dtype, teacher_NV.dtype), torch.float32)
+    dtype = wide(student_NV, teacher_NV)
     student, teacher = student_NV[:, :V].to(dtype), teacher_NV[:, :V].to(dtype)
     if mask_N is not None:  # whatever masked rows hold, NaN included, must not leak
         student = student.masked_fill(~mask_N[:, None], 0)

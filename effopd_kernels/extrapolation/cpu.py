@@ -8,8 +8,8 @@ against fp32 arithmetic and, for rounding, against fp64). It loses the sign of â
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from ..native import DTYPES, native
-from .reference import wide
 from .shards import PLAIN
 
 # How the kernel reads a list of tensors, at a tenth of what their attributes take in Python (csrc/tensors.h).

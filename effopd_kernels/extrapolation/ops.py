@@ -8,6 +8,7 @@ effopd::extrapolate_backward  its two reductions in one pass
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from ..native import TRITON
 from . import cpu, reference
 
@@ -37,15 +38,15 @@ def _triton_in_place(params, anchors, currents, alphas, masters, with_stats):
 def _triton_forward(w0, delta, alpha):
     from .triton_kernels import launch_extrapolate_forward
 
-    wide = reference.wide(w0, delta) == torch.float64
-    return (reference.extrapolate_forward if wide else launch_extrapolate_forward)(w0, delta, alpha)
+    run = reference.extrapolate_forward if wide(w0, delta) == torch.float64 else launch_extrapolate_forward
+    return run(w0, delta, alpha)
 
 
 def _triton_backward(grad, delta, alpha):
     from .triton_kernels import launch_extrapolate_backward
 
-    wide = reference.wide(grad, delta) == torch.float64
-    return (reference.extrapolate_backward if wide else launch_extrapolate_backward)(grad, delta, alpha)
+    run = reference.extrapolate_backward if wide(grad, delta) == torch.float64 else launch_extrapolate_backward
+    return run(grad, delta, alpha)
 
 
 if TRITON:

@@ -9,10 +9,7 @@
 import torch
 from torch import Tensor
 
-
-def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype that arithmetic on these tensors happens in: fp64 if one of them is, else fp32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from ..checks import wide
 
 
 def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats: bool) -> Tensor:
