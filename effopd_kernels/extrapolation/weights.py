@@ -63,16 +63,16 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
     # Named tensors that do not move are trained too, and a validation loss must not leave them its gradients.
     trained = everything.values if module is None else module.parameters
     frozen = matching({name: t for name, t in everything.items() if is_frozen(t)}, include, exclude)
-    dense = partial(
-        DenseWeights, chosen, place=place, directory=directory, module=module, trained=trained, frozen=frozen
-    )
+    finder = {}
     if masters is not None:
         tied = module.named_parameters(remove_duplicate=False) if module is not None else ()
         check_given(chosen, everything.keys() | {plain_name(name) for name, _ in tied}, masters)
-        return dense(find_masters=lambda: given_masters(chosen, masters))
-    if optimizer is not None:
-        return dense(find_masters=lambda: find_masters(chosen, optimizer))
-    return dense()
+        finder = {"find_masters": partial(given_masters, chosen, masters)}
+    elif optimizer is not None:
+        finder = {"find_masters": partial(find_masters, chosen, optimizer)}
+    return DenseWeights(
+        chosen, place=place, directory=directory, module=module, trained=trained, frozen=frozen, **finder
+    )
 
 
 def _is_sharded_fsdp1(module: nn.Module) -> bool:
