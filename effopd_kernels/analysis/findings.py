@@ -12,7 +12,7 @@ from .checkpoints import listed
 from .comparison import Comparison
 from .figures import Interval
 from .measure import Measured, Options, relative
-from .roles import TYPES, third
+from .roles import TYPES, depth, third
 
 Row = Mapping[str, Any]
 WHOLE = "MLP and attention"
@@ -46,7 +46,7 @@ class Findings:
         products = [m.directions for m in tensors if m.directions is not None]
         self.directions: Tensor | None = torch.stack(products).sum(0) if products else None
         self.tokens = next((m.tokens for m in tensors if m.tokens), {})
-        self.layers = 1 + max((row["layer"] for row in self.rows if row["layer"] is not None), default=-1)
+        self.layers = depth(comparison.names)
         for row in self.rows:
             row["third"] = third(row["layer"], self.layers)
         broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))

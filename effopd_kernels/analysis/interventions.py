@@ -33,7 +33,7 @@ from .loaded import as_the_model_names_them
 from .output import answer, check_free, not_left_empty, say, whole_folder
 from .plans import INTERVENTIONS, Plan, Trial
 from .report import PARTS
-from .roles import role_of
+from .roles import depth
 from .scoring import Validate, estimate
 from .updates import trajectories_of
 
@@ -119,9 +119,8 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     """Check, estimate, evaluate, report."""
     check(ours, data, args)
     comparison = compare(ours.base, trajectories_of(ours.checkpoints, ours.trajectory or []))
-    depth = 1 + max((layer for name in comparison.names if (layer := role_of(name).layer) is not None), default=-1)
-    if ours.window is not None and ours.window > depth:
-        raise UserError(f"--window {ours.window} exceeds the model's {depth} layers")
+    if ours.window is not None and ours.window > depth(comparison.names):
+        raise UserError(f"--window {ours.window} exceeds the model's {depth(comparison.names)} layers")
     folder = Path(args.output_dir)
     going_on = (folder / FILE).is_file()
     check_free(folder, args.overwrite_output_dir or going_on, inputs_of(comparison, data, args))

@@ -10,11 +10,12 @@ rescale     every checkpoint with each tensor's update brought to its final norm
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .edits import Edit
-from .roles import BIASES, role_of
+from .roles import BIASES, Role, depth, role_of
 
 _MLP = ("mlp", "router", BIASES)
 BLOCKS = {"mlp": _MLP, "attention": ("attention",), "both": (*_MLP, "attention")}
@@ -50,14 +51,10 @@ class Plan:
     fractions: Sequence[float] = (0.01, 0.05, 0.1, 0.25, 0.5)
     window: int | None = None
     stride: int | None = None
-    roles: dict = field(init=False)
 
-    def __post_init__(self):
-        self.roles = {name: role_of(name) for name in self.names}
-
-    @property
-    def layers(self) -> int:
-        return 1 + max((r.layer for r in self.roles.values() if r.layer is not None), default=-1)
+    @cached_property
+    def roles(self) -> dict[str, Role]:
+        return {name: role_of(name) for name in self.names}
 
     def trials(self, interventions: Sequence[str]) -> list[Trial]:
         """The base, each trajectory's final model, then every intervention in turn."""
@@ -96,9 +93,9 @@ def embeddings(plan: Plan, trajectory: str) -> Iterator[Trial]:
 
 
 def window(plan: Plan, trajectory: str) -> Iterator[Trial]:
-    width = plan.window or max(1, plan.layers // 4)
+    width = plan.window or max(1, depth(plan.names) // 4)
     stride = plan.stride or max(1, width // 2)
-    last = plan.layers - width
+    last = depth(plan.names) - width
     starts = sorted({*range(0, last, stride), last}) if last >= 0 else []
     for block, parts in BLOCKS.items():
         for first in starts:

@@ -6,7 +6,7 @@ gpt_neox.layers.7.mlp.dense_4h_to_h  ┘
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 # Module types, in the order tables and heat maps show them. Families that fuse matrices get the fused type; Mamba's and
@@ -106,6 +106,11 @@ def token_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def _first(rules: list[tuple[str, str]], path: str) -> str | None:
     return next((kind for kind, pattern in rules if re.search(rf"(?:^|\.)(?:{pattern})$", path)), None)
+
+
+def depth(names: Iterable[str]) -> int:
+    """How many layers the model of these tensors has."""
+    return 1 + max((layer for name in names if (layer := role_of(name).layer) is not None), default=-1)
 
 
 def third(layer: int | None, layers: int) -> str:
