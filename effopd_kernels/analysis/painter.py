@@ -45,7 +45,16 @@ class Painter:
     def drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
         """Draw and `figures.save` these while the block is at work, and raise what that raises."""
         try:
-            yield from self._drawing(jobs)
+            with suppress(BrokenPipeError):  # killed, as by a system that is short of memory
+                if self.process:
+                    pickle.dump(jobs, self.process.stdin)
+                    self.process.stdin.flush()
+            yield
+            answer = self.process.stdout.read() if self.process else b""
+            if not answer:
+                _draw(jobs)
+            elif error := pickle.loads(answer):
+                raise error
         except BaseException:
             if self.process:  # or it would go on writing into what is cleared away now
                 self._kill()
@@ -58,18 +67,6 @@ class Painter:
                     os.killpg(self.process.pid, signal.SIGKILL)  # with the copy that draws the other half
         self.process.kill()
         self.process.wait()
-
-    def _drawing(self, jobs: Sequence[Job]) -> Iterator[None]:
-        with suppress(BrokenPipeError):  # killed, as by a system that is short of memory
-            if self.process:
-                pickle.dump(jobs, self.process.stdin)
-                self.process.stdin.flush()
-        yield
-        answer = self.process.stdout.read() if self.process else b""
-        if not answer:
-            _draw(jobs)
-        elif error := pickle.loads(answer):
-            raise error
 
 
 def paint() -> None:
