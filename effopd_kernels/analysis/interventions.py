@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..extrapolation.adapters import COMPANION
 from ..train import OPDTrainer
 from ..train.config import OPDConfig
-from ..train.interrupt import Interrupts
 from ..train.options import DataArguments, options_help, parse_options
 from ..train.run import build_trainer as build_opd_trainer
 from . import intervention_report
@@ -30,7 +29,7 @@ from .comparison import Comparison, compare
 from .edits import Edit, EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
 from .loaded import as_the_model_names_them
-from .output import answer, check_free, not_left_empty, say, whole_folder
+from .output import answer, check_free, not_left_empty, say, terminated_as_interrupted, whole_folder
 from .plans import INTERVENTIONS, Plan, Trial
 from .report import PARTS
 from .roles import depth
@@ -71,7 +70,7 @@ class InterventionArguments:
 def main(argv: Sequence[str]) -> None:
     """The sub-command. Raises UserError for anything wrong with what was given, before any work."""
     ours, data, args, model_args = parse(list(argv))
-    with Interrupts(immediate=True).installed(), not_left_empty(args.output_dir):
+    with terminated_as_interrupted(), not_left_empty(args.output_dir):
         run(ours, data, args, model_args)
     leave_process_group()
 

@@ -1,11 +1,13 @@
-"""A folder that appears whole or not at all, and what is said beside it."""
+"""A folder that appears whole or not at all, whatever ends the command, and what is said beside it."""
 
 import contextlib
 import os
 import platform
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -79,6 +81,19 @@ def _runs(pid: int) -> bool:
 
 
 @contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def not_left_empty(output_dir: str | Path) -> Iterator[None]:
     """Folders that the block makes down to ``output_dir`` go again if nothing was written."""
     folder = Path(output_dir).absolute()
@@ -100,22 +115,20 @@ def whole_folder(output_dir: str | Path, parts: Collection[str]) -> Iterator[Pat
     Raises:
         UserError: the disk is full or cannot be written.
     """
+    folder = Path(output_dir).absolute()
+    name = f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
     with written(output_dir), not_left_empty(output_dir):
-        yield from _whole_folder(Path(output_dir).absolute(), parts)
-
-
-def _whole_folder(folder: Path, parts: Collection[str]) -> Iterator[Path]:
-    filled, name = folder.is_dir(), f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
-    partial = folder / name if filled else folder.with_name(name)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if not filled:
-            os.replace(partial, folder)
-            return
-        for old in (folder / part for part in parts):
-            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
-        for part in partial.iterdir():
-            part.replace(folder / part.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        filled = folder.is_dir()
+        partial = folder / name if filled else folder.with_name(name)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            if not filled:
+                os.replace(partial, folder)
+                return
+            for old in (folder / part for part in parts):
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
+            for part in partial.iterdir():
+                part.replace(folder / part.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -3,9 +3,7 @@
 import argparse
 import itertools
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .measure import Options
-from .output import answer, check_free, say, whole_folder
+from .output import answer, check_free, say, terminated_as_interrupted, whole_folder
 from .painter import Painter
 from .report import PARTS, REPORT_NAME, Section, write_report
 
@@ -42,7 +40,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
     ks = tuple(sorted({min(k, args.rank) for k in args.ks}))
-    with _terminated_as_interrupted(), _ranks() as ranks:
+    with terminated_as_interrupted(), _ranks() as ranks:
         options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=_device(args.device, ranks))
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:
@@ -111,19 +109,6 @@ def write_all(found: Findings, folder: Path, settings: dict[str, Any], painter: 
         folder, "What training did to the weights", parts, {**compared, **asked, **settings},
         lead=_lead(comparison), notes=notes, painter=painter,
     )  # fmt: skip
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
