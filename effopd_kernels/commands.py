@@ -29,13 +29,13 @@ def print_anywhere() -> None:
 
 
 def leave_stdout() -> None:
-    """After an error of it: what Python still flushes as it exits goes nowhere."""
+    """After a write to it failed: what Python still flushes as it exits goes to the null device, and fails no more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def printed_and_done() -> Iterator[None]:
-    """Ends the command after the block; quietly, if a reader had seen enough of its output, as in `--help | head`."""
+    """Exits with code 0 after the block, quietly if the reader has closed the pipe, as in `--help | head`."""
     try:
         yield
         sys.stdout.flush()
@@ -59,8 +59,9 @@ def interrupted(command: str, advice: str = "") -> int:
 
 
 def _first_to_say(message: str) -> bool:
-    """Whether no other rank has asked this of `message`: what all ranks find wrong is said once, and what one of them
-    finds is said too. Asked of the launcher's store, for the other ranks may be waiting for this one anywhere."""
+    """Whether this rank is the first to report `message`, so that what all ranks find wrong is printed once, and what
+    only one of them finds is printed, too. Counted in the launcher's store: a collective would wait for ranks that may
+    be waiting for this one elsewhere."""
     try:
         store = _store()
         store.add("effopd said", 1)
@@ -70,7 +71,7 @@ def _first_to_say(message: str) -> bool:
 
 
 def something_was_said() -> bool:
-    """Whether a rank has asked `_first_to_say`: an error of the network is then only what that rank left behind."""
+    """Whether some rank has reported an error: a failed collective on this one is then only a consequence of it."""
     try:
         return _store().add("effopd said", 0) > 0
     except Exception:

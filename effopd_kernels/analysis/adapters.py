@@ -143,8 +143,9 @@ class Adapter(Checkpoint):
 
 
 def _as_the_weight_lies(f: StoredFactors, name: str, base: Checkpoint) -> StoredFactors:
-    """With ``transposed`` as the base has it. The folder's fan_in_fan_out is that of the layer that peft made last, and
-    decides only where the shape is square and the family none of those.
+    """``f`` with ``transposed`` as the base stores the weight: by its shape or, if that is square, by the layer's name
+    in families with Conv1D. Elsewhere the folder's fan_in_fan_out stands, though it is that of the layer peft made
+    last.
     """
     turned, shape = f._replace(transposed=not f.transposed), base.shapes[name][0]
     if f.shape != turned.shape and shape in (f.shape, turned.shape):

@@ -83,8 +83,8 @@ class Checkpoint:
         self._stored[name], self.shapes[name] = self._stored[source], self.shapes[source]
 
     def lengthen_names(self, others: Collection[str]) -> None:
-        """Put the first component of most ``others``, such as `transformer.`, before every name, where that makes them
-        names of ``others`` and none is one yet: files of a model without its head, as GPT-2's on the hub, lack it.
+        """Prefix every name with the first component of most ``others``, such as `transformer.`, if no name is one of
+        ``others`` yet and some then are: files of a model without its head, as GPT-2's on the hub, lack that component.
         """
         if not others or not set(self.shapes).isdisjoint(others):
             return

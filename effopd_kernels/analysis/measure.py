@@ -191,8 +191,8 @@ def _norms(statistics: Tensor, like: Tensor) -> dict[str, Any]:
 
 
 def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any], float | None]:
-    """Factors, spectrum, and a row of metrics with bounds, zeros, not NaN, for a matrix that did not move; and ‖b‖, if
-    it came with the rest.
+    """(factors, spectrum, row, ‖b‖) of a − b. The row has metrics with bounds: zeros, not NaN, for a matrix that did
+    not move. ‖b‖ is None unless the reading that took the Gram gave it, too.
     """
     n, m = max(a.shape), min(a.shape)
     top = triplets(TOP_FRACTION, m)

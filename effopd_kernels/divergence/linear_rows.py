@@ -60,7 +60,8 @@ def default_chunk_bytes(device: torch.device) -> int:
 
 
 def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, V) to be written; on a GPU in rows that start where GEMMs and the row kernel load vectors, whatever V is."""
+    """Uninitialised logits (N, V). On a GPU every row starts at a multiple of PITCH elements, whatever V is, so that
+    GEMMs and the row kernel can load vectors."""
     pitch = 1 if like.device.type == "cpu" else PITCH
     return ops.empty_rows(N, -(-V // pitch) * pitch, like, dtype)[:, :V]
 
@@ -68,8 +69,8 @@ def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _blocks(
     N: int, head_VD: Tensor, like: Tensor, dtype: torch.dtype, size: int = BLOCK
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the head and scratch (slice, N) of the dtype of `like`, of `size` bytes; and a slice beside it, where
-    that is not of `dtype` and therefore cast.
+    """Slices of the vocabulary, each with scratch (slice, N) in the dtype of `like`. The scratch takes about `size`
+    bytes, together with the slice of the head where that has to be cast to `dtype`.
     """
     V, D = head_VD.shape
     rows = max(size // dtype.itemsize // max(N if head_VD.dtype == dtype else N + D, 1), 1)
@@ -79,14 +80,16 @@ def _blocks(
 
 
 def _in(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """x as it is or cast to `dtype`, in memory that the next takes over: new pages cost a CPU more than the cast."""
+    """A function that casts to `dtype`, if needed, into one buffer that its every call reuses: fresh pages cost a CPU
+    more than the cast."""
     room = torch.empty(0, dtype=dtype, device=device)
     return lambda x: x if x.dtype == dtype else room.resize_(x.shape).copy_(x)
 
 
 def _product_dtype(dtype: torch.dtype, rows: int, device: torch.device) -> torch.dtype:
-    """What to multiply in: fp32 on a CPU whose bf16 or fp16 PyTorch multiplies in plain loops, or the processor itself
-    more slowly than fp32. For few rows it is the head's bytes that take the time, which a cast multiplies by five.
+    """The dtype to multiply in: fp32 in place of bf16 and fp16 on a CPU where PyTorch multiplies these in plain loops,
+    or the processor multiplies them more slowly than fp32. Not the latter for few rows: reading the head takes the time
+    there, and a cast would multiply its bytes by five.
     """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if device.type != "cpu" or name is None:

@@ -54,7 +54,7 @@ class _PartialRows(torch.autograd.Function):
 
 
 def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
-    """_rows of the head's logits. prefix: of the arguments' names, in an error."""
+    """What `partial_rows` takes of hidden·weightᵀ + bias, differentiable. prefix: as in `compute_dtype`."""
     hidden, weight, bias = map(gathered, (hidden, weight, bias))
     dtype = compute_dtype(prefix, hidden, weight)
     # the logits, their fp32 form, its exponentials and their gradient live at a time, and a soft cap's steps

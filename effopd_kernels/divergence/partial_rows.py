@@ -1,5 +1,5 @@
-"""The op under the partial teachers' functions of hidden states: what of a token's logits is looked at, without N×V
-logits.
+"""The ops under `topk_divergence_loss` and `linear_token_logprobs` of hidden states: the few numbers that they need of
+each token's logits, without N×V logits.
 
 N tokens, V vocabulary, D hidden size, k known entries. Buckets: log-weights of the k and of all others together; or the
 log-probability of one token. Logits are projected a chunk of rows at a time, and again for the gradient. An operator
@@ -57,12 +57,14 @@ def bucket_rows(*args) -> Tensor:
 
 
 def _present(ids_Nk: Tensor) -> Tensor:
-    """Ids to index with: another of the token's in place of a negative one, 0 where it has none."""
+    """Ids to index with. A negative one, which stands for no token, becomes another id of its row, or 0 if there is
+    none.
+    """
     return torch.where(ids_Nk < 0, ids_Nk.amax(1, keepdim=True).clamp(min=0), ids_Nk)
 
 
 def _fill_known(x_NV: Tensor, ids_Nk: Tensor, value: float) -> Tensor:
-    """x, with the value at the ids that are not negative, in its own memory."""
+    """Write the value into x, in place, at the ids that are not negative; returns x."""
     present = _present(ids_Nk)
     return x_NV.scatter_(1, present, torch.where(ids_Nk.amax(1, keepdim=True) < 0, x_NV.gather(1, present), value))
 

@@ -47,7 +47,8 @@ def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats:
 
 
 def _lying_flat(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Contiguous views of them, where all lie in memory alike without gaps, as transposed or in channels_last."""
+    """Contiguous views of the tensors, if all have the same strides without gaps (transposed, channels_last); else they
+    themselves."""
     strides = row[0].stride()
     if all(t.stride() == strides for t in row):
         order = sorted(range(len(strides)), key=lambda d: -strides[d])
@@ -57,8 +58,8 @@ def _lying_flat(row: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def alike(params: list, anchors: list, currents: list, masters: list) -> bool:
-    """Whether these, equally long, are plain floating tensors on the CPU (masters: or all None), those of a row of one
-    shape. False also where only a look at each can tell."""
+    """Whether these are four equally long lists of plain floating tensors on the CPU (masters: or all None), those of a
+    row of one shape: one quick look, which may say False where only a look at each tensor can tell."""
     here = params and type(params[0]) in PLAIN and params[0].is_cpu and EXCHANGE is not None and native() is not None
     return bool(here) and native().alike(EXCHANGE, PLAIN, params, anchors, currents, masters)
 

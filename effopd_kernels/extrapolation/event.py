@@ -143,8 +143,8 @@ class Event:
         return limit is None or self.controller.val_tokens + self.tokens + max(next_cost, 1) <= limit
 
     def _least_cost(self) -> int:
-        """Tokens of scoring W_t and one candidate, as the last event that scored found them; where none has, of a
-        gradient, as the last search that found no jump did; 0 where nothing was spent."""
+        """Tokens that an event takes at least: scoring W_t and one candidate, going by the last event that scored. If
+        none has, one gradient, going by the last search; 0 before that."""
         scored = [event for event in self.controller.events if event.score_initial is not None]
         if not scored:
             searched = [event for event in self.controller.events if event.num_gradients]

@@ -150,7 +150,7 @@ def _is_dual(tensor: Tensor) -> bool:
 
 
 def _listed(name: str, tensors) -> list:
-    """The tensors of an argument. What else is in a sequence is told where its tensors are looked at."""
+    """The argument as a list; TypeError unless it is a sequence. Whether it holds tensors is checked later."""
     if not isinstance(tensors, Iterable) or isinstance(tensors, (str, Mapping)):
         raise TypeError(f"{name} must be a sequence of tensors, got a {type(tensors).__name__}")
     return list(tensors)

@@ -1,4 +1,4 @@
-"""Choosing α: the published walk through candidates, and a secant on the slope of a validation loss.
+"""Choosing α by secants on the slope of a validation loss: what search="gradient" does.
 
     L(α) = loss at W = A + α·δ,      L'(α) = Σ ∂L/∂W·δ        one forward and one backward pass, no generation
 

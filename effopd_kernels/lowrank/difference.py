@@ -11,8 +11,8 @@ from .types import least_rounding
 
 
 def resolves(frobenius: Tensor, s: Tensor) -> Tensor:
-    """Whether σ of a matrix of this Frobenius norm come out of its Gram in fp32: rounding moves σ² by `ROUNDING` ε ‖X‖²
-    at the most, by a hundredth of that where it averages out.
+    """Whether singular values s can be taken from the fp32 Gram of a matrix of this Frobenius norm: rounding moves σ²
+    by at most `ROUNDING` ε ‖X‖², and by a hundredth of that where it averages out.
     """
     return s.square() >= 64 * least_rounding(frobenius.square(), torch.float32)
 

@@ -157,7 +157,9 @@ def products(
 
 
 def rounded(q: Tensor) -> Tensor:
-    """An fp32 q (..., M, L) as products in 16 bits round it: to bf16, or by columns to integers of a unit."""
+    """An fp32 q (..., M, L) rounded as products in 16 bits round it: to bf16, or each column to multiples of its own
+    unit.
+    """
     if q.device.type != "cpu" or not has_products() or native().rounded(-1) != "int16":
         return q.bfloat16().float()
     largest = torch.linalg.vector_norm(q, torch.inf, -2, keepdim=True)
@@ -185,8 +187,8 @@ def exact_gram(
 
 
 def times_signs(x: Tensor, columns: int, seed: int) -> Tensor:
-    """x Ω (N, columns) of an fp32 x with the test matrix of :mod:`signs`: as many additions an entry as a row of that
-    has signs.
+    """x Ω (N, columns) of an fp32 x with the test matrix Ω of :mod:`signs`: an entry of x costs as many additions as a
+    row of Ω has signs.
     """
     omega = signs.dense(seed, x.shape[1], columns, x.device)
     y = torch.empty(len(x), columns, dtype=torch.float32, device="cpu")

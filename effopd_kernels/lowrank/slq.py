@@ -163,7 +163,7 @@ def _step(x: Difference, v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Te
 
 
 def _in_cpp(x: Difference, q: Tensor, v: Tensor) -> bool:
-    """A Gram at hand, probes that fill a vector, even sizes."""
+    """Whether `step_in_cpp` can do it: from a Gram, for 16 probes and even sizes."""
     return (
         x.known is not None
         and q.device.type == "cpu"

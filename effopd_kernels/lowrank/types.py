@@ -20,7 +20,7 @@ def least_rounding(norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def triplets(fraction: float, rank: int) -> int:
-    """How many make a part of a rank: whole ones, rounded up, but 28 of 100 for 0.28, whose product is above 28."""
+    """⌈fraction · rank⌉, as exact numbers: 28 for 0.28 of 100, whose product is a little above 28 in floating point."""
     return math.ceil(fraction * rank - 1e-9)
 
 

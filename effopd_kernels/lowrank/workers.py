@@ -1,8 +1,8 @@
-"""Threads that compute alone.
+"""Threads whose every operation is single-threaded.
 
-How many threads take part in a product decides its bits, and where they meet costs more than the products of a few
-hundred columns gain. So on the CPU every operation here is one thread's: matrices are factored side by side, and where
-fewer of them are left than there are threads, the panels of each are shared out. No result depends on which, nor on the
+The last bits of a product depend on how many threads take part in it, and for a few hundred columns their waiting for
+each other costs more than they gain. So on the CPU whole matrices are factored side by side, one to a thread, and where
+fewer matrices are left than there are threads, the panels of each are shared out. No result depends on that, nor on the
 number of threads.
 """
 

@@ -52,7 +52,7 @@ def load_prompts(
         if _BUILDERS[path.suffix] == "json":
             dataset = _with_dates_as_text(dataset, path)
     elif path.exists():
-        raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file{_made_one(path)}")
+        raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file{_conversion(path)}")
     else:
         try:
             dataset = datasets.load_dataset(name, config, split=split)
@@ -99,8 +99,8 @@ def _without_timestamps(feature: Any) -> Any:
     return datasets.Value("string") if is_date else feature
 
 
-def _made_one(path: Path) -> str:
-    """How `datasets` makes a .jsonl file of what it can read otherwise, to be said after what was wrong."""
+def _conversion(path: Path) -> str:
+    """The end of an error message: how to make a .jsonl file of what `datasets` reads in another way; else empty."""
     if path.suffix == ".csv":
         loaded = f"load_dataset('csv', data_files='{path}', split='train')"
     elif (path / "dataset_dict.json").is_file():

@@ -306,7 +306,8 @@ def _explained(logits, gain, hidden, weight, bias, scale, cap) -> bool:
 
 
 def _trains_more(head: torch.nn.Module) -> bool:
-    """Whether any trainable parameter of a head is none that its weight or its bias is, or is computed from."""
+    """Whether a head has a trainable parameter, such as an adapter's, that is not its weight or bias and that neither
+    is computed from."""
     if not hasattr(head, "bias"):
         raise UserError(
             f"the student's head is a {type(head).__name__}, of which TRL cannot read the bias: with "
@@ -323,7 +324,7 @@ def _trains_more(head: torch.nn.Module) -> bool:
 
 
 class _OwnBackbone(torch.nn.Module):
-    """A model that hands TRL its logits for hidden states."""
+    """Stands in for a model whose backbone TRL calls: its "last hidden state" is the model's logits."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
