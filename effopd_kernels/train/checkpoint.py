@@ -8,22 +8,17 @@ process killed at any moment leaves the folder it was writing unpublished, and o
 import json
 import logging
 import math
-import platform
 import re
-import secrets
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..commands import written
 from ..extrapolation.checkpoint import crc32
 from ..tensor_files import FileCheckpoint
 from .config import OPDConfig
@@ -43,39 +38,6 @@ PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in t
 logger = logging.getLogger(__name__)
 
 
-def check_shared(output_dir: Path) -> None:
-    """Raises UserError, the same on every rank, where one does not see what rank 0 writes to `output_dir`: rank 0's
-    files and the others' would make no checkpoint that could be resumed from. Leaves no trace, nor makes the folder."""
-    if PartialState().num_processes == 1:
-        return
-    folder, probe, missing, failure = output_dir.absolute(), Path(), (), None
-    if PartialState().is_main_process:
-        there = next(level for level in (folder, *folder.parents) if level.is_dir())
-        probe, missing = there / f".shared-{secrets.token_hex(8)}", folder.relative_to(there).parts
-        try:
-            with written(output_dir):
-                probe.touch()
-        except UserError as error:
-            failure = error
-    try:
-        # Ranks may know the one folder by different names, though not what of its path is still to be made.
-        name, missing, failure = broadcast_object_list([(probe.name, missing, failure)])[0]
-        if failure is not None:
-            raise failure
-        known = folder.parts[: len(folder.parts) - len(missing)]
-        sees = (*known, *missing) == folder.parts and Path(*known, name).exists()
-        every = gather_object([(sees, folder, platform.node())])
-    finally:
-        if PartialState().is_main_process:
-            probe.unlink(missing_ok=True)
-    for rank, (sees, where, host) in enumerate(every):
-        if not sees:
-            raise UserError(
-                f"--output_dir '{where}' of rank {rank} (on {host}) is not the folder '{every[0][1]}' that rank 0 (on "
-                f"{every[0][2]}) writes to: give one folder that all nodes share"
-            )
-
-
 def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
     """Load a checkpoint whose tensors have other names than the model's, as those of mixtures of experts, GPT-NeoX and
     Nemotron-H have; False, and nothing done, where all names are alike.
@@ -93,6 +55,20 @@ def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
     wide = torch.promote_types(model.dtype, torch.float32)  # rounds nothing, should dtypes be mixed
     model.load_state_dict(type(model).from_pretrained(folder, dtype=wide).state_dict())
     return True
+
+
+def check_rank(checkpoint: str | Path, student: torch.nn.Module) -> None:
+    """Raises UserError where the student's adapter is not as long as the checkpoint's: when training ends, it takes up
+    its jumps (`EffOPDController.fold_`), and what was saved before does not fit any more."""
+    config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
+    if not adapters or not config.is_file():
+        return
+    there, here = json.loads(config.read_text()).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
+    if there != here:
+        raise UserError(
+            f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
+            "it longer when training ended, resume with model and trainer constructed anew"
+        )
 
 
 def checkpoint_name(step: int | str) -> str:

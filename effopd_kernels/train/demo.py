@@ -17,8 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from .config import OPDConfig
 from .errors import UserError
 from .options import parse
+from .output_dir import check_output_dir
 from .report import compare, run_summary, write_report
-from .run import check_output_dir, run
+from .run import run
 
 NAMES = {"opd": "OPD", "effopd": "EffOPD"}
 PAD, EOS = "<pad>", "<eos>"

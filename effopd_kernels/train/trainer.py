@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 import trl
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
-from trl.trainer.utils import RepeatSampler, create_model_from_path
+from trl.trainer.utils import RepeatSampler
 
 from ..commands import written
 from ..divergence import REVERSE_KL, DivergenceStats
@@ -29,8 +28,8 @@ from ..extrapolation import Scores
 from .callback import EffOPDCallback, load_trained_adapter
 from .checkpoint import (
     STAGING,
+    check_rank,
     check_settings,
-    check_shared,
     checkpoint_name,
     load_renamed,
     newest_intact,
@@ -44,8 +43,9 @@ from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError, as_user_error
 from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
-from .lock import sole_run
+from .loading import load_teacher
 from .loss import FusedLoss, use_fused_loss
+from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
 from .validation import TeacherLoss, Validator, evaluating
 
@@ -102,7 +102,7 @@ class OPDTrainer(trl.DistillationTrainer):
             raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
         check_shared(Path(args.output_dir))
         if isinstance(teacher_model, str):
-            teacher_model = _load_teacher(teacher_model, args)
+            teacher_model = load_teacher(teacher_model, args)
         # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
         super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         check_private_api(self)
@@ -346,7 +346,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.model if model is None else model
-        _check_rank(resume_from_checkpoint, student)
+        check_rank(resume_from_checkpoint, student)
         with _fitting(resume_from_checkpoint):
             if self._load_renamed(student, resume_from_checkpoint):
                 return
@@ -424,20 +424,6 @@ class OPDTrainer(trl.DistillationTrainer):
             )
 
 
-def _check_rank(checkpoint: str, student: torch.nn.Module) -> None:
-    """Raises UserError where the student's adapter is not as long as the checkpoint's: when training ends, it takes up
-    its jumps (`EffOPDController.fold_`), and what was saved before does not fit any more."""
-    config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
-    if not adapters or not config.is_file():
-        return
-    there, here = json.loads(config.read_text()).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
-    if there != here:
-        raise UserError(
-            f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
-            "it longer when training ended, resume with model and trainer constructed anew"
-        )
-
-
 @contextmanager
 def _finite_logits(student: torch.nn.Module):
     """While generating, NaN and infinite logits are finite ones: sampling from them raises, and on a GPU ends CUDA. A
@@ -474,35 +460,6 @@ def _input_hooks_kept(student: torch.nn.Module):
 def _fitting(checkpoint: str | None):
     what = f"checkpoint '{checkpoint}' was made with another model or other settings"
     return as_user_error(what, RuntimeError, ValueError)
-
-
-def _load_teacher(name: str, args: OPDConfig) -> PreTrainedModel:
-    kwargs = dict(args.teacher_model_init_kwargs or {})
-    if args.teacher_model_revision is not None:
-        kwargs.setdefault("revision", args.teacher_model_revision)
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    with loading_errors_named(name):
-        return create_model_from_path(name, **kwargs)
-
-
-@contextmanager
-def loading_errors_named(name: str):
-    """What safetensors and transformers raise for weights that are damaged, or of another model than their config, and
-    for options that the model does not have, as a UserError."""
-    try:
-        yield
-    except SafetensorError as e:
-        raise UserError(f"the weights of '{name}' cannot be read: {e}") from e
-    except RuntimeError as e:
-        if "ignore_mismatched_sizes" not in str(e):
-            raise
-        raise UserError(f"the weights of '{name}' are of other shapes than its config.json makes a model of") from e
-    except TypeError as e:
-        if "unexpected keyword argument" not in str(e):
-            raise
-        raise UserError(f"'{name}' cannot be loaded with the model_init_kwargs given: {e}") from e
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

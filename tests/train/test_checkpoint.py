@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from effopd_kernels.train import OPDConfig, UserError, checkpoint, cli, lock, run
+from effopd_kernels.train import OPDConfig, UserError, cli, output_dir, run
 from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
-from effopd_kernels.train.lock import LOCK_NAME, acquire, release
+from effopd_kernels.train.output_dir import LOCK_NAME, acquire, release
 from train import world as tiny
 from train.world import make_trainer
 
@@ -231,25 +231,25 @@ def test_a_folder_that_another_run_writes_to_is_refused(world, tmp_path, capsys)
         trainer.train()
     (tmp_path / "out" / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="another run is writing to"):
-        run.check_output_dir(tmp_path / "out", write_over=True)
+        output_dir.check_output_dir(tmp_path / "out", write_over=True)
     release(held, tmp_path / "out")
     trainer.train()
     assert not (tmp_path / "out" / LOCK_NAME).exists()
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / LOCK_NAME).touch()
-    run.check_output_dir(tmp_path / "killed", write_over=False)
+    output_dir.check_output_dir(tmp_path / "killed", write_over=False)
 
 
 def test_a_lock_that_went_while_it_was_waited_for_is_looked_for_again(tmp_path, monkeypatch):
     """And where the file system knows none, there is none."""
-    flock = lock.fcntl.flock
+    flock = output_dir.fcntl.flock
 
     def removed_at_first(file, how):
         (tmp_path / LOCK_NAME).unlink()
-        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        monkeypatch.setattr(output_dir.fcntl, "flock", flock)
         flock(file, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", removed_at_first)
+    monkeypatch.setattr(output_dir.fcntl, "flock", removed_at_first)
     held = acquire(tmp_path)
     with pytest.raises(UserError, match="another run"):
         acquire(tmp_path)
@@ -258,17 +258,17 @@ def test_a_lock_that_went_while_it_was_waited_for_is_looked_for_again(tmp_path, 
     def none(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
+    monkeypatch.setattr(output_dir.fcntl, "flock", none)
     for held in [acquire(tmp_path), acquire(tmp_path)]:
         release(held, tmp_path)
 
 
 def test_another_run_is_every_ranks_error(monkeypatch, tmp_path):
     sent, held = [], acquire(tmp_path)
-    monkeypatch.setattr(lock, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
+    monkeypatch.setattr(output_dir, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
     for main in (True, False):
-        monkeypatch.setattr(lock, "PartialState", lambda main=main: SimpleNamespace(is_main_process=main))
-        with pytest.raises(UserError, match="another run"), lock.sole_run(tmp_path):
+        monkeypatch.setattr(output_dir, "PartialState", lambda main=main: SimpleNamespace(is_main_process=main))
+        with pytest.raises(UserError, match="another run"), output_dir.sole_run(tmp_path):
             pytest.fail("let in")
     assert len(sent) == 2
     release(held, tmp_path)
@@ -280,10 +280,10 @@ def test_a_folder_that_rank_0_cannot_write_to_is_every_ranks_error(monkeypatch, 
 
     monkeypatch.setattr(Path, "touch", full)
     sent = []
-    monkeypatch.setattr(checkpoint, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
+    monkeypatch.setattr(output_dir, "broadcast_object_list", lambda mine: sent.append(mine) or sent[0])
     for main in (True, False):
         state = SimpleNamespace(num_processes=2, is_main_process=main)
-        monkeypatch.setattr(checkpoint, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(output_dir, "PartialState", lambda state=state: state)
         with pytest.raises(UserError, match="No space left"):
-            checkpoint.check_shared(tmp_path / "out")
+            output_dir.check_shared(tmp_path / "out")
     assert len(sent) == 2  # rank 0 told the other before it went
