@@ -37,14 +37,14 @@ class Difference:
     def mT(self) -> "Difference":
         return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base], known=None)
 
-    def apply(self, q: Tensor, fast: bool = False) -> Tensor:
+    def apply(self, q: Tensor) -> Tensor:
         """X Q, (B, N, L)."""
-        return ops.skinny(self.x, self.base, q, self.scale, fast)
+        return ops.skinny(self.x, self.base, q, self.scale)
 
     def gram_apply(self, q: Tensor, fast: bool = False) -> Tensor:
         """XᵀX Q, (B, M, L)."""
         if self.known is not None:
-            z = ops.skinny(list(self.known), [], q, None, False)
+            z = ops.skinny(list(self.known), [], q, None)
             return z if self.scale is None else z.mul_(self.scale.square().to(z.dtype)[:, None, None])
         return ops.gram_apply(self.x, self.base, q, self.scale, fast)
 

@@ -61,7 +61,7 @@ def _(x, base, columns, seed, full):
 
 
 @torch.library.register_fake("effopd::lowrank_skinny", lib=LIBRARY)
-def _(x, base, q, scale, fast):
+def _(x, base, q, scale):
     return q.new_empty((len(x), x[0].shape[0], q.shape[2]))
 
 

@@ -1,6 +1,6 @@
 """The low-rank operators panel by panel (see :mod:`panels`): in PyTorch, and on the CPU in C++ where that serves.
 
-Only there is ``fast`` heeded, and where the processor has such products: PyTorch's in bf16 on the CPU round their
+``fast`` is heeded only there, and where the processor has such products: PyTorch's in bf16 on the CPU round their
 results too, and spectra that fall off quickly do not bear that.
 
 Shape legend: N rows, M columns of one matrix; L sketch columns; P a panel of X.
@@ -51,7 +51,7 @@ def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: b
 
 def gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
     """Z_b = X_bᵀ (X_b q_b): x_b (N, M), q (B, M, L) → (B, M, L). One reading of the pair on CPU; two skinny products
-    elsewhere.
+    elsewhere. ``fast`` lets the operands be rounded to 16 bits (sums stay in fp32).
     """
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, matrix in enumerate(_each(x, base, scale)):
@@ -67,10 +67,8 @@ def project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None
     return y, z
 
 
-def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L). ``fast`` lets the operands be rounded to 16 bits (sums
-    stay in fp32).
-    """
+def skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> Tensor:
+    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) → (B, N, L)."""
     y = q.new_empty(len(x), x[0].shape[0], q.shape[2])
     for i, matrix in enumerate(_each(x, base, scale)):
         _products(matrix, q[i], y[i], want_z=False)

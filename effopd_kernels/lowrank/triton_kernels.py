@@ -388,10 +388,10 @@ def _multiply(
     return y[0] if spans == 1 else y.sum(0), None if partial is None else _sum_partials(partial)
 
 
-def launch_skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
-    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) fp32 → (B, N, L) fp32."""
+def launch_skinny(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None, fast: bool = False) -> Tensor:
+    """Y_b = X_b q_b: x_b (N, M), q (B, M, L) fp32 → (B, N, L) fp32. ``fast``: as in `reference.gram_apply`."""
     if not _served(x, base, q) or q.numel() == 0:
-        return reference.skinny(x, base, q, scale, fast)
+        return reference.skinny(x, base, q, scale)
     return _multiply(x, base, q, scale, fast)[0]
 
 
@@ -403,8 +403,8 @@ def launch_gram_apply(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Ten
 
 def launch_project(x: list[Tensor], base: list[Tensor], q: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """(Y_b = X_b q_b, X_bᵀ Y_b), two readings of the pair: (B, M, L) → (B, N, L), (B, M, L)."""
-    y = launch_skinny(x, base, q, scale, False)
-    return y, launch_skinny([t.mT for t in x], [t.mT for t in base], y, scale, False)
+    y = launch_skinny(x, base, q, scale)
+    return y, launch_skinny([t.mT for t in x], [t.mT for t in base], y, scale)
 
 
 def launch_sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: bool) -> tuple[Tensor, Tensor]:

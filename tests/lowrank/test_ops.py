@@ -49,7 +49,7 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
     for i, a in enumerate(exact):
         qi, c = q[i].double(), scale[i].double()
         assert distance(z[i], a.mT @ (a @ omega)) < (1e-2 if rounds else bar)
-        assert distance(ops.skinny(x, base, q, scale, False)[i], c * a @ qi) < bar
+        assert distance(ops.skinny(x, base, q, scale)[i], c * a @ qi) < bar
         assert distance(ops.gram_apply(x, base, q, scale, False)[i], c**2 * a.mT @ (a @ qi)) < bar
         assert distance(y[i], c * a @ qi) < bar
         assert distance(projected[i], c**2 * a.mT @ (a @ qi)) < bar
@@ -262,7 +262,7 @@ def test_opcheck(transposed):
     q, scale = torch.randn(2, 30, 7), torch.ones(2)
     torch.library.opcheck(ops.stats, (x, base, True))
     torch.library.opcheck(ops.sketch, (x, base, 7, 0, True))
-    torch.library.opcheck(ops.skinny, (x, base, q, scale, False))
+    torch.library.opcheck(ops.skinny, (x, base, q, scale))
     torch.library.opcheck(ops.gram_apply, (x, [], q, None, True))
     torch.library.opcheck(ops.project, (x, base, q, scale))
     torch.library.opcheck(ops.gram, (x, base, scale, True))
@@ -276,7 +276,7 @@ def test_compiles():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def function(x, base, q):
         g = ops.gram(x, base, None, True)
-        return ops.skinny(x, base, q, None, False) + 1, ops.gram_apply(x, base, q, None, False), ops.eigh(g)[0]
+        return ops.skinny(x, base, q, None) + 1, ops.gram_apply(x, base, q, None, False), ops.eigh(g)[0]
 
     y, z, values = function(x, base, q)
     torch.testing.assert_close(y[0].double(), exact[0] @ q[0].double() + 1, rtol=1e-5, atol=1e-5)

@@ -80,7 +80,7 @@ def test_skinny(dtype, transposed, pair):
     x, base, exact = batch(dtype, transposed, pair, size=(M, LONG))
     q, scale = normal(2, LONG, L).to(DEVICE), torch.tensor([2.0, 0.25], device=DEVICE)
     want = exact * scale.double()[:, None, None]
-    assert_product(kernels.launch_skinny(x, base, q, scale, False), want, q.double(), 8 * EPS)
+    assert_product(kernels.launch_skinny(x, base, q, scale), want, q.double(), 8 * EPS)
     assert_product(kernels.launch_skinny(x, base, q, None, True), exact, q.double(), 2.0**-7 + 8 * EPS)
 
 
@@ -88,10 +88,10 @@ def test_skinny(dtype, transposed, pair):
 def test_skinny_does_not_depend_on_the_batch():
     x, base, _ = batch(B=3)
     q = normal(3, M, L).to(DEVICE)
-    together = kernels.launch_skinny(x, base, q, None, False)
+    together = kernels.launch_skinny(x, base, q, None)
     for i in range(3):
         one = slice(i, i + 1)
-        assert torch.equal(together[i], kernels.launch_skinny(x[one], base[one], q[one], None, False)[0])
+        assert torch.equal(together[i], kernels.launch_skinny(x[one], base[one], q[one], None)[0])
 
 
 @needs_kernels
@@ -104,7 +104,7 @@ def test_gram_apply(transposed):
     error = (found.double() - want.mT @ (want @ q.double())).norm() / found.double().norm()
     assert error <= 8 * EPS
     y, z = kernels.launch_project(x, base, q, scale)
-    assert torch.equal(y, kernels.launch_skinny(x, base, q, scale, False)) and torch.equal(z, found)
+    assert torch.equal(y, kernels.launch_skinny(x, base, q, scale)) and torch.equal(z, found)
 
 
 def statistics(x, base, exact, full):
@@ -146,7 +146,7 @@ def test_batches_beyond_the_grid_are_left_to_the_reference(monkeypatch):
     q = normal(3, M, 2 * kernels.COLUMNS).to(DEVICE)
     monkeypatch.setattr(kernels, "MAX_GRID", 5)
     monkeypatch.setattr(kernels, "_skinny_kernel", None)
-    assert_product(kernels.launch_skinny(x, base, q, None, False), exact, q.double(), 8 * EPS)
+    assert_product(kernels.launch_skinny(x, base, q, None), exact, q.double(), 8 * EPS)
     monkeypatch.setattr(kernels, "MAX_GRID", 2)
     monkeypatch.setattr(kernels, "_stats_kernel", None)
     torch.testing.assert_close(
@@ -189,7 +189,7 @@ def test_gram(dtype, transposed):
 def test_odd_shapes(shape):
     x, base, exact = batch(torch.float32, size=shape)
     q = normal(2, shape[1], 3).to(DEVICE)
-    assert_product(kernels.launch_skinny(x, base, q, None, False), exact, q.double(), 8 * EPS)
+    assert_product(kernels.launch_skinny(x, base, q, None), exact, q.double(), 8 * EPS)
     assert_product(kernels.launch_gram(x, base, None, False), exact.mT, exact, 8 * EPS)
     want = statistics(x, base, exact, True)
     torch.testing.assert_close(kernels.launch_stats(x, base, True), want, rtol=2 * EPS, atol=0)
