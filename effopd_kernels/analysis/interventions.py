@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
-from ..commands import leave_process_group, written
+from ..commands import leave_process_group, printed_and_done, written
 from ..errors import UserError
 from ..extrapolation.adapters import COMPANION
 from ..train import OPDTrainer
@@ -80,8 +80,8 @@ def parse(argv: list[str]) -> tuple[InterventionArguments, DataArguments, OPDCon
         (InterventionArguments, DataArguments, OPDConfig, ModelConfig), prog="effopd-analyze interventions"
     )
     if "-h" in argv or "--help" in argv:
-        print_help(parser)
-        raise SystemExit(0)
+        with printed_and_done():
+            print_help(parser)
     return parse_options(parser, argv)
 
 

@@ -94,7 +94,7 @@ def load(
     def verify() -> dict[str, Any]:
         index = _index(directory)
         for shard in index["shards"][ranks.rank :: ranks.size]:  # each is read once, not by all who need some of it
-            _intact(directory, shard)
+            _check_intact(directory, shard)
         return index
 
     index = _on_all(ranks, verify)
@@ -164,7 +164,7 @@ def _parts(file, alone: bool) -> dict[str, Part] | None:
 def check(directory: str | os.PathLike) -> None:
     """Verify a saved state, all shards of it; `CheckpointError` names what is missing, truncated or altered."""
     for shard in _index(Path(directory))["shards"]:
-        _intact(Path(directory), shard)
+        _check_intact(Path(directory), shard)
 
 
 def newest_intact(directories: Iterable[str | os.PathLike]) -> Path | None:
@@ -194,7 +194,7 @@ def _index(directory: Path) -> dict[str, Any]:
     return body
 
 
-def _intact(directory: Path, shard: dict) -> Path:
+def _check_intact(directory: Path, shard: dict) -> None:
     path = directory / shard["file"]
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
@@ -202,7 +202,6 @@ def _intact(directory: Path, shard: dict) -> Path:
         raise CheckpointError(f"{path} is truncated: {path.stat().st_size} of {shard['bytes']} bytes")
     if crc32(path) != shard["crc32"]:
         raise CheckpointError(f"{path} is corrupted: its checksum is not the one saved with it")
-    return path
 
 
 def crc32(path: Path) -> int:

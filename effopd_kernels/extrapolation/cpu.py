@@ -5,6 +5,8 @@ torch.lerp(A, C, α, out=W) is a single pass that computes bf16 and fp16 in fp32
 against fp32 arithmetic and, for rounding, against fp64). It loses the sign of −0 at α = 0 and 1: the ends are copies.
 """
 
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -20,25 +22,24 @@ BLOCK = 1 << 18  # elements: three fp32 blocks fit the second-level caches of tw
 def extrapolate_(params, anchors, currents, alphas: Tensor, masters, with_stats: bool, instruction_set=-1) -> Tensor:
     """The CPU backend of `reference.extrapolate_`. instruction_set: the kernel's, −1 the best; None for torch.lerp."""
     stats = alphas.new_empty((len(params) if with_stats else 0, 3), dtype=torch.float32)
-    lists = [params, anchors, currents, masters]
-    fits = [False] * len(params)
+    rows = list(zip(params, anchors, currents, *([masters] if masters else []), strict=True))
+    fits = [False] * len(rows)
     if instruction_set is not None and EXCHANGE is not None and native() is not None:
-        if _cpp(*lists, alphas, stats, instruction_set):
+        if _cpp(params, anchors, currents, masters, alphas, stats, instruction_set):
             return stats
-        rows = [_lying_flat(row) for row in zip(*filter(None, lists), strict=True)]
-        params, anchors, currents, masters = lists = [*map(list, zip(*rows, strict=True)), []][:4]
+        rows = [_lying_flat(row) for row in rows]
         fits = [all(t.dtype in DTYPES and t.is_contiguous() for t in row) for row in rows]
-        chosen = ([t for t, fit in zip(column, fits, strict=False) if fit] for column in lists)
-        where = torch.tensor(fits, device="cpu")
-        some = stats.new_empty((sum(fits) if with_stats else 0, 3))
-        done = _cpp(*chosen, alphas[where], some, instruction_set)
+        chosen, where = list(compress(rows, fits)), torch.tensor(fits, device="cpu")
+        columns = [[row[k] for row in chosen] for k in range(4 if masters else 3)]
+        some = stats.new_empty((len(chosen) if with_stats else 0, 3))
+        done = _cpp(*columns[:3], columns[3] if masters else [], alphas[where], some, instruction_set)
         assert done
         if with_stats:
             stats[where] = some
-    for i, (alpha, anchor, current, param) in enumerate(zip(alphas.tolist(), anchors, currents, params, strict=True)):
+    for i, (row, alpha) in enumerate(zip(rows, alphas.tolist(), strict=True)):
         if fits[i]:
             continue
-        master = masters[i] if masters else None
+        param, anchor, current, master = row if masters else (*row, None)
         if with_stats:
             stats[i] = stats.new_tensor(_in_blocks(param, anchor, current, alpha, master))
         else:

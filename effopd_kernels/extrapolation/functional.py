@@ -225,8 +225,6 @@ def _check(params, anchors, currents, masters) -> None:
 
 def _groups(params, masters) -> list[list[int]]:
     """Indices that one op call can serve: one device, all with masters or all without."""
-    if len({p.device for p in params}) == 1 and len({m is None for m in masters}) == 1:
-        return [list(range(len(params)))]
     groups: dict[tuple, list[int]] = {}
     for i, (param, master) in enumerate(zip(params, masters, strict=True)):
         groups.setdefault((param.device, master is None), []).append(i)

@@ -49,11 +49,11 @@ def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tens
     If one of those moves all the same, something this function cannot read steps it (DeepSpeed's flattened partitions).
     Raises ValueError for a master in a ZeroRedundancyOptimizer: it is on one rank, and the others would not jump alike.
     """
-    masters, strangers = {}, list(named)
+    masters, unstepped = {}, list(named)
     for each in unwrapped(optimizer):
-        found, strangers = _masters_in(each, {name: named[name] for name in strangers})
+        found, unstepped = _masters_in(each, {name: named[name] for name in unstepped})
         masters |= found
-    return masters, strangers
+    return masters, unstepped
 
 
 def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tensor], list[Any]]:
@@ -61,7 +61,7 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
     stepped = [t for group in optimizer.param_groups for t in group["params"]]
     ids = {id(t) for t in stepped}
     beside = _masters_beside_groups(stepper)
-    masters, strangers = {}, []
+    masters, unstepped = {}, []
     for name, param in named.items():
         state = stepper.state.get(param, {})
         # Where several round to the parameter, as moments and masters of zeros do, a name tells.
@@ -80,8 +80,8 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
             if id(param) not in ids:
                 stepped = [t for t in stepped if t is not master]  # equal tensors have masters of their own, in order
         elif id(param) not in ids:
-            strangers.append(name)
-    return masters, strangers
+            unstepped.append(name)
+    return masters, unstepped
 
 
 def _masters_beside_groups(optimizer) -> dict[int, Any]:

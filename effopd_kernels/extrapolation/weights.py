@@ -156,9 +156,9 @@ class DenseWeights:
                 thawed[0],
             )
             self._frozen = {}  # said once
-        masters, strangers = self._find_masters()
+        masters, unstepped = self._find_masters()
         for name, tensor, anchor in zip(self.names, self.tensors, self.anchors, strict=True):
-            if name in strangers and not torch.equal(local(tensor), anchor.to(tensor.device, tensor.dtype)):
+            if name in unstepped and not torch.equal(local(tensor), anchor.to(tensor.device, tensor.dtype)):
                 raise ValueError(
                     f"the optimizer steps neither {name} nor an fp32 master of it that could be found, so it would "
                     "undo a jump: pass a list of all optimizers if another one steps it, or masters={name: tensor}"
