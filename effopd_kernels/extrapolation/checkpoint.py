@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .distributed import Ranks, T
@@ -86,8 +86,8 @@ def load(
 
     parts: name → the part that this rank holds; None for all of every tensor.
 
-    Raises, on every rank if on any, `CheckpointError` if the state is not intact, or if a version that did not note
-    the parts saved it sharded by another number of ranks; ValueError if it is not of the tensors of `parts`.
+    Raises, on every rank if on any, `CheckpointError` if the state is not intact; ValueError if it is not of the
+    tensors of `parts`.
     """
     directory = Path(directory)
 
@@ -123,14 +123,7 @@ def _assemble(paths: Sequence[Path], ranks: Ranks, wanted: Mapping[str, Part] | 
     out, have = {}, {}
     for path in paths[nearest:] + paths[:nearest]:
         with torch.device("cpu"), safe_open(path, "pt") as file:  # whatever the caller's default device is
-            saved = _parts(file, alone=len(paths) == 1)
-            if saved is None:
-                if len(paths) != ranks.size:
-                    raise CheckpointError(
-                        f"{path.parent} was saved sharded by {len(paths)} ranks, by a version that did not note their "
-                        f"parts, and this run has {ranks.size}: load and save it on {len(paths)}"
-                    )
-                return load_file(path)
+            saved = _parts(file)
             if wanted is None:
                 wanted = {name: Part((0,) * len(p.whole), p.whole, p.whole) for name, p in saved.items()}
             check_same({n: p.whole for n, p in saved.items()}, {n: p.whole for n, p in wanted.items()})
@@ -148,17 +141,13 @@ def _assemble(paths: Sequence[Path], ranks: Ranks, wanted: Mapping[str, Part] | 
     raise CheckpointError(f"the shards of {paths[0].parent} do not make up all of {lacking[0]}")
 
 
-def _parts(file, alone: bool) -> dict[str, Part] | None:
-    """name → what a shard holds of it; None if it is one of several and does not say."""
+def _parts(file) -> dict[str, Part]:
+    """name → what a shard holds of it: all, unless its header says otherwise."""
     shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     noted = (file.metadata() or {}).get("parts")
-    if noted is not None:
-        noted = json.loads(noted)
-    elif alone:
-        noted = {name: ([0] * len(shape), shape) for name, shape in shapes.items()}
-    else:
-        return None
-    return {name: Part(offset, shapes[name], whole) for name, (offset, whole) in noted.items()}
+    if noted is None:
+        return {name: Part([0] * len(shape), shape, shape) for name, shape in shapes.items()}
+    return {name: Part(offset, shapes[name], whole) for name, (offset, whole) in json.loads(noted).items()}
 
 
 def check(directory: str | os.PathLike) -> None:

@@ -275,8 +275,7 @@ class EffOPDController:
         """Continue from `save`; every rank calls it, and reads what it holds itself.
 
         The number of ranks and the sharding (FSDP2, HSDP, tensor parallel, none) may be others than when it was saved:
-        the anchor is the same bit for bit. Only shards that do not note their place, as first versions wrote them, need
-        the same number. A LoRA student's state_dict is loaded after it, see `load_state_dict`.
+        the anchor is the same bit for bit. A LoRA student's state_dict is loaded after it, see `load_state_dict`.
 
         Raises, on every rank and before anything changes, `CheckpointError`, naming the file, if the state is not
         intact, and ValueError if it is of other weights.
