@@ -6,10 +6,8 @@ With A = U S Vᵀ + A⊥ and ḡ the incoming gradients, Ā = U K Vᵀ + x Vᵀ 
                              a = UᵀḡU − ḡUᵀU,  b = VᵀḡV − ḡVᵀV
     with the complement      [σ_i I, −A⊥; −A⊥ᵀ, σ_i I] [x_i; y_i] = [P_U⊥ ḡU_i; P_V⊥ ḡV_i]   for every triplet
 
-The second line is the first-order perturbation u̇⊥, v̇⊥ transposed. Eliminating x leaves (σ_i² − A⊥ᵀA⊥) y_i = σ_i ḡV_i
-+ A⊥ᵀ ḡU_i on the short side, positive definite when σ_i > σ_{k+1}; conjugate gradients solve it for all i at once,
-preconditioned with the Ritz pairs that the sketch found beyond the rank. A loss on σ alone needs none of it: Ā = U
-diag(ḡ_S) Vᵀ.
+The second line is the first-order perturbation u̇⊥, v̇⊥ transposed; :mod:`coupling` solves it. A loss on σ alone needs
+none of it: Ā = U diag(ḡ_S) Vᵀ.
 
 Inside a cluster of equal σ, 0/0 counts as 0 where a + b = 0 and ḡ_S is even, as for every loss that feels the subspace
 but not the basis chosen in it; otherwise the gradient does not exist, and an error says so. The matrix A_k = U S Vᵀ

@@ -1,9 +1,6 @@
 """Truncated SVD of many weight updates, with error bounds.
 
-    A = a − base;   Q from one of three routes;   U₀ = orth(A Q);   AᵀU₀ = V S Wᵀ;   U = U₀ W
-
-Then Aᵀu_i = σ_i v_i by construction (of a wide matrix its transpose is taken), so σ̃_i ≤ σ_i; one more product A V
-measures how far the triplets are from being singular. :mod:`decompose` has the steps.
+Checks of what is asked for, gradients where they are wanted, and signs; :mod:`decompose` has the algorithm.
 """
 
 import torch
