@@ -13,6 +13,7 @@ are needed one tile at a time. Both sizes come from one budget in bytes: more ch
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,10 @@ torch.library.define(
     "bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)",
 )
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    return torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def pieces(total: int, limit: int) -> list[slice]:
@@ -184,7 +189,7 @@ def linear_divergence_rows(
     *args,
 ):  # fmt: skip
     *spec, student_dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, stats_ = args
-    with torch.amp.autocast(student_hidden.device.type, enabled=False):
+    with without_autocast(student_hidden.device.type):
         return _linear_rows(
             (student_hidden, student_weight, student_bias),
             (teacher_hidden, teacher_weight, teacher_bias),

@@ -7,13 +7,12 @@ and not a loop, because torch.compile would unroll the loop anew for each number
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .autograd import apply, differentiable_once
-from .linear_rows import add_product, hidden_gradient, pieces, project
+from .linear_rows import add_product, hidden_gradient, pieces, project, without_autocast
 from .ops import empty_rows
 
 
@@ -105,10 +104,6 @@ torch.library.define(
 )
 
 
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.amp.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def _rows(logits: Tensor, ids: Tensor, token: bool, tail: bool, *transform) -> Tensor:
     return _token_rows(logits, ids, *transform) if token else _bucket_rows(logits, ids, tail, *transform)
 
@@ -136,7 +131,7 @@ def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 def _chunks(hidden_ND, weight_VD, bias_V, chunk_rows) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and their logits, whose memory the next ones take."""
-    with _without_autocast(hidden_ND.device.type):
+    with without_autocast(hidden_ND.device.type):
         logits = empty_rows(min(max(chunk_rows, 1), hidden_ND.shape[0]), weight_VD.shape[0], hidden_ND)
         for chunk in pieces(hidden_ND.shape[0], len(logits)):
             own = logits[: chunk.stop - chunk.start]
