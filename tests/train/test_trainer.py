@@ -163,26 +163,26 @@ def test_teacher_loss_is_one_mean_whatever_the_ranks(world, tmp_path, monkeypatc
     assert sum(means) / world_size == pytest.approx(0.4 * 1 + 0.4 * 10 + 0.2 * 100)
 
 
-@pytest.mark.parametrize("stop", [3, 4])
-def test_resuming_is_exact(world, tmp_path, stop):
+def test_resuming_is_exact(world, tmp_path):
     """Stopped after step 3 (between events) or 4 (after one), in the second epoch of the data: same as not stopping."""
     config = {
         "max_steps": 8,
         "save_strategy": "steps",
-        "save_steps": stop,
+        "save_steps": 1,
         "eval_steps": 2,
         "per_device_train_batch_size": 16,
     }
     whole = make_trainer(world, tmp_path / "whole", config=config)
     whole.train()
-    resumed = make_trainer(world, tmp_path / "resumed", config=config)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
-    assert_same_weights(weights(resumed), weights(whole))
-    assert history(resumed) == history(whole)
-    assert "train_loss" in whole.state.log_history[-1] and "train_loss" not in resumed.state.log_history[-1]
-    assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
-    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(whole.state.log_history)
+    for stop in (3, 4):
+        resumed = make_trainer(world, tmp_path / f"from {stop}", config=config)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+        assert_same_weights(weights(resumed), weights(whole))
+        assert history(resumed) == history(whole)
+        assert "train_loss" in whole.state.log_history[-1] and "train_loss" not in resumed.state.log_history[-1]
+        assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
+        lines = (tmp_path / f"from {stop}" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == len(whole.state.log_history)
 
 
 class SignalAt(TrainerCallback):
@@ -228,14 +228,22 @@ class SignalAt(TrainerCallback):
             self._fire()
 
 
+SIX_STEPS = {"max_steps": 6, "eval_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A trainer that nobody stopped."""
+    trainer = make_trainer(world, tmp_path_factory.mktemp("whole"), config=SIX_STEPS)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("point", "last_completed"), [("rollout", 3), ("loss", 3), ("update", 4), ("validation", 4), ("evaluation", 4)]
 )
-def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, point, last_completed):
-    config = {"max_steps": 6, "eval_steps": 2}
-    whole = make_trainer(world, tmp_path / "whole", config=config)
-    whole.train()
-    stopped = make_trainer(world, tmp_path / "stopped", config=config)
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(whole, world, tmp_path, point, last_completed):
+    stopped = make_trainer(world, tmp_path / "stopped", config=SIX_STEPS)
     stopped.add_callback(SignalAt(stopped, point, step=4))
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
@@ -246,7 +254,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(world, tmp_path, 
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, stopped.model.get_parameter(name)), name
     assert json.loads((folder / LEDGER_NAME).read_text())["train_tokens"] > 0
-    resumed = make_trainer(world, tmp_path / "stopped", config=config)
+    resumed = make_trainer(world, tmp_path / "stopped", config=SIX_STEPS)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(whole))
     assert [e.alpha for e in resumed.effopd.controller.events] == [e.alpha for e in whole.effopd.controller.events]
