@@ -84,7 +84,7 @@ def _blocks(
         yield cols, scratch[0, : (cols.stop - cols.start) * N].view(-1, N)
 
 
-def _in(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _caster(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A function that casts to `dtype`, if needed, into one buffer that its every call reuses: fresh pages cost a CPU
     more than the cast."""
     room = torch.empty(0, dtype=dtype, device=device)
@@ -118,7 +118,7 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         if bias_V is not None:
             out_NV += bias_V
     elif not (TRANSPOSES and device.type == "cpu"):  # there is no GEMM of these dtypes: one in a wider, by pieces
-        hidden, cast = hidden_ND.to(product_dtype), _in(product_dtype, device)
+        hidden, cast = hidden_ND.to(product_dtype), _caster(product_dtype, device)
         for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype, WIDE_BLOCK):
             bias = None if bias_V is None else bias_V[cols].to(product_dtype)
             _product(hidden, cast(weight_VD[cols]).T, bias, block := block.view(len(hidden), -1))
@@ -128,7 +128,7 @@ def project(out_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor
         N = len(hidden_ND)
         short = -N % (32 if product_dtype.itemsize == 2 else 16)  # of whole tiles: a GEMM is slow beside them
         hidden = F.pad(hidden_ND.to(product_dtype), (0, 0, 0, short if 4 * short < N else 0))
-        cast = _in(product_dtype, device)
+        cast = _caster(product_dtype, device)
         for cols, block in _blocks(len(hidden), weight_VD, hidden, product_dtype):
             bias = None if bias_V is None else bias_V[cols, None].to(product_dtype)
             _product(cast(weight_VD[cols]), hidden.T, bias, block)
@@ -149,7 +149,7 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
     if dtype == grad_NV.dtype:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
-    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _in(dtype, device), _in(dtype, device)
+    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _caster(dtype, device), _caster(dtype, device)
     for cols in pieces(V, WIDE_BLOCK // dtype.itemsize // max(N + D, 1)):
         result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
@@ -165,7 +165,7 @@ def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool)
     elif device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:  # gradᵀ at hand too
-        hidden, cast, product = hidden_ND.to(dtype), _in(dtype, device), hidden_ND.new_empty(0, dtype=dtype)
+        hidden, cast, product = hidden_ND.to(dtype), _caster(dtype, device), hidden_ND.new_empty(0, dtype=dtype)
         for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV, dtype):
             ops.transpose(grad_NV[:, cols], block)
             if acc_VD.dtype == dtype:

@@ -53,7 +53,7 @@ class _PartialRows(torch.autograd.Function):
         return *grads, *(None for _ in range(1 + len(ctx.rest)))
 
 
-def _linear_rows(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
+def _rows_of_head(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
     """What `partial_rows` takes of hidden·weightᵀ + bias, differentiable. prefix: as in `compute_dtype`."""
     hidden, weight, bias = map(gathered, (hidden, weight, bias))
     dtype = compute_dtype(prefix, hidden, weight)
@@ -222,7 +222,7 @@ def topk_divergence_loss(
     if student_weight is not None:
         if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
             student = student.masked_fill(masked[..., None], 0)
-        buckets = _linear_rows(
+        buckets = _rows_of_head(
             "student_", student, student_weight, student_bias, ids, False, tail, transform, chunk_bytes
         )
     elif k == V and not student_softcap:  # in the vocabulary's order there is nothing to gather
@@ -264,7 +264,7 @@ def linear_token_logprobs(
     check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or 1.0)  # 0: none
     check_chunk_bytes(chunk_bytes)
     transform = (temperature, logit_scale, softcap)
-    rows = _linear_rows("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
+    rows = _rows_of_head("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)
 
 
