@@ -1,5 +1,6 @@
 """Which tokens' embeddings moved."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,8 @@ def _histogram(values: dict[str, Tensor], label: str) -> Picture | None:
     every = torch.cat(list(positive.values()))
     if not len(every):
         return None
-    edges = torch.logspace(
-        *(float(torch.tensor(x).log10()) for x in (float(every.min()) * 0.9, float(every.max()) * 1.1)),
-        50,
-        dtype=torch.float64,
-    )
+    low, high = math.log10(0.9 * float(every.min())), math.log10(1.1 * float(every.max()))
+    edges = torch.logspace(low, high, 50, dtype=torch.float64)
     counts = {t: torch.histogram(v, edges).hist.tolist() for t, v in positive.items()}
     middles = (edges[1:] * edges[:-1]).sqrt().tolist()
     return figures.lines(

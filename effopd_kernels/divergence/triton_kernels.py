@@ -534,12 +534,9 @@ def launch_for(device: torch.device) -> tuple[Launch, int]:
     if device.type != "cuda":  # the interpreter
         return LAUNCH["sm_90"], 1
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return LAUNCH["gfx942"], properties.multi_processor_count
     newest_first = ((10, "sm_100"), (9, "sm_90"), (0, "sm_80"))
-    return next(LAUNCH[arch] for major, arch in newest_first if properties.major >= major), (
-        properties.multi_processor_count
-    )
+    arch = "gfx942" if torch.version.hip else next(arch for major, arch in newest_first if properties.major >= major)
+    return LAUNCH[arch], properties.multi_processor_count
 
 
 def launch_divergence_rows(
