@@ -6,6 +6,7 @@ from functools import cache
 from numbers import Real
 from statistics import NormalDist
 
+from .arguments import as_float
 from .records import Scores
 
 Rule = Callable[[Scores, Scores], bool]
@@ -28,6 +29,7 @@ def acceptance_rule(accept: str, min_delta: float, confidence: float) -> Rule:
         raise ValueError(f"confidence must be in [0.5, 1), got {confidence!r}")
     if not (isinstance(min_delta, Real) and min_delta >= 0):
         raise ValueError(f"min_delta must be >= 0, got {min_delta!r}")
+    min_delta = as_float(min_delta)
 
     def better(candidate: Scores, best: Scores) -> bool:
         n = len(best.values)

@@ -157,7 +157,10 @@ def check(directory: str | os.PathLike) -> None:
 
 
 def newest_intact(directories: Iterable[str | os.PathLike]) -> Path | None:
-    """The first of directories (newest first) that passes `check`; those that do not are named in a warning."""
+    """The first of directories (newest first) that passes `check`; those that do not are named in a warning. TypeError
+    for what is no sequence of directories, as a single one."""
+    if not isinstance(directories, Iterable) or isinstance(directories, (str, bytes)):
+        raise TypeError(f"directories must be a sequence of them, newest first, got {directories!r}")
     for directory in directories:
         try:
             check(directory)

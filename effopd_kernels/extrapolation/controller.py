@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..checks import is_integer
 from . import checkpoint
 from .acceptance import acceptance_rule
 from .distributed import Ranks
@@ -87,7 +88,8 @@ class EffOPDController:
             parameter, leaves one out, or has what is not the master of one; search="gradient" where optimizers step
             in the backward pass; optimizer_policy="keep" for a schedule-free optimizer; a model sharded by FSDP1.
         TypeError: optimizer is no optimizer, or for optimizer_policy="reset" no torch.optim.Optimizer, wrapped or
-            not; a function argument is not callable. OSError: anchor_dir cannot be written to, or has no room.
+            not; masters is no mapping; a function argument is not callable. OSError: anchor_dir cannot be written to,
+            or has no room.
     """
 
     def __init__(
@@ -233,7 +235,7 @@ class EffOPDController:
         has entries of the jumps' adapter, which the model has only once the controller has loaded.
 
         Raises, before anything changes, ValueError if it is of other weights, lacks something, or its events are not
-        what `EffOPDEvent.to_dict` made, and TypeError for what is no such dict.
+        what `EffOPDEvent.to_dict` made, and TypeError for what is no such dict, or has something of another type.
         """
         try:
             scalars, anchor = state["scalars"], state["anchor"]
@@ -242,6 +244,13 @@ class EffOPDController:
             raise ValueError(f"the controller's state lacks {error}") from error
         except TypeError as error:
             raise TypeError(f"state must be what state_dict returned, got a {type(state).__name__}") from error
+        if not (isinstance(anchor, Mapping) and all(isinstance(t, Tensor) for t in anchor.values())):
+            raise TypeError("the anchor in the controller's state must be a dict of tensors by name")
+        for name, number in dict(last_step=last_step, val_tokens=val_tokens).items():
+            if not is_integer(number):
+                raise TypeError(f"{name} in the controller's state must be an int, got {number!r}")
+        if not isinstance(events, (list, tuple)):
+            raise TypeError(f"events in the controller's state must be a list, got {events!r}")
         events = [EffOPDEvent.from_dict(event) for event in events]
         self.weights.load_state(anchor)
         self.events, self.last_step, self.val_tokens = events, last_step, val_tokens

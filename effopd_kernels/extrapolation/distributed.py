@@ -33,7 +33,7 @@ class Ranks:
     """
 
     def __init__(self, process_group=None, report_s: float = 60.0):
-        self.report_s = report_s
+        self.report_s = min(report_s, threading.TIMEOUT_MAX)
         self.group, self.size, self.rank = process_group, 1, 0
         if not (dist.is_available() and dist.is_initialized()):
             return

@@ -1,20 +1,24 @@
 """The two functions users import: `extrapolate_` for a list of weights in place, `extrapolate` with gradients."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+import math
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from ..checks import readable
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
+from .arguments import as_float, listed
 from .shards import local
 
 Alpha = float | Sequence[float] | Tensor
 Tensors = Iterable[Tensor]
 Masters = Iterable[Tensor | None] | None
+ONE_OR_EACH = "a number, or one per tensor"
 
 
 class ExtrapolationStats(NamedTuple):
@@ -56,6 +60,7 @@ def extrapolate_(
     Args:
         params: L floating tensors (bf16, fp16, fp32, fp64), plain or DTensor. A DTensor's local shard is written and
             nothing is communicated; anchors and currents are then DTensors placed alike, or the local shards.
+            Memory that is listed twice, as tied weights are in a state_dict, is written once, as its first row says.
         anchors, currents: L tensors of the shapes and devices of params, any mix of floating dtypes. currents may
             be params themselves.
         alpha: a number, or one per tensor (sequence or (L,) tensor). 0 gives anchor and 1 current, bit for bit.
@@ -67,18 +72,25 @@ def extrapolate_(
         of fp64 inputs in fp64, and to a parameter of 16 bits by way of fp32.
 
     Raises:
-        ValueError: lengths, shapes, devices or placements disagree; TypeError: a tensor is not floating.
+        ValueError: lengths, shapes, devices or placements disagree, alpha is not finite, or a tensor cannot be written
+            for the memory that its elements share with each other or with what is read. TypeError: a tensor is not
+            floating, alpha not real.
     """
-    params, anchors, currents = _listed("params", params), _listed("anchors", anchors), _listed("currents", currents)
-    masters = [None] * len(params) if masters is None else _listed("masters", masters)
+    params, anchors, currents = listed("params", params), listed("anchors", anchors), listed("currents", currents)
+    masters = [None] * len(params) if masters is None else listed("masters", masters)
     alphas = _one_alpha_per_tensor(alpha, len(params))
     columns = [params, anchors, currents, masters]
-    groups = [range(len(params))]
-    if not cpu.alike(*columns):
+    alike = cpu.alike(*columns)
+    if not alike:
         columns = [[None if t is None else local(t) for t in ts] for ts in columns]
         _check(*columns)
-        groups = _groups(columns[0], masters)
-    if len(groups) == 1:
+    firsts = range(len(params))  # by row, the first one that writes the same memory
+    apart = _plainly_apart(*columns)
+    if not apart:
+        _check_memory(*columns)
+        firsts = _firsts(columns[0], columns[3])
+    groups = [firsts] if alike and apart else _groups(columns[0], columns[3], sorted(set(firsts)))
+    if len(groups) == 1 and len(groups[0]) == len(params):
         out = _call(*columns, alphas, stats)
     else:
         device = columns[0][0].device if params else "cpu"
@@ -89,6 +101,9 @@ def extrapolate_(
             if stats:
                 for i, row in zip(index, part.to(out.device), strict=True):
                     out[i] = row
+        for i, first in enumerate(firsts):
+            if first != i:
+                out[i] = out[first]
     return ExtrapolationStats(*out.unbind(1)) if stats else None
 
 
@@ -113,7 +128,8 @@ def extrapolate(w0, delta, alpha):
         A tensor like w0, or a list of them; computed in fp32 (fp64 for fp64) and rounded once.
 
     Raises:
-        ValueError: shapes or lengths disagree; TypeError: a tensor is not floating.
+        ValueError: shapes, devices or lengths disagree, or a number is not finite; TypeError: a tensor is not
+            floating, alpha not real.
     """
     if isinstance(w0, Tensor):
         if not isinstance(delta, Tensor):
@@ -123,10 +139,12 @@ def extrapolate(w0, delta, alpha):
                 raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
         if w0.shape != delta.shape:
             raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
+        if w0.device != delta.device:
+            raise ValueError(f"w0 is on {w0.device} but delta is on {delta.device}")
         if not isinstance(alpha, Tensor):  # filled in on the device: a copy would wait for it
-            if not hasattr(alpha, "__float__"):  # which text has not
-                raise TypeError(f"alpha must be a number or a scalar tensor, got {alpha!r}")
-            alpha = torch.full((), float(alpha), dtype=torch.float64, device=w0.device)
+            number = _number(alpha, "a number or a scalar tensor")
+            alpha = torch.full((), number, dtype=torch.float64, device=w0.device)
+        _check_real(alpha)
         if alpha.numel() != 1:
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
         alpha = alpha.reshape(()).to(w0.device)
@@ -134,12 +152,12 @@ def extrapolate(w0, delta, alpha):
         transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
         run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate
         return run(w0, delta, alpha)
-    w0, delta = _listed("w0", w0), _listed("delta", delta)
+    w0, delta = listed("w0", w0), listed("delta", delta)
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
-    one_each = not isinstance(alpha, Real) and not (isinstance(alpha, Tensor) and alpha.ndim == 0)
-    if one_each and not isinstance(alpha, Tensor):
-        alpha = _numbers(alpha)
+    one_each = _is_one_each(alpha)
+    if not isinstance(alpha, Tensor):
+        alpha = list(alpha) if one_each else _number(alpha, ONE_OR_EACH)
     if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
@@ -149,37 +167,42 @@ def _is_dual(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _listed(name: str, tensors) -> list:
-    """The argument as a list; TypeError unless it is a sequence. Whether it holds tensors is checked later."""
-    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, Mapping)):
-        raise TypeError(f"{name} must be a sequence of tensors, got a {type(tensors).__name__}")
-    return list(tensors)
+def _is_one_each(alpha) -> bool:
+    """Whether it is meant as one alpha per tensor, and not as one number (an array or tensor of no dimension is)."""
+    return isinstance(alpha, Iterable) and not isinstance(alpha, (str, bytes)) and getattr(alpha, "ndim", 1) > 0
 
 
-def _numbers(alpha) -> list:
-    """alpha, where it is no tensor and not one number, as one per tensor."""
-    if not isinstance(alpha, Iterable) or isinstance(alpha, str):
-        raise TypeError(f"alpha must be a number, or one per tensor, got {alpha!r}")
-    return list(alpha)
+def _number(alpha, wanted: str) -> float:
+    """An alpha as a finite float; TypeError says what it should have been."""
+    try:
+        number = as_float(alpha)
+    except TypeError:
+        raise TypeError(f"alpha must be {wanted}, got {alpha!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"alpha must be finite, got {number}")
+    return number
+
+
+def _check_real(alpha: Tensor) -> None:
+    if alpha.is_complex():
+        raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
 
 
 def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     """(count,) fp64; numbers are checked, a tensor on an accelerator is not (that would synchronise)."""
     if isinstance(alpha, Tensor):
+        _check_real(alpha)
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
             raise ValueError(f"alpha has shape {tuple(alpha.shape)} for {count} tensors: give a number or ({count},)")
         if readable(alpha) and not alpha.isfinite().all():
             raise ValueError(f"alpha must be finite, got {alpha}")
         return alpha.detach().to(torch.float64).expand(count)
-    if isinstance(alpha, Real):
-        alphas = torch.full((count,), float(alpha), dtype=torch.float64, device="cpu")
-    else:
-        alphas = torch.tensor([float(x) for x in _numbers(alpha)], dtype=torch.float64, device="cpu")
+    if not _is_one_each(alpha):
+        return torch.full((count,), _number(alpha, ONE_OR_EACH), dtype=torch.float64, device="cpu")
+    alphas = [_number(x, ONE_OR_EACH) for x in alpha]
     if len(alphas) != count:
         raise ValueError(f"{len(alphas)} alphas for {count} tensors")
-    if not alphas.isfinite().all():
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    return alphas
+    return torch.tensor(alphas, dtype=torch.float64, device="cpu")
 
 
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:
@@ -223,9 +246,40 @@ def _check(params, anchors, currents, masters) -> None:
                 )
 
 
-def _groups(params, masters) -> list[list[int]]:
-    """Indices that one op call can serve: one device, all with masters or all without."""
+def _plainly_apart(params, anchors, currents, masters) -> bool:
+    """Whether all lie in the usual order without gaps and no parameter is listed twice: one quick look, as most do."""
+    if params and isinstance(params[0], FakeTensor):  # lies nowhere
+        return True
+    tensors = chain(params, anchors, currents, (m for m in masters if m is not None))
+    return all(map(Tensor.is_contiguous, tensors)) and len(set(map(Tensor.data_ptr, params))) == len(params)
+
+
+def _check_memory(params, anchors, currents, masters) -> None:
+    """Raises ValueError for a tensor that cannot be written one element after the other."""
+    for name, tensors in (("params", params), ("masters", masters)):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+                raise ValueError(f"{name}[{i}] is expanded, several of its elements one number in memory: clone it")
+    for name, tensors in (("anchors", anchors), ("currents", currents)):
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if tensor.data_ptr() == param.data_ptr() and tensor.numel() and _memory(tensor) != _memory(param):
+                raise ValueError(f"{name}[{i}] is the memory of params[{i}] in another order: clone one of them")
+
+
+def _groups(params, masters, rows: Iterable[int]) -> list[list[int]]:
+    """Those of the rows that one op call can serve: one device, all with masters or all without."""
     groups: dict[tuple, list[int]] = {}
-    for i, (param, master) in enumerate(zip(params, masters, strict=True)):
-        groups.setdefault((param.device, master is None), []).append(i)
+    for i in rows:
+        groups.setdefault((params[i].device, masters[i] is None), []).append(i)
     return list(groups.values())
+
+
+def _memory(tensor: Tensor) -> tuple:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _firsts(params, masters) -> list[int]:
+    """By row, the first one that writes the same parameter (and master)."""
+    seen: dict[tuple, int] = {}
+    rows = zip(params, masters, strict=True)
+    return [seen.setdefault((_memory(p), None if m is None else _memory(m)), i) for i, (p, m) in enumerate(rows)]

@@ -13,8 +13,10 @@ from contextlib import contextmanager
 class Deferred:
     """Context manager: SIGINT and SIGTERM are held back inside, but let through inside `open()`.
 
-    Python runs signal handlers in the main thread only; elsewhere, and for handlers not set from Python, this does
-    nothing.
+    Python runs signal handlers in the main thread only; elsewhere this does nothing. Nor does it hold back a signal
+    that Python has no handler for: the default action ends the process, and no weights are left half written; and a
+    handler that C code has set (`faulthandler.register`) could not be put back. One that C code has set over a handler
+    of Python's is lost, for Python goes on to report its own.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -23,7 +25,7 @@ class Deferred:
         self._previous, self._pending, self._open, self._over = {}, [], False, False
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                if signal.getsignal(number) is not None:
+                if callable(signal.getsignal(number)):
                     self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -61,12 +63,7 @@ class Deferred:
     def _deliver(self, number, frame) -> None:
         # Closed before the handler runs: a second Ctrl-C must not interrupt the clean-up after the first.
         self._open = False
-        handler = self._previous[number]
-        if callable(handler):
-            handler(number, frame)
-        elif handler == signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        self._previous[number](number, frame)
         self._open = True
 
 

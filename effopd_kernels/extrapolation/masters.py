@@ -68,7 +68,7 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
         keys = sorted(state, key=lambda key: "master" not in str(key))
         candidates = [t for t in (beside.get(id(param)), *map(state.get, keys)) if isinstance(t, Tensor)]
         if id(param) not in ids:
-            candidates += [t for t in stepped if t.shape == param.shape]
+            candidates += stepped
         master = next((t for t in candidates if is_master(t, param)), None)
         if master is not None:
             if stepper is not optimizer and getattr(optimizer, "world_size", 1) > 1:
@@ -92,7 +92,10 @@ def _masters_beside_groups(optimizer) -> dict[int, Any]:
 
 def check_given(named: Mapping[str, Tensor], known: Collection[str], masters: Mapping[str, Tensor]) -> None:
     """Raises ValueError for a name that is no parameter's, for what cannot be the master of one that moves (`named`),
-    and where only some of those of lower precision have one; masters of parameters that do not move may be there."""
+    and where only some of those of lower precision have one; masters of parameters that do not move may be there.
+    TypeError for what is no mapping of names."""
+    if not isinstance(masters, Mapping):
+        raise TypeError(f"masters must be a dict of tensors by name, got a {type(masters).__name__}")
     unknown = [name for name in masters if plain_name(name) not in known]
     if unknown:
         some = ", ".join(list(named)[:3])
@@ -135,6 +138,9 @@ def is_master(master: Tensor, param: Tensor) -> bool:
 
 def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
     """Have the optimizer call `reset` before each of its steps, for as long as the object whose method it is lives.
+
+    What stays then is a hook that does nothing: the object may be collected while a step goes through the hooks, and
+    to remove one there would make the step raise.
 
     Raises TypeError for an optimizer that is not one of torch's, which has no such hook.
     """

@@ -3,12 +3,14 @@
 import inspect
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from .arguments import as_float
 
 T = TypeVar("T")
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as text, for JSON has no such numbers; `float` reads them
@@ -48,8 +50,8 @@ class Scores:
         try:
             if isinstance(values, (str, bytes)):  # "12" is not the scores 1 and 2
                 raise TypeError
-            values = tuple(float(v) for v in values)
-        except (TypeError, ValueError) as error:
+            values = tuple(map(as_float, values))
+        except TypeError as error:
             raise TypeError(
                 f"score_fn must return Scores, a tensor, numbers or a number, got {type(result).__name__}"
             ) from error
@@ -132,8 +134,11 @@ class EffOPDEvent:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EffOPDEvent":
         """The event of what `to_dict` made, before and after JSON. ValueError for a field that no event has, and for
-        one that all have and this record lacks."""
-        return _read(cls, {**data, "candidates": tuple(_read(Candidate, c) for c in data.get("candidates", ()))})
+        one that all have and this record lacks, TypeError for what is no such dict."""
+        event = _read(cls, data)
+        if not isinstance(event.candidates, (list, tuple)):
+            raise TypeError(f"an EffOPDEvent's candidates must be a list, got {event.candidates!r}")
+        return replace(event, candidates=tuple(_read(Candidate, record) for record in event.candidates))
 
 
 def _without_nan(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,6 +146,8 @@ def _without_nan(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read(kind: type[T], record: dict[str, Any]) -> T:
+    if not isinstance(record, Mapping):
+        raise TypeError(f"the record of one {kind.__name__} must be a dict, got {record!r}")
     values = {k: float(v) if v in NOT_FINITE else v for k, v in record.items()}
     try:
         inspect.signature(kind).bind(**values)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 
+from .arguments import as_float
 from .records import EffOPDEvent
 
 LEAST_WAIT = 2  # steps between events of the adaptive schedule: what one costs that validates on two batches of prompts
@@ -44,10 +45,8 @@ def alphas_of(alphas: Sequence[float], search: str) -> tuple[float, ...]:
     """The candidates as floats. Raises ValueError unless all are finite and none is the anchor (0) or W_t (1), and for
     search="gradient", which looks between 1 and the largest, if none is above 1."""
     try:
-        if isinstance(alphas, str):  # "35" would be 3 and 5
-            raise TypeError
-        values = tuple(float(a) for a in alphas)
-    except (TypeError, ValueError) as error:
+        values = tuple(map(as_float, alphas))
+    except TypeError as error:
         raise ValueError(f"alphas must be a sequence of numbers, got {alphas!r}") from error
     if not values or not all(math.isfinite(a) and a not in (0.0, 1.0) for a in values):
         raise ValueError(f"alphas must be finite and neither 0 nor 1, at least one, got {alphas}")

@@ -106,12 +106,10 @@ def refuse_steps_in_backward(params: Iterable[Tensor]) -> None:
 
 @contextmanager
 def gradients_aside(params: Iterable[Tensor]):
-    """Inside, no parameter has a gradient; afterwards each has the one it had."""
+    """Afterwards each parameter has the gradient, or none, that it had before."""
     params = list(params)
     kept = [p.grad for p in params]
     try:
-        for p in params:
-            p.grad = None
         yield
     finally:
         for p, grad in zip(params, kept, strict=True):

@@ -49,9 +49,9 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
             f"{emptied[0]} is partitioned by DeepSpeed ZeRO-3 and empty here: shard with FSDP2, or use ZeRO-1 or 2"
         )
     for name, t in chosen.items():
-        if t.dtype not in FLOATS or t.is_meta:
-            kind = "without data (meta)" if t.is_meta else str(t.dtype)
-            raise ValueError(f"{name} is {kind}: EffOPD moves bf16, fp16, fp32 and fp64 parameters; exclude it")
+        if t.dtype not in FLOATS or t.is_meta or t.layout != torch.strided:
+            kind = "without data (meta)" if t.is_meta else t.dtype if t.layout == torch.strided else t.layout
+            raise ValueError(f"{name} is {kind}: EffOPD moves dense bf16, fp16, fp32 and fp64 parameters; exclude it")
     if any(map(is_lora_name, chosen)):
         dense = [name for name in chosen if not is_lora_name(name)]
         if module is None:
@@ -210,7 +210,6 @@ class DenseWeights:
         """W ← W_t, and forget W_t."""
         if self.currents is not None:
             self.write(1.0)
-        reshard(self._module)
         self.currents = None
 
     @torch.no_grad()

@@ -38,7 +38,8 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        saved = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        known = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]  # others: set in C
+        saved = {s: signal.signal(s, self._handle) for s in known}
         try:
             yield self
         finally:

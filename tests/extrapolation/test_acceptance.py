@@ -15,6 +15,9 @@ def test_mean_is_strict_and_min_delta_is_a_margin():
     assert better(Scores((1.0, 0.5)), Scores((1.0, 0.25))) and not better(Scores((0.5, 1.0)), Scores((1.0, 0.5)))
     better = acceptance_rule("mean", 0.25, 0.84)
     assert not better(Scores((0.75,)), Scores((0.5,))) and better(Scores((0.8,)), Scores((0.5,)))
+    better, zero = acceptance_rule("paired", 0.25, 0.84), Scores((0.0,) * 3)
+    assert not better(Scores((0.2, 0.21, 0.2)), zero) and better(Scores((0.3, 0.31, 0.3)), zero)
+    assert not acceptance_rule("mean", 10**400, 0.84)(Scores((1.0,)), Scores((0.0,)))  # beyond all floats
 
 
 def test_paired_sees_a_small_gain_on_every_prompt_through_large_differences_between_prompts():

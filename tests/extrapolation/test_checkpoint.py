@@ -1,6 +1,8 @@
 """States on disk: whole or named as broken, never half of one and half of another."""
 
 import json
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,33 @@ def test_damage_is_detected_and_named_and_the_state_before_is_found(controller, 
     assert newest_intact([new, old]) == old
     assert culprit.name in caplog.text
     assert newest_intact([new]) is None
+
+
+@pytest.mark.parametrize("one", [str, Path])
+def test_a_single_folder_is_no_sequence_of_them(one, tmp_path):
+    with pytest.raises(TypeError, match=r"directories must be a sequence of them, newest first, got .*checkpoint-1"):
+        newest_intact(one(tmp_path / "checkpoint-1"))
+
+
+def test_content_is_on_the_disk_before_the_name_that_makes_it_count(controller, tmp_path, monkeypatch):
+    fsync, replace, order = checkpoint.os.fsync, checkpoint.os.replace, []
+
+    def flushed(descriptor):
+        order.append(Path(f"/proc/self/fd/{descriptor}").resolve().suffix or "folder")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", flushed)
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (order.append("replace"), replace(*paths)))
+    controller.save(tmp_path / "new")
+    assert order == [".safetensors", ".tmp", "replace", "folder"]
+
+
+def test_ctrl_c_waits_for_a_save(controller, tmp_path, monkeypatch):
+    write = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (signal.raise_signal(signal.SIGINT), write(*args)))
+    with pytest.raises(KeyboardInterrupt):
+        controller.save(tmp_path)
+    checkpoint.check(tmp_path)
 
 
 def test_what_is_no_folder_at_all_is_passed_over(tmp_path, caplog):

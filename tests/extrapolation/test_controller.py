@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from effopd_kernels.extrapolation import EffOPDController, EffOPDEvent, Scores, extrapolate_
+from effopd_kernels.extrapolation.distributed import RankFailed, Ranks
 from effopd_kernels.extrapolation.records import Candidate
 
 
@@ -188,6 +190,42 @@ def test_a_failing_hook_restores_and_does_not_hide_the_first_error():
         controller.step(1)
 
 
+def test_a_hook_that_fails_on_another_rank_takes_the_event_back_on_this_one():
+    net = model()
+    controller = EffOPDController(net, Script(net, 0.1, 0.2, 0.0), on_weights_changed=lambda: None)
+    train(net)
+    current, gather = snapshot(net), controller.ranks.gather
+
+    def after_the_last_hook(value, error=None):
+        if value is None:
+            raise RankFailed("rank 1: engine gone")
+        return gather(value, error)
+
+    controller.ranks.gather = after_the_last_hook
+    with pytest.raises(RankFailed, match="engine gone"):
+        controller.step(1)
+    assert same(net, current) and not controller.events
+
+
+def test_no_hook_is_called_where_other_ranks_could_not_be_told():
+    """It may communicate, and would wait for them for good."""
+    net, calls = model(), []
+    controller = EffOPDController(net, Script(net, OSError()), on_weights_changed=lambda: calls.append(1))
+    train(net)
+    controller.ranks.report = lambda error: False
+    with pytest.raises(OSError):
+        controller.step(1)
+    assert not calls
+
+
+def test_a_rank_that_failed_does_not_wait_for_the_others_for_good():
+    ranks, together = Ranks(report_s=0.05), threading.Event()
+    ranks.gather = lambda value, error: together.wait(5)
+    assert not ranks.report(OSError())
+    together.set()
+    assert Ranks(report_s=math.inf).report(OSError())  # longer than a thread can wait
+
+
 def test_hook_sees_every_change_and_the_end():
     net = model()
     seen = []
@@ -207,19 +245,24 @@ def test_every_candidate_is_scored_with_the_same_random_numbers_and_training_kee
     draws = []
 
     def score():
-        draws.append((random.random(), torch.rand(1).item()))
+        draws.append(draw())
         return len(draws)
+
+    def draw():
+        return random.random(), torch.rand(1).item(), np.random.rand()
+
+    def seed():
+        for each in torch.manual_seed, random.seed, np.random.seed:
+            each(5)
 
     controller = EffOPDController(net, score)
     train(net)
-    torch.manual_seed(5)
-    random.seed(5)
-    plain = (random.random(), torch.rand(1).item())
-    torch.manual_seed(5)
-    random.seed(5)
+    seed()
+    plain = draw()
+    seed()
     controller.step(1)
     assert len(draws) == 6 and set(draws) == {plain}
-    assert (random.random(), torch.rand(1).item()) == plain
+    assert draw() == plain
 
 
 @pytest.mark.parametrize("search", ["candidates", "gradient"])
@@ -441,6 +484,20 @@ def test_state_of_other_weights_is_refused():
     for wrong in (None, {"anchor": moved, "scalars": None}):
         with pytest.raises(TypeError, match=r"state must be what state_dict returned, got a (NoneType|dict)"):
             controller.load_state_dict(wrong)
+    candidates = [{**EffOPDEvent(1, 1.0, 0.0, 0.0, 0, 0.0, 0, 0.0, 1.0).to_dict(), "candidates": c} for c in (5, [1])]
+    for wrong, words in [
+        ({"anchor": None}, "the anchor in the controller's state must be a dict of tensors by name"),
+        ({"anchor": {k: 1.0 for k in moved}}, "the anchor in .* must be a dict of tensors by name"),
+        ({"scalars": {**state["scalars"], "last_step": "x"}}, "last_step in .* must be an int, got 'x'"),
+        ({"scalars": {**state["scalars"], "val_tokens": 0.5}}, r"val_tokens in .* must be an int, got 0\.5"),
+        ({"scalars": {**state["scalars"], "events": None}}, "events in .* must be a list, got None"),
+        ({"scalars": {**state["scalars"], "events": [5]}}, "the record of one EffOPDEvent must be a dict, got 5"),
+        ({"scalars": {**state["scalars"], "events": candidates[:1]}}, "candidates must be a list, got 5"),
+        ({"scalars": {**state["scalars"], "events": candidates[1:]}}, "record of one Candidate must be a dict, got 1"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            controller.load_state_dict({**state, "anchor": moved, **wrong})
+    assert controller.last_step == 0 and not controller.events
     for lacking in ({}, {"anchor": moved, "scalars": {"events": [], "val_tokens": 0}}):
         with pytest.raises(ValueError, match=r"the controller's state lacks '(scalars|last_step)'"):
             controller.load_state_dict(lacking)
@@ -455,9 +512,11 @@ def test_state_of_other_weights_is_refused():
         (dict(alphas=["a"]), "alphas must be a sequence of numbers"),
         (dict(alphas="35"), "alphas must be a sequence of numbers, got '35'"),
         (dict(alphas=(3, float("nan"))), "alphas"),
+        pytest.param(dict(alphas=[10**400]), "alphas must be finite", id="beyond all floats"),
         (dict(alphas=(1,)), "alphas"),
         (dict(schedule="pow3"), "schedule"),
         (dict(schedule=0), "schedule"),
+        (dict(schedule=True), "schedule"),
         (dict(schedule=[]), "schedule"),
         (dict(schedule=[0]), "schedule"),
         (dict(schedule=np.array([1.5])), "schedule"),
@@ -468,9 +527,11 @@ def test_state_of_other_weights_is_refused():
         (dict(accept="paired", confidence=None), "confidence must be in .*, got None"),
         (dict(accept="median"), "accept"),
         (dict(accept="paired", confidence=1.0), "confidence"),
+        (dict(confidence=0.3), "confidence"),
         (dict(max_val_tokens=0), "max_val_tokens must be a positive int"),
         (dict(max_val_tokens=-5), "max_val_tokens"),
         (dict(max_val_tokens=1e6), "max_val_tokens"),
+        (dict(max_val_tokens=True), "max_val_tokens"),
         (dict(max_val_tokens="1000"), "max_val_tokens"),
         (dict(max_gradients=1), "max_gradients must be an int >= 2"),
         (dict(alphas=(0.5, -1), search="gradient", loss_fn=float), "alphas must reach above 1"),
@@ -522,6 +583,8 @@ def test_what_cannot_move_is_named_at_once(dtype):
         EffOPDController(named, lambda: 0.0)
     with pytest.raises(ValueError, match=r"attn.q.weight is without data \(meta\)"):
         EffOPDController({"attn.q.weight": torch.zeros(2, device="meta")}, lambda: 0.0)
+    with pytest.raises(ValueError, match=r"attn.q.weight is torch.sparse_coo: .* exclude it"):
+        EffOPDController({"attn.q.weight": torch.ones(2).to_sparse()}, lambda: 0.0)
 
 
 @pytest.mark.parametrize("option", ["score_fn", "loss_fn", "on_weights_changed"])
@@ -564,6 +627,8 @@ def test_scores_of_any_shape(array):
         ([None], TypeError, "score_fn must return"),
         ([Scores([1.0], seconds="two")], TypeError, "a number of tokens and of seconds, got 0 and 'two'"),
         ([Scores([1.0], tokens=math.nan)], TypeError, "a number of tokens"),
+        ([["0.5", "0.6"]], TypeError, "score_fn must return"),
+        pytest.param([10**400], ValueError, "not finite for the weights of step 1", id="beyond all floats"),
         ([[]], ValueError, "no score"),
         ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effopd_kernels.extrapolation import cpu, extrapolate, extrapolate_, reference
 from effopd_kernels.native import native
@@ -216,6 +217,25 @@ class TestPublicFunction:
         torch.testing.assert_close(list(net.parameters()), expected)
         assert extrapolate([torch.ones(2)], [torch.ones(2)], np.float32(3))[0].tolist() == [4.0, 4.0]
 
+        extrapolate_([param := torch.zeros(2)], [torch.zeros(2)], [torch.ones(2)], np.array(3.0))
+        assert param.tolist() == [3.0, 3.0] and extrapolate([param], [param], np.array(3.0))[0].tolist() == [12.0, 12.0]
+
+    @pytest.mark.parametrize("contiguous", [True, False])
+    def test_tied_weights_move_once(self, contiguous):
+        """As a state_dict lists them, and `currents` the parameters themselves: twice would be α² of the way."""
+        tied, other = torch.ones(3, 3) if contiguous else torch.ones(3, 3).t(), torch.ones(2)
+        params, anchors = [tied, other, tied.detach()], [torch.zeros(3, 3), torch.zeros(2), torch.zeros(3, 3)]
+        stats = extrapolate_(params, anchors, params, 3.0)
+        assert (tied == 3).all() and (other == 3).all() and stats.weight_sq.tolist() == [81, 18, 81]
+        masters = [torch.ones(3), torch.ones(3)]  # of a parameter that two optimizers step
+        extrapolate_([half := torch.ones(3).bfloat16(), half], [torch.zeros(3)] * 2, masters, 3.0, masters=masters)
+        assert all((t == 3).all() for t in (half, *masters))
+
+    def test_tensors_without_memory(self):
+        with FakeTensorMode():
+            columns = [[torch.zeros(3, 3).t(), torch.zeros(3, 3)] for _ in range(3)]
+            assert extrapolate_(*columns, 3.0).nonfinite.shape == (2,)
+
     def test_parameters_that_require_grad(self):
         param = torch.nn.Parameter(torch.zeros(3))
         version = param._version
@@ -231,6 +251,13 @@ class TestPublicFunction:
             (dict(alpha=torch.ones(2)), ValueError, "alpha has shape"),
             (dict(alpha=float("nan")), ValueError, "finite"),
             (dict(alpha=torch.tensor(float("nan"))), ValueError, "finite"),
+            (dict(alpha=10**400), ValueError, "alpha must be finite, got inf"),
+            (dict(alpha=[-(10**400)]), ValueError, "alpha must be finite, got -inf"),
+            (dict(alpha=[None]), TypeError, "alpha must be a number, or one per tensor, got None"),
+            (dict(alpha=[torch.ones(2)]), TypeError, "alpha must be a number, or one per tensor, got tensor"),
+            (dict(alpha=torch.tensor(1 + 2j)), TypeError, r"alpha must be real, got a tensor of torch\.complex64"),
+            (dict(alpha=np.array([1 + 2j])), TypeError, "alpha must be a number, or one per tensor, got np.complex128"),
+            (dict(masters=[torch.zeros(1).expand(3)]), ValueError, r"masters\[0\] is expanded"),
             (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
             (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
             (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),
@@ -250,6 +277,20 @@ class TestPublicFunction:
         with pytest.raises(error, match=words):
             extrapolate_(**arguments)
         assert all(map(torch.equal, arguments["params"], before))
+
+    @pytest.mark.parametrize(
+        "params, currents, words",
+        [
+            (torch.zeros(1, 2).expand(2, 2), torch.ones(2, 2), r"params\[1\] is expanded, several of its .*: clone it"),
+            ((square := torch.zeros(2, 2)), square.t(), r"currents\[1\] is the memory of params\[1\] in another order"),
+        ],
+        ids=["expanded", "transposed"],
+    )
+    def test_memory_that_cannot_be_written_is_named_before_the_first_is(self, params, currents, words):
+        first = torch.zeros(3)
+        with pytest.raises(ValueError, match=words):
+            extrapolate_([first, params], [torch.zeros(3), torch.ones(2, 2)], [torch.ones(3), currents], 3.0)
+        assert not first.any()
 
 
 @IN_CPP
@@ -343,6 +384,10 @@ class TestDifferentiable:
                 extrapolate([torch.zeros(3)] * 2, [torch.zeros(3)] * 2, alphas)
         with pytest.raises(ValueError, match="1 tensors in w0"):
             extrapolate([torch.zeros(3)], [], 2.0)
+        with pytest.raises(ValueError, match="w0 is on cpu but delta is on meta"):
+            extrapolate(torch.zeros(3), torch.zeros(3, device="meta"), 2.0)
+        with pytest.raises(ValueError, match="alpha must be finite, got inf"):
+            extrapolate(torch.zeros(3), torch.zeros(3), 10**400)
 
     @pytest.mark.parametrize(
         "w0, delta, alpha, words",
@@ -353,6 +398,8 @@ class TestDifferentiable:
             (torch.zeros(3), [torch.zeros(3)], 2.0, "delta must be a tensor, as w0 is, got a list"),
             (torch.zeros(3), torch.zeros(3), "3", "alpha must be a number or a scalar tensor, got '3'"),
             (torch.zeros(3), torch.zeros(3), None, "alpha must be a number or a scalar tensor, got None"),
+            (torch.zeros(3), torch.zeros(3), torch.tensor(2j), "alpha must be real, got a tensor of torch.complex64"),
+            ([torch.zeros(3)], [torch.zeros(3)], [None], "alpha must be a number or a scalar tensor, got None"),
             ([torch.zeros(3)], [torch.zeros(3)], "3", "alpha must be a number, or one per tensor, got '3'"),
             ([torch.zeros(3)], [torch.zeros(3)], None, "alpha must be a number, or one per tensor, got None"),
         ],

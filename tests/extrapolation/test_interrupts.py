@@ -3,13 +3,15 @@
 import os
 import random
 import signal
+import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from effopd_kernels.extrapolation import EffOPDController, cpu
+from effopd_kernels.extrapolation import EffOPDController, cpu, interrupts
 from effopd_kernels.extrapolation.interrupts import Deferred
 from effopd_kernels.extrapolation.randomness import SameRandomness
 
@@ -204,3 +206,68 @@ def test_what_scoring_changed_is_put_back_whole(number, monkeypatch, what):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         controller.step(1)
     assert all(part.training for part in net.modules()) if what == "modes" else random.getstate() == state
+
+
+@pytest.mark.parametrize("what", ["loss_fn", "on_weights_changed"])
+def test_ctrl_c_stops_what_was_called(what):
+    net, _ = world()
+    after = []
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        after.append(1)
+
+    options = {"loss_fn": dict(search="gradient"), "on_weights_changed": {}}[what]
+    controller = EffOPDController(net, lambda: 0.0, **options, **{what: interrupted})
+    with torch.no_grad():
+        net["mlp"].weight.add_(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        controller.step(1)
+    assert not after
+
+
+def test_ctrl_c_again_waits_for_the_clean_up_of_what_was_called():
+    net, _ = world()
+    cleaned = []
+
+    def score():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            cleaned.append(1)
+
+    controller = EffOPDController(net, score)
+    with torch.no_grad():
+        net["mlp"].weight.add_(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        controller.step(1)
+    assert cleaned
+
+
+def test_an_event_outside_the_main_thread():
+    net, _ = world()
+    controller, alphas = EffOPDController(net, lambda: 0.0), []
+    with torch.no_grad():
+        net["mlp"].weight.add_(1.0)
+    thread = threading.Thread(target=lambda: alphas.append(controller.step(1).alpha))
+    thread.start()
+    thread.join()
+    assert alphas == [1.0]
+
+
+@pytest.mark.parametrize("set_in_c", [True, False])
+def test_what_python_has_no_handler_for_is_left_alone(set_in_c):
+    """C code's handler is still there afterwards; the default action, to end the process, is not put off."""
+    program = """
+import faulthandler, runpy, signal, sys
+if len(sys.argv) > 2:
+    faulthandler.register(signal.SIGTERM)
+with runpy.run_path(sys.argv[1])["Deferred"]():
+    signal.raise_signal(signal.SIGTERM)
+signal.raise_signal(signal.SIGTERM)
+"""
+    arguments = [sys.executable, "-c", program, interrupts.__file__, *["in C"] * set_in_c]
+    result = subprocess.run(arguments, capture_output=True, text=True)
+    assert result.returncode == (0 if set_in_c else -signal.SIGTERM)
+    assert result.stderr.count("Current thread") == 2 * set_in_c

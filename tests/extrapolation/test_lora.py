@@ -1,12 +1,15 @@
 """A LoRA student's effective weight is the dense extrapolation of its merged weights, event after event."""
 
 import copy
+import signal
+from collections import OrderedDict
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from effopd_kernels.extrapolation import EffOPDController
-from effopd_kernels.extrapolation.adapters import TOLERANCE, Term, shortened
+from effopd_kernels.extrapolation.adapters import TOLERANCE, Adapters, Term, shortened
 from effopd_kernels.extrapolation.lora import COMPANION, MOST_TERMS
 
 peft = pytest.importorskip("peft")
@@ -211,6 +214,7 @@ def test_only_layers_that_move_are_touched(options):
     model = peft.get_peft_model(Worded(), peft.LoraConfig(r=2, **options))
     frozen = next(p for n, p in model.named_parameters() if "up_proj.lora_A" in n).requires_grad_(False)
     controller = EffOPDController(model, scripted(0, 1, 0, 0, 1, 0), exclude=["embed", "up_proj"])
+    assert any("up_proj" in name for name in controller.weights.still)
     train(model, 0)
     names, ids = trained(model).keys(), torch.arange(8)
     random, words = torch.get_rng_state(), model.get_input_embeddings()(ids)
@@ -251,6 +255,61 @@ def test_another_adapter_that_is_active_stays_so():
     assert model.active_adapters == ["default", "other", COMPANION]
     name = next(n for n in before if "up_proj" in n)
     assert torch.equal(merged(model)[name], before[name]) and not any(".other." in n for n in trained(model))
+
+
+def test_the_jumps_adapter_is_told_what_the_trained_one_is():
+    """Conv1D keeps its weight the other way round, which peft asks the config of each adapter."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(OrderedDict(c_fc=Conv1D(5, 4)))
+    options = dict(r=2, target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    model = peft.get_peft_model(net, peft.LoraConfig(**options))
+    trained_config = model.peft_config["default"]
+    trained_config.base_model_name_or_path, trained_config.task_type = "org/base", "FEATURE_EXTRACTION"
+    x, outputs = torch.randn(3, 4), []
+    controller = EffOPDController(model, scripted(0, 1, 0), include="c_fc")
+    for change in (lambda: None, lambda: train(model, 0), lambda: controller.step(1)):
+        change()
+        outputs.append(model(x).detach())
+    anchor, current, jumped = outputs
+    torch.testing.assert_close(jumped, anchor + 3 * (current - anchor), rtol=1e-4, atol=1e-4)
+    for option in "fan_in_fan_out", "task_type", "base_model_name_or_path":
+        assert getattr(model.peft_config[COMPANION], option) == getattr(trained_config, option)
+
+
+def test_an_adapter_that_is_not_active_is_not_among_those_trained():
+    model = lora(target_modules=["q_proj"])
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    model.requires_grad_(True)
+    assert EffOPDController(model, lambda: 0.0, include="lora").weights.adapters.trained == "default"
+
+
+def test_a_product_that_overflows_is_not_scored():
+    model = lora(init_lora_weights=False)
+    controller = EffOPDController(model, scripted(0), alphas=(1e38,))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(10.0)
+    event = controller.step(1)
+    assert event.num_candidates == 0 and event.candidates[0].score is None
+
+
+def test_ctrl_c_waits_until_the_adapters_are_folded(monkeypatch):
+    model = lora()
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    controller.step(1)
+    before, resize = merged(model), Adapters._resize
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        resize(*args)
+
+    monkeypatch.setattr(Adapters, "_resize", staticmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        controller.fold_()
+    assert list(model.peft_config) == ["default"]
+    torch.testing.assert_close(merged(model), before)
 
 
 def test_the_jumps_are_active_whenever_the_trained_adapter_is():
@@ -310,6 +369,9 @@ def test_a_slope_is_measured_of_a_loss_that_switches_adapters():
         model(x).square().mean().backward()
         slopes.append(controller.weights.slope(1))
     assert slopes[0] == slopes[1] != 0.0
+    # Of several ranks, which all hold all, each gives its part.
+    assert controller.weights.slope(2) == slopes[1] / 2
+    assert controller.weights.norms(2) == tuple(norm / 2 for norm in controller.weights.norms(1))
 
 
 def test_candidates_are_on_the_line_when_they_are_scored():
@@ -474,13 +536,14 @@ def test_folding_experts(tmp_path):
         torch.testing.assert_close(after, product, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_tied_to_its_rank_is_not_folded():
-    model = lora(init_lora_weights="pissa", target_modules=["q_proj"])
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_tied_to_its_rank_is_not_folded(kind):
+    model = lora(init_lora_weights=kind, target_modules=["q_proj"])
     controller = EffOPDController(model, scripted(0, 1, 0))
     train(model, 0)
     controller.step(1)
     before = merged(model)
-    with pytest.raises(ValueError, match="init_lora_weights='pissa' must keep its rank"):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{kind}' must keep its rank"):
         controller.fold_()
     assert all(torch.equal(weight, before[n]) for n, weight in merged(model).items())
 
@@ -605,6 +668,12 @@ def test_what_cannot_be_extrapolated_is_refused():
     model.set_adapter("other")
     with pytest.raises(ValueError, match="moved other layers than this one would"):
         EffOPDController(model, lambda: 0.0)
+    model = lora(target_modules=["q_proj", "up_proj"])
+    controller = EffOPDController(model, scripted(0, 1, 0))
+    train(model, 0)
+    controller.step(1)
+    with pytest.raises(ValueError, match=r"moved other layers than this one would \(.*up_proj"):
+        EffOPDController(model, lambda: 0.0, exclude="up_proj")
     mixed = lora()
     mixed.base_model.model.mlp["up_proj"].base_layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match="trained beside LoRA adapters"):
@@ -612,6 +681,9 @@ def test_what_cannot_be_extrapolated_is_refused():
     other = EffOPDController(lora(target_modules=["q_proj"]), lambda: 0.0).state_dict()
     with pytest.raises(ValueError, match="other LoRA layers"):
         EffOPDController(lora(), lambda: 0.0).load_state_dict(other)
+    dense = EffOPDController(Net(), lambda: 0.0).state_dict()
+    with pytest.raises(ValueError, match="other LoRA layers"):
+        EffOPDController(lora(), lambda: 0.0).load_state_dict(dense)
     with pytest.raises(ValueError, match="the trained adapter is named 'effopd'"):
         model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name=COMPANION)
         EffOPDController(model, lambda: 0.0)

@@ -151,6 +151,10 @@ def test_shards_that_do_not_make_up_a_tensor_are_an_error(layouts, tmp_path):
     save(layouts["FSDP2 on 3"][:2], tmp_path)
     for error in load(layouts["FSDP2 on 2"], tmp_path):
         assert isinstance(error, CheckpointError) and "do not make up all of" in str(error)
+    (anchor, parts), second = layouts["FSDP2 on 2"]  # the first rank, which finds all of its part, is of other weights
+    for error in load([(anchor, {n: p for n, p in parts.items() if n != "bias"}), second], tmp_path):
+        assert isinstance(error, CheckpointError)
+        assert "do not make up all of" in str(error) and "anchor of other weights" in str(error)
 
 
 def test_other_weights_are_named_on_every_rank(layouts, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -83,6 +84,12 @@ def test_the_search_of_a_saturated_student_ends_near_the_teacher():
 
     points = line_minimum(evaluate, 11.0)
     assert points[1].loss > points[0].loss and best(points) == pytest.approx(1.25, abs=0.15)
+
+
+def test_secants_keep_away_from_the_ends_of_a_bracket():
+    """The search would creep away from the near end, were the slope at the far one a thousand times as steep."""
+    points = line_minimum(lambda a: Point(a, -a, -1.0 if a < 3 else 1000.0), 11.0, max_passes=4)
+    assert [p.alpha for p in points] == pytest.approx([1.0, 3.0, 1.2, 1.38])
 
 
 def world():
@@ -192,6 +199,24 @@ def test_without_score_fn_the_loss_is_the_score():
     assert event.score_initial == pytest.approx(-before) and event.score_best > event.score_initial
 
 
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
+def test_points_have_equal_random_numbers_and_gradients_and_scores_no_graph(around):
+    net, _, _, loss, train = world()
+    draws, graphs = [], []
+
+    def drawing():
+        draws.append(random.random())
+        graphs.append(torch.is_grad_enabled())
+        return loss()
+
+    controller = EffOPDController(net, None, search="gradient", loss_fn=drawing)
+    train()
+    with around():
+        event = controller.step(1)
+    assert event.alpha > 1 and len(set(draws)) == 1
+    assert graphs == [True] * event.num_gradients + [False] * 2
+
+
 def test_a_minimum_of_the_loss_that_scores_worse_is_not_kept():
     net, _, _, loss, train = world()
     scores = iter([0.5, 0.4])
@@ -289,6 +314,10 @@ def test_an_optimizer_that_steps_in_backward_is_refused():
     with pytest.raises(ValueError, match="a hook of a parameter would run"):
         EffOPDController(net, None, search="gradient", loss_fn=loss)
     EffOPDController(net, lambda: 0.0)
+    net = world()[0]
+    net["norm"].bias._in_backward_optimizers = []  # as PyTorch's _apply_optimizer_in_backward marks them
+    with pytest.raises(ValueError, match=r"may train \(an optimizer in backward\)"):
+        EffOPDController(net, None, search="gradient", loss_fn=loss)
 
 
 def test_options():
@@ -361,3 +390,16 @@ def test_the_budget_counts_points_of_the_line():
         net["mlp"].weight.mul_(0.9)
     event = controller.step(1)
     assert (event.val_tokens, event.num_gradients) == (5, 1) and event.skipped == "max_val_tokens is spent"
+
+
+def test_a_score_costs_what_the_last_one_did():
+    """The third event could afford W_t and a candidate as the second began, not two scores like its last."""
+    net, _, _, loss, train = world()
+    costs = iter([10, 10, 20, 60])
+    controller = EffOPDController(
+        net, lambda: Scores((0.0,), next(costs)), search="gradient", loss_fn=loss, schedule=1, max_val_tokens=190
+    )
+    for step in 1, 2, 3:
+        train()
+        event = controller.step(step)
+    assert event.num_gradients > 1 and event.skipped == "max_val_tokens is spent" and controller.val_tokens == 100

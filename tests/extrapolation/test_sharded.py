@@ -12,7 +12,7 @@ import sharded_run
 from torchrun import torchrun
 
 from effopd_kernels.extrapolation import distributed, share
-from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE
+from effopd_kernels.extrapolation.selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE
 
 SCRIPT = Path(sharded_run.__file__)
 
@@ -144,6 +144,12 @@ def test_settings_that_differ_between_ranks_are_named_on_all_of_them(ranks):
             "min_delta is 0.0 on rank 0 and 0.5 on rank 1",
             "max_val_tokens is None on rank 0 and 100 on rank 1",
             f"exclude is {list(DEFAULT_EXCLUDE)} on rank 0 and [] on rank 1",
+            f"include is {list(DEFAULT_INCLUDE)} on rank 0 and ['mlp'] on rank 1",
+            "search is 'candidates' on rank 0 and 'gradient' on rank 1",
+            "max_gradients is 6 on rank 0 and 3 on rank 1",
+            "accept is 'mean' on rank 0 and 'paired' on rank 1",
+            "confidence is 0.84 on rank 0 and 0.9 on rank 1",
+            "optimizer_policy is 'keep' on rank 0 and 'reset' on rank 1",
         ],
         strict=True,
     ):

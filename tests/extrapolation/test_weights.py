@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from effopd_kernels.extrapolation import EffOPDController, buffers, weights
 from effopd_kernels.extrapolation.masters import find_masters, is_master, reset_state
+from effopd_kernels.extrapolation.shards import checksum
 
 
 def model(dtype=torch.float32):
@@ -243,6 +244,31 @@ def test_a_moment_of_zeros_is_no_master():
     optimizer.state[param] = {"exp_avg": torch.full((3,), 1e-9), "master_param": torch.full((3,), 2e-8)}
     masters, _ = find_masters({"w": param}, optimizer)
     assert masters["w"] is optimizer.state[param]["master_param"]
+
+
+def test_equal_parameters_have_masters_of_their_own():
+    params = [torch.nn.Parameter(torch.ones(3).bfloat16()) for _ in range(2)]
+    optimizer = torch.optim.SGD([torch.ones(3) for _ in params])
+    masters, _ = find_masters(dict(enumerate(params)), optimizer)
+    assert [masters[i] is p for i, p in enumerate(optimizer.param_groups[0]["params"])] == [True, True]
+
+
+def test_masters_under_every_name_of_a_tied_parameter():
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(3, 3)}).bfloat16()
+    net["mlp2"] = net["mlp"]
+    masters = {n: p.detach().float() for n, p in net.named_parameters(remove_duplicate=False)}
+    assert EffOPDController(net, lambda: 0.0, masters=masters).weights.names == ["mlp.weight", "mlp.bias"]
+
+
+def test_masters_that_are_no_mapping():
+    net = model(torch.bfloat16)
+    for wrong in 5, [(n, p.detach().float()) for n, p in net.named_parameters()]:
+        with pytest.raises(TypeError, match=r"masters must be a dict of tensors by name, got a (int|list)"):
+            EffOPDController(net, lambda: 0.0, masters=wrong)
+
+
+def test_a_checksum_tells_zeros_of_other_shapes_apart():
+    assert checksum(torch.zeros(3)) != checksum(torch.zeros(4))
 
 
 def test_given_masters_are_checked():
@@ -614,9 +640,10 @@ def test_a_parameter_frozen_between_events_stays_where_it_is(search):
 
 def test_parameters_trained_only_later_are_named_once(caplog):
     net = model()
-    net["mlp"].requires_grad_(False)
+    for part in "mlp", "norm":  # a norm would not move
+        net[part].requires_grad_(False)
     controller = EffOPDController(net, lambda: 0.0, schedule=1)
-    net["mlp"].requires_grad_(True)
+    net.requires_grad_(True)
     for step in 1, 2:
         controller.step(step)
     (record,) = caplog.records
