@@ -1,6 +1,7 @@
 """What the two commands share: output on any terminal, exit codes, one sentence for an error however many ranks find
-it, a full disk, a quiet way out."""
+it, a full disk, a damaged JSON file, a quiet way out."""
 
+import json
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -101,6 +102,18 @@ def written(output_dir: str | Path) -> Iterator[None]:
         if why is None:
             raise
         raise UserError(f"--output_dir '{output_dir}' could not be written: {why}") from error
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The object that a file holds; a UserError where it holds anything else."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # the last of brackets in brackets in brackets
+        why = getattr(error, "strerror", None) or one_line(error, 200)
+        raise UserError(f"'{file}' is unreadable: {why}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' is unreadable: it holds no JSON object")
+    return found
 
 
 def leave_process_group() -> None:

@@ -9,10 +9,10 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import create_model_from_path
 
 from ..checks import FLOATS
 from ..errors import UserError
+from ..train.loading import load_model
 from .adapters import Adapter
 from .checkpoints import Checkpoint
 from .edits import live_tensors
@@ -41,7 +41,7 @@ class Loader:
         if file is not self._file:
             self._file, self._tensors = None, {}  # before the next is loaded beside it
             dtype = reduce(torch.promote_types, _matrix_dtypes(file))
-            model = create_model_from_path(str(file.path), dtype=dtype, device_map="cpu", **self._options)
+            model = load_model(str(file.path), dtype=dtype, device_map="cpu", **self._options)
             self._file, self._tensors = file, {n: t.detach() for n, t in live_tensors(model).items()}
         return self._tensors
 

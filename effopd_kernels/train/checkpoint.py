@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..commands import json_object
 from ..extrapolation.checkpoint import crc32
 from ..tensor_files import FileCheckpoint
 from .config import OPDConfig
@@ -63,7 +64,7 @@ def check_rank(checkpoint: str | Path, student: torch.nn.Module) -> None:
     config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
     if not adapters or not config.is_file():
         return
-    there, here = json.loads(config.read_text()).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
+    there, here = json_object(config).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
     if there != here:
         raise UserError(
             f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
@@ -101,13 +102,14 @@ def remove(path: Path) -> None:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a published checkpoint, naming the file; None if it is whole."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        listed = [(name, size, crc) for name, (size, crc) in manifest.items()]
-    except FileNotFoundError:
+    if not (checkpoint / MANIFEST).is_file():
         return f"'{checkpoint}' is not a checkpoint of effopd-train: it has no {MANIFEST}"
-    except (OSError, ValueError, TypeError, AttributeError):
-        return f"'{checkpoint / MANIFEST}' is unreadable"
+    try:
+        listed = [(name, size, crc) for name, (size, crc) in json_object(checkpoint / MANIFEST).items()]
+    except UserError as e:
+        return str(e)
+    except (ValueError, TypeError):
+        return f"'{checkpoint / MANIFEST}' is unreadable: it does not list files with their sizes"
     for name, size, crc in listed:
         file = checkpoint / name
         if not file.is_file():
@@ -135,8 +137,8 @@ def check_settings(checkpoint: Path, args: OPDConfig) -> None:
         )
     file = checkpoint / SETTINGS_NAME
     given = _settings(args)
-    for name, was in json.loads(file.read_text()).items() if file.is_file() else ():
-        if (got := given[name]) == was:
+    for name, was in json_object(file).items() if file.is_file() else ():
+        if (got := given.get(name, was)) == was:  # another version may keep what this one does not know
             continue
         made = keep = f"--{name} {was}"
         if name == PROMPTS:

@@ -213,6 +213,8 @@ class OPDConfig(trl.DistillationConfig):
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         self.do_eval = self.do_eval or self.eval_at_powers_of_two or self.eval_on_start
+        if self.output_dir == "":  # of a variable that is not set: the current folder, to libraries
+            raise UserError("--output_dir is empty: give a folder")
         if self.resume_from_checkpoint == "":
             raise UserError("--resume_from_checkpoint is empty: give a checkpoint's folder or 'latest', or none at all")
         if str(self.resume_from_checkpoint).lower() in ("false", "no"):

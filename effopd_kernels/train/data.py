@@ -3,13 +3,16 @@
 Every check here runs before a model is loaded, and names the file, the column and the row it speaks of.
 """
 
+import codecs
 import glob
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import one_line
@@ -18,6 +21,7 @@ from .errors import UserError
 PROMPT_NAMES = ("prompt", "problem", "question")
 ANSWER_NAMES = ("answer", "solution")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BLANK = re.compile(r"\s*")
 
 
 def load_prompts(
@@ -41,16 +45,19 @@ def load_prompts(
     if path.suffix in _BUILDERS:
         if not path.is_file():
             raise UserError(f"dataset file '{name}' does not exist")
+        is_json = _BUILDERS[path.suffix] == "json"
+        if is_json:
+            _check_begins(path)
         try:
             dataset = datasets.load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(name), split="train")
+            if is_json:
+                dataset = _with_dates_as_text(dataset, path)
         except Exception as e:
             _check_cache(e)
             if path.stat().st_size == 0 or "corresponds to no data" in str(e):
                 raise UserError(f"dataset '{name}' is empty") from e
             # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
             raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e
-        if _BUILDERS[path.suffix] == "json":
-            dataset = _with_dates_as_text(dataset, path)
     elif path.exists():
         raise UserError(f"dataset '{name}' is neither a hub id nor a .jsonl, .json or .parquet file{_conversion(path)}")
     else:
@@ -75,19 +82,32 @@ def _check_cache(error: Exception) -> None:
         ) from error
 
 
+def _check_begins(path: Path) -> None:
+    """Raises UserError for a file that begins with null, by which pyarrow's reader ends the process (26.0)."""
+    with open(path, "rb") as file:
+        if file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"null"):
+            raise UserError(f"dataset file '{path}' cannot be read: its first row is null, not an object")
+
+
 def _with_dates_as_text(dataset: datasets.Dataset, path: Path) -> datasets.Dataset:
     """JSON has no dates, but where all texts of a column look like one, pyarrow makes timestamps of them, from which
     "2020-01-01" cannot be told from "2020-01-01 00:00:00": such a file is read again, by itself."""
     features = datasets.Features({name: _without_timestamps(f) for name, f in dataset.features.items()})
     if features == dataset.features:
         return dataset
-    text = path.read_text(encoding="utf-8-sig")
-    rows = json.loads(text) if text.startswith("[") else map(json.loads, filter(str.strip, text.split("\n")))
     columns = {name: [] for name in features}
-    for row in rows:
+    for row in _rows(path.read_text(encoding="utf-8-sig")):
         for name, values in columns.items():
-            values.append(row.get(name))
+            values.append((row or {}).get(name))
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _rows(text: str) -> Iterator[dict[str, Any] | None]:
+    """The objects of a list, or one after the other on lines or otherwise."""
+    decoder, at = json.JSONDecoder(), 0
+    while (at := _BLANK.match(text, at).end()) < len(text):
+        value, at = decoder.raw_decode(text, at)
+        yield from value if isinstance(value, list) else [value]
 
 
 def _without_timestamps(feature: Any) -> Any:
@@ -129,8 +149,9 @@ def unify_columns(dataset: datasets.Dataset, where: str, answers: bool = False) 
     answer = next((n for n in ANSWER_NAMES if n in found), None)
     if answer is None and "reward_model" in found:
         truths = [row.get("ground_truth") if isinstance(row, dict) else None for row in dataset["reward_model"]]
-        if all(t is not None for t in truths):
-            dataset, answer = dataset.add_column("answer", [str(t) for t in truths]), "answer"
+        if (any if answers else all)(t is not None for t in truths):
+            truths = [t if isinstance(t, (list, dict, NoneType)) else str(t) for t in truths]
+            dataset, answer = dataset.add_column("answer", truths), "answer"
     if prompt != "prompt":
         dataset = dataset.rename_column(prompt, "prompt")
     if answer not in (None, "answer"):
@@ -185,6 +206,11 @@ def require_answers(dataset: datasets.Dataset, where: str, found: list[str]) -> 
             raise UserError(
                 f"dataset '{where}' has an answer in row {row} that is neither text, a number nor a list of such"
             )
+        if any(isinstance(a, float) and a.is_integer() and abs(a) >= 2**63 for a in answers):  # of JSON, or so given
+            raise UserError(
+                f"dataset '{where}' has an answer in row {row} that does not fit 64 bits, of which reading keeps 16 "
+                f"digits ({value}): write it as text"
+            )
 
 
 def prompt_length(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **chat_kwargs: Any) -> int:
@@ -205,22 +231,23 @@ def fit_context(
     where: str,
     **chat_kwargs: Any,
 ) -> tuple[datasets.Dataset, int]:
-    """Keep the prompts of at most `limit` tokens; returns the dataset and how many were dropped.
+    """Keep the prompts of at most `limit` tokens, None for any number; returns the dataset and how many were dropped.
 
     Raises:
-        UserError: prompts are too long and `overlong` is "error", none is left, or the chat template refuses one.
+        UserError: prompts are too long and `overlong` is "error", none is left, one has no tokens, or the chat template
+            refuses one.
     """
-    if limit is None:
-        return dataset, 0
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise UserError("--max_completion_length leaves no room for a prompt in the models' context")
     keep = []
     for row, prompt in enumerate(dataset["prompt"]):
         try:
             length = prompt_length(prompt, tokenizer, **chat_kwargs)
-        except (ValueError, TemplateError) as e:
+        except Exception as e:  # whatever the template's own code comes to
             raise UserError(f"the chat template cannot be applied to row {row} of '{where}': {_innermost(e)}") from e
-        if length <= limit:
+        if length == 0:
+            raise UserError(f"the prompt in row {row} of '{where}' has no tokens to begin a completion with")
+        if limit is None or length <= limit:
             keep.append(row)
     dropped = len(dataset) - len(keep)
     if dropped and overlong == "error":

@@ -33,13 +33,19 @@ _MARKER = re.compile(r".*(?:####|answer(?:\s+is|\s*[:=]))[\s:]*([^\s:][^\n]*)", 
 # Commas separate thousands only where all groups have three digits: 1,234 is a number, 1,23 and 1,234,5 are lists.
 _UNSIGNED = r"(?:(?:(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 # Sign, whole part of a mixed number, numerator, denominator, per cent sign. After a digit, a letter or a closing
-# bracket "-" is no sign; exponents, indices, denominators of symbols and arguments of LaTeX are no answers.
+# bracket "-" is no sign; exponents, indices, what is added to symbols or divides them and arguments of LaTeX are no
+# answers.
 _NUMBER = re.compile(
-    r"(?:(?<![\da-zA-Z)\]}%^{/])([-+])|(?<![\d^{/√])(?<![a-zA-Z]_)(?<!\d\.)(?<![\^{]-)(?<!sqrt))"
+    r"(?:(?<![\da-zA-Z)\]}%^{/])([-+])|(?<![\d^{/√])(?<![a-zA-Z]_)(?<!(?<![a-zA-Z])[a-zA-Z][-+])"
+    r"(?<!\d\.)(?<![\^{]-)(?<!sqrt))"
     rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
 )
 _FACTOR_FOLLOWS = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))")  # the 2 of 2\pi and of 2^10 is no answer
 _TERM = re.compile(r"\d(?:!|[xyzni](?![a-zA-Z\d]))")  # 5! and 5x: five (times) in a sentence, but not in a box
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000, where there is nothing else
+# Around the number that an answer is: the symbol that it is the value of, and its unit, where that is set as text.
+_SYMBOL = re.compile(r"^[a-zA-Z] ?= ?")
+_UNIT = re.compile(r"(?<=[\d}])(?:\\[,;:! ]|[\s~])*\\(?:text|math|mbox)[a-z]*\{[^{}]*\}(?:\^\{?\d\}?)?\W*$")
 _OPERATORS = ("+", "-", "*", "/", "=", "×", "·", "÷", r"\times", r"\cdot", r"\div")
 
 # In normalised text: where a statement ends, and the letter of an option as in (B), B), B: or B.
@@ -74,9 +80,13 @@ def extract_answer(text: str) -> str:
     """The final answer stated in `text`, as text (see the module's order of preference)."""
     text = _plain(text)
     if (marked := _marked(text)) is not None:
-        return marked
-    numbers = _numbers(text)
+        return _ungrouped(marked)
+    numbers = _numbers(_ungrouped(text.strip()))
     return numbers[-1][0] if numbers else text.strip()
+
+
+def _ungrouped(text: str) -> str:
+    return text.replace(" ", "") if _GROUPED.fullmatch(text) else text
 
 
 def _result(text: str) -> re.Match | None:
@@ -122,6 +132,15 @@ def _says(stated: str, gold: str) -> bool:
     return stated.startswith(gold) and _END.match(stated, len(gold)) is not None
 
 
+def _is_value(stated: str, answer: str, rel_tol: float) -> bool:
+    """Whether the statement is a number and nothing else, and the answer that number with a symbol or a unit: 5 is what
+    x = 5 and 5\\text{ cm} say."""
+    answer = answer if (marked := _marked(answer)) is None else marked
+    bare = _SYMBOL.sub("", _plain(_UNIT.sub("", answer)).strip())
+    given, gold = (_NUMBER.fullmatch(_ungrouped(text.rstrip("."))) for text in (stated, bare))
+    return bool(given and gold) and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(gold))
+
+
 def _math_verify(completion: str, answer: str) -> bool:
     # Of words it would accept any anagram, as products of the same symbols.
     if answer.replace(" ", "").isalpha() or importlib.util.find_spec("math_verify") is None:
@@ -136,7 +155,8 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
 
     Integers are compared exactly, other numbers within `rel_tol` (relative); 50% equals 0.5 and 50. Of several numbers
     after a marker the first counts, or the result of the calculation that it opens. Strings are compared after folding
-    case, white space and closing punctuation; a new sentence, "because" or the text of an option may follow.
+    case, white space and closing punctuation; a new sentence, "because" or the text of an option may follow. Of x = 5
+    and of 5\\text{ cm} the number alone is right, too.
     When the `math_verify` package is installed, a mismatch gets a second opinion from it (symbolic equality).
     """
     if isinstance(answer, list):
@@ -150,5 +170,6 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
         right = given is not None and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(number))
     else:
         text = _plain(completion)
-        right = _says(text if (marked := _marked(text)) is None else marked, gold)
+        stated = text if (marked := _marked(text)) is None else marked
+        right = _says(stated, gold) or _is_value(stated, str(answer), rel_tol)
     return right or _math_verify(completion, gold)

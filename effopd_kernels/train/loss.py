@@ -35,7 +35,7 @@ from ..divergence import (
     jsd,
     linear_divergence_loss,
 )
-from ..divergence.arguments import gathered
+from ..divergence.arguments import check_positive, gathered
 from ..extrapolation.randomness import modes_kept
 from .errors import UserError
 
@@ -69,6 +69,10 @@ class FusedLoss:
     ):
         if not isinstance(divergence, (Divergence, types.NoneType)):
             raise TypeError(f"divergence must be a Divergence, such as REVERSE_KL, or None, got {divergence!r}")
+        if temperature is not None:
+            check_positive(temperature=temperature)
+        if observer is not None and not callable(observer):
+            raise TypeError(f"observer must be callable or None, got {observer!r}")
         self.divergence = divergence
         self.temperature = temperature
         self.observer = observer

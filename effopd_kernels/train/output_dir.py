@@ -20,6 +20,8 @@ from ..extrapolation.adapters import COMPANION
 from .checkpoint import checkpoints, remove
 from .config import OPDConfig
 from .errors import UserError
+from .options import DataArguments
+from .report import METRICS_NAME, SUMMARY_NAME
 
 try:
     import fcntl
@@ -153,14 +155,20 @@ def release(lock: int, output_dir: Path) -> None:
     os.close(lock)
 
 
-def check_models_stay(args: OPDConfig, student: str | None) -> None:
-    """Raises UserError where writing over an earlier run would remove a model that this one begins with."""
-    for model in (student, args.teacher_model_name_or_path) if args.overwrite_output_dir else ():
-        if not model:
-            continue
-        folder = Path(model).resolve()
-        if any(p.resolve() in (folder, *folder.parents) or p.parent.resolve() == folder for p in _abandoned(args)):
-            raise UserError(f"--overwrite_output_dir would remove '{model}': choose another --output_dir")
+def check_inputs_stay(args: OPDConfig, student: str | None, data: DataArguments) -> None:
+    """Raises UserError where writing over an earlier run would remove a model that this one begins with, or prompts."""
+    if not args.overwrite_output_dir:
+        return
+    gone = [path.resolve() for path in _abandoned(args)]
+    for name in filter(None, (student, args.teacher_model_name_or_path)):
+        folder = Path(name).resolve()
+        if any(path in (folder, *folder.parents) or path.parent == folder for path in gone):
+            raise UserError(f"--overwrite_output_dir would remove '{name}': choose another --output_dir")
+    gone += [Path(args.output_dir, name).resolve() for name in (METRICS_NAME, SUMMARY_NAME)]
+    for name in filter(None, (data.dataset_name, data.eval_dataset_name, data.val_dataset_name)):
+        file = Path(name).resolve()
+        if any(path in (file, *file.parents) for path in gone):
+            raise UserError(f"--overwrite_output_dir would write over '{name}': choose another --output_dir")
 
 
 def _abandoned(args: OPDConfig) -> list[Path]:

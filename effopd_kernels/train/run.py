@@ -13,9 +13,9 @@ from .checkpoint import check_settings, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, split_off
 from .errors import UserError
-from .loading import check_no_adapter, load_config, load_tokenizer, loading_errors_named
+from .loading import check_no_adapter, load_config, load_tokenizer
 from .options import DataArguments
-from .output_dir import WriteOver, check_models_stay, check_output_dir, check_shared, sole_run
+from .output_dir import WriteOver, check_inputs_stay, check_output_dir, check_shared, sole_run
 from .report import MetricsFile, run_summary, saved_step, write_report
 from .trainer import OPDTrainer
 
@@ -96,18 +96,17 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             load_tokenizer(teacher, revision=args.teacher_model_revision, **trust),
             shared=min(c.vocab_size for c in configs),
         )
-    for kind, (name, size, what) in held_out.items():
-        if name is None:
-            train, sets[kind] = split_off(train, size, args.seed, what)
-
     contexts = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
     limit = min(contexts) - args.max_completion_length if contexts else None
     chat = args.chat_template_kwargs or {}
     train, dropped = fit_context(train, tokenizer, limit, args.overlong_prompts, data.dataset_name, **chat)
     for kind, dataset in sets.items():
-        name = getattr(data, f"{kind}_dataset_name") or data.dataset_name
+        name = held_out[kind][0]
         sets[kind], n = fit_context(dataset, tokenizer, limit, args.overlong_prompts, name, **chat)
         dropped += n
+    for kind, (name, size, what) in held_out.items():
+        if name is None:
+            train, sets[kind] = split_off(train, size, args.seed, what)
     if dropped:
         logger.warning("dropped %d prompts longer than %d tokens", dropped, limit)
 
@@ -116,19 +115,18 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
     try:
-        with loading_errors_named(student):  # the teacher's are named before
-            return OPDTrainer(
-                student,
-                teacher,
-                args,
-                train_dataset=train,
-                eval_dataset=sets.get("eval"),
-                val_dataset=sets.get("val"),
-                processing_class=tokenizer,
-                callbacks=[MetricsFile()],
-                quantization_config=quantization,
-                peft_config=trl.get_peft_config(model_args),
-            )
+        return OPDTrainer(
+            student,
+            teacher,
+            args,
+            train_dataset=train,
+            eval_dataset=sets.get("eval"),
+            val_dataset=sets.get("val"),
+            processing_class=tokenizer,
+            callbacks=[MetricsFile()],
+            quantization_config=quantization,
+            peft_config=trl.get_peft_config(model_args),
+        )
     except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
         raise UserError(one_line(e, 400)) from e
 
@@ -141,7 +139,7 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
             write_over=bool(args.resume_from_checkpoint or args.overwrite_output_dir),
             go_on="--resume_from_checkpoint to go on with it, ",
         )
-        check_models_stay(args, model_args.model_name_or_path)
+        check_inputs_stay(args, model_args.model_name_or_path, data)
     check_shared(Path(args.output_dir))
     resolve_checkpoint(args)
     trainer = build_trainer(data, args, model_args)

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
@@ -43,7 +45,7 @@ from .config import OPDConfig
 from .errors import NonFiniteLossError, UserError, as_user_error
 from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
-from .loading import load_teacher
+from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
@@ -79,10 +81,11 @@ class OPDTrainer(trl.DistillationTrainer):
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`; an output folder that not all ranks share; when training
-            begins, one that another run is writing to, or options that no optimizer or schedule can be made with; a
-            checkpoint to resume from that is another model's, or of a run with another seed, learning rate or other
-            setting that a run keeps to its end.
+        UserError: see `OPDConfig` and `EffOPDCallback`; weights that lack tensors of their model, which transformers
+            would draw at random; an output folder that not all ranks share; when training begins, one that another run
+            is writing to, options that no optimizer or schedule can be made with, or a generation_config.json that
+            cannot be saved again; a checkpoint to resume from that is another model's, or of a run with another seed,
+            learning rate or other setting that a run keeps to its end.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -103,8 +106,19 @@ class OPDTrainer(trl.DistillationTrainer):
         check_shared(Path(args.output_dir))
         if isinstance(teacher_model, str):
             teacher_model = load_teacher(teacher_model, args)
-        # TRL insists on equal vocab_size when it is handed a teacher; the loss does not, so the teacher is set after.
-        super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        given = args.model_init_kwargs
+        if isinstance(model, str):  # TRL would load it without a look at what its files lack
+            if kwargs.get("processing_class") is None:
+                sides = {"truncation_side": "left", "padding_side": "left"}
+                sides |= {"revision": (given or {}).get("revision"), "trust_remote_code": args.trust_remote_code}
+                kwargs["processing_class"] = AutoProcessor.from_pretrained(model, **sides)
+            model = load_student(model, args, kwargs.pop("quantization_config", None))
+            args.model_init_kwargs = None  # or it warns that they are ignored
+        try:
+            # It insists on equal vocab_size if it is handed a teacher; the loss does not, so the teacher is set after.
+            super().__init__(model, None, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        finally:
+            args.model_init_kwargs = given
         check_private_api(self)
         # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
         # read them: they are never sampled.
@@ -330,8 +344,17 @@ class OPDTrainer(trl.DistillationTrainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args, **kwargs):
+        self._check_generation_config()  # nothing is trained yet, and transformers has made its tokens the tokenizer's
         with as_user_error("the optimizer cannot be made with the options given", *_OF_OPTIONS):
             return super().create_optimizer(*args, **kwargs)
+
+    def _check_generation_config(self) -> None:
+        """Saving checks one that is no longer as it was loaded more strictly than loading did, in the middle of a run.
+        An adapter is saved without."""
+        if not is_peft_model(self.model):
+            what = "the student could not be saved with its generation_config.json; mend that first"
+            with TemporaryDirectory() as folder, as_user_error(what, ValueError):
+                self.model.generation_config.save_pretrained(folder)
 
     def create_scheduler(self, *args, **kwargs):
         with as_user_error("the learning rate schedule cannot be made with the options given", *_OF_OPTIONS):

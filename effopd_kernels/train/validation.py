@@ -148,7 +148,7 @@ class Validator:
         trainer = self.trainer
 
         def padded(rows, value, side):
-            rows = [torch.tensor(r) for r in rows]
+            rows = [torch.tensor(r, dtype=torch.long) for r in rows]  # of no tokens, too
             return pad(rows, padding_value=value, padding_side=side).to(trainer.accelerator.device)
 
         pad_id = trainer._tokenizer.pad_token_id

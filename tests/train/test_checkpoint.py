@@ -111,6 +111,24 @@ def test_none_intact(checkpoints):
         newest_intact(tiny.HERE)
 
 
+def test_a_manifest_of_no_object_is_passed_over(checkpoints):
+    for text in ("[" * 100_000, "[]", '{"a": 3}', "{oops"):
+        (checkpoints / "checkpoint-2" / "manifest.json").write_text(text)
+        assert "manifest.json' is unreadable: " in damage(checkpoints / "checkpoint-2")
+        assert newest_intact(checkpoints).name == "checkpoint-1"
+
+
+def test_settings_that_another_version_kept_are_not_asked_for_and_damaged_ones_named(two_checkpoints, tmp_path):
+    checkpoint = shutil.copytree(two_checkpoints / "checkpoint-2", tmp_path / "checkpoint-2")
+    args = OPDConfig(str(tmp_path), **tiny.FLAGS)
+    (checkpoint / "settings.json").write_text('{"newer_setting": 1}')
+    check_settings(checkpoint, args)
+    for text in ("[]", "{"):
+        (checkpoint / "settings.json").write_text(text)
+        with pytest.raises(UserError, match=r"settings.json' is unreadable: "):
+            check_settings(checkpoint, args)
+
+
 def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_path):
     """The optimizer's state brings the first group back, whatever is given; the summary says the second of all steps;
     what is used from the resumed step on may change."""

@@ -18,11 +18,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from effopd_kernels.analysis.checkpoints import Checkpoint
+from effopd_kernels.analysis.loaded import Loader
 from effopd_kernels.extrapolation.adapters import COMPANION
-from effopd_kernels.train import cli
+from effopd_kernels.train import OPDConfig, UserError, cli
 from effopd_kernels.train.checkpoint import damage
+from effopd_kernels.train.loading import load_model, load_student
 from effopd_kernels.train.options import parse
 from effopd_kernels.train.report import MetricsFile
 from train import world as tiny
@@ -46,6 +50,13 @@ def flags(world, out, **overrides):
     return [f"--{k}={v}" for k, v in values.items() if v is not None]
 
 
+def rename_tensors(folder, rename):
+    """Those that are renamed to None go."""
+    file = folder / "model.safetensors"
+    tensors = {new: tensor for name, tensor in load_file(file).items() if (new := rename(name)) is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def broken_worlds(world, tmp):
     """Argument lists that are wrong in one way each → what the one sentence must say."""
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
@@ -62,6 +73,10 @@ def broken_worlds(world, tmp):
     (tmp / "empty.jsonl").write_text("")
     tiny.write_jsonl(tmp / "unlabelled.jsonl", [{"prompt": r["prompt"]} for r in rows])
     tiny.write_jsonl(tmp / "chat.jsonl", [{"prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tiny.save(tmp / "terse", AutoModelForCausalLM.from_pretrained(world / "student"), tokenizer)
+    contents = [row["prompt"] if i != 20 else "" for i, row in enumerate(rows)]
+    tiny.write_jsonl(tmp / "blank.jsonl", [{"prompt": [{"role": "user", "content": c}]} for c in contents])
     tokenizer.chat_template = None
     tiny.save(tmp / "mute", AutoModelForCausalLM.from_pretrained(world / "student"), tokenizer)
     shutil.copytree(world / "teacher", tmp / "cut")
@@ -70,6 +85,27 @@ def broken_worlds(world, tmp):
     other = shutil.copytree(world / "teacher", tmp / "other shapes") / "config.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | {"intermediate_size": 128}))
     (shutil.copytree(world / "teacher", tmp / "no such tokenizer") / "tokenizer.json").write_text("{}")
+
+    def altered(model, folder, change, file="config.json"):
+        copied = shutil.copytree(world / model, tmp / folder) / file
+        copied.write_text(json.dumps(change(json.loads(copied.read_text()))))
+
+    altered("student", "no architecture", lambda config: config | {"architectures": [3]})
+    altered("student", "no class", lambda config: config | {"architectures": ["AutoTokenizer"]})
+    altered("teacher", "no heads", lambda config: config | {"num_attention_heads": 0})
+    altered("teacher", "a list", lambda config: [config], "generation_config.json")
+    altered("student", "no end", lambda config: config | {"eos_token_id": "x"}, "generation_config.json")
+    unsaveable = {"temperature": 0.6, "pad_token_id": 5}  # without do_sample, as Llama 2; TRL pads with another token
+    altered("student", "unsaveable", lambda config: config | unsaveable, "generation_config.json")
+    for model, folder, rename in (
+        ("student", "compiled", lambda name: f"_orig_mod.{name}"),
+        ("teacher", "no MLP", lambda name: None if ".mlp." in name else name),
+    ):
+        rename_tensors(shutil.copytree(world / model, tmp / folder), rename)
+    (tmp / "adapter").mkdir()
+    (tmp / "adapter" / "adapter_config.json").write_text("[]")
+    (tmp / "written over").mkdir()
+    shutil.copy(world / "train.jsonl", tmp / "written over" / "metrics.jsonl")
     small = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
     tiny.save(tmp / "bert", BertForMaskedLM(BertConfig(**small, intermediate_size=32)), tokenizer)
     t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
@@ -234,6 +270,55 @@ def broken_worlds(world, tmp):
             "teacher' cannot be loaded with the model_init_kwargs given: ",
         ),
         "endless completions": (case(max_completion_length="None"), "--max_completion_length must be positive"),
+        "a prompt of no tokens": (
+            case(
+                model_name_or_path=tmp / "terse",
+                dataset_name=tmp / "blank.jsonl",
+                eval_dataset_name=None,
+                eval_size=4,
+            ),
+            f"the prompt in row 20 of '{tmp / 'blank.jsonl'}' has no tokens to begin a completion with",
+        ),
+        "names of a compiled model": (
+            case(model_name_or_path=tmp / "compiled"),
+            f"the weights of '{tmp / 'compiled'}' lack 25 of the 25 tensors that a Qwen3ForCausalLM has, such as "
+            "'model.embed_tokens.weight', and have others, such as '_orig_mod.model.embed_tokens.weight'",
+        ),
+        "no MLP": (case(teacher_model_name_or_path=tmp / "no MLP"), "no MLP' lack 9 of the 36 tensors that a Qwen3For"),
+        "no architecture": (
+            case(model_name_or_path=tmp / "no architecture"),
+            'its config.json has to list an architecture, such as ["Qwen3ForCausalLM"], got [3]',
+        ),
+        "no class": (case(model_name_or_path=tmp / "no class"), "no class': its config.json names AutoTokenizer"),
+        "no heads": (
+            case(teacher_model_name_or_path=tmp / "no heads"),
+            f"no model can be made of what config.json and its like in '{tmp / 'no heads'}' say: ZeroDivisionError",
+        ),
+        "a list for a generation config": (
+            case(teacher_model_name_or_path=tmp / "a list"),
+            f"no model can be made of what config.json and its like in '{tmp / 'a list'}' say: TypeError",
+        ),
+        "no end": (
+            case(model_name_or_path=tmp / "no end"),
+            "no end' has to be a token's id, or a list of such, got 'x'",
+        ),
+        "unsaveable": (
+            case(model_name_or_path=tmp / "unsaveable"),
+            "the student could not be saved with its generation_config.json; mend that first: ",
+        ),
+        "no adapter": (
+            case(model_name_or_path=tmp / "adapter"),
+            "adapter_config.json' is unreadable: it holds no JSON object",
+        ),
+        "no folder": (flags(world, ""), "--output_dir is empty: give a folder"),
+        "prompts written over": (
+            case(
+                output_dir=tmp / "written over",
+                dataset_name=tmp / "written over" / "metrics.jsonl",
+                overwrite_output_dir=True,
+            ),
+            f"--overwrite_output_dir would write over '{tmp / 'written over' / 'metrics.jsonl'}': choose another",
+        ),
         "no deepspeed": (case(deepspeed="none.json"), "deepspeed"),
     }
 
@@ -269,7 +354,9 @@ CASES = [
     "an empty checkpoint", "no accumulation", "no loss", "backwards", "no mapping", "no config file",
     "too hot", "a frozen loss", "vLLM's off", "too likely", "no repetition", "less than no workers", "no beam",
     "more completions", "stop strings", "a word for a number", "kernels of a GPU", "unknown to the student",
-    "unknown to the teacher",
+    "unknown to the teacher", "names of a compiled model", "no MLP", "no architecture", "no class", "no heads",
+    "a list for a generation config", "no end", "unsaveable", "no adapter", "no folder", "prompts written over",
+    "a prompt of no tokens",
 ]  # fmt: skip
 
 
@@ -280,6 +367,38 @@ def test_bad_input_is_one_sentence_and_exit_code_2(refused, case):
     lines = [line for line in result["stderr"].splitlines() if "error:" in line]
     assert len(lines) == 1 and says in lines[0], result["stderr"]
     assert "Traceback" not in result["stderr"] and "usage:" not in result["stderr"]
+
+
+def test_a_model_may_lack_what_is_tied_and_have_what_it_does_not_use(world, tmp_path):
+    """By the one name or the other, in whatever dtype; what it does lack is found where an analysis loads it, too."""
+    student = AutoModelForCausalLM.from_pretrained(world / "student").state_dict()
+    for rename in (
+        lambda name: name,
+        lambda name: name.replace("model.embed_tokens", "lm_head"),
+        lambda name: name.removeprefix("model."),
+    ):
+        folder = shutil.copytree(world / "student", tmp_path / "model", dirs_exist_ok=True)
+        rename_tensors(folder, rename)
+        rest = {**load_file(folder / "model.safetensors"), "v_head.weight": torch.ones(3)}
+        save_file({name: t.bfloat16() for name, t in rest.items()}, folder / "model.safetensors")
+        loaded = load_model(str(folder)).state_dict()
+        assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in student.items())
+        shutil.rmtree(folder)
+    folder = shutil.copytree(world / "student", tmp_path / "model")
+    rename_tensors(folder, lambda name: None if "embed" in name else name)
+    with pytest.raises(UserError, match=r"lack 2 of the 25 tensors that .*, such as 'model.embed_tokens.weight'$"):
+        Loader().tensors(Checkpoint(folder))
+
+
+def test_options_of_a_model_are_used_kept_and_given_once(world, tmp_path):
+    given = {"dtype": "bfloat16"}
+    config = {"model_init_kwargs": given, "effopd_enabled": False}
+    trainer = tiny.make_trainer(world, tmp_path, config=config)
+    assert trainer.model.dtype == torch.bfloat16 and trainer.teacher_model.dtype == torch.float32
+    assert trainer.args.model_init_kwargs == given
+    twice = OPDConfig(str(tmp_path), model_init_kwargs={"quantization_config": {}})
+    with pytest.raises(UserError, match="another in model_init_kwargs: give one of them"):
+        load_student(str(world / "student"), twice, object())
 
 
 @pytest.mark.parametrize(

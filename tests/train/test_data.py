@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 from datetime import datetime
@@ -42,6 +43,8 @@ def test_verl_parquet_with_messages(tmp_path):
         ),
         ('{"prompt": "a"}\n{"prompt": ""}\n', "empty prompt in row 1"),
         ("not json\n", "cannot be read"),
+        ('null\n{"prompt": "a"}\n', "cannot be read: its first row is null"),
+        ('{"prompt": "2020-01-01"}\nnull\n', "empty prompt in row 1"),
         ('{"prompt": 12}\n', "row 0 that is neither text nor a list of chat messages"),
         ('{"prompt": [{"role": "user"}]}\n', "row 0 that is neither text nor a list of chat messages"),
     ],
@@ -61,7 +64,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
             load_prompts(str(tmp_path / "latin.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "spread.jsonl", "in a row.jsonl"])
 def test_texts_that_look_like_dates_stay_what_they_are(tmp_path, name):
     chat = [{"role": "user", "content": "1999-12-31"}]
     rows = [
@@ -71,8 +74,38 @@ def test_texts_that_look_like_dates_stay_what_they_are(tmp_path, name):
     tiny.write_jsonl(tmp_path / name, rows)
     if name == "d.json":
         (tmp_path / name).write_text(json.dumps(rows))
+    elif name != "d.jsonl":
+        (tmp_path / name).write_text("".join(json.dumps(row, indent=1 if name[0] == "s" else None) for row in rows))
     loaded = load_prompts(str(tmp_path / name), answers=True)
     assert loaded[:] == {"prompt": [chat] * 2, "answer": ["2020-01-01", "2020-01-02 00:00:00"]}
+
+
+def test_a_compressed_file_of_dates_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(gzip.compress(b'{"prompt": "2020-01-01"}'))
+    with pytest.raises(UserError, match=r"d.jsonl' cannot be read: 'utf-8' codec can't decode"):
+        load_prompts(str(tmp_path / "d.jsonl"))
+
+
+def test_of_several_ground_truths_any_is_right_and_one_that_is_missing_is_named(tmp_path):
+    def written(*truths):
+        rows = [{"prompt": "a", "reward_model": {"ground_truth": truth}} for truth in truths]
+        return str(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
+
+    assert load_prompts(written(["5", "6"], ["7"]), answers=True)["answer"][:] == [["5", "6"], ["7"]]
+    for truths, says in ((["5", None], "no answer in row 1"), ([{"value": 5}], "an answer in row 0 that is neither")):
+        with pytest.raises(UserError, match=says):
+            load_prompts(written(*truths), answers=True)
+    assert load_prompts(written("5", None)).column_names == ["prompt"]
+
+
+def test_an_answer_that_reading_rounds_is_refused(tmp_path):
+    for i, answers in enumerate(([2**63 - 1, -(2**63)], [2**64 - 1, 1], [10**30 + 1, 1])):
+        path = tiny.write_jsonl(tmp_path / f"{i}.jsonl", [{"prompt": "a", "answer": a} for a in answers])
+        if i == 0:
+            assert load_prompts(str(path), answers=True)["answer"][:] == answers
+            continue
+        with pytest.raises(UserError, match=r"an answer in row 0 that does not fit 64 bits, .*: write it as text"):
+            load_prompts(str(path), answers=True)
 
 
 def test_images_need_chat_messages_to_be_in(tmp_path):
@@ -164,6 +197,20 @@ def test_overlong_prompts_are_counted_dropped_or_refused():
         fit_context(dataset, tokenizer, 1, "drop", "d")
     with pytest.raises(UserError, match="no room"):
         fit_context(dataset, tokenizer, 0, "drop", "d")
+
+
+def test_a_prompt_that_no_completion_can_follow_is_named_whatever_the_context():
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("a", "")]
+    dataset, tokenizer = datasets.Dataset.from_list(rows), tiny.tokenizer_for(["a"])
+    for template, says in (
+        ("{{ messages[0]['content'] }}", "the prompt in row 1 of 'd' has no tokens"),
+        ("{{ 'a' * (1 // (messages[0]['content'] | length)) }}", "cannot be applied to row 1 of 'd': .*zero"),
+        ("{{ 'a' ~ (messages[0]['content'] and 'a' or 'a' + 1) }}", "cannot be applied to row 1 of 'd': .*str"),
+    ):
+        tokenizer.chat_template = template
+        for limit in (None, 8):
+            with pytest.raises(UserError, match=says):
+                fit_context(dataset, tokenizer, limit, "error", "d")
 
 
 def test_held_out_prompts_leave_the_training_set():

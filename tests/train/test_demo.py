@@ -4,6 +4,7 @@ import json
 import math
 
 from effopd_kernels.train.cli import main
+from effopd_kernels.train.report import compare
 
 
 def test_demo(tmp_path, capsys):
@@ -55,3 +56,14 @@ def test_the_demos_folder_is_checked_as_any_runs(tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("effopd-train: error: ") and says in line
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("summary.json", "of another run")]
+
+
+def test_a_score_that_equals_opds_last_has_reached_it():
+    def run_of(*points):
+        curve = [{"step": n, "score": score, "train_tokens": 10 * n, "val_tokens": 4 * n} for n, score in points]
+        return {"curve": curve, "final_score": curve[-1]["score"]}
+
+    summary = compare(run_of((0, 0.1), (4, 0.5)), run_of((0, 0.1), (2, 0.5), (4, 0.6)))
+    assert summary["steps_to_target"] == {"opd": 4, "effopd": 2}
+    assert summary["tokens_to_target"] == {"opd": 56, "effopd": 28}
+    assert summary["step_acceleration"] == summary["token_acceleration"] == 2

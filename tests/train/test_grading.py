@@ -90,6 +90,16 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("it is _42_", "42"),
         ("it costs €18", "£18"),
         ("50%", "50"),
+        # an answer with a unit or a symbol, and a statement without
+        (r"\boxed{42}", r"42\text{ cm}"),
+        (r"\boxed{42}", r"so the area is $\boxed{42\mbox{ cm}^2}$."),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}\,\mathrm{m}"),
+        (r"The answer is 5.", "x = 5"),
+        # thousands set apart
+        ("#### 10 000", "10000"),
+        (r"\boxed{1\ 234\ 567.5}", "1234567.5"),
+        ("1 234 567", "1234567"),
+        ("10000", "10 000"),
         # strings
         ("(1,2)", "(1, 2)"),
         ("x=5", "x = 5"),
@@ -141,6 +151,14 @@ def test_right(completion, answer):
         (r"\boxed{-\frac{1}{2}x}", "-1/2"),
         (r"\boxed{3+4i}", "4"),
         (r"\boxed{2x+5}", "5"),
+        ("x-3", "3"),
+        (r"\boxed{x+12}", "12"),
+        (r"\boxed{5}", "2x = 5"),
+        (r"\boxed{5}", "5x"),
+        (r"\boxed{42\text{ m}}", r"42\text{ cm}"),
+        (r"\boxed{43}", r"42\text{ cm}"),
+        (r"\boxed{3}", r"3\text{ or }4"),
+        ("#### 10 00", "1000"),
         # what comes after the answer
         ("The answer is 10, not 9", "9"),
         ("The answer is 12 apples and 3 pears", "3"),

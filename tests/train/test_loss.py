@@ -1,6 +1,7 @@
 """Our loss in TRL's joint, with TRL's own as the witness."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
 from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
 from effopd_kernels.train.config import parse_divergence, parse_schedule
 from effopd_kernels.train.loss import _explained
+from effopd_kernels.train.validation import Validator
 from train import world as tiny
 
 COMMON = {
@@ -77,6 +79,24 @@ def model_of(kind: str, tokenizer, seed: int):
     if bias is not None:
         torch.nn.init.normal_(bias)
     return model
+
+
+def test_a_loss_is_refused_where_it_is_made():
+    for given, kind, says in (
+        ({"temperature": -1}, ValueError, "temperature must be positive"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number"),
+        ({"observer": 5}, TypeError, "observer must be callable or None, got 5"),
+    ):
+        with pytest.raises(kind, match=says):
+            FusedLoss(**given)
+
+
+def test_token_ids_are_integers_where_there_are_none():
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"), _tokenizer=SimpleNamespace(pad_token_id=0), reverse_kl=lambda i: i
+    )
+    inputs = Validator.reverse_kl(SimpleNamespace(trainer=trainer), [[], []], [[1], [2, 3]])
+    assert {t.dtype for t in inputs.values()} == {torch.int64}
 
 
 def batch(trainer, ragged: bool = True):

@@ -3,10 +3,12 @@ import json
 import math
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +20,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError
+from effopd_kernels.train import NonFiniteLossError, OPDConfig, OPDTrainer, UserError, ledger
+from effopd_kernels.train.ledger import Ledger
 from effopd_kernels.train.private_api import check_private_api
 from effopd_kernels.train.trainer import LEDGER_NAME
 from effopd_kernels.train.validation import TeacherLoss
@@ -377,6 +380,80 @@ def test_accumulated_micro_batches_of_unequal_length_count_by_their_tokens(world
         assert step["teacher_kl"] == pytest.approx(step["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({}, "teacher_kl"), ({"divergence": "jsd:0.5"}, "divergence"), ({"loss_temperature": 2.0}, "divergence")],
+)
+def test_a_loss_that_is_no_kl_to_the_teacher_is_not_called_one(world, tmp_path, options, name):
+    trainer = make_trainer(world, tmp_path, config=options)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, trainer._generate_and_score_completions([{"prompt": "Tom has"}]))
+    assert {"teacher_kl", "divergence"} & trainer._metrics["train"].keys() == {name}
+
+
+def test_an_epoch_has_an_order_of_its_own_and_the_same_when_resumed(world, tmp_path):
+    trainer = make_trainer(world, tmp_path)
+
+    def order(epoch):
+        trainer.state.epoch = epoch
+        return list(trainer._get_train_sampler())
+
+    first, second = order(0.0), order(1.0)
+    assert first != second and sorted(first) == sorted(second) and second == order(1.5)
+
+
+def test_what_is_not_training_is_off_the_clock(world, tmp_path, monkeypatch):
+    """Held-out evaluation, the check of the last update and writing a checkpoint, by a clock that only they move."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    trainer = make_trainer(world, tmp_path)
+
+    def hours_of(owner, name, result=None):
+        def work(*args):
+            clock.now += 3600
+            return result
+
+        monkeypatch.setattr(owner, name, work)
+
+    hours_of(trainer._validators["eval"], "share", [(0, 5, 1.0, 0.1)])
+    hours_of(trainer, "reverse_kl", (None, SimpleNamespace(divergence=torch.zeros(1)), None))
+    hours_of(trainer, "_write_checkpoint")
+    trainer._last_inputs, trainer.ledger.train_tokens = {}, 12
+    trainer.ledger.start()
+    clock.now += 3
+    assert trainer.evaluate()["seconds"] == 3
+    clock.now += 4
+    trainer._save_checkpoint(None, None)
+    assert (trainer.ledger.seconds, clock.now) == (7, 3 * 3600 + 7)
+    clock.now += 2
+    resumed = Ledger()
+    resumed.load_state_dict(trainer.ledger.state_dict())
+    assert (resumed.train_tokens, resumed.seconds) == (12, 9)
+
+
+def test_a_resumed_run_leaves_out_the_evaluation_at_the_start_and_the_next_has_it(world, tmp_path, monkeypatch):
+    trainer, asked = make_trainer(world, tmp_path, config={"eval_on_start": True}), []
+    monkeypatch.setattr(Trainer, "train", lambda self, **_: asked.append(self.args.eval_on_start))
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "rng_state.pth").touch()
+    for resumed in (str(tmp_path / "checkpoint-1"), None):
+        trainer.train(resume_from_checkpoint=resumed)
+    assert asked == [False, True]
+
+
+def test_the_best_checkpoint_is_not_one_too_many(world, tmp_path, monkeypatch):
+    def write(trainer, *_):
+        Path(trainer._get_output_dir(None), f"checkpoint-{trainer.state.global_step}").mkdir(parents=True)
+
+    monkeypatch.setattr(trl.DistillationTrainer, "_save_checkpoint", write)
+    trainer = make_trainer(world, tmp_path, config={"save_total_limit": 2, "effopd_enabled": False})
+    trainer.state.best_global_step = 1
+    for step in (1, 2, 3):
+        trainer.state.global_step = step
+        trainer._save_checkpoint(None, None)
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+
+
 def test_pad_that_is_eos_does_not_hide_the_real_eos(world, tmp_path):
     """The loss covers the completion up to and including its first EOS, also when padding looks the same."""
     tokenizer = tiny.tokenizer_of(world)
@@ -407,6 +484,33 @@ def test_validation_repeats_itself_and_leaves_no_trace(world, tmp_path):
         for parameter in trainer.model.parameters():
             parameter.mul_(1.1)
     assert validator().teacher_kl != first.teacher_kl
+
+
+def test_greedy_validation_keeps_nothing_of_how_training_samples(world, tmp_path):
+    config = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
+    for temperature, expected in (0, (False, None, None, None, None)), (0.5, (True, 0.5, 0.9, 5, 0.1)):
+        trainer = make_trainer(world, tmp_path, config=config | {"eval_temperature": temperature})
+        used = trainer._validators["eval"].generation_config
+        assert (used.do_sample, used.temperature, used.top_p, used.top_k, used.min_p) == expected
+
+
+def test_each_batch_of_validation_has_a_seed_of_its_own(world, tmp_path):
+    validator = make_trainer(world, tmp_path)._validators["eval"]
+    validator.batches = [range(4), range(4)]
+    (_, first), (_, again), (_, second) = map(validator.complete, (0, 0, 1))
+    assert first == again and first != second
+
+
+def test_vllm_validates_at_its_own_temperature_with_the_weights_of_now(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, config={"temperature": 0.7, "eval_temperature": 0.5})
+    trainer.vllm_generation = vllm = SimpleNamespace(temperature=0.7)
+    seen = []
+    trainer._generate_single_turn = lambda prompt_ids, *_: seen.append(vllm.temperature) or prompt_ids
+    trainer._validators["eval"].complete(0)
+    assert (seen, vllm.temperature) == ([0.5], 0.7)
+    trainer._last_loaded_step = trainer.state.global_step
+    trainer.effopd.controller_args["on_weights_changed"]()
+    assert trainer._last_loaded_step != trainer.state.global_step  # so that TRL sends them before it generates
 
 
 def test_teacher_kl_is_the_mean_over_the_students_completion(world, tmp_path):
@@ -483,12 +587,14 @@ def test_messages_go_through_the_chat_template(world, tmp_path):
 
 
 def test_a_student_of_more_padded_ids_than_the_teachers(world, tmp_path):
-    """The teacher has no embedding for the student's last eight ids, so none of them may be sampled."""
+    """The teacher has no embedding for the student's last eight ids, so none of them may be sampled, nor what the user
+    rules out."""
+    config = {"max_steps": 3, "generation_kwargs": {"suppress_tokens": [5]}}
     trainer = make_trainer(
-        world, tmp_path, student=str(world / "teacher"), teacher=str(world / "student"), config={"max_steps": 3}
+        world, tmp_path, student=str(world / "teacher"), teacher=str(world / "student"), config=config
     )
     trainer.train()
-    assert trainer.generation_kwargs["suppress_tokens"] == list(range(324, 332))
+    assert trainer.generation_kwargs["suppress_tokens"] == [5, *range(324, 332)]
     assert trainer.state.global_step == 3 and trainer.evaluate()["eval_teacher_kl"] > 0
 
 

@@ -1,0 +1,126 @@
+"""What a run's options become, up to the trainer that is made of them, and what it goes on from."""
+
+import json
+import shutil
+from itertools import chain, permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from effopd_kernels.train import OPDConfig, loading, run
+from effopd_kernels.train.checkpoint import newest_intact, publish
+from effopd_kernels.train.data import prompt_length
+from effopd_kernels.train.options import parse
+from train import world as tiny
+from train.test_cli import flags
+
+
+def test_what_is_asked_of_extrapolation_reaches_the_controller(tmp_path):
+    given = {"schedule": [2, 4], "min_delta": 0.1, "confidence": 0.9, "max_val_tokens": 9, "search": "gradient"}
+    given |= {"anchor_device": "disk", "include": ["mlp"], "exclude": ["x"]}
+    renamed = {"alphas": [2, 3], "acceptance": "paired", "optimizer": "reset"}
+    config = OPDConfig(str(tmp_path), **{f"effopd_{name}": value for name, value in (given | renamed).items()})
+    there = {"anchor_dir": str(tmp_path / "effopd_anchor")}
+    expected = {**given, **there, "alphas": (2, 3), "accept": "paired", "optimizer_policy": "reset"}
+    assert config.controller_args() == expected
+
+
+def test_what_is_not_asked_follows_from_the_metric(tmp_path):
+    for metric, asked, temperature in (
+        ("accuracy", None, 0.0),
+        ("teacher_kl", None, 0.7),
+        ("accuracy", 0.3, 0.3),
+        ("teacher_kl", 0.0, 0.0),
+    ):
+        options = {"eval_metric": metric, "eval_temperature": asked, "save_strategy": "best", "eval_steps": 1}
+        config = OPDConfig(str(tmp_path), temperature=0.7, **options)
+        assert config.validation_temperature == temperature
+        assert config.greater_is_better is (metric == "accuracy")
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """`build_trainer` by flags, up to the models: what it hands to the trainer."""
+
+    def build(argv):
+        given = {}
+        monkeypatch.setattr(run, "OPDTrainer", lambda *parts, **named: given.update(named, args=parts[2]))
+        run.build_trainer(*parse(argv))
+        return given
+
+    return build
+
+
+def test_prompts_that_are_held_out_are_not_trained_on(world, tmp_path, build):
+    sizes = {"eval_dataset_name": None, "eval_size": 7, "val_dataset_name": None, "effopd_val_size": 5}
+    given = build(flags(world, tmp_path, **sizes))
+    parts = [given[f"{kind}_dataset"]["prompt"] for kind in ("train", "eval", "val")]
+    assert [len(part) for part in parts] == [28, 7, 5]
+    assert sorted(chain(*parts)) == sorted(tiny.load(world / "train.jsonl")["prompt"])
+
+
+def test_every_prompt_fits_the_shorter_context_beside_its_completion(world, tmp_path, build):
+    """Of two in each file, one fits exactly, the other would without the completion, or without what the chat template
+    puts before it, or if only the student had to read it."""
+    kwargs = {"preamble": "How many?"}
+    tokenizer = tiny.tokenizer_of(world)
+    tokenizer.chat_template = "{{ preamble }}" + tiny.CHAT
+    for model in ("student", "teacher"):
+        shutil.copytree(world / model, tmp_path / model, ignore=shutil.ignore_patterns("*.safetensors"))
+        tokenizer.save_pretrained(tmp_path / model)
+    prompts = [[{"role": "user", "content": text}] for text in ("Tom", "Tom has 3")]
+    fits, longer = (prompt_length(prompt, tokenizer, **kwargs) for prompt in prompts)
+    completion = tiny.FLAGS["max_completion_length"]
+    assert fits < longer <= fits + completion and prompt_length(prompts[1], tokenizer) <= fits
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": fits + completion}))
+    for kind in ("train", "eval", "val"):
+        tiny.write_jsonl(tmp_path / f"{kind}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    chat = {"chat_template_kwargs": json.dumps(kwargs), "overlong_prompts": "drop"}
+    given = build(flags(tmp_path, tmp_path / "out", **chat))
+    assert [given[f"{kind}_dataset"]["prompt"] for kind in ("train", "eval", "val")] == [prompts[:1]] * 3
+
+
+def test_every_part_is_loaded_as_it_was_asked_for(world, tmp_path, build, monkeypatch):
+    """Splits, revisions, the weights' type, attention and quantization."""
+    asked = set()
+
+    def watched(load):
+        def call(path, **named):
+            asked.add((load.__name__, Path(path).stem, named.get("split") or named.get("revision")))
+            return load(path, **named)
+
+        return call
+
+    for load in (run.load_prompts, run.load_config, run.load_tokenizer):
+        monkeypatch.setattr(run, load.__name__, watched(load))
+    monkeypatch.setattr(loading, "create_model_from_path", watched(loading.create_model_from_path))
+    options = {"dataset_train_split": "a", "dataset_test_split": "b", "model_revision": "v1"}
+    options |= {"teacher_model_revision": "v2", "dtype": "bfloat16", "attn_implementation": "eager"}
+    given = build(flags(world, tmp_path, **options, load_in_8bit=True))
+    teacher = loading.load_teacher(str(world / "teacher"), given["args"])
+    expected = {("load_prompts", "train", "a"), ("load_prompts", "eval", "b"), ("load_prompts", "val", "b")}
+    for model in (("student", "v1"), ("teacher", "v2")):
+        expected |= {("load_config", *model), ("load_tokenizer", *model)}
+    assert asked == {*expected, ("create_model_from_path", "teacher", "v2")}
+    shared = {"dtype": "bfloat16", "attn_implementation": "eager"}
+    assert given["args"].model_init_kwargs == {**shared, "revision": "v1"}
+    assert given["args"].teacher_model_init_kwargs == shared
+    assert given["quantization_config"].load_in_8bit and teacher.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_is_newer_than_the_one_of_its_step_that_it_replaced(tmp_path):
+    """In whatever order the system lists them; and the next to replace it does so, too."""
+    for staged in (tmp_path / "first", tmp_path / "second"):
+        staged.mkdir()
+        (staged / "model.safetensors").write_text(staged.name)
+    checkpoint = tmp_path / "checkpoint-2"
+    publish(tmp_path / "first", checkpoint)
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2.replaced")  # by a process that was killed there
+    for listed in permutations(tmp_path.glob("checkpoint-*")):
+        assert newest_intact(SimpleNamespace(glob=lambda _, listed=listed: listed)) == checkpoint
+    publish(tmp_path / "second", checkpoint)
+    assert (checkpoint / "model.safetensors").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [checkpoint]
