@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
-from ..checks import readable
+from ..checks import overlaps_itself, readable
+from ..gradients import transformed
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .arguments import as_float, listed
 from .shards import local
@@ -149,8 +149,7 @@ def extrapolate(w0, delta, alpha):
             raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
         alpha = alpha.reshape(()).to(w0.device)
         # The op has rules for a plain backward pass alone; what it is composed of has them all.
-        transformed = torch._C._are_functorch_transforms_active() or any(map(_is_dual, (w0, delta, alpha)))
-        run = reference.extrapolate_forward if transformed else torch.ops.effopd.extrapolate
+        run = reference.extrapolate_forward if transformed(w0, delta, alpha) else torch.ops.effopd.extrapolate
         return run(w0, delta, alpha)
     w0, delta = listed("w0", w0), listed("delta", delta)
     if len(w0) != len(delta):
@@ -161,10 +160,6 @@ def extrapolate(w0, delta, alpha):
     if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
-
-
-def _is_dual(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _is_one_each(alpha) -> bool:
@@ -258,8 +253,8 @@ def _check_memory(params, anchors, currents, masters) -> None:
     """Raises ValueError for a tensor that cannot be written one element after the other."""
     for name, tensors in (("params", params), ("masters", masters)):
         for i, tensor in enumerate(tensors):
-            if tensor is not None and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
-                raise ValueError(f"{name}[{i}] is expanded, several of its elements one number in memory: clone it")
+            if tensor is not None and overlaps_itself(tensor):
+                raise ValueError(f"{name}[{i}] has elements that share memory, as an expanded tensor has: clone it")
     for name, tensors in (("anchors", anchors), ("currents", currents)):
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.data_ptr() == param.data_ptr() and tensor.numel() and _memory(tensor) != _memory(param):

@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec
 
-from .errors import NonFiniteLossError, NotInstalledError, UserError
+from ..errors import UserError
+from .errors import NonFiniteLossError, NotInstalledError
 
 if missing := [name for name in ("trl", "peft", "matplotlib", "rich") if find_spec(name) is None]:
     raise NotInstalledError(f"effopd_kernels.train needs {', '.join(missing)}: pip install effopd-kernels[train]")

@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import UserError
 from ..extrapolation import CheckpointError, EffOPDController, EffOPDEvent, checkpoint
 from ..extrapolation.adapters import COMPANION
 from ..extrapolation.lora import LoraWeights
-from .errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..commands import json_object
+from ..errors import UserError
 from ..extrapolation.checkpoint import crc32
 from ..tensor_files import FileCheckpoint
 from .config import OPDConfig
-from .errors import UserError
 
 MANIFEST = "manifest.json"
 STAGING = ".saving-"

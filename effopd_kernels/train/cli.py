@@ -15,9 +15,10 @@ from ..commands import (
     refused,
     something_was_said,
 )
+from ..errors import UserError
 from .checkpoint import checkpoints
 from .demo import run_demo
-from .errors import NonFiniteLossError, UserError
+from .errors import NonFiniteLossError
 from .options import parse
 from .run import run
 

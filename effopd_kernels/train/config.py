@@ -9,24 +9,24 @@ import torch
 import trl
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
+from ..divergence.arguments import COLDEST
+from ..errors import UserError
 from ..extrapolation.acceptance import acceptance_rule
 from ..extrapolation.schedules import alphas_of, budget_of
 from ..extrapolation.selection import compiled
-from .errors import UserError
 from .loss import divergence_from_beta
 
 EVAL_METRICS = ("accuracy", "teacher_kl")
 _FAMILY = {"jsd": jsd, "skew_forward_kl": skew_forward_kl, "skew_reverse_kl": skew_reverse_kl}
 _MEMBERS = {"reverse_kl": REVERSE_KL, "forward_kl": FORWARD_KL}
 
-_COLDEST = 1e-6  # logits that are divided by less may be infinite
 # What an option must be, also as an entry of generation_kwargs, where libraries refuse it late or compute nonsense.
 _DOMAINS = {
-    "temperature": (lambda v: v >= _COLDEST, f"at least {_COLDEST}"),
-    "loss_temperature": (lambda v: v >= _COLDEST, f"at least {_COLDEST}"),
+    "temperature": (lambda v: v >= COLDEST, f"at least {COLDEST}"),
+    "loss_temperature": (lambda v: v >= COLDEST, f"at least {COLDEST}"),
     "eval_temperature": (
-        lambda v: v == 0 or _COLDEST <= v < math.inf,
-        f"positive, or 0 for greedy, finite and no less than {_COLDEST}",
+        lambda v: v == 0 or COLDEST <= v < math.inf,
+        f"positive, or 0 for greedy, finite and no less than {COLDEST}",
     ),
     "top_k": (lambda v: v >= 0, "a number of tokens, or 0 for all"),
     "top_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),

@@ -15,8 +15,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import one_line
-from .errors import UserError
+from ..errors import UserError, one_line
 
 PROMPT_NAMES = ("prompt", "problem", "question")
 ANSWER_NAMES = ("answer", "solution")

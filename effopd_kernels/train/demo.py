@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
+from ..errors import UserError
 from .config import OPDConfig
-from .errors import UserError
 from .options import parse
 from .output_dir import check_output_dir
 from .report import compare, run_summary, write_report

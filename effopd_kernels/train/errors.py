@@ -4,8 +4,6 @@ from contextlib import contextmanager
 
 from ..errors import UserError, one_line
 
-__all__ = ["NonFiniteLossError", "NotInstalledError", "UserError"]
-
 
 class NotInstalledError(ImportError, UserError):
     """A package of the extra `train` is missing."""

@@ -9,10 +9,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from trl.trainer.utils import create_model_from_path
 
 from ..commands import json_object
-from ..errors import one_line
+from ..errors import UserError, one_line
 from ..extrapolation.adapters import COMPANION
 from .config import OPDConfig
-from .errors import UserError
 
 
 def check_no_adapter(name: str) -> None:

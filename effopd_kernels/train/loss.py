@@ -36,8 +36,8 @@ from ..divergence import (
     linear_divergence_loss,
 )
 from ..divergence.arguments import check_positive, gathered
+from ..errors import UserError
 from ..extrapolation.randomness import modes_kept
-from .errors import UserError
 
 logger = logging.getLogger(__name__)
 

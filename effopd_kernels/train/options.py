@@ -14,9 +14,8 @@ import trl
 import yaml
 
 from ..commands import printed_and_done
-from ..errors import one_line
+from ..errors import UserError, one_line
 from .config import OPDConfig
-from .errors import UserError
 
 
 @dataclass

@@ -16,10 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from ..commands import written
+from ..errors import UserError
 from ..extrapolation.adapters import COMPANION
 from .checkpoint import checkpoints, remove
 from .config import OPDConfig
-from .errors import UserError
 from .options import DataArguments
 from .report import METRICS_NAME, SUMMARY_NAME
 

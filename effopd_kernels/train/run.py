@@ -8,11 +8,10 @@ from accelerate import PartialState
 from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import written
-from ..errors import one_line
+from ..errors import UserError, one_line
 from .checkpoint import check_settings, damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, split_off
-from .errors import UserError
 from .loading import check_no_adapter, load_config, load_tokenizer
 from .options import DataArguments
 from .output_dir import WriteOver, check_inputs_stay, check_output_dir, check_shared, sole_run

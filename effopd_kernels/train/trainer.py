@@ -26,6 +26,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..commands import written
 from ..divergence import REVERSE_KL, DivergenceStats
+from ..errors import UserError
 from ..extrapolation import Scores
 from .callback import EffOPDCallback, load_trained_adapter
 from .checkpoint import (
@@ -42,7 +43,7 @@ from .checkpoint import (
     write_settings,
 )
 from .config import OPDConfig
-from .errors import NonFiniteLossError, UserError, as_user_error
+from .errors import NonFiniteLossError, as_user_error
 from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
 from .loading import load_student, load_teacher

@@ -15,9 +15,9 @@ from accelerate.utils import gather_object
 from transformers import GenerationConfig
 from trl.trainer.utils import pad
 
+from ..errors import UserError
 from ..extrapolation.randomness import modes_kept
 from ..extrapolation.records import Losses
-from .errors import UserError
 from .grading import is_correct
 
 

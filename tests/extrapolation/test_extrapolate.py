@@ -257,7 +257,7 @@ class TestPublicFunction:
             (dict(alpha=[torch.ones(2)]), TypeError, "alpha must be a number, or one per tensor, got tensor"),
             (dict(alpha=torch.tensor(1 + 2j)), TypeError, r"alpha must be real, got a tensor of torch\.complex64"),
             (dict(alpha=np.array([1 + 2j])), TypeError, "alpha must be a number, or one per tensor, got np.complex128"),
-            (dict(masters=[torch.zeros(1).expand(3)]), ValueError, r"masters\[0\] is expanded"),
+            (dict(masters=[torch.zeros(1).expand(3)]), ValueError, r"masters\[0\] has elements that share memory"),
             (dict(params=[torch.zeros(3, dtype=torch.int8)]), TypeError, r"params\[0\] is torch.int8"),
             (dict(masters=[torch.zeros(2)]), ValueError, r"masters\[0\]"),
             (dict(currents=[torch.zeros(3, device="meta")]), ValueError, "on meta"),
@@ -281,7 +281,7 @@ class TestPublicFunction:
     @pytest.mark.parametrize(
         "params, currents, words",
         [
-            (torch.zeros(1, 2).expand(2, 2), torch.ones(2, 2), r"params\[1\] is expanded, several of its .*: clone it"),
+            (torch.zeros(1, 2).expand(2, 2), torch.ones(2, 2), r"params\[1\] has elements that share memory, .*: clone it"),
             ((square := torch.zeros(2, 2)), square.t(), r"currents\[1\] is the memory of params\[1\] in another order"),
         ],
         ids=["expanded", "transposed"],
