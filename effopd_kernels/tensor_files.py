@@ -118,10 +118,12 @@ def _shards(path: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("its weight_map maps to what is no file's name")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+                raise ValueError(f"its weight_map leads out of the folder, to {outside[0]!r}")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: not a safetensors index ({error})") from error
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
@@ -138,7 +140,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """The entries of one file by position, after checking that the file holds exactly what its header says."""
+    """The entries of one file by position, after checking that one follows the other from the header to the end."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -146,15 +148,21 @@ def _header(path: Path) -> dict[str, Entry]:
             if not 2 <= length <= size - 8:
                 raise ValueError(f"its header would take {length} of {size} bytes")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        if not isinstance(header.pop("__metadata__", None), dict | None):
+            raise ValueError("its __metadata__ is no object")
         entries = {name: _entry(path, name, about, 8 + length) for name, about in header.items()}
-        end = max((entry.stop for entry in entries.values()), default=8 + length)
+        entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+        end = 8 + length
+        for name, entry in entries.items():
+            if entry.start != end:
+                raise ValueError(f"tensor {name!r} begins at byte {entry.start}, what is before it ends at {end}")
+            end = entry.stop
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "damaged or truncated" if path.suffix == ".safetensors" else "not a"
         raise ValueError(f"{path}: {what} safetensors file: {error}") from error
-    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+    return entries
 
 
 def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:

@@ -107,7 +107,7 @@ def _where(found: Findings, places: list[Row]) -> Section:
 def _maps(found: Findings, layered: dict[str, list[Row]], column: str, label: str) -> list[Picture]:
     """A heat map over layer and type for each trajectory, on one scale; none where nothing has a finite value."""
     kinds = [k for k in found.types() if any(r["type"] == k for rows in layered.values() for r in rows)]
-    layers = range(found.layers)
+    layers = sorted({r["layer"] for rows in layered.values() for r in rows})
     cells = {t: {(r["layer"], r["type"]): r[column] for r in rows} for t, rows in layered.items()}
     values = [v for of in cells.values() for v in of.values() if math.isfinite(v)]
     if not values:

@@ -1,6 +1,5 @@
 """A checkpoint on disk as the analyses see it: names, shapes, and for each tensor the pair whose difference is ΔW."""
 
-import json
 import re
 import shlex
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..commands import json_object
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
 from ..tensor_files import EVERY, FileCheckpoint
@@ -113,13 +113,7 @@ def printable(text: str | Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's object, {} where there is none. Raises UserError where it is not JSON, or no object."""
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(found).__name__}")
-    return found
+    return json_object(path) if path.is_file() else {}
 
 
 def _step(path: Path) -> int | None:

@@ -71,10 +71,12 @@ def _updates(arguments: list[str]) -> None:
     with Painter() as painter:
         with reading_ahead([args.base, *(args.checkpoints or ()), *named]):
             gc.disable()  # what is imported stays: not to be searched for garbage while it comes, nor ever after
-            from .updates import main
+            try:
+                from .updates import main
 
-            gc.freeze()
-            gc.enable()
+                gc.freeze()
+            finally:
+                gc.enable()
         main(args, painter)
 
 

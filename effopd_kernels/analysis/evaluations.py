@@ -60,12 +60,15 @@ class Evaluations:
         try:
             settings, *noted = map(json.loads, whole)
             found, self.done = dict(settings), {key: Evaluation(*values) for key, *values in noted}
-        except (ValueError, TypeError) as error:
+            differ = [k for k in self.settings if found.get(k) != self.settings[k]]
+            if not differ:
+                _check(self.done, found.get("eval metric"))
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"'{self.path}' is damaged ({error}); pass --overwrite_output_dir to start again, or another "
                 "--output_dir"
             ) from error
-        if differ := [k for k in self.settings if found.get(k) != self.settings[k]]:
+        if differ:
             raise UserError(
                 f"'{self.path}' holds evaluations with other settings ({differ[0]} was {found.get(differ[0])!r}, is "
                 f"now {self.settings[differ[0]]!r}); pass --overwrite_output_dir to start again, or another "
@@ -94,6 +97,24 @@ class Evaluations:
                 file.flush()
                 os.fsync(file.fileno())
         self._intact += len(text.encode())
+
+
+def _check(done: dict[str, Evaluation], metric: str | None) -> None:
+    """Raises ValueError unless all are numbers, NaN too, of the same prompts, and ``metric`` is among them."""
+    prompts = set()
+    for key, found in done.items():
+        measured = [values for values in (found.accuracy, found.teacher_kl) if values is not None]
+        if not all(map(_numbers, (*measured, [found.tokens, found.seconds]))):
+            raise ValueError(f"evaluation {key} has something that is no number")
+        if metric and getattr(found, metric) is None:
+            raise ValueError(f"evaluation {key} has no {metric}")
+        prompts.update(map(len, measured))
+    if prompts and (len(prompts) > 1 or 0 in prompts):
+        raise ValueError(f"its evaluations are of {' and '.join(map(str, sorted(prompts)))} prompts")
+
+
+def _numbers(values: list) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
 def pending(trials: Iterable[Trial], evaluations: Evaluations) -> dict[str, Trial]:

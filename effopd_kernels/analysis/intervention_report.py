@@ -130,6 +130,7 @@ class View:
     def limits(self, rows: Sequence[Row]) -> tuple[float, float]:
         """One range for several figures."""
         ends = [v for row in (self.base, *self.finals.values(), *rows) for v in self.interval(row)[1:]]
+        ends = [v for v in ends if math.isfinite(v)] or [0.0]  # a model whose logits overflow has a KL of NaN
         margin = 0.04 * (max(ends) - min(ends)) or 0.05
         return min(ends) - margin, max(ends) + margin
 

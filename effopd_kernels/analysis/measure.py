@@ -92,9 +92,8 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
             for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
                 named = _named(label, place, x)
                 svd, spectrum, row, subtracted = _spectrum(x, y, options)
-                if i not in weights:
-                    known = b is base and subtracted is not None
-                    weights[i] = subtracted if known else _norms(_statistics(w, None), w)["update_norm"]
+                if i not in weights:  # only a bf16 checkpoint, no adapter, has a Gram: its b is the base
+                    weights[i] = _norms(_statistics(w, None), w)["update_norm"] if subtracted is None else subtracted
                 found.rows.append({**where, **named, **row, "weight_norm": weights[i]})
                 if position == last:
                     finals.append(svd)
@@ -210,11 +209,14 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
     spectrum, metrics = measured(a, b, top, sampling, svd, statistics, known)
     row = {name: value.item() for name, value in metrics.items()}
-    bad, zero = bool(svd.flags & Flag.NON_FINITE), bool(svd.flags & Flag.ZERO)
-    if zero:
+    # Entries or σ that fp32 does not hold are not finite, though the factors of a narrow matrix are taken in fp64.
+    bad = not (math.isfinite(row["frobenius_norm"]) and spectrum.leading.isfinite().all())
+    if svd.flags & Flag.ZERO:
         row |= {name: 0.0 for name, value in row.items() if value != value}
     if bad:
-        row |= {"noise_edge": math.nan, "rank_above_noise": None, "quantisation_limited": None}
+        row |= {name: math.nan for name in row if name != "unchanged_fraction"}
+        row |= {"rank_above_noise": None, "quantisation_limited": None}
+        svd = svd._replace(flags=svd.flags | Flag.NON_FINITE)
     norm = row.pop("frobenius_norm")
     low, high, top_high = _bounds(svd, spectrum, row["spectral_norm"], top, exact)
     unit = norm or 1.0
@@ -246,7 +248,7 @@ def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) 
     """(lower, upper) for σ₁ and the upper for ‖Δ_top‖_F."""
     norm = float(svd.frobenius_norm)
     rounding = float(svd.rounding())
-    if not math.isfinite(norm) or norm == 0:
+    if math.isnan(first) or norm == 0:
         return first, first, norm
     if exact:
         return first - rounding, first + rounding, float(torch.linalg.vector_norm(spectrum.leading[:top])) + rounding

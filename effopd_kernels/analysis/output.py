@@ -32,29 +32,40 @@ def answer(text: str) -> None:
 
 
 def check_free(output_dir: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
-    """Raises UserError when ``output_dir`` is or holds one of ``inputs`` (what is no file or folder is passed over),
-    holds something and may not be overwritten, or cannot be a folder or be written to.
+    """Raises UserError when ``output_dir`` cannot be a folder or be written to, is or holds one of ``inputs`` (what is
+    no file or folder is passed over), or holds something and may not be overwritten.
 
     A folder inside an input may be written: analyses are kept beside the weights, and only what it holds is replaced.
     """
+    if not str(output_dir):
+        raise UserError("--output_dir is empty; give a folder")
     folder = Path(output_dir)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        kind = "a file" if there.exists() else "a link that leads nowhere"
+        raise UserError(f"--output_dir '{folder}' cannot be made: {there} is {kind}; give another folder")
     for given in map(Path, inputs):
         for read in (given, given / COMPANION):  # an adapter's second folder
             if read.exists() and folder.resolve() in (read.resolve(), *read.resolve().parents):
                 raise UserError(f"--output_dir '{folder}' is or holds '{read}', which is read; give another folder")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output_dir '{folder}' is a file; give a folder")
     _clear_abandoned(folder.absolute())
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UserError(
             f"--output_dir '{folder}' exists and is not empty; give another folder, or --overwrite_output_dir to "
             "replace the analysis in it"
         )
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--output_dir '{folder}' cannot be made: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir '{folder}' cannot be written: no permission in {there}, or a read-only disk")
+    probe = there / _partial_name(folder.absolute())
+    try:
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir '{folder}' cannot be written: {error.strerror} in {there}; give another folder"
+        ) from error
+
+
+def _partial_name(folder: Path) -> str:
+    return f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
 
 
 def _clear_abandoned(folder: Path) -> None:
@@ -82,8 +93,10 @@ def _runs(pid: int) -> bool:
 
 @contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only; a
+    handler that it did not set stays, for it could not be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is None:
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -116,10 +129,9 @@ def whole_folder(output_dir: str | Path, parts: Collection[str]) -> Iterator[Pat
         UserError: the disk is full or cannot be written.
     """
     folder = Path(output_dir).absolute()
-    name = f".{folder.name}.{platform.node()}.{os.getpid()}.partial"
     with written(output_dir), not_left_empty(output_dir):
         filled = folder.is_dir()
-        partial = folder / name if filled else folder.with_name(name)
+        partial = (folder if filled else folder.parent) / _partial_name(folder)
         try:
             partial.mkdir(parents=True)
             yield partial

@@ -18,8 +18,9 @@ EXPERTS = tuple(f"expert {name}" for name in MLP)
 BIASES = "expert bias"  # of all experts, one vector each: a stack of vectors, not a matrix
 TYPES = ("embedding", *ATTENTION, *MLP, *EXPERTS, BIASES, "router", "norm", "head", "other")
 
-_LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|h|blocks?|attentions|ffns)\.(\d+)(?=\.|$)")
-_EXPERT = re.compile(r"(?:^|\.)experts?\.(\d+)(?=\.|$)")
+# A number of more digits counts no layers.
+_LAYER = re.compile(r"(?:^|\.)(?:\w*layers?|h|blocks?|attentions|ffns)\.(\d{1,6})(?=\.|$)")
+_EXPERT = re.compile(r"(?:^|\.)experts?\.(\d{1,6})(?=\.|$)")
 # Towers and layers that predict further tokens (MTP) number their layers anew.
 _FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|video|audio|image|qformer|perceiver|protein|mtp)\w*\.")
 # The innermost block decides: of Idefics' gated_cross_attn_layers each holds an mlp.

@@ -16,7 +16,7 @@ from analysis import planted
 from safetensors.torch import save_file
 
 from effopd_kernels import tensor_files as files
-from effopd_kernels.analysis import cli
+from effopd_kernels.analysis import cli, measure
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
@@ -55,7 +55,12 @@ def update(comparison, name, trajectory="run", position=-1):
 
 @pytest.mark.parametrize(
     "config, scale",
-    [({"init_lora_weights": "eva"}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5)],
+    [
+        ({"init_lora_weights": "eva"}, 2.0),
+        ({"use_rslora": True}, 4.0),
+        ({"alpha_pattern": {"q_proj": 2}}, 0.5),
+        ({"alpha_pattern": {"q": 2, "layers.0": 2}}, 2.0),  # neither is its name or the ending of it
+    ],
 )
 def test_lora_is_its_merged_product(base, tmp_path, config, scale):
     pair, product = factors(Q.removesuffix(".weight"), 64, 64)
@@ -125,6 +130,31 @@ def test_the_companion_of_extrapolation_adds(base, tmp_path):
     torch.testing.assert_close(update(comparison, Q), (2 * product + more).double(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_merged_model_beside_its_adapter_is_a_model(tmp_path):
+    folder = lora(tmp_path / "run", factors(Q.removesuffix(".weight"), 64, 64)[0])
+    planted.write(folder, planted.base_weights())
+    assert not update(compare(folder, {"run": [folder]}), Q).any()
+
+
+def test_blocks_of_rows_are_the_whole(base, tmp_path, monkeypatch):
+    """Of a model, and of factors: an embedding's lie the other way."""
+    vocabulary, hidden = planted.SHAPES[EMBEDDING]
+    head, (turned, _) = factors("lm_head", vocabulary, hidden)[0], factors("x", hidden, vocabulary)
+    turned = {f"model.embed_tokens.lora_embedding_{x}": turned[f"x.lora_{x}.weight"] for x in "AB"}
+    moved = planted.write(tmp_path / "run", planted.moved(planted.base_weights(), planted.noise(1)))
+    comparison = compare(base, {"run": [moved], "lora": [lora(tmp_path / "adapter", {**head, **turned})]})
+    found = []
+    for block in (measure.BLOCK, 7 * hidden):
+        monkeypatch.setattr(measure, "BLOCK", block)
+        found.append([measure.measure(comparison, n, measure.Options(), True) for n in (EMBEDDING, "lm_head.weight")])
+    for whole, blocks in zip(*found, strict=True):
+        numbers = ([v for row in m.rows for v in row.values() if isinstance(v, float)] for m in (blocks, whole))
+        torch.testing.assert_close(*numbers, rtol=1e-6, atol=0)
+        for t, columns in whole.tokens.items():
+            torch.testing.assert_close(blocks.tokens[t], columns, rtol=1e-5, atol=1e-6)
+    assert measure._blocks((50, hidden))[-2:] == [slice(42, 49), slice(49, 50)]
+
+
 def test_sharded_mixed_and_wrapped_checkpoints(base, tmp_path):
     weights = planted.moved(planted.base_weights(), lambda name, w: torch.full_like(w, 0.5, dtype=torch.float64))
     weights = {n: (t.bfloat16() if "mlp" in n else t) for n, t in weights.items()}
@@ -179,9 +209,12 @@ def test_a_head_untied_in_training_is_held_against_the_embedding(tmp_path):
     tied = {n: t for n, t in planted.base_weights().items() if n != "lm_head.weight"}
     start = planted.write(tmp_path / "base", tied, {"tie_word_embeddings": True})
     own = planted.write(tmp_path / "own", {**tied, "lm_head.weight": tied[EMBEDDING] + 1})
-    comparison = compare(start, {"run": [own]})
+    pair, product = factors("x", *planted.SHAPES[EMBEDDING][::-1])
+    pair = {f"model.embed_tokens.lora_embedding_{x}": pair[f"x.lora_{x}.weight"] for x in "AB"}
+    comparison = compare(start, {"run": [own], "lora": [lora(tmp_path / "adapter", pair)]})
     assert "lm_head.weight" in comparison.names
     torch.testing.assert_close(update(comparison, "lm_head.weight").float(), torch.ones(planted.SHAPES[EMBEDDING]))
+    torch.testing.assert_close(update(comparison, "lm_head.weight", "lora").float(), 2 * product.mT)  # still tied
 
 
 def test_names_and_buffers_that_transformers_forgives(tmp_path):
@@ -210,10 +243,14 @@ def test_names_and_buffers_that_transformers_forgives(tmp_path):
 def test_steps_order_checkpoints(base, tmp_path):
     weights = planted.base_weights()
     numbered = [planted.write(tmp_path / f"checkpoint-{step}", weights) for step in (200, 1000, 40)]
-    comparison = compare(base, {"run": numbered, "unnumbered": [tmp_path / "checkpoint-200", base]})
+    twice = [planted.write(tmp_path / name, weights, step=5) for name in "ab"]
+    zero = planted.write(tmp_path / "checkpoint-0", weights)
+    unnumbered = [tmp_path / "checkpoint-200", base]
+    comparison = compare(base, {"run": numbered, "unnumbered": unnumbered, "twice": twice, "zero": [zero]})
     assert [c.step for c in comparison.trajectories["run"]] == [40, 200, 1000]
     assert comparison.progress["run"] == [0.04, 0.2, 1.0]
-    assert comparison.progress["unnumbered"] == [0.5, 1.0]
+    assert comparison.progress["unnumbered"] == comparison.progress["twice"] == [0.5, 1.0]
+    assert comparison.progress["zero"] == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +269,12 @@ def test_which_names_tell_a_step(tmp_path, name, step):
 def test_a_step_that_no_table_holds_is_none(tmp_path):
     folder = planted.write(tmp_path / "checkpoint-5", {Q: torch.ones(2, 2)}, step=1e30)
     assert compare(folder, {"run": [folder]}).trajectories["run"][0].step is None
+
+
+@pytest.mark.parametrize("step", [math.inf, math.nan, 2.5])
+def test_a_step_that_is_no_whole_number_leaves_the_names(tmp_path, step):
+    folder = planted.write(tmp_path / "checkpoint-5", {Q: torch.ones(2, 2)}, step=step)
+    assert compare(folder, {"run": [folder]}).trajectories["run"][0].step == 5
 
 
 def test_without_a_step_the_order_given_stays_and_is_said(tmp_path):
@@ -253,6 +296,18 @@ def test_a_checkpoint_given_twice_is_said(base, tmp_path):
     assert note == f"Given more than once in a: {folder}."
 
 
+def raw(folder, header):
+    """A file of 8 bytes whose header says that fp32 vectors lie in these."""
+    about = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": place} if isinstance(place, tuple) else place
+        for name, place in header.items()
+    }
+    text = json.dumps(about).encode()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    return folder
+
+
 def broken(base, tmp):
     """Arguments that are wrong in one way each → what the one sentence must say."""
     weights = planted.base_weights()
@@ -261,6 +316,7 @@ def broken(base, tmp):
         return planted.write(tmp / name, tensors, config)
 
     without = {n: t for n, t in weights.items() if "layers.5" not in n}
+    headless = {n: t for n, t in weights.items() if n != "lm_head.weight"}
     wide = {n: torch.zeros(*t.shape[:-1], t.shape[-1] + 1) for n, t in weights.items()}
     grown = {n: torch.cat([t, t[:4]]) if t.shape[0] == planted.VOCABULARY else t for n, t in weights.items()}
     shard = planted.write_sharded(tmp / "shard", weights)
@@ -270,17 +326,29 @@ def broken(base, tmp):
         (unlisted / file).unlink()
     index = planted.write_sharded(tmp / "index", weights) / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": 3}}')
+    outside = planted.write_sharded(tmp / "outside", weights) / index.name
+    outside.write_text(json.dumps({"weight_map": {"a": "../base/model.safetensors"}}))
+    deep = planted.write_sharded(tmp / "deep", weights) / index.name
+    deep.write_text("[" * 100_000)
     array = stored("array", weights)
     (array / "config.json").write_text("[1, 2]")
+    nested = stored("nested", weights)
+    (nested / "config.json").write_text("[" * 100_000)
+    shared, noted = (raw(tmp / name, about) for name, about in (
+        ("shared", {"a": (0, 8), "b": (0, 8)}), ("noted", {"__metadata__": [1], "a": (0, 8)}),
+    ))  # fmt: skip
     whole_numbers = stored("whole_numbers", {"steps": torch.ones(2, dtype=torch.int64)})
     twofold = stored("twofold", weights | {f"module.{Q}": weights[Q] + 1})
     cut = stored("cut", weights)
     os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 100)
     garbage = stored("garbage", weights)
     (garbage / "model.safetensors").write_bytes(b"not safetensors at all")
+    (garbage / "pytorch_model.bin").touch()  # no reason to convert: there are safetensors
     (tmp / "empty").mkdir()
     (tmp / "used").mkdir()
     (tmp / "used" / "thesis.txt").write_text("x")
+    (tmp / "nowhere").symlink_to(tmp / "gone")
+    (tmp / "loop").symlink_to(tmp / "loop")
     (tmp / "notes").mkdir()
     shutil.copy(base / "model.safetensors", tmp / "notes" / "model.safetensors")
     (tmp / "notes" / "config.json").write_text("{")
@@ -316,12 +384,18 @@ def broken(base, tmp):
         "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
         "no index": (case(unlisted, start=unlisted), "lacks shards that the others' names count: model-00003-of-00003"),
         "bad index": (case(index.parent), "not a safetensors index (its weight_map maps to what is no file's name)"),
-        "config an array": (case(array), "array/config.json must hold a JSON object, not a list"),
+        "index leads out": (case(outside.parent), "leads out of the folder, to '../base/model.safetensors'"),
+        "deep index": (case(deep.parent), "not a safetensors index (maximum recursion depth"),
+        "one place for two": (case(shared), "tensor 'b' begins at byte"),
+        "metadata a list": (case(noted), "its __metadata__ is no object"),
+        "config an array": (case(array), "array/config.json' is unreadable: it holds no JSON object"),
+        "deep config": (case(nested), "nested/config.json' is unreadable: maximum recursion depth"),
         "no floats": (case(whole_numbers, start=whole_numbers), "has no floating tensor with entries"),
         "one name twice": (case(twofold), f"twofold holds both {Q} and module.{Q}, which name one tensor"),
         "truncated": (case(cut), "cut/model.safetensors: damaged or truncated"),
         "missing tensors": (case(stored("less", without)), f"less lacks 9 tensors of {base}"),
         "missing tensors named": (case(tmp / "less"), "model.layers.5.input_layernorm.weight"),
+        "no head": (case(stored("headless", headless)), "headless lacks 1 tensor of"),  # which says that it is not tied
         "more tensors": (case(base, start=tmp / "less"), f"{tmp / 'less'} lacks 9 tensors of"),
         "other shapes": (case(stored("wide", wide)), "of another shape than the base's"),
         "resized": (case(stored("resized", grown)), "[50, 64]; resize the base's vocabulary first, with resize_token_"),
@@ -332,7 +406,7 @@ def broken(base, tmp):
         "base in int8": (case(base, start=int8), f"{Q} of {int8} is quantised (torch.int8)"),
         "all in int8": (case(int8, start=int8), f"{Q} of {int8} is quantised (torch.int8)"),
         "packed": (case(packed), f"{Q} of {packed} is quantised (torch.uint32)"),
-        "bad config": (case(tmp / "notes"), "notes/config.json is not JSON"),
+        "bad config": (case(tmp / "notes"), "notes/config.json' is unreadable: Expecting property name"),
         "base an adapter": (case(base, start=adapter), "is a LoRA adapter; give the model that it was trained from"),
         "adapter of another model": (case(adapter), "does not have: model.layers.9.self_attn.q_proj.weight; give the"),
         "adapter of another shape": (case(thin), f"{Q} [32, 64], the base's [64, 64]"),
@@ -348,6 +422,11 @@ def broken(base, tmp):
         "output in use": (case(base, output_dir=tmp / "used"), "exists and is not empty"),
         "output under a file": (case(base, output_dir=base / "config.json" / "sub"), "config.json is a file"),
         "output a file": (case(base, output_dir=base / "config.json"), "is a file"),
+        "output a link to nothing": (case(base, output_dir=tmp / "nowhere"), "nowhere is a link that leads nowhere"),
+        "output a loop": (case(base, output_dir=tmp / "loop"), "loop is a link that leads nowhere"),
+        "output under a loop": (case(base, output_dir=tmp / "loop" / "out"), "loop is a link that leads nowhere"),
+        "output of a long name": (case(base, output_dir=tmp / ("x" * 250)), f"File name too long in {tmp}; give"),
+        "no output": (case(base, output_dir=""), "--output_dir is empty; give a folder"),
         "no checkpoints": (["--base", base, "--output_dir", tmp / "out"], "give either --checkpoints"),
         "both": (["--trajectory", "a=b", *case(base)], "give either --checkpoints"),
         "trajectory": (["--base", base, "--trajectory", "opd", "--output_dir", tmp / "out"], "must be NAME=DIR,DIR"),
@@ -359,6 +438,7 @@ def broken(base, tmp):
         "no base": (["--checkpoints", base, "--output_dir", tmp / "out"], "required: --base"),
         "unknown flag": (case(base, no_such_flag="1"), "unrecognized arguments: --no_such_flag"),
         "rank": (case(base, rank="0"), "must be positive"),
+        "ks": (case(base, ks="0"), "--ks must be positive"),
         "no device": (case(base, device="meta"), "--device meta is not available here"),
         "device": (case(base, device="cuda:99" if torch.cuda.is_available() else "cuda"), "is not available here"),
     }  # fmt: skip
@@ -431,8 +511,13 @@ def test_a_file_that_may_not_be_read_is_named(base, tmp_path, monkeypatch, capsy
 
 def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path))  # root may write anywhere
-    with pytest.raises(UserError, match="cannot be written"):
+
+    def refused(path, *_):  # root may write anywhere
+        asked.append(path.parent)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(UserError, match=f"cannot be written: Permission denied in {tmp_path}"):
         check_free(tmp_path / "new" / "out")
     assert asked == [tmp_path]
 
@@ -490,6 +575,12 @@ def test_unknown_names_are_listed(base, tmp_path):
     assert any('grouped as "other": adaptor.gizmo' in note for note in comparison.notes)
     assert any("Not floating, so left out: steps" in note for note in comparison.notes)
     assert "steps" not in comparison.names and "adaptor.gizmo" in comparison.names
+
+
+def test_a_tensor_without_entries_may_lie_where_another_begins(tmp_path):
+    """Whichever of the two the header names first."""
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    assert list(files.FileCheckpoint(raw(tmp_path / "x", {"a": (0, 8), "empty": nothing})).shapes) == ["empty", "a"]
 
 
 def test_a_tensor_without_entries_is_left_out(tmp_path):

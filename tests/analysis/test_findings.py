@@ -3,6 +3,7 @@
 import html
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from tables import read_table
 from tokenizers import Tokenizer, models
 
 from effopd_kernels.analysis import cli, figures, intervention_report
-from effopd_kernels.analysis.embeddings import speaker
+from effopd_kernels.analysis.allocation import _maps
+from effopd_kernels.analysis.embeddings import _histogram, speaker
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
@@ -129,12 +131,27 @@ def test_the_base_is_blamed_for_its_own_nan(report):
     assert {r["group"]: r["matrices"] for r in read("spectra")}["up"] == 2
 
 
+def test_the_map_has_the_layers_there_are(tmp_path):
+    """One that is numbered far beyond the others takes one row."""
+    layered = {"training": [{"layer": i, "type": "q", "update_norm": 1.0} for i in (0, 1, 999_999)]}
+    (picture,) = _maps(SimpleNamespace(types=lambda: ["q"], layers=1_000_000), layered, "update_norm", "")
+    values, names, *_ = picture.arguments
+    assert values == [[1.0]] * 3 and names == ["0", "1", "999999"]
+
+
+def test_a_histogram_is_of_what_is_finite():
+    picture = _histogram({"training": torch.tensor([0.0, 1.0, math.inf], dtype=torch.float64)}, "")
+    middles, counts = picture.arguments[0]["training"]
+    assert sum(counts) == 1 and all(map(math.isfinite, middles))
+
+
 def test_a_cast_is_not_training(report):
     """Of an fp32 base its own bf16 cast differs by nothing but rounding."""
     base = planted.base_weights(shapes=layers(3))
     cast = {name: w.bfloat16() for name, w in base.items()}
     _, page = report(base, cast, base)
-    assert re.search(r"\|float32 in the base is bfloat16 in [^ ,]*checkpoint-1: ΔW contains what rounding", page)
+    said = r"\|float32 in the base is bfloat16 in [^ ,]*checkpoint-1: ΔW contains what rounding to bfloat16 changed\."
+    assert re.search(said, page)
     assert page.count("in the base is") == 1
 
 
@@ -180,6 +197,23 @@ def scored(folder, score):
     return rows, html.unescape(re.sub(r"(<[^>]+>)+", "|", (folder / "report.html").read_text()))
 
 
+def test_what_is_looked_at_first(tmp_path, monkeypatch):
+    """The first checkpoint, not the last; a tenth of the rank, not a half, its norm as it falls."""
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+
+    def score(edit):
+        right = 0 if edit.trajectory is None else 16
+        if edit.trajectory and edit.checkpoint == 0:
+            right = 12 if edit.norm_of else 4
+        elif edit.part == "top":
+            right = 8 if edit.fraction == 0.1 and edit.norm_of is None else 2
+        return [float(i < right) for i in range(16)]
+
+    _, page = scored(tmp_path, score)
+    assert "first checkpoint at the final norm recovers: a 75%, b 75%." in page
+    assert "top 10% of the rank recovers: a 50%, b 50%." in page
+
+
 def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", planted.save_blank)
     right = {None: 4, "a": 2, "b": 8}  # of eight prompts: a is worse than the base
@@ -187,6 +221,13 @@ def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
     assert all((row["recovered"] is None) == (row["trajectory"] != "b") for row in rows)
     assert "The final model of a scores no better than the base (accuracy: 0.25, the base's 0.5)" in page
     assert "The final model of b" not in page and re.search(r"best α recovers: b 100% \(α = 0.25\)\.", page)
+
+
+def test_a_base_whose_logits_overflow_is_reported(tmp_path, monkeypatch):
+    """Its KL is NaN, which bounds no axis."""
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+    rows, page = scored(tmp_path, lambda edit: [1.0 if edit.trajectory else math.nan, 0.5])
+    assert math.isnan(rows[0]["accuracy"]) and "|A few layers at a time|" in page
 
 
 def test_nothing_is_a_share_of_noise(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import TOLD
-from effopd_kernels.analysis.interventions import InterventionArguments, _identity, named_edits, plan_of
+from effopd_kernels.analysis.interventions import InterventionArguments, _identity, check, named_edits, plan_of
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
@@ -113,6 +113,17 @@ def test_a_checkpoint_without_a_step_makes_all_of_its_trajectory_count_by_positi
     assert steps == {"opd": [(1, 1 / 3), (2, 2 / 3), (3, 1.0)], "rl": [(50, 0.5), (100, 1.0)]}
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("rank_fractions", [0.0]), ("alphas", [math.nan]), ("alphas", [math.inf]), ("window", 0), ("stride", 0),
+     ("max_prompts", 0)],
+)  # fmt: skip
+def test_numbers_that_plan_nothing_are_refused(name, value):
+    args = SimpleNamespace(output_dir="out", eval_metric="accuracy", teacher_model_name_or_path=None)
+    with pytest.raises(UserError, match=f"^--{name} must "):
+        check(InterventionArguments(base="base", **{name: value}), SimpleNamespace(dataset_name="set"), args)
+
+
 # ---- what is reported -----------------------------------------------------------------------------------------------
 
 
@@ -174,11 +185,27 @@ def test_a_full_disk_loses_no_evaluation_that_was_noted(tmp_path, monkeypatch):
     assert Evaluations(tmp_path / "out", {"seed": 0}).done == {"one": one, "two": two}
 
 
-@pytest.mark.parametrize("text", ["garbage\n", "[1, 2]\n", '{"seed": 0}\n7\n', '{"seed": 0}\n["key", 1]\n'])
-def test_a_damaged_record_is_named(tmp_path, text):
-    (tmp_path / "evaluations.jsonl").write_text(text)
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["garbage"], ["[1, 2]"], ["[" * 100_000], ['{"seed": 0}', "7"], ['{"seed": 0}', '["key", 1]'],
+        ['{"seed": 0}', '["a", [1, 0], null, 3, 1]', '["b", [1], null, 3, 1]'],
+        ['{"seed": 0}', '["a", [], null, 3, 1]'], ['{"seed": 0}', '["a", 1, null, 3, 1]'],
+        ['{"seed": 0}', '["a", [1, null], null, 3, 1]'], ['{"seed": 0}', '["a", null, ["0.5"], 3, 1]'],
+        ['{"seed": 0}', '["a", [1], null, "x", 1]'],
+        ['{"seed": 0, "eval metric": "accuracy"}', '["a", null, [0.5], 3, 1]'],
+    ],
+)  # fmt: skip
+def test_a_damaged_record_is_named(tmp_path, lines):
+    (tmp_path / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="is damaged"):
         Evaluations(tmp_path, {"seed": 0})
+
+
+def test_a_kl_of_nan_is_no_damage(tmp_path):
+    """That of a model whose logits overflow, which was scored as the others were."""
+    Evaluations(tmp_path, {"seed": 0}).add("one", Evaluation(None, [math.nan, 1.0], 3, 0.5), write=True)
+    assert math.isnan(Evaluations(tmp_path, {"seed": 0}).done["one"].teacher_kl[0])
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -412,6 +439,7 @@ def broken(trained, tmp):
         "NaN": (case(f"--trajectory=bad={tmp / 'nan'}"), "not finite, in model.layers.1.mlp.up_proj.weight"),
         "NaN in the base": (case("--base", tmp / "nan_base"), f"the base {tmp / 'nan_base'} has weights that are not"),
         "in use": (case(out="used"), "exists and is not empty"),
+        "no output": ([*case(), "--output_dir", ""], "--output_dir is empty"),
         "over its input": (arguments(trained, trained, "--overwrite_output_dir", "true"), "which is read"),
         "unknown flag": (case("--sampel", 3), "unknown option --sampel"),
     }

@@ -1,14 +1,18 @@
 """Sampled spectra against LAPACK's: bounds hold, estimates lie within their errors."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from analysis import planted
 
 from effopd_kernels.analysis import measure
+from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.findings import interval
-from effopd_kernels.analysis.measure import GRID, PROBES, Options, _alignment, _energy, _spectrum, _tokens
+from effopd_kernels.analysis.measure import GRID, PROBES, Options, _alignment, _bounds, _energy, _spectrum, _tokens
 from effopd_kernels.analysis.report import shown
+from effopd_kernels.lowrank import RSVD
 from effopd_kernels.lowrank.metrics import measured
 
 M, N, RANK = 640, 1408, 64  # short side beyond what is done exactly
@@ -55,6 +59,15 @@ def test_bounds_hold_and_are_narrow(case):
         assert row["spectral_norm_high"] < 1.1 * exact[0]
 
 
+@pytest.mark.parametrize("beyond, first, both", [(10.0, 1 + 25 + 4, 1.25 + 25 + 2 * 4), (1.0, 1 + 1, 1.25 + 1)])
+def test_upper_bounds_are_the_theorems(beyond, first, both):
+    """Of σ₁² = 1 and σ₂² = 1/4 with ‖G‖ = 5 and τ = 2, unless the norm of all the rest says more."""
+    numbers = (torch.tensor(x, dtype=torch.float64) for x in (beyond, 20.0, [3.0, 4.0], 0.0))
+    svd = RSVD(torch.eye(9, 2), torch.tensor([1.0, 0.5]), torch.eye(2, 8), *numbers)
+    found = _bounds(svd, SimpleNamespace(rest_norm=lambda: 2.0), 1.0, 2, False)[1:]
+    assert found == pytest.approx((math.sqrt(first), math.sqrt(both)), rel=1e-3)
+
+
 def test_bounds_of_exact_spectra_leave_room_for_rounding():
     generator = torch.Generator().manual_seed(0)
     for shape in [(2, 64), (17, 2), (200, 5), (64, 96)] * 5:
@@ -87,6 +100,7 @@ def test_the_rank_above_noise_is_given_between_bounds_it_can_have(monkeypatch):
     monkeypatch.setattr(measure, "measured", uncertain)
     row = _spectrum(*matrix("rounded"), Options(RANK))[2]
     assert shown(interval(row, "rank_above_noise")) == "600 [0, 640]"
+    assert interval({"x": 1.0, "x_error": 0.25}, "x") == (1.0, 0.5, 1.5)  # elsewhere two standard errors
 
 
 def test_energy_curves_follow_the_exact_ones(case):
@@ -122,6 +136,15 @@ def test_equal_and_broken_matrices():
     assert row["non_finite"] == 1 and row["rank_above_noise"] is None and row["quantisation_limited"] is None
 
 
+@pytest.mark.parametrize("shape, a, b", [((16, 8), 3.3e38, -3.3e38), ((M, N), 1e38, 0.0)])
+def test_an_update_beyond_fp32_is_not_finite(shape, a, b):
+    """Its entries, though a narrow matrix is factored in fp64, and its leading σ."""
+    a, b = (torch.full(shape, value, dtype=torch.bfloat16) for value in (a, b))
+    svd, _, row, _ = _spectrum(a, b, Options(8))
+    assert row["non_finite"] == 1 and math.isnan(row["update_norm"]) and math.isnan(row["spectral_norm_high"])
+    assert _alignment(svd, svd, (1,)) == []
+
+
 def test_the_top_is_known_whatever_the_rank():
     """Its share of ‖Δ‖ and, where a Gram is at hand, the participation ratio are those of the exact spectrum."""
     generator = torch.Generator().manual_seed(0)
@@ -134,6 +157,14 @@ def test_the_top_is_known_whatever_the_rank():
     assert abs(row["participation_ratio"] - exact) <= 1e-5 * exact + 4 * row["participation_ratio_error"]
 
 
+def test_the_norm_of_the_base_that_comes_with_the_gram(tmp_path):
+    name, b = "model.layers.0.mlp.up_proj.weight", torch.randn(600, 520).bfloat16()
+    base = planted.write(tmp_path / "base", {name: b})
+    run = planted.write(tmp_path / "run", {name: (b.float() + 0.01 * torch.randn(b.shape)).bfloat16()})
+    (row,) = measure.measure(compare(base, {"run": [run]}), name, Options(4)).rows
+    assert row["weight_norm"] == pytest.approx(float(b.double().norm()), rel=1e-6)
+
+
 def test_subspaces_are_compared_up_to_the_rank():
     """Beyond it vectors are arbitrary: an adapter of rank 4 would seem to turn to the end."""
     b, a = torch.randn(80, 4), torch.randn(4, 90)
@@ -141,6 +172,10 @@ def test_subspaces_are_compared_up_to_the_rank():
     rows = _alignment(early, last, (1, 4, 8, 16))
     assert [row["k"] for row in rows] == [1, 4]
     assert all(row["mean_cosine"] == pytest.approx(1, abs=1e-5) for row in rows)
+    svd = _spectrum(torch.randn(8, 90), None, Options(8))[0]  # of which more than half fills its space
+    rows = _alignment(svd, svd, (1, 4, 5, 8))
+    assert [row["k"] for row in rows] == [1, 4]
+    assert rows[0]["chance_cosine"] == pytest.approx(math.sqrt(2 / (8 * math.pi)))
 
 
 @pytest.mark.parametrize("degrees", [0.0, 1e-3, 0.1, 30.0, 89.0])

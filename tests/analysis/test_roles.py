@@ -117,6 +117,9 @@ NAMES = {
     "qformer.encoder.layer.0.attention.attention.query.weight": Role("other"),
     "model.protein_encoder.model.embeddings.word_embeddings.weight": Role("other"),
     "classifier.weight": Role("other"),
+    # numbers that count nothing
+    "model.layers.1234567.mlp.up_proj.weight": Role("other"),
+    "model.layers.1.mlp.experts.1234567.up_proj.weight": Role("expert up", 1),
 }
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import gc
 import html
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -22,7 +24,7 @@ from tables import read_table
 
 from effopd_kernels.analysis import cli, figures, updates
 from effopd_kernels.analysis.comparison import compare
-from effopd_kernels.analysis.output import whole_folder
+from effopd_kernels.analysis.output import terminated_as_interrupted, whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
 
@@ -177,6 +179,9 @@ def test_the_report_shows_the_tables_numbers(out):
     whole = rows(out, "spectra", trajectory="opd", progress=1.0, group="MLP and attention")[0]
     for column in ("spectral_norm", "spectral_to_frobenius", "effective_rank", "participation_ratio"):
         assert f"|{shown(whole[column])}|" in page, column
+    mlp = sum(r["share_of_update"] for r in rows(out, "types", trajectory="opd", progress=1.0)
+              if r["type"] in ("gate", "up", "down"))  # fmt: skip
+    assert re.search(rf"\|MLP\|+opd\|+{re.escape(shown(mlp))}\|", page)
     for row in rows(out, "depth", progress=1.0):
         shares = shown(row["share_of_update"]), shown(row["share_of_parameters"])
         line = f"|{row['trajectory']}||{row['third']}||{shares[0]}||{shares[1]}|"
@@ -314,6 +319,26 @@ def test_terminated_is_interrupted(undrawn, folders, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_handler_that_python_did_not_set_stays(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    with terminated_as_interrupted():
+        assert signal.signal(signal.SIGTERM, before) is before
+
+
+def test_garbage_is_collected_after_an_import_that_was_interrupted(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "Painter", nullcontext)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setitem(sys.modules, "effopd_kernels.analysis.updates", None)  # to import it is an error
+    arguments = ["--base", folders / "base", "--checkpoints", folders / "base", "--output_dir", tmp_path / "out"]
+    try:
+        with pytest.raises(ImportError):
+            cli.main(["updates", *map(str, arguments)])
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_a_file_that_goes_while_it_is_read_is_named(undrawn, folders, tmp_path, monkeypatch, capsys):
     """Gone, or cut short, between the look at its header and the reading of its tensors."""
     file = shutil.copytree(folders / "rl" / "saved1", tmp_path / "run") / "model.safetensors"
@@ -405,6 +430,16 @@ def test_a_folder_that_is_there_stays_the_one_it_is(tmp_path, monkeypatch):
         assert (tmp_path / "disk" / "report.html").read_text() == text
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk").stat().st_ino == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_link_is_replaced_not_what_it_leads_to(tmp_path):
+    for place in ("elsewhere", "out"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "elsewhere/kept").touch()
+    (tmp_path / "out/figures").symlink_to(tmp_path / "elsewhere")
+    with whole_folder(tmp_path / "out", ["figures"]) as folder:
+        (folder / "figures").mkdir()
+    assert not (tmp_path / "out/figures").is_symlink() and (tmp_path / "elsewhere/kept").exists()
 
 
 def test_the_command_reads_before_it_imports_what_it_draws_with():
