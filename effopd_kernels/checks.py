@@ -32,8 +32,8 @@ def readable(tensor: Tensor) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: a tensor by its shape, not its entries."""
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    """A value in an error message: a tensor by its shape and dtype, not its entries."""
+    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
 
 
 def is_integer(value: Any) -> bool:
@@ -42,3 +42,27 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_float(**tensors: Tensor) -> None:
+    """Raise TypeError unless all are dense tensors of FLOATS, and ValueError unless they are on one device."""
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
+        if tensor.device != first.device:
+            raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements of it may share memory, as those of an expanded tensor do: writing one would write another."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False

@@ -10,9 +10,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, below_infinity, readable, wide
-from .autograd import DivergenceStats, Spec, keepable
+from ..checks import below_infinity, readable, wide
+from ..gradients import keepable
+from .autograd import DivergenceStats, Spec
 from .family import Divergence
+
+COLDEST = 1e-6  # the least temperature: logits that are divided by less may leave the kernels' range
 
 
 class TokenOptions(TypedDict, total=False):
@@ -57,7 +60,7 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     """A sharded tensor (DTensor) in full on every rank; any other as it is. Its gradient is the ranks' mean: what data
     parallelism makes of their losses, and where all computed the same loss, the gradient of that.
     """
-    if not hasattr(tensor, "full_tensor"):
+    if not isinstance(tensor, Tensor) or not hasattr(tensor, "full_tensor"):  # nor has a number, under torch.compile
         return tensor
     from torch.distributed.tensor import Partial
 
@@ -65,20 +68,6 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     if full.requires_grad:
         full.register_hook(lambda grad: grad / tensor.device_mesh.size())
     return full
-
-
-def check_float(**tensors: Tensor) -> None:
-    """Raise TypeError unless all are dense tensors of FLOATS, and ValueError unless they are on one device."""
-    (first_name, first), *_ = tensors.items()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
-        if tensor.device != first.device:
-            raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
 
 
 def check_positive(**numbers: float) -> None:
@@ -94,6 +83,22 @@ def check_positive(**numbers: float) -> None:
             raise TypeError(f"{name} must be a number, got {number!r}")
         if not (number > 0 and below_infinity(number)):
             raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def as_floats(**numbers: float | None) -> list[float]:
+    """The numbers as floats, a softcap that is None or 0 as 0: none. Raises as `check_positive`, and ValueError for a
+    temperature below COLDEST.
+    """
+    given = {
+        name: number
+        for name, number in numbers.items()
+        if not (name.endswith("softcap") and (number is None or (isinstance(number, Real) and number == 0)))
+    }
+    check_positive(**given)
+    for name, number in given.items():
+        if name.endswith("temperature") and number < COLDEST:
+            raise ValueError(f"{name} must be at least {COLDEST}, got {number}")
+    return [float(given.get(name, 0)) for name in numbers]
 
 
 def check_whole(**numbers: int | None) -> None:
@@ -114,6 +119,8 @@ def check_num_valid(mask: Tensor | None, num_valid: int | None) -> None:
     if mask is None:
         raise ValueError("num_valid is the number of tokens that mask keeps, got it without a mask")
     check_whole(num_valid=num_valid)
+    if isinstance(num_valid, Integral) and num_valid < 0:
+        raise ValueError(f"num_valid must not be negative, got {num_valid}")
     if readable(mask) and num_valid < (kept := int(mask.sum())):
         raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
@@ -136,17 +143,15 @@ def make_spec(
 ) -> Spec:
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a Divergence such as REVERSE_KL or jsd(0.5), got {divergence!r}")
-    numbers = {
-        "temperature": temperature,
-        "teacher_temperature": temperature if teacher_temperature is None else teacher_temperature,
-        "student_logit_scale": student_logit_scale,
-        "teacher_logit_scale": teacher_logit_scale,
-    }
-    caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
-    caps = {name: cap for name, cap in caps.items() if cap is not None and not (isinstance(cap, Real) and cap == 0)}
-    check_positive(**numbers, **caps)
-    softcaps = caps.get("student_softcap", 0.0), caps.get("teacher_softcap", 0.0)  # 0: none
-    return Spec(*map(float, (divergence.a, divergence.b, divergence.pi, *numbers.values(), *softcaps)))
+    numbers = as_floats(
+        temperature=temperature,
+        teacher_temperature=temperature if teacher_temperature is None else teacher_temperature,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+    )
+    return Spec(*map(float, (divergence.a, divergence.b, divergence.pi)), *numbers)
 
 
 def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: str, num_tokens) -> None:
@@ -160,8 +165,11 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         raise ValueError(f"num_tokens must be one number, got {tuple(num_tokens.shape)} {num_tokens.dtype}")
     if num_tokens is not None and not isinstance(num_tokens, (Tensor, Real)):
         raise TypeError(f"num_tokens must be a number, got {num_tokens!r}")
-    if isinstance(num_tokens, Real) and not (num_tokens >= 0 and below_infinity(num_tokens)):
-        raise ValueError(f"num_tokens must be finite and not negative, got {num_tokens}")
+    if isinstance(num_tokens, Real) and not 0 <= num_tokens <= torch.finfo(torch.float32).max:
+        raise ValueError(f"num_tokens must be finite in fp32 and not negative, got {num_tokens}")
+    for name, tensor in (("mask", mask), ("weight", weight), ("num_tokens", num_tokens)):
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
     for name, tensor in (("mask", mask), ("weight", weight)):
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -202,7 +210,7 @@ def row_factor(
         if total.device != device:  # its clone is out of the caller's reach, who may go on counting while it is copied
             total = total.clone().to(device, non_blocking=True)
     else:  # filled there: a copy would wait for the device
-        total = torch.full((), num_tokens, dtype=dtype, device=device)
+        total = torch.full((), float(num_tokens), dtype=dtype, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0
 
 

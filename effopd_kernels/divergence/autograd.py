@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..gradients import anchor_of, differentiable_once, keepable
+
 
 class DivergenceStats(NamedTuple):
     """Per token, fp32 (fp64 for fp64 logits), of the mask's shape, detached, 0 where masked; entropies in nats."""
@@ -47,7 +49,7 @@ def in_kept_backward() -> bool:
 
 def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
     """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
-    fresh = torch.compiler.is_compiling() or torch.is_grad_enabled() or keeps_graph()
+    fresh = torch.compiler.is_compiling() or keeps_graph()
     if fresh or torch._C._functorch.is_legacy_batchedtensor(factor):  # many at a time: is_grads_batched
         return tuple(grad * factor for grad in grads)
     for grad in grads:
@@ -61,55 +63,6 @@ def apply(function: type[torch.autograd.Function], *args):
     """
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
     return function.apply(*args) if wanted or not torch.compiler.is_compiling() else function.forward(*args)
-
-
-def keepable(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, or where it was made in inference mode, as a teacher's logits may have been, another on its memory: a
-    graph refuses to keep the former. torch.compile cannot trace the question; there the refusal, which says what to do,
-    stays.
-    """
-    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """The identity, in a graph that refuses to be differentiated: silence would mean a second derivative of 0."""
-
-    @staticmethod
-    def forward(grad, anchor):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        raise RuntimeError(
-            "effopd_kernels' losses are differentiable once: their gradient has no derivative of its own"
-        )
-
-
-def anchor_of(inputs) -> Tensor | None:
-    """An empty tensor whose graph reaches every input without keeping any input's memory alive; None when autograd
-    records nothing.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    nothing = [t[..., :0].flatten().float() for t in inputs if t is not None and t.requires_grad]
-    return torch.cat(nothing) if nothing else None
-
-
-def differentiable_once(grads, inputs=(), anchor: Tensor | None = None):
-    """`grads` as backward returns them; under create_graph=True, so that differentiating them raises RuntimeError.
-
-    inputs, or an `anchor_of` them: what the gradients depend on. Through it PyTorch finds the way to what raises.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return tuple(grads)
-    anchor = anchor_of(inputs) if anchor is None else anchor
-    return tuple(g if g is None else _DifferentiableOnce.apply(g.detach(), anchor) for g in grads)
 
 
 class _WithGradients(torch.autograd.Function):
@@ -132,7 +85,7 @@ class _WithGradients(torch.autograd.Function):
         factor = grad_output if unit is None else grad_output * unit
         scaled = iter(_scaled(tuple(g for g in grads if g is not None), factor))
         found = [g if g is None else next(scaled) for g in grads]
-        return None, None, None, *(None for _ in grads), *differentiable_once(found, anchor=anchor)
+        return None, None, None, *(None for _ in grads), *differentiable_once(found, (anchor, grad_output))
 
 
 class _PerRow(torch.autograd.Function):
@@ -154,7 +107,7 @@ class _PerRow(torch.autograd.Function):
         tensors = ctx.saved_tensors
         with torch.no_grad():
             _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
-        grads = differentiable_once(grads, tensors[: len(grads)])
+        grads = differentiable_once(grads, (*tensors[: len(grads)], grad_output))
         return None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
 
 

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS
+from ..checks import FLOATS, check_float
 from .arguments import (
     LinearOptions,
     answer,
     check_chunk_bytes,
-    check_float,
     check_num_valid,
     gathered,
     make_spec,
@@ -116,6 +115,7 @@ def linear_divergence_loss(
     """
     student_hidden, student_weight, student_bias = map(gathered, (student_hidden, student_weight, student_bias))
     teacher_hidden, teacher_weight, teacher_bias = map(gathered, (teacher_hidden, teacher_weight, teacher_bias))
+    mask, weight, num_tokens = map(gathered, (mask, weight, num_tokens))
     biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
     check_float(
         student_hidden=student_hidden, student_weight=student_weight,

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from ..checks import check_float
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
-from .arguments import LogitsOptions, answer, check_float, gathered, make_spec, row_factor
+from .arguments import LogitsOptions, answer, gathered, make_spec, row_factor
 from .autograd import DivergenceStats, in_kept_backward, reduced_loss
 from .family import REVERSE_KL, Divergence
 
@@ -40,7 +41,7 @@ def _rows_overlap(logits: Tensor) -> bool:
     if len(axes) == 2 and axes[1][1] < axes[0][1]:
         axes.reverse()  # the smaller stride first; torch.compile cannot sort symbols
     for size, stride in axes:
-        if size > 1 and stride < extent:
+        if stride < extent:
             return True
         extent += (size - 1) * stride
     return False
@@ -111,7 +112,8 @@ def divergence_loss(
     student_logits (..., Vs), teacher_logits (..., Vt): fp32, bf16, fp16 or fp64, not necessarily alike; where the
         vocabularies are padded to different lengths both are renormalised over the shared prefix.
     mask (...): bool, True where the token counts. weight (...): a constant factor per token.
-    temperature divides the student's logits, teacher_temperature (default: the same) the teacher's. No T² is applied.
+    temperature divides the student's logits, teacher_temperature (default: the same) the teacher's; both are at least
+        1e-6. No T² is applied.
     reduction: "mean" is Σ weight·D / Σ weight over the tokens that count, or / num_tokens where given (accumulation,
         several ranks); "sum" is Σ weight·D; "none" has the mask's shape and is 0 where masked.
     return_stats: return (loss, DivergenceStats), from the same pass.
@@ -126,6 +128,7 @@ def divergence_loss(
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
     student_logits, teacher_logits = gathered(student_logits), gathered(teacher_logits)
+    mask, weight, num_tokens = map(gathered, (mask, weight, num_tokens))
     check_float(student_logits=student_logits, teacher_logits=teacher_logits)
     shape = student_logits.shape[:-1]
     if student_logits.ndim < 1 or teacher_logits.ndim < 1 or teacher_logits.shape[:-1] != shape:

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import readable
+from ..checks import check_float, readable
+from ..gradients import differentiable_once, keepable
 from .arguments import (
     TopKOptions,
+    as_floats,
     check_chunk_bytes,
-    check_float,
     check_num_valid,
-    check_positive,
     check_tokens,
     gathered,
     make_spec,
 )
-from .autograd import DivergenceStats, apply, differentiable_once, keepable
+from .autograd import DivergenceStats, apply
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
 from .linear_rows import compact, default_chunk_bytes
@@ -49,7 +49,7 @@ class _PartialRows(torch.autograd.Function):
         with torch.no_grad():
             grads = torch.ops.effopd.partial_rows_backward(grad_output, *tensors, *ctx.rest, *needs)
         grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-        grads = differentiable_once(grads, tensors[:3])
+        grads = differentiable_once(grads, (*tensors[:3], grad_output))
         return *grads, *(None for _ in range(1 + len(ctx.rest)))
 
 
@@ -194,11 +194,12 @@ def topk_divergence_loss(
     _check_ids("teacher_ids", teacher_ids, teacher_logprobs.shape, student.device)
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
-    make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
+    spec = make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
+    transform = (spec.student_temperature, spec.student_scale, spec.student_softcap)
     check_chunk_bytes(chunk_bytes)
+    student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
     check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
     check_num_valid(mask, num_valid)
-    student = gathered(student)
     kept, mask = (None, None) if mask is None else _kept(mask, num_valid)
     if kept is not None:  # the others leave before any work
         weight = None if weight is None else weight.reshape(-1)[kept]
@@ -207,7 +208,6 @@ def topk_divergence_loss(
         )
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
-    transform = (temperature, student_logit_scale, student_softcap)
     absent = teacher_logprobs == -torch.inf if k < V else torch.zeros_like(teacher_ids, dtype=torch.bool)
     masked = None if mask is None else ~mask
     if masked is not None:
@@ -225,9 +225,9 @@ def topk_divergence_loss(
         buckets = _rows_of_head(
             "student_", student, student_weight, student_bias, ids, False, tail, transform, chunk_bytes
         )
-    elif k == V and not student_softcap:  # in the vocabulary's order there is nothing to gather
+    elif k == V and not spec.student_softcap:  # in the vocabulary's order there is nothing to gather
         buckets, known = student, torch.zeros_like(known).scatter_(-1, ids.clamp(min=0), known)
-        temperatures = {"temperature": temperature / student_logit_scale, "teacher_temperature": 1.0}
+        temperatures = {"temperature": spec.student_temperature / spec.student_scale, "teacher_temperature": 1.0}
     else:
         masked_N = None if masked is None else masked.reshape(-1)
         buckets = bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
@@ -261,9 +261,8 @@ def linear_token_logprobs(
     _check_ids("ids", ids, hidden.shape[:-1], hidden.device)
     check_side("", hidden, weight, bias)
     _check_range("ids", ids, weight.shape[0])
-    check_positive(temperature=temperature, logit_scale=logit_scale, softcap=softcap or 1.0)  # 0: none
+    transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
-    transform = (temperature, logit_scale, softcap)
     rows = _rows_of_head("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
     return rows.reshape(ids.shape)
 

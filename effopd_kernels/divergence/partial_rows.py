@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .autograd import apply, differentiable_once
+from ..gradients import differentiable_once
+from .autograd import apply
 from .linear_rows import add_product, hidden_gradient, pieces, project, without_autocast
 from .ops import empty_rows
 
@@ -47,7 +48,7 @@ class _BucketRows(torch.autograd.Function):
         with torch.no_grad():
             logits = logits_NV if masked_N is None else logits_NV.masked_fill(masked_N[:, None], 0)
             g = _rows_gradient(grad, logits, ids_Nk, False, ctx.tail, *ctx.transform, buckets[:, -1:])
-        return differentiable_once([g], [logits_NV])[0], None, None, None, None, None, None
+        return differentiable_once([g], [logits_NV, grad])[0], None, None, None, None, None, None
 
 
 def bucket_rows(*args) -> Tensor:

@@ -7,7 +7,7 @@ Shape legend: D rows of a basis, K columns.
 import torch
 from torch import Tensor
 
-from ..checks import is_integer, shown
+from ..checks import check_float, is_integer, shown
 from .types import RSVD, check_svd
 
 
@@ -21,8 +21,8 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
         u, u_final: (..., D, ≥ k) singular vectors in columns, in any scale; arithmetic is fp32, or fp64 for fp64.
 
     Raises:
-        TypeError: what is no tensor. ValueError: shapes that are not (..., D, K), that differ in more than the number
-            of columns, or k beyond the fewer of them.
+        TypeError: what is no dense floating tensor. ValueError: shapes that are not (..., D, K), that differ in more
+            than the number of columns, two devices, or k beyond the fewer columns.
     """
     u, u_final = (
         torch.nn.functional.normalize(w, torch.inf, -2, torch.finfo(w.dtype).tiny) for w in _leading(u, u_final, k)
@@ -59,6 +59,7 @@ def _check_bases(u: Tensor, v: Tensor) -> None:
     for basis in (u, v):
         if not isinstance(basis, Tensor):
             raise TypeError(f"a basis must be a tensor (..., D, K), such as U of an RSVD, got {type(basis).__name__}")
+    check_float(**{"the first basis": u, "the second basis": v})
     if min(u.ndim, v.ndim) < 2 or u.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"the bases have shapes {tuple(u.shape)} and {tuple(v.shape)}; they must be (..., D, K), and all but the "

@@ -17,15 +17,35 @@ itself has a gradient there too, but (U, S, V) cannot carry it (the symmetric pa
 Shape legend: B matrices; N ≥ M long and short side; K = rank.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..gradients import differentiable_once, keepable
 from .alignment import reconstruct
 from .coupling import complement
 from .decompose import Rest, Settings, decompose, oriented
 from .types import RSVD
 from .workers import without_autocast
+
+
+def _of_the_pair(gradient: Callable[..., Tensor]) -> Callable:
+    """gradient(saved, *upstream) → Ā with the long side first, as the backward pass of a and base."""
+
+    @functools.wraps(gradient)
+    @without_autocast
+    def backward(ctx, *upstream):
+        if all(grad is None for grad in upstream):
+            return None, None, None
+        *pair, u, s, vh, rest_s, rest_v = ctx.saved_tensors  # once: activation checkpoints unpack no twice
+        with torch.no_grad():
+            saved = _oriented(pair, u, s, vh, Rest(rest_s, rest_v))
+            grads = _to_pair(pair, gradient(saved, *upstream), ctx.needs_input_grad)
+        return *differentiable_once(grads, (*pair, *upstream)), None
+
+    return backward
 
 
 class TruncatedSVD(torch.autograd.Function):
@@ -40,25 +60,22 @@ class TruncatedSVD(torch.autograd.Function):
         return tuple(svd)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, grad_u, grad_s, grad_vh, *_):
-        if grad_u is None and grad_s is None and grad_vh is None:
-            return None, None, None
-        tall, x, base, u, s, v, rest = _saved(ctx)
+    @_of_the_pair
+    def backward(saved, grad_u, grad_s, grad_vh, *_):
+        tall, x, base, u, s, v, rest = saved
         if not s.shape[-1]:
-            return _to_pair(ctx, u @ v.mT)
+            return u @ v.mT
         grad_v = None if grad_vh is None else grad_vh.mT
         if not tall:
             grad_u, grad_v = grad_v, grad_u
         if grad_u is None and grad_v is None:
-            return _to_pair(ctx, (u * grad_s.unsqueeze(-2)) @ v.mT)
+            return (u * grad_s.unsqueeze(-2)) @ v.mT
         grad_u, grad_s, grad_v = (
             torch.zeros_like(value) if grad is None else grad for grad, value in ((grad_u, u), (grad_s, s), (grad_v, v))
         )
         core = _inside(u, s, v, grad_u, grad_s, grad_v)
         left, right = complement(x, base, u, s, v, rest, grad_u, grad_v)
-        return _to_pair(ctx, torch.cat([u @ core + left, u], -1) @ torch.cat([v, right], -1).mT)
+        return torch.cat([u @ core + left, u], -1) @ torch.cat([v, right], -1).mT
 
 
 class LowRankPart(torch.autograd.Function):
@@ -71,41 +88,39 @@ class LowRankPart(torch.autograd.Function):
         return reconstruct(svd)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx, grad):
-        tall, x, base, u, s, v, rest = _saved(ctx)
+    @_of_the_pair
+    def backward(saved, grad):
+        tall, x, base, u, s, v, rest = saved
         grad = grad if tall else grad.mT
         if v.shape[-2] == v.shape[-1]:  # the whole matrix, zero σ included
-            return _to_pair(ctx, grad)
+            return grad
         across, down = grad @ v, grad.mT @ u
         # ḡU = ḠVΣ and ḡV = ḠᵀUΣ. Every triplet is solved for by itself, so Σ may come last: dependence on what is
         # beyond the rank then shows for zero σ, too.
         left, right = (side * s.unsqueeze(-2) for side in complement(x, base, u, s, v, rest, across, down))
-        return _to_pair(ctx, torch.cat([u @ (u.mT @ across) + left, u], -1) @ torch.cat([v, right], -1).mT)
+        return torch.cat([u @ (u.mT @ across) + left, u], -1) @ torch.cat([v, right], -1).mT
 
 
 def _save(ctx, a: Tensor, base: Tensor | None, svd: RSVD, rest: Rest) -> None:
-    ctx.has_base = base is not None
-    ctx.save_for_backward(a, *([base] if ctx.has_base else []), svd.U, svd.S, svd.Vh, *rest)
+    pair = [a] if base is None else [a, base]
+    ctx.save_for_backward(*map(keepable, pair), svd.U, svd.S, svd.Vh, *rest)
 
 
-def _saved(ctx) -> tuple[bool, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Rest]:
+def _oriented(
+    pair: list[Tensor], u: Tensor, s: Tensor, vh: Tensor, rest: Rest
+) -> tuple[bool, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Rest]:
     """(tall, x, base, u, s, v, rest), with the long side first."""
-    a, *base, u, s, vh, rest_s, rest_v = ctx.saved_tensors
-    tall = a.shape[-2] >= a.shape[-1]
-    x, y = ([oriented(matrix, tall) for matrix in stack] for stack in (a, base[0] if base else []))
+    tall = pair[0].shape[-2] >= pair[0].shape[-1]
+    x, *base = ([oriented(matrix, tall) for matrix in stack] for stack in pair)
     u, v = (u, vh.mT) if tall else (vh.mT, u)
-    return tall, x, y, u, s, v, Rest(rest_s, rest_v)
+    return tall, x, base[0] if base else [], u, s, v, rest
 
 
-def _to_pair(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _to_pair(pair: list[Tensor], gradient: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Ā to a and −Ā to base, each in its dtype and orientation."""
-    a, base = ctx.saved_tensors[0], ctx.saved_tensors[1] if ctx.has_base else None
+    a, base = pair[0], pair[-1]
     gradient = gradient if a.shape[-2] >= a.shape[-1] else gradient.mT
-    for_a = gradient.to(a.dtype) if ctx.needs_input_grad[0] else None
-    for_base = -gradient.to(base.dtype) if ctx.needs_input_grad[1] else None
-    return for_a, for_base, None
+    return gradient.to(a.dtype) if needs[0] else None, -gradient.to(base.dtype) if needs[1] else None
 
 
 def _inside(u: Tensor, s: Tensor, v: Tensor, grad_u: Tensor, grad_s: Tensor, grad_v: Tensor) -> Tensor:

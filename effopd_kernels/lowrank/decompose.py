@@ -161,22 +161,21 @@ def _factor(
 
 def _from_gram(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD, Rest] | None:
     """Rayleigh–Ritz in a right subspace V, as cheap iterations with G = XᵀX leave it: X V = U S by construction, and
-    Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k. Nothing beyond the rank.
+    Xᵀu_i − σ_i v_i is (G v_i − σ_i² v_i) / σ_i. None where G's rounding would show in σ_k. Nothing beyond the rank,
+    not even whether σ_k is clustered.
     """
     k, width, scale = settings.rank, settings.width(x.x[0].shape[1]), frobenius.unsqueeze(-1)
     q = orth.basis(torch.stack([panels.times_signs(g, width, settings.seed) for g in x.known]))
-    q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))
-    z = x.gram_apply(q)
-    u, s, w = orth.svd_of_tall(x.apply(q[..., :k]), k)
+    q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))[..., :k]
+    u, s, w = orth.svd_of_tall(x.apply(q), k)
     if not resolves(frobenius, s[:, -1]).all():
         return None
-    v = orth.times(q[..., :k], w.double())
-    gap = torch.addcmul(z[..., :k] @ w, v, s.square().to(v.dtype).unsqueeze(-2), value=-1)
+    v = orth.times(q, w.double())
+    gap = torch.addcmul(x.gram_apply(v), v, s.square().to(v.dtype).unsqueeze(-2), value=-1)
     rounding = least_rounding(scale, v.dtype)
     rho = (gap.double().square().sum(-2).sqrt() + rounding * scale) / s + rounding
-    beyond = (q[..., k:] * z[..., k:]).sum(-2).double().clamp_min(0).sqrt()  # of the σ that follow, by Ritz values
     residual = _residual_norm(x, u, s.to(u.dtype), v, frobenius, torch.finfo(v.dtype).eps)
-    flags = _flags(torch.cat([s, beyond], -1), k, rounding, torch.ones_like(frobenius, dtype=torch.bool))
+    flags = _flags(s, k, rounding, torch.ones_like(frobenius, dtype=torch.bool))
     svd = RSVD(u, s.to(u.dtype), v.mT, residual, frobenius, rho, flags)
     return svd, Rest(s[:, :0].to(u.dtype), v[..., :0])
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import below_infinity, is_integer, is_number, readable, shown
+from ..checks import below_infinity, check_float, is_integer, is_number, overlaps_itself, readable, shown
 from .panels import PANEL
 from .types import RSVD, check_svd
 
@@ -32,42 +32,46 @@ def low_rank_update(
     panel. Differentiable in ``w0`` and the factors unless ``out`` is given.
 
     Args:
-        w0: (..., m, n) floating.
+        w0: (..., m, n) bf16, fp16, fp32 or fp64.
         svd: factors of (..., m, n).
         rank: use triplets 1 … rank (default: all). tail: use triplets tail + 1 … instead. Not both.
         alpha: factor on the sum.
         match_norm: rescale the sum to this Frobenius norm before ``alpha`` (a number or (...)): the norm-matched
             comparison of arXiv 2605.11739. A zero sum stays zero.
-        out: written without gradients and returned; may be ``w0`` itself. Default: a new tensor like ``w0``.
+        out: written without gradients and returned; may be ``w0`` itself, of which a copy is taken where ``out`` is
+            another view of its memory. Default: a new tensor like ``w0``.
 
     Raises:
-        TypeError: ``w0`` that is no floating tensor, ``svd`` that is no RSVD, ``alpha`` that is no number, ``out`` that
-            is no tensor.
-        ValueError: shapes that do not agree, both of ``rank`` and ``tail``, or either outside 0 … k, ``alpha`` or
-            ``match_norm`` that is not finite, the latter below 0 (on a GPU these are not looked at).
+        TypeError: ``w0`` that is no dense floating tensor, ``svd`` that is no RSVD, ``alpha`` that is no real number,
+            ``out`` that is no tensor.
+        ValueError: shapes or devices that do not agree, an ``out`` whose own elements share memory, both of ``rank``
+            and ``tail``, or either outside 0 … k, ``alpha`` or ``match_norm`` that is not finite, the latter below 0
+            (on a GPU these are not looked at).
     """
-    if not isinstance(w0, Tensor) or not w0.is_floating_point():
-        raise TypeError(f"w0 must be a floating tensor, got {getattr(w0, 'dtype', type(w0).__name__)}")
+    check_float(w0=w0, **({} if out is None else {"out": out}))
     check_svd(svd)
+    check_float(w0=w0, U=svd.U, S=svd.S, Vh=svd.Vh)
     k = svd.S.shape[-1]
     if rank is not None and tail is not None:
         raise ValueError("give rank or tail, not both")
     for name, value in (("rank", rank), ("tail", tail)):
         if value is not None and not (is_integer(value) and 0 <= value <= k):
             raise ValueError(f"{name} must be an integer from 0 to the {k} triplets at hand, got {shown(value)}")
-    if not is_number(alpha) and not (isinstance(alpha, Tensor) and alpha.ndim == 0):
-        raise TypeError(f"alpha must be a number, got {shown(alpha)}")
+    if not is_number(alpha) and not (isinstance(alpha, Tensor) and alpha.ndim == 0 and not alpha.is_complex()):
+        raise TypeError(f"alpha must be a real number, got {shown(alpha)}")
     if not _usable(alpha, -math.inf):
         raise ValueError(f"alpha must be finite, got {alpha}")
     shape = (*svd.U.shape[:-1], svd.Vh.shape[-1])
     if w0.shape != shape:
         raise ValueError(f"w0 is {tuple(w0.shape)}, the factors make {tuple(shape)}")
-    if not isinstance(out, Tensor | None):
-        raise TypeError(f"out must be a tensor like w0, got {type(out).__name__}")
     if out is not None and (out.shape != w0.shape or out.dtype != w0.dtype):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}, w0 is {tuple(w0.shape)} {w0.dtype}")
+    if out is not None and overlaps_itself(out):
+        raise ValueError(f"out has elements that share memory: its shape is {tuple(out.shape)}, strides {out.stride()}")
 
     if isinstance(match_norm, Tensor):
+        if match_norm.is_complex():
+            raise TypeError(f"match_norm must be real, got {match_norm.dtype}")
         if match_norm.shape not in ((), shape[:-2]):
             raise ValueError(
                 f"match_norm must be a number or one for each matrix, {shape[:-2]}, got {tuple(match_norm.shape)}"
@@ -81,14 +85,25 @@ def low_rank_update(
     u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
     if match_norm is not None:
         norm = torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64)
+        match_norm = match_norm if isinstance(match_norm, Tensor) else float(match_norm)
         factor = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device) / norm
         s = s * torch.where(norm > 0, factor, 0.0).to(s.dtype).unsqueeze(-1)
-    us = u * (alpha * s).unsqueeze(-2)
+    us = u * ((alpha if isinstance(alpha, Tensor) else float(alpha)) * s).unsqueeze(-2)
     wide = torch.promote_types(w0.dtype, us.dtype)
     us, vh = us.to(wide), vh.to(wide)
     if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
         return (w0.to(wide) + us @ vh).to(w0.dtype)
-    return _added(w0, us, vh, torch.empty_like(w0) if out is None else out)
+    if out is None:
+        return _added(w0, us, vh, torch.empty_like(w0))
+    w0, vh = (t.clone() if _is_another_view(t, out) else t for t in (w0, vh))
+    return _added(w0, us, vh, out)
+
+
+def _is_another_view(a: Tensor, b: Tensor) -> bool:
+    """Whether they may share memory without being the same elements in the same places. torch.compile cannot tell."""
+    if torch.compiler.is_compiling() or a.is_set_to(b):
+        return False
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _usable(value: float | Tensor, least: float) -> bool:

@@ -6,7 +6,8 @@ Checks of what is asked for, gradients where they are wanted, and signs; :mod:`d
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, is_integer, is_number, shown
+from ..checks import FLOATS, below_infinity, is_integer, is_number, shown
+from ..gradients import transformed
 from . import routes
 from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
@@ -49,7 +50,8 @@ def batched_rsvd(
         clip_rank: take min(m, n) where ``rank`` exceeds it, and set `Flag.CLIPPED`, instead of raising.
 
     Returns:
-        `RSVD`. A matrix with non-finite entries gives NaN and a flag, and does not disturb the others.
+        `RSVD`, of which U, S and Vh are differentiable once, and not in forward mode. A matrix with non-finite entries
+        gives NaN and a flag, and does not disturb the others.
 
     Raises:
         TypeError: integer, complex or sparse input. ValueError: shapes, rank, route or options out of range.
@@ -92,6 +94,8 @@ def low_rank_part(
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
+    if transformed(*tensors):  # PyTorch then refuses what `TruncatedSVD` has no rule for; else it would go unsaid
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -157,12 +161,12 @@ def settings_for(shape: torch.Size, rank, oversample, power_iters, tol, seed, ro
         raise ValueError(
             f"rank {rank} exceeds min(m, n) = {min(m, n)} of a {m} × {n} matrix; clip_rank=True takes that instead"
         )
-    if tol is not None and not (is_number(tol) and tol > 0):
-        raise ValueError(f"tol must be a number > 0 or None, got {shown(tol)}")
+    if tol is not None and not (is_number(tol) and tol > 0 and below_infinity(tol)):
+        raise ValueError(f"tol must be a finite number > 0 or None, got {shown(tol)}")
     check_seed(seed)
     if route not in (None, *routes.ROUTES):
         raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {shown(route)}")
-    oversample = None if oversample is None else int(oversample)
+    oversample, tol = None if oversample is None else int(oversample), None if tol is None else float(tol)
     return Settings(int(min(rank, m, n)), oversample, int(power_iters), tol, int(seed), route)
 
 

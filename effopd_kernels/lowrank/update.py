@@ -77,12 +77,12 @@ def update_svd(
         name → `RSVD`, in the order of ``current``.
 
     Raises:
-        ValueError: matrices missing on one side (all are listed), unequal shapes, damaged shards: before any work is
-            done.
+        ValueError: matrices missing on one side (all are listed), unequal shapes, damaged shards, a device that is not
+            there: before any work is done.
         TypeError: a selected matrix is not floating, ``align_to`` no mapping. FileNotFoundError: a folder or shard that
             is not there.
     """
-    device = None if device is None else torch.empty(0, device=device).device  # "cuda" by its index
+    device = None if device is None else _usable(device)
     sides = _opened(current, "current"), _opened(anchor, "anchor")
     if not isinstance(align_to, Mapping | None):
         raise TypeError(f"align_to must be a mapping of names to earlier results, got {type(align_to).__name__}")
@@ -122,6 +122,15 @@ def update_svd(
     return {name: found[name] for name in names}
 
 
+def _usable(device: torch.device | str) -> torch.device:
+    """The device, "cuda" by its index. Raises ValueError for what is none, or none of this computer."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be one that PyTorch can use here, got {device!r}: {reason}") from error
+
+
 def _opened(source: "Mapping[str, Tensor] | str | Path", label: str) -> MappingCheckpoint | FileCheckpoint:
     """Raises FileNotFoundError or ValueError (a damaged shard, by name), TypeError for anything else than a mapping or
     a path.
@@ -144,6 +153,8 @@ def _matching_names(
     """Names of the matrices to factor, after checking that both sides fit."""
     try:
         wanted = include if callable(include) else re.compile("" if include is None else include).search
+        if not callable(include):
+            wanted("")  # which is an error for a pattern of bytes
     except (re.error, TypeError) as error:
         raise ValueError(f"include must be a regular expression or a predicate, got {include!r}: {error}") from error
     mine, theirs = (

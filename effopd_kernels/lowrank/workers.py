@@ -6,12 +6,14 @@ fewer matrices are left than there are threads, the panels of each are shared ou
 number of threads.
 """
 
+import ctypes
 import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -32,6 +34,34 @@ def without_autocast(function: Function) -> Function:
     return run
 
 
+@functools.cache
+def _own_setters() -> list[Callable[[int], object]]:
+    """What sets the calling thread's count, and no other's, in the libraries that PyTorch computes with; empty where
+    they are out of reach.
+    """
+    names = ["omp_set_num_threads"] * torch.backends.openmp.is_available()
+    names += ["MKL_Set_Num_Threads_Local"] * torch.backends.mkl.is_available()
+    found = {}
+    for library in (torch._C.__file__, None):  # what is loaded for all, as by LD_PRELOAD, is what PyTorch calls instead
+        for name in names:
+            with suppress(OSError, AttributeError, TypeError):  # the last is what None is on Windows
+                found[name] = getattr(ctypes.CDLL(library), name)
+    return list(found.values()) if len(found) == len(names) else []
+
+
+def _set_own_threads(count: int) -> bool:
+    """torch.set_num_threads(count) for the calling thread alone. False where only PyTorch's own was within reach, whose
+    count all threads get that are started later.
+    """
+    torch.get_num_threads()  # a thread takes over the default count when it first asks: before it is set, then
+    for set_own in _own_setters():
+        set_own(count)
+    if torch.get_num_threads() == count:
+        return True
+    torch.set_num_threads(count)
+    return False
+
+
 _mine = threading.local()  # team: the one this thread belongs to; shares: it takes panels of other threads' matrices
 
 
@@ -40,26 +70,31 @@ class _Team:
 
     def __init__(self, threads: int):
         self.threads, self.matrices = threads, 0  # those being worked on
-        self.lock = threading.Lock()
+        self.lock, self.default_changed = threading.Lock(), False
         ready = threading.Barrier(2 * threads + 1)
-        self.drivers, self.sharers = (
+        self.drivers, self.sharers = pools = [
             ThreadPoolExecutor(threads, "effopd-lowrank", self._start, (ready, shares)) for shares in (False, True)
-        )
+        ]
         try:
-            for pool in (self.drivers, self.sharers):
+            for pool in pools:
                 for _ in range(threads):
                     pool.submit(ready.wait)
             ready.wait()
-        except RuntimeError:  # the main thread has ended: no pool takes anything, and `submitted` does without
-            ready.abort()
-        except BaseException:  # interrupted: let the others go
-            ready.abort()
-            raise
-        torch.set_num_threads(threads)  # the count is each thread's own, but what the last one set, new threads get
+        except BaseException as error:
+            with self.lock:  # no thread sets a count after this
+                ready.abort()
+            for pool in pools:  # else Python would wait at its exit for threads that wait for work
+                pool.shutdown(wait=False)
+            if not isinstance(error, RuntimeError):  # which is that no thread can be started: `submitted` does without
+                raise
+        finally:
+            if self.default_changed:
+                torch.set_num_threads(threads)
 
     def _start(self, ready: threading.Barrier, shares: bool) -> None:
-        torch.get_num_threads()  # a thread takes over the default count when it first asks: before the next line, then
-        torch.set_num_threads(1)
+        with self.lock:
+            if not ready.broken and not _set_own_threads(1):
+                self.default_changed = True
         _mine.team, _mine.shares = self, shares
 
     def drive(self, function: Callable[[Item], Result], item: Item) -> Result:
@@ -112,11 +147,11 @@ def submitted(pool: ThreadPoolExecutor, function: Callable[[Item], Result], item
         return pool.submit(function, item)
     except RuntimeError:
         future, threads = Future(), torch.get_num_threads()
-        torch.set_num_threads(1)
+        _set_own_threads(1)
         try:
             future.set_result(function(item))
         finally:
-            torch.set_num_threads(threads)
+            _set_own_threads(threads)
         return future
 
 

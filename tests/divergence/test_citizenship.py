@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import typing
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -149,6 +150,7 @@ SIZES = {
     "sequences, in place": lambda s, t, mask: divergence_loss(
         (s * 1).view(2, -1, V)[:, :-1], t.view(2, -1, V)[:, :-1], mask=mask.view(2, -1)[:, 1:], inplace=True
     ),
+    "logits, their number": lambda s, t, mask: divergence_loss(s, t, mask=mask, num_tokens=len(s)),
     "logits in fp16": lambda s, t, mask: divergence_loss(s.half(), t, mask=mask),
     "linear": lambda s, t, mask: linear_divergence_loss(s, t[:7], t, t[:7], mask=mask, num_valid=4),
     "top-k": lambda s, t, mask: topk_divergence_loss(s, *torch.log_softmax(t, -1).topk(3), mask=mask),
@@ -269,6 +271,21 @@ def test_autocast_projects_in_its_dtype():
     torch.testing.assert_close(mixed, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_changes_neither_fp64_nor_the_backward_of_fp32(dtype):
+    tensors = heads(dtype)
+    leaves = h, w = [x.requires_grad_() for x in tensors[:2]]
+
+    def loss():
+        rows = linear_divergence_loss(*tensors, reduction="none")
+        return (rows + linear_token_logprobs(h, w, torch.arange(N))).sum()
+
+    expected, outside = torch.autograd.grad(loss(), leaves), loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss() if dtype == torch.float64 else outside, leaves)
+    torch.testing.assert_close(found, expected)
+
+
 def test_autocast_leaves_logits_alone():
     student, teacher = random(N, V).requires_grad_(), random(N, V, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -376,6 +393,17 @@ def test_a_second_functional_derivative_is_an_error(loss_of, leaves):
         torch.autograd.functional.hvp(loss_of, tuple(leaves), tuple(map(torch.ones_like, leaves)))
 
 
+@every_loss
+def test_a_derivative_in_the_factor_of_a_loss_is_an_error_not_a_part_of_it(loss_of, leaves):
+    leaves, factor = [x.clone().requires_grad_() for x in leaves], torch.tensor(2.0, requires_grad=True)
+    loss = factor * (loss_of(*leaves) + sum(x.square().sum() for x in leaves))
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):  # as learned weights of losses would ask for it
+        torch.autograd.grad(sum(g.square().sum() for g in grads), factor)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.functional.jvp(loss_of, tuple(leaves), tuple(map(torch.ones_like, leaves)))
+
+
 def test_many_upstream_gradients_at_a_time():
     """As torch.autograd.grad takes them by vmap; where the graph goes, too."""
     student = random(N, V).requires_grad_()
@@ -430,6 +458,13 @@ def test_inplace_is_heard_by_who_kept_the_logits():
     both = divergence_loss(logits, teacher, reduction="none").sum() + divergence_loss(logits, teacher, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         both.backward()
+
+
+def test_inplace_leaves_a_view_in_the_graph_of_other_losses():
+    view, teacher = (random(3, N, V).requires_grad_() * 1)[:, :-1], random(3, N - 1, V, seed=1)
+    (once,) = torch.autograd.grad(divergence_loss(view, teacher), view)
+    both = divergence_loss(view, teacher) + divergence_loss(view, teacher, inplace=True)
+    torch.testing.assert_close(torch.autograd.grad(both, view)[0], 2 * once)
 
 
 class Spy(TorchDispatchMode):
@@ -560,6 +595,12 @@ def test_a_loss_scale_lifts_gradients_of_fp16(kind):
         assert (found - exact).norm() <= 1.05 * (same - exact).norm() + 1e-6 * exact.norm()
 
 
+def test_weights_of_zero_make_gradients_of_zero_in_fp16():
+    student = random(N, V, dtype=torch.float16).requires_grad_()
+    divergence_loss(student * 1, random(N, V, seed=1), weight=torch.zeros(N), inplace=True).backward()
+    assert not student.grad.any()
+
+
 def test_the_linear_losses_have_shapes_on_the_meta_device():
     """Where models are laid out before there is memory for them."""
     h, w, ht, wt = (x.to("meta") for x in heads())
@@ -592,7 +633,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from effopd_kernels.divergence import linear_divergence_loss, linear_token_logprobs
+from effopd_kernels.divergence import (
+    divergence_loss, linear_divergence_loss, linear_token_logprobs, topk_divergence_loss,
+)
 
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
@@ -619,6 +662,12 @@ for head in (
     torch.testing.assert_close(loss, losses[rank])
     assert isinstance(head.grad, DTensor) and head.grad.placements == head.placements
     torch.testing.assert_close(head.grad.full_tensor(), plain.grad)
+top = wt[:6].log_softmax(-1).topk(3)
+for loss in (lambda s, **o: divergence_loss(s, wt[:6], **o), lambda s, **o: topk_divergence_loss(s, *top, **o)):
+    options = {"mask": ids > 1, "weight": ids.float(), "num_tokens": torch.tensor(4.0)}
+    apart = {name: distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()]) for name, x in options.items()}
+    for student in (w[:6], distribute_tensor(w[:6], mesh, [Shard(0)])):
+        assert torch.equal(loss(student, **apart), loss(w[:6], **options))
 """)
     done = torchrun(script)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -673,6 +722,7 @@ H = heads()
         (lambda: divergence_loss(S[:, :0], T), ["(6, 0)"]),
         (lambda: divergence_loss(S, T, mask=MASK[:4]), ["mask", "(6,)", "(4,)"]),
         (lambda: divergence_loss(S, T, mask=MASK.float()), ["bool", "float32"]),
+        (lambda: divergence_loss(S, T, mask=MASK.to("meta")), ["mask", "meta", "cpu"]),
         (lambda: divergence_loss(S, T, weight=torch.ones(6, 1)), ["weight", "(6,)", "(6, 1)"]),
         (lambda: divergence_loss(S, T, reduction="batchmean"), ["batchmean"]),
         (lambda: divergence_loss(S, T, reduction="sum", num_tokens=3), ["num_tokens"]),
@@ -690,6 +740,7 @@ H = heads()
         (lambda: linear_divergence_loss(H[0], H[3], H[2], H[3]), ["student_weight", "(6, 8)", "(52, 9)"]),
         (lambda: linear_divergence_loss(H[0], H[1], H[0], H[3]), ["teacher_weight", "(6, 8)", "(52, 9)"]),
         (lambda: linear_divergence_loss(H[0][:4], *H[1:]), ["(4, 8)", "(6, 9)"]),
+        (lambda: linear_divergence_loss(H[0], H[1][:0], *H[2:]), ["student_weight is empty"]),
         (lambda: linear_divergence_loss(*H, student_bias=torch.zeros(3)), ["student_bias", "(50,)", "(3,)"]),
         (lambda: linear_divergence_loss(H[0].bfloat16(), *H[1:]), ["bfloat16", "float32", "autocast"]),
         (lambda: linear_divergence_loss(*H, num_valid=3), ["num_valid"]),
@@ -730,6 +781,18 @@ H = heads()
         (lambda: linear_divergence_loss(*H, logits_dtype=torch.float8_e4m3fn), ["logits_dtype", "float8"]),
         (lambda: linear_divergence_loss(*H, logits_dtype="float32"), ["logits_dtype", "'float32'"]),
         (lambda: topk_divergence_loss(S[0, 0], T[:, :3], MASK), ["teacher_logprobs", "()", "(6, 3)"]),
+        (lambda: divergence_loss(S, T, num_tokens=1e39), ["num_tokens", "finite in fp32", "1e+39"]),
+        (lambda: divergence_loss(S, T, temperature=1e-30), ["temperature must be at least 1e-06", "1e-30"]),
+        (lambda: divergence_loss(S, T, teacher_temperature=1e-7), ["teacher_temperature", "at least 1e-06", "1e-07"]),
+        (lambda: divergence_loss(S, T, mask=MASK.to_sparse()), ["mask", "dense", "sparse"]),
+        (lambda: divergence_loss(S, T, weight=torch.ones(6).to_sparse()), ["weight", "dense", "sparse"]),
+        (lambda: divergence_loss(S, T, num_tokens=torch.ones(1).to_sparse()), ["num_tokens", "dense", "sparse"]),
+        (
+            lambda: linear_divergence_loss(H[0][:0], H[1], H[2][:0], H[3], mask=MASK[:0], num_valid=-1),
+            ["num_valid", "negative", "-1"],
+        ),
+        (lambda: linear_token_logprobs(H[0], H[1], torch.arange(6), softcap=""), ["softcap", "''"]),
+        (lambda: linear_token_logprobs(H[0], H[1], torch.arange(6), softcap=torch.ones(2)), ["softcap", "(2,)"]),
     ],
 )
 def test_errors_name_what_does_not_fit(call, words):
@@ -737,6 +800,20 @@ def test_errors_name_what_does_not_fit(call, words):
         call()
     assert all(word in str(error.value) for word in words), error.value
     assert not any("divergence_rows" in str(func) or "mm" in str(func) for func, _ in spy.calls)  # before any work
+
+
+def test_numbers_may_be_of_any_kind():
+    top = T.log_softmax(-1).topk(3)
+    for number, same in ((Fraction(7, 2), 3.5), (2**70, 2.0**70)):
+        assert torch.equal(divergence_loss(S, T, num_tokens=number), divergence_loss(S, T, num_tokens=same))
+        knobs = [dict.fromkeys(("temperature", "student_logit_scale", "student_softcap"), x) for x in (number, same)]
+        assert torch.equal(*(topk_divergence_loss(S, *top, **each) for each in knobs))
+        knobs = [dict.fromkeys(("temperature", "logit_scale", "softcap"), x) for x in (number, same)]
+        assert torch.equal(*(linear_token_logprobs(H[0], H[1], torch.arange(6), **each) for each in knobs))
+
+
+def test_a_soft_cap_of_zero_is_none():
+    assert torch.equal(linear_divergence_loss(*H, student_softcap=0.0), linear_divergence_loss(*H))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in C++, and in the reference
@@ -756,10 +833,11 @@ def test_values_are_not_looked_at_where_there_are_none():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_number_of_tokens_is_a_constant():
-    count = torch.tensor(4.0, requires_grad=True)
-    divergence_loss(random(N, V).requires_grad_(), random(N, V, seed=1), num_tokens=count).backward()
-    assert count.grad is None
+def test_weights_and_the_number_of_tokens_are_constants():
+    student, count, weight = random(N, V).requires_grad_(), torch.tensor(4.0), torch.rand(N)
+    for options in ({"num_tokens": count.requires_grad_()}, {"weight": weight.requires_grad_(), "reduction": "none"}):
+        divergence_loss(student, random(N, V, seed=1), **options).sum().backward()
+    assert count.grad is None and weight.grad is None
 
 
 @pytest.mark.skipif(not hasattr(ops.native(), "divergence_rows"), reason="needs the C++ extension")

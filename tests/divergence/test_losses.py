@@ -205,6 +205,17 @@ def test_stats():
     assert ((stats.student_entropy > 0) == heads.mask).all()
 
 
+def test_the_heads_gradient_is_gathered_in_fp32():
+    """Of bf16 numbers, over as many chunks as there are rows: the sum is rounded once."""
+    h, w, ht, wt = (random(n, 8, seed=n).bfloat16() for n in (512, 97, 511, 96))
+    ht, grads = ht[torch.arange(512) % 511], []
+    for chunk_bytes in (None, 8 * len(w)):
+        leaf = w.clone().requires_grad_()
+        linear_divergence_loss(h, leaf, ht, wt, chunk_bytes=chunk_bytes).backward()
+        grads.append(leaf.grad.float())
+    assert (grads[1] - grads[0]).norm() < 4e-3 * grads[0].norm()
+
+
 # ---- nothing to do
 
 
@@ -332,9 +343,11 @@ def test_views(view, reduction, teacher_as):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # in C++, and in the reference
-@pytest.mark.parametrize("view", ["dropped last", "slice", "batch of batches", "sliced twice", "strided batch"])
+@pytest.mark.parametrize(
+    "view", ["dropped last", "slice", "batch of batches", "sliced twice", "strided batch", "every fourth"]
+)
 def test_in_place_writes_into_views(view, dtype):
-    view = (VIEWS | {"strided batch": lambda x: x[::2]})[view]
+    view = (VIEWS | {"strided batch": lambda x: x[::2], "every fourth": lambda x: x[:, ::4]})[view]
     base, teacher = random(4, 6, 64).to(dtype), view(random(4, 6, 64, seed=1)).to(dtype)
     logits = view(base.clone().requires_grad_() * 1)
     expected = torch.autograd.grad(divergence_loss(logits, teacher), logits)[0]
@@ -342,6 +355,17 @@ def test_in_place_writes_into_views(view, dtype):
     (found,) = torch.autograd.grad(divergence_loss(logits, teacher, inplace=True), logits)
     assert found.data_ptr() == memory
     torch.testing.assert_close(found, expected)
+
+
+def test_masks_and_weights_may_be_strided():
+    student, teacher = random(10, 50).requires_grad_(), random(10, 50, seed=1)
+
+    def gradient(**options):
+        return torch.autograd.grad(divergence_loss(student, teacher, reduction="sum", **options), student)[0]
+
+    mask, weight = (torch.arange(20) % 4 > 1)[::2], random(20)[::2]
+    assert torch.equal(gradient(mask=mask), gradient(mask=mask.contiguous()))
+    assert torch.equal(gradient(weight=weight), gradient(weight=weight.contiguous()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

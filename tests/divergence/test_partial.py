@@ -65,6 +65,15 @@ def test_topk_of_everything_is_the_full_divergence(member):
     torch.testing.assert_close(leaf.grad, full.grad)
 
 
+def test_topk_of_everything_with_a_soft_cap_or_little_support():
+    student, log_p = random(N, V), teacher(V)[0]
+    log_p[:, 5:] = -torch.inf
+    known, ids = log_p.log_softmax(-1).topk(V)
+    for softcap, capped in ((None, student), (2.0, 2 * torch.tanh(student / 2))):
+        found = topk_divergence_loss(student, known, ids, student_softcap=softcap)
+        torch.testing.assert_close(found, divergence_loss(capped, log_p))
+
+
 @every_member
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_topk_is_a_divergence(member, dtype):
@@ -101,6 +110,13 @@ def test_entries_at_minus_infinity_are_no_tokens(member, tail):
         assert loss.abs() < 1e-12 and nothing.grad.abs().max() < 1e-12
 
 
+def test_padding_is_no_token_twice():
+    """Where the vocabulary is so large that ids are sorted to find two alike."""
+    student, known, ids = random(1, 300), torch.tensor([[-0.1, -torch.inf, -torch.inf]]), torch.tensor([[5, 5, 5]])
+    expected = topk_divergence_loss(student, known[:, :1], ids[:, :1])
+    torch.testing.assert_close(topk_divergence_loss(student, known, ids), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_student_that_has_only_the_k(dtype):
     """As constrained decoding leaves it: the others' bucket is empty, and its gradient 0, not 0/0."""
@@ -132,7 +148,7 @@ def test_topk_from_hidden_states(dtype):
     a, b = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
     options = {"temperature": 0.9, "student_softcap": 4.0, "student_logit_scale": 0.8}
     loss = topk_divergence_loss(
-        a[0], known, ids, student_weight=a[1], student_bias=a[2], chunk_bytes=V * 40, mask=mask, **options
+        a[0], known, ids.int(), student_weight=a[1], student_bias=a[2], chunk_bytes=V * 40, mask=mask, **options
     )
     expected = topk_divergence_loss(oracle.logits(*b), known, ids, mask=mask, **options)
     loss.backward(), expected.backward()
@@ -153,7 +169,14 @@ def test_token_logprobs():
     )
     leaves = [x.clone().requires_grad_() for x in tensors]
     found = linear_token_logprobs(
-        leaves[0], leaves[1], ids, bias=leaves[2], temperature=0.9, logit_scale=0.8, softcap=4.0, chunk_bytes=V * 40
+        leaves[0],
+        leaves[1],
+        ids.int(),
+        bias=leaves[2],
+        temperature=0.9,
+        logit_scale=0.8,
+        softcap=4.0,
+        chunk_bytes=V * 40,
     )
     (found * upstream).sum().backward()
     torch.testing.assert_close((found * upstream, *(x.grad for x in leaves)), expected)
@@ -172,6 +195,13 @@ def test_sampled_estimators_agree_in_expectation():
     (found,) = torch.autograd.grad((q * sampled_kl(log_q, log_p, "k2")).sum(), student)
     torch.testing.assert_close(found, expected)
     assert (sampled_kl(log_q, log_p, "k3") >= 0).all() and (sampled_kl(log_q, log_p, "k2") >= 0).all()
+
+
+def test_sampled_kl_is_in_fp32_and_the_teacher_a_constant():
+    q, p = (random(N, seed=seed).bfloat16().requires_grad_() for seed in (0, 1))
+    estimates = sampled_kl(q, p)
+    estimates.sum().backward()
+    assert estimates.dtype == torch.float32 and q.grad is not None and p.grad is None
 
 
 def test_sampled_kl_of_linear_logprobs_estimates_the_linear_loss():
@@ -211,7 +241,17 @@ def test_what_masked_tokens_hold_does_not_matter(garbage, k, softcap):
         torch.testing.assert_close((loss, grad[kept], *rest), loss_and_grads(student[kept], weight, None))
 
 
-@pytest.mark.parametrize("work", ["bucket_rows", "_linear_rows"])
+def test_what_masked_tokens_hold_does_not_matter_where_the_mask_cannot_be_read():
+    """As an argument of a function that torch.func differentiates, while the teacher is not."""
+    _, known, ids = teacher(3)
+    slope = torch.func.grad(lambda student, mask: topk_divergence_loss(student, known, ids, mask=mask))
+    student, kept = random(N, V), torch.arange(N) != 2
+    expected = slope(student, kept)
+    known[2], ids[2] = 9.0, V + 7
+    assert torch.equal(slope(student, kept), expected)
+
+
+@pytest.mark.parametrize("work", ["bucket_rows", "_rows_of_head"])
 @pytest.mark.parametrize("count", [0, 2, N])
 def test_masked_tokens_leave_before_the_work(count, work, monkeypatch):
     """And where there is a result per token, theirs is zero."""
@@ -295,7 +335,7 @@ def test_topk_refuses_before_it_projects(monkeypatch):
     def project(*_):
         raise AssertionError("projected")
 
-    monkeypatch.setattr(partial, "_linear_rows", project)
+    monkeypatch.setattr(partial, "_rows_of_head", project)
     for wrong in ({"reduction": "average"}, {"mask": torch.ones(N + 1, dtype=torch.bool)}, {"divergence": "jsd"}):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
             topk(student_weight=random(V, V), **wrong)

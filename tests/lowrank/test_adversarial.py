@@ -1,7 +1,9 @@
 """Inputs that break low-rank codes: degenerate, huge, tiny, poisoned, oddly shaped."""
 
 import functools
+import re
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from effopd_kernels.lowrank import (
     batched_rsvd,
     low_rank_part,
     panels,
+    principal_cosines,
     routes,
     spectral_metrics,
     subspace_alignment,
@@ -31,7 +34,7 @@ def test_identical_checkpoints(route):
     a = torch.randn(30, 20).bfloat16()
     svd = batched_rsvd(a, 5, base=a, route=route)
     assert (svd.S == 0).all() and svd.frobenius_norm == 0 and svd.residual_norm == 0
-    assert svd.flags & Flag.ZERO
+    assert svd.flags == Flag.ZERO | Flag.RANK_DEFICIENT
     assert orthogonality(svd.U) == 0 and orthogonality(svd.Vh.mT) == 0
 
 
@@ -179,6 +182,11 @@ def test_cluster_across_the_rank(route):
     assert abs(subspace_overlap(svd.U, torch.linalg.svd(a)[0][:, :8]) - 1) < 1e-4
 
 
+def test_a_cluster_of_roundings_is_none():
+    svd = batched_rsvd(torch.diag(torch.tensor([1.0, 1e-20, 1e-20])), 2)
+    assert svd.flags == Flag.RANK_DEFICIENT
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_strided_views_give_the_same_bits(route):
     wide = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -253,6 +261,54 @@ def test_workers_leave_errors_and_other_threads_alone():
     thread.start()
     thread.join()
     assert counts == [3]
+
+
+@pytest.mark.skipif(not workers._own_setters(), reason="PyTorch computes with other threads than OpenMP's")
+def test_workers_set_no_count_but_their_own(monkeypatch):
+    """A thread that starts together with them has the count of the one that called, in MKL too."""
+    torch.set_num_threads(3)
+    counts, start = [], workers._Team._start
+
+    def start_beside_another(*args):
+        start(*args)
+        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(workers._Team, "_start", start_beside_another)
+    team = workers._Team(2)
+    told = team.drivers.submit(torch.__config__.parallel_info).result()
+    assert counts == [3] * 4 and set(re.findall(r"max_threads\(\) : (\d+)", told)) == {"1"}
+    for pool in (team.drivers, team.sharers):
+        pool.shutdown()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_start_that_fails_leaves_neither_threads_nor_their_count(error, own, monkeypatch):
+    """Interrupted where a thread runs already but its pool does not know, or at a limit on threads."""
+    torch.set_num_threads(3)
+    threads, start, setters = [], threading.Thread.start, workers._own_setters() if own else []
+
+    def fail_at_the_third(thread):
+        threads.append(thread)
+        if len(threads) < 3 or error is KeyboardInterrupt:
+            start(thread)
+        if len(threads) == 3:
+            raise error
+
+    monkeypatch.setattr(workers, "_own_setters", lambda: setters)
+    with monkeypatch.context() as patch, nullcontext() if error is RuntimeError else pytest.raises(error):
+        patch.setattr(threading.Thread, "start", fail_at_the_third)
+        workers._Team(3)
+    for thread in threads[: 2 + (error is KeyboardInterrupt)]:
+        thread.join(10)
+        assert not thread.is_alive()
+    counts = []
+    thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [*counts, torch.get_num_threads()] == [3, 3]
 
 
 @pytest.mark.parametrize("closed", ["before", "after"])
@@ -338,6 +394,7 @@ def test_rank_zero_and_empty_batches(route):
     torch.testing.assert_close(svd.residual_norm.float(), a.norm())
     empty = batched_rsvd(torch.empty(2, 0, 12, 9), 4, route=route)
     assert empty.U.shape == (2, 0, 12, 4) and empty.flags.shape == (2, 0)
+    assert batched_rsvd(torch.empty(2, 0, 9, 12), 4, route=route).U.shape == (2, 0, 9, 4)
     nothing = batched_rsvd(torch.empty(3, 0, 9), 0, route=route)
     assert nothing.U.shape == (3, 0, 0) and nothing.frobenius_norm.tolist() == [0, 0, 0]
 
@@ -402,8 +459,9 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, 2, align_to=a.to(torch.complex64)), TypeError, "its U, got torch.complex64"),
         (lambda a: batched_rsvd(a[0], 2), ValueError, r"\(9,\)"),
         (lambda a: batched_rsvd(a, 2, route="fast"), ValueError, "subspace, gram, exact"),
-        (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be a number > 0"),
-        (lambda a: batched_rsvd(a, 2, tol="1"), ValueError, "tol must be a number > 0 or None, got '1'"),
+        (lambda a: batched_rsvd(a, 2, tol=0.0), ValueError, "tol must be a finite number > 0"),
+        (lambda a: batched_rsvd(a, 2, tol=10**400), ValueError, "tol must be a finite number > 0"),
+        (lambda a: batched_rsvd(a, 2, tol="1"), ValueError, "tol must be a finite number > 0 or None, got '1'"),
         (lambda a: batched_rsvd(a, a), ValueError, r"rank must be an integer ≥ 0, got a tensor \(12, 9\)"),
         (lambda a: subspace_alignment(a, a, 2.0), ValueError, "k must be an integer.*it is 2.0"),
         (lambda a: batched_rsvd(a, 2, oversample=-1), ValueError, "oversample"),
@@ -414,9 +472,14 @@ def test_any_shape_and_spectrum(m, n, rate, route, fraction, scale):
         (lambda a: batched_rsvd(a, 2, align_to="last"), TypeError, "align_to must be an RSVD or its U, got str"),
         (lambda a: batched_rsvd(a, 2, seed=1.5), TypeError, "seed must be an integer, got 1.5"),
         (lambda a: batched_rsvd(a, 2, seed=2**63), ValueError, "seed must be an integer of 64 bits"),
+        (lambda a: batched_rsvd(a, 2, seed=-(2**63) - 1), ValueError, "seed must be an integer of 64 bits"),
         (lambda a: subspace_alignment(a[0], a[0], 1), ValueError, r"\(9,\) and \(9,\)"),
         (lambda a: subspace_alignment(batched_rsvd(a, 2), a, 1), TypeError, "such as U of an RSVD, got RSVD"),
         (lambda a: subspace_overlap(a, a[:5]), ValueError, r"\(12, 9\) and \(5, 9\)"),
+        (lambda a: subspace_overlap((a * 10).long(), a), TypeError, "the first basis must be .* got torch.int64"),
+        (lambda a: principal_cosines(a, a > 0), TypeError, "the second basis must be .* got torch.bool"),
+        (lambda a: subspace_alignment(a, a.to_sparse(), 2), TypeError, "the second basis must be dense"),
+        (lambda a: subspace_alignment(a, a.to("meta"), 2), ValueError, "first basis is on cpu but the second .* meta"),
     ],
 )
 def test_bad_input(call, error, words):
@@ -425,5 +488,8 @@ def test_bad_input(call, error, words):
 
 
 def test_clipped_rank():
-    svd = batched_rsvd(torch.randn(12, 9), 10, clip_rank=True)
+    a = torch.randn(12, 9)
+    svd = batched_rsvd(a, 10, clip_rank=True)
     assert svd.S.shape == (9,) and svd.flags & Flag.CLIPPED
+    assert batched_rsvd(a, 9, clip_rank=True).flags == 0
+    torch.testing.assert_close(low_rank_part(a, 10, clip_rank=True), a)

@@ -5,6 +5,7 @@ error.
 import pytest
 import torch
 from lowrank.matrices import spectrum, with_spectrum
+from torch.utils.checkpoint import checkpoint
 
 from effopd_kernels.lowrank import batched_rsvd, low_rank_part, reconstruct, subspace_overlap
 
@@ -203,3 +204,48 @@ def test_no_gradient_wanted_none_recorded():
     with torch.no_grad():
         assert not batched_rsvd(a, 2).U.requires_grad
     assert not batched_rsvd(a, 2).residual_norm.requires_grad
+
+
+DECOMPOSITIONS = [
+    lambda a, base=None: batched_rsvd(a, 2, base=base).S,
+    lambda a, base=None: low_rank_part(a, 2, base=base),
+]
+either = pytest.mark.parametrize("of", DECOMPOSITIONS, ids=["singular values", "low-rank part"])
+
+
+@either
+def test_a_second_derivative_is_an_error_not_a_zero(of):
+    a, factor = random(6, 5).requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    for leaf in (a, factor):
+        loss = factor * (of(a).pow(3).sum() + a.square().sum())
+        (slope,) = torch.autograd.grad(loss, a, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(slope.square().sum(), leaf)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@either
+def test_forward_mode_is_refused(of):
+    a = random(6, 5)
+    for function in (of, lambda base: of(a, base)):
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(function, (a + 1,), (a,))
+        with pytest.raises(RuntimeError, match="jvp"), torch.autograd.forward_ad.dual_level():
+            function(torch.autograd.forward_ad.make_dual(a + 1, a))
+
+
+@either
+def test_activation_checkpoints(of):
+    a = random(6, 5).requires_grad_()
+    (expected,) = torch.autograd.grad(of(a * 2).pow(3).sum(), a)
+    checkpoint(lambda a: of(a * 2).pow(3).sum(), a, use_reentrant=False).backward()
+    torch.testing.assert_close(a.grad, expected)
+
+
+@either
+def test_a_base_made_in_inference_mode_is_a_constant(of):
+    a, base = random(6, 5).requires_grad_(), random(6, 5, seed=1)
+    with torch.inference_mode():
+        made = base.clone()
+    found = [torch.autograd.grad(of(a, each).pow(3).sum(), a)[0] for each in (base, made)]
+    assert torch.equal(*found)

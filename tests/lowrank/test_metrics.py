@@ -110,6 +110,7 @@ def test_degenerate_matrices(method):
     assert metrics.spectral_to_frobenius[0].isnan() and metrics.effective_rank[1].isnan()
     assert abs(metrics.effective_rank[2] - 1) < 1e-4 and metrics.rank_above_noise[2] == 1
     assert not metrics.quantisation_limited.any()
+    assert spectral_metrics(a, base=torch.zeros_like(a), method=method).unchanged_fraction.tolist() == [1, 0, 0]
     same = spectral_metrics(a[2], base=a[2], method=method)
     assert same.unchanged_fraction == 1 and same.frobenius_norm == 0
     assert spectral_metrics(torch.empty(0, 3, 4), method=method).effective_rank.shape == (0,)

@@ -1,5 +1,7 @@
 """W0 plus the head or the tail of an update, and the comparison of subspaces."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from lowrank.matrices import bf16_pair, spectrum, with_spectrum
@@ -9,6 +11,7 @@ from effopd_kernels.lowrank import (
     low_rank_update,
     principal_cosines,
     reconstruct,
+    reconstruction,
     subspace_alignment,
     subspace_overlap,
 )
@@ -76,6 +79,14 @@ def test_out_is_written_whatever_requires_a_gradient(case):
     assert found is out and torch.equal(out, expected) and not out.requires_grad
 
 
+@pytest.mark.parametrize("view", [lambda rows: rows[1:], lambda rows: rows[:-1].mT], ids=["a row on", "transposed"])
+def test_out_may_be_another_view_of_what_is_read(view, monkeypatch):
+    monkeypatch.setattr(reconstruction, "PANEL", 100)  # five rows at a time
+    svd, rows = batched_rsvd(spectrum("polynomial", 20, 20), 3), torch.randn(21, 20, dtype=torch.float64)
+    expected = low_rank_update(rows[:-1], svd)
+    assert torch.equal(low_rank_update(rows[:-1], svd, out=view(rows)), expected)
+
+
 def test_fp64_weights_keep_their_digits(case):
     w0, a, _ = case
     svd = batched_rsvd(a.float(), 10)
@@ -83,20 +94,34 @@ def test_fp64_weights_keep_their_digits(case):
     torch.testing.assert_close(low_rank_update(w0, svd), w0 + reconstruct(svd).double(), rtol=0, atol=1e-6)
 
 
+def test_numbers_may_be_of_any_kind(case):
+    w0, _, svd = case
+    for number, same in ((Fraction(1, 2), 0.5), (2**64, 2.0**64)):
+        for name in ("alpha", "match_norm"):
+            assert torch.equal(low_rank_update(w0, svd, **{name: number}), low_rank_update(w0, svd, **{name: same}))
+
+
 def test_bad_input(case):
     w0, _, svd = case
     with pytest.raises(TypeError, match="int64"):
         low_rank_update(w0.long(), svd)
-    with pytest.raises(TypeError, match="w0 must be a floating tensor, got RSVD"):
+    with pytest.raises(TypeError, match="w0 must be a tensor, got RSVD"):
         low_rank_update(svd, w0)
     with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
         low_rank_update(w0, w0)
     with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
         reconstruct(w0)
-    with pytest.raises(TypeError, match="out must be a tensor like w0, got list"):
+    with pytest.raises(TypeError, match="out must be a tensor, got list"):
         low_rank_update(w0, svd, out=[w0])
-    with pytest.raises(TypeError, match="alpha must be a number, got '2'"):
+    for other in (w0.to_sparse(), w0.to(torch.float8_e4m3fn)):
+        with pytest.raises(TypeError, match=r"w0 must be .*(dense|bfloat16)"):
+            low_rank_update(other, svd)
+    with pytest.raises(TypeError, match="alpha must be a real number, got '2'"):
         low_rank_update(w0, svd, alpha="2")
+    with pytest.raises(TypeError, match=r"alpha must be a real number, got a tensor \(\) of torch.complex64"):
+        low_rank_update(w0, svd, alpha=torch.tensor(1j))
+    with pytest.raises(TypeError, match=r"match_norm must be real, got torch\.complex64"):
+        low_rank_update(w0, svd, match_norm=torch.tensor(1j))
     for options, words in (
         ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), got \(3,\)"),
         ({"rank": 1, "tail": 1}, "not both"),
@@ -104,6 +129,8 @@ def test_bad_input(case):
         ({"rank": 2.0}, "rank must be an integer.*got 2.0"),
         ({"tail": -1}, "tail must be an integer from 0"),
         ({"out": w0[:1]}, "out is"),
+        ({"out": w0.to("meta")}, "w0 is on cpu but out is on meta"),
+        ({"out": w0[:, :1].expand(2, 30, 40)}, r"out has elements that share memory.*strides \(1200, 0, 1\)"),
         ({"match_norm": -1.0}, "match_norm must be finite and ≥ 0, got -1.0"),
         ({"match_norm": torch.inf}, "match_norm must be finite"),
         ({"match_norm": torch.tensor([1.0, -1.0])}, "match_norm must be finite"),
@@ -114,6 +141,8 @@ def test_bad_input(case):
     ):
         with pytest.raises(ValueError, match=words):
             low_rank_update(w0, svd, **options)
+    with pytest.raises(ValueError, match="w0 is on meta but U is on cpu"):
+        low_rank_update(w0.to("meta"), svd)
     with pytest.raises(ValueError, match=r"w0 is \(2, 40, 30\), the factors make \(2, 30, 40\)"):
         low_rank_update(w0.mT, svd)
 

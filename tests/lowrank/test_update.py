@@ -142,6 +142,11 @@ def test_mismatched_and_wrong_tensors_are_named(pair):
         update_svd({1: anchor["a.weight"]}, anchor, 2)
     with pytest.raises(ValueError, match="include must be a regular expression or a predicate, got array"):
         update_svd(*pair, 3, include=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match="include must be a regular expression or a predicate, got b'a'"):
+        update_svd(*pair, 3, include=b"a")
+    for device in ("meta:x", "nonsense"):
+        with pytest.raises(ValueError, match=f"device must be one that PyTorch can use here, got '{device}'"):
+            update_svd(*pair, 3, device=device)
     with pytest.raises(TypeError, match="anchor must be a mapping"):
         update_svd(current, 3, 2)
     with pytest.raises(ValueError, match=r"include must be a regular expression or a predicate, got '\('"):
