@@ -183,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
+    if student.config.tie_word_embeddings:  # gathered apart, they would be saved twice
+        weights.pop("lm_head.weight", None)
     if rank == 0:
         student.save_pretrained(args.output_dir / "student", state_dict=weights)
         tokenizer.save_pretrained(args.output_dir / "student")

@@ -90,9 +90,11 @@ def _roundings(comparison: Comparison) -> list[str]:
     out = []
     for pair, own in paths.items():
         coarser = max(pair, key=lambda dtype: torch.finfo(dtype).eps)
+        unless = ", unless training began with the rounded weights" if coarser == pair[0] else ""
         base, other, coarser = (str(dtype).removeprefix("torch.") for dtype in (*pair, coarser))
         out.append(
-            f"{base} in the base is {other} in {listed(list(own))}: ΔW contains what rounding to {coarser} changed."
+            f"{base} in the base is {other} in {listed(list(own))}: ΔW contains what rounding to {coarser} changed"
+            f"{unless}."
         )
     return out
 

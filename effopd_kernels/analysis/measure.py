@@ -29,7 +29,9 @@ from .checkpoints import Checkpoint
 from .comparison import Comparison
 from .roles import Role, role_of
 
-OVERSAMPLE = 32  # a third less time than the default of `Settings`; what it costs is inside the error bars
+# Columns beyond the rank, and iterations. What the first saves over the second is inside the error bars of all but
+# directions: of a spectrum as flat as Adam's they are 30 degrees off near the rank, which nothing would tell.
+QUICK, CONVERGED = (32, 2), (64, 4)
 PROBES, STEPS, MORE_STEPS = 16, 4, 12  # at least; more for the bounds on square matrices, or behind few known triplets
 MOST_STEPS = 24
 TOP_FRACTION = 0.01  # of the rank, whose part of the norm is told
@@ -82,6 +84,7 @@ def measure(comparison: Comparison, name: str, options: Options, embedding: bool
 
 def _spectra(comparison: Comparison, name: str, role: Role, options: Options) -> Measured:
     found, base = Measured(name), comparison.base.read(name).to(options.device)
+    effort = CONVERGED if any(len(own) > 1 for own in comparison.trajectories.values()) else QUICK
     first: dict[str, dict[int, Tensor]] = {}  # trajectory → position → u₁ of every matrix
     weights: dict[int, float] = {}  # ‖W‖ of every matrix
     for trajectory, checkpoints in comparison.trajectories.items():
@@ -91,7 +94,7 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
             where = comparison.about(trajectory, position)
             for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
                 named = _named(label, place, x)
-                svd, spectrum, row, subtracted = _spectrum(x, y, options)
+                svd, spectrum, row, subtracted = _spectrum(x, y, options, effort)
                 if i not in weights:  # only a bf16 checkpoint, no adapter, has a Gram: its b is the base
                     weights[i] = _norms(_statistics(w, None), w)["update_norm"] if subtracted is None else subtracted
                 found.rows.append({**where, **named, **row, "weight_norm": weights[i]})
@@ -189,14 +192,16 @@ def _norms(statistics: Tensor, like: Tensor) -> dict[str, Any]:
     }
 
 
-def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spectrum, dict[str, Any], float | None]:
+def _spectrum(
+    a: Tensor, b: Tensor | None, options: Options, effort: tuple[int, int] = QUICK
+) -> tuple[RSVD, Spectrum, dict[str, Any], float | None]:
     """(factors, spectrum, row, ‖b‖) of a − b. The row has metrics with bounds: zeros, not NaN, for a matrix that did
     not move. ‖b‖ is None unless the reading that took the Gram gave it, too.
     """
     n, m = max(a.shape), min(a.shape)
     top = triplets(TOP_FRACTION, m)
     rank = min(max(options.rank, top), m)  # the top are known one by one
-    settings = Settings(rank, OVERSAMPLE, seed=options.seed)
+    settings = Settings(rank, *effort, seed=options.seed)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
     exact = options.exact or choose(a, rank, settings.width(m)) in ("direct", "exact")
     known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
@@ -217,7 +222,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         row |= {name: math.nan for name in row if name != "unchanged_fraction"}
         row |= {"rank_above_noise": None, "quantisation_limited": None}
         svd = svd._replace(flags=svd.flags | Flag.NON_FINITE)
-    norm = row.pop("frobenius_norm")
+    norm, errors = row.pop("frobenius_norm"), {f"{name}_error": row.pop(f"{name} error", 0.0) for name in SAMPLED}
     low, high, top_high = _bounds(svd, spectrum, row["spectral_norm"], top, exact)
     unit = norm or 1.0
     row = {
@@ -229,7 +234,7 @@ def _spectrum(a: Tensor, b: Tensor | None, options: Options) -> tuple[RSVD, Spec
         "spectral_to_frobenius_low": low / unit,
         "spectral_to_frobenius_high": high / unit,
         "top_fraction_norm_ratio_high": min(top_high / unit, 1.0),
-        **{f"{name}_error": row.pop(f"{name} error", 0.0) for name in SAMPLED},
+        **errors,
         "spectrum": "exact" if exact else "sampled",
     }
     if (count := row["rank_above_noise"]) is not None:

@@ -79,7 +79,8 @@ def _alignment(found: Findings, whole: list[Row]) -> Section:
         drawn,
         "How well the k leading left directions of ΔW agree with the last checkpoint's, averaged over the MLP "
         "and attention matrices that moved; 1 is the same, the dotted line chance. A curve that is high early has "
-        "locked in. Left is of the matrix as stored: a linear layer's outputs, the inputs of GPT-2's Conv1D.",
+        "locked in. Where σ falls slowly the last few of k directions turn easily, and the largest angle with them. "
+        "Left is of the matrix as stored: a linear layer's outputs, the inputs of GPT-2's Conv1D.",
         [
             {"trajectory": r["trajectory"], "checkpoint": r["checkpoint"], "progress": r["progress"], "k": r["k"],
              "mean |cos|": r["mean_cosine"], "mean principal cosine": r["mean_principal_cosine"],

@@ -102,7 +102,7 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     """Score against steps, and against generated tokens including validation; accepted jumps are marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -116,14 +116,19 @@ def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
         for event in run["events"]:
             if event["alpha"] != 1 and event["step"] in score_at:
                 by_step.annotate(
-                    f"α={event['alpha']:g}",
+                    f"α={event['alpha']:.3g}",
                     (event["step"], score_at[event["step"]]),
                     textcoords="offset points",
-                    xytext=(4, -11),
+                    xytext=(0, -11),
+                    horizontalalignment="right" if event["step"] == max(score_at) else "left",
                     fontsize=8,
                     color=f"C{i}",
                 )
+    steps = [p["step"] for run in runs for p in run["curve"]] or [1]
+    subs = (1, 2, 5) if max(steps) <= 500 * max(1, min(steps)) else (1,)  # else numbers run into each other
     by_step.set_xscale("symlog", linthresh=1)
+    by_step.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=subs))
+    by_step.xaxis.set_major_formatter("{x:g}")
     by_step.set_xlabel("optimizer step")
     by_step.set_ylabel("held-out " + ("accuracy" if runs[0]["eval_metric"] == "accuracy" else "−KL to teacher"))
     by_token.set_xlabel("completion tokens generated, candidate validation included")

@@ -16,6 +16,7 @@ from effopd_kernels.analysis import cli, figures, intervention_report
 from effopd_kernels.analysis.allocation import _maps
 from effopd_kernels.analysis.embeddings import _histogram, speaker
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
+from effopd_kernels.analysis.findings import _roundings
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
 
@@ -143,6 +144,15 @@ def test_a_histogram_is_of_what_is_finite():
     picture = _histogram({"training": torch.tensor([0.0, 1.0, math.inf], dtype=torch.float64)}, "")
     middles, counts = picture.arguments[0]["training"]
     assert sum(counts) == 1 and all(map(math.isfinite, middles))
+
+
+def test_training_may_begin_with_the_rounded_weights():
+    """A bf16 base beside checkpoints of its own fp32 masters: there ΔW contains no rounding, which nobody can tell."""
+    coarse, fine = ({"w": ((2, 2), dtype)} for dtype in (torch.bfloat16, torch.float32))
+    run = SimpleNamespace(shapes=fine, path="run")
+    comparison = SimpleNamespace(base=SimpleNamespace(shapes=coarse), names=["w"], checkpoints=lambda: [("t", 0, run)])
+    (said,) = _roundings(comparison)
+    assert said.endswith("what rounding to bfloat16 changed, unless training began with the rounded weights.")
 
 
 def test_a_cast_is_not_training(report):

@@ -210,3 +210,25 @@ def test_small_turns_of_a_token_are_resolved():
     assert relative.tolist() == pytest.approx([1e-4, 0.5, 0.0, math.inf, 1.0])
     assert 1 - float(cosine[0]) == pytest.approx(5e-9, rel=0.01)
     assert cosine[1:3].tolist() == [1.0, 1.0] and cosine[3:].isnan().all()
+
+
+def test_directions_of_slowly_falling_spectra_have_converged(tmp_path):
+    """The bounds of norms hold after fewer iterations, but the last of 64 directions are then 50° off."""
+    g = torch.Generator().manual_seed(0)
+    size, name = 640, "model.layers.0.mlp.up_proj.weight"
+    parts = [
+        (torch.randn(size, size, generator=g) * torch.arange(1, size + 1) ** -0.5)
+        @ torch.randn(size, size, generator=g)
+        for _ in range(2)
+    ]
+    updates = [parts[0], parts[0] + 0.1 * parts[1]]
+    base = planted.write(tmp_path / "base", {name: torch.zeros(size, size)})
+    runs = [planted.write(tmp_path / f"run-{i}", {name: update}, step=i) for i, update in enumerate(updates, 1)]
+    found = measure.measure(compare(base, {"run": runs}), name, Options(64, ks=(64,)))
+    u, v = (torch.linalg.svd(update.double())[0][:, :64] for update in updates)
+    exact = math.degrees(math.acos(float(torch.linalg.svdvals(u.mT @ v)[-1])))
+    (angle,) = (row["largest_angle_degrees"] for row in found.alignment if row["step"] == 1)
+    assert angle == pytest.approx(exact, abs=1)
+    assert {"effective_rank_error", "spectral_norm_high"} <= {*found.rows[0]} and not any(
+        " " in c for c in found.rows[0]
+    )

@@ -3,8 +3,10 @@
 import json
 import math
 
+from matplotlib.figure import Figure
+
 from effopd_kernels.train.cli import main
-from effopd_kernels.train.report import compare
+from effopd_kernels.train.report import compare, draw_curves
 
 
 def test_demo(tmp_path, capsys):
@@ -67,3 +69,19 @@ def test_a_score_that_equals_opds_last_has_reached_it():
     assert summary["steps_to_target"] == {"opd": 4, "effopd": 2}
     assert summary["tokens_to_target"] == {"opd": 56, "effopd": 28}
     assert summary["step_acceleration"] == summary["token_acceleration"] == 2
+
+
+def test_steps_that_no_power_of_ten_lies_between_are_numbered(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    curve = [{"step": s, "score": -1 / s, "train_tokens": s, "val_tokens": 0} for s in (20, 40, 60, 80)]
+    event = {"step": 80, "alpha": 35.4338}
+    about = {"method": "effopd", "learning_rate": 1e-6, "seed": 0, "eval_metric": "teacher_kl"}
+    draw_curves([{**about, "curve": curve, "events": [event]}], tmp_path / "curves.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_xlim()
+    assert [label.get_text() for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high] == [
+        "20",
+        "50",
+    ]
+    assert [text.get_text() for text in axes.texts] == ["α=35.4"]
