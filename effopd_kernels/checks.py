@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -60,9 +61,14 @@ def check_float(**tensors: Tensor) -> None:
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements of it may share memory, as those of an expanded tensor do: writing one would write another."""
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < extent:
+    strides = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return steps_overlap(strides)
+
+
+def steps_overlap(steps: Iterable[tuple[int, int]], extent: int = 1) -> bool:
+    """Whether a run of ``extent`` elements, repeated by these (stride, count), the least stride first, may overlap."""
+    for stride, count in steps:
+        if stride < extent:
             return True
-        extent += (size - 1) * stride
+        extent += (count - 1) * stride
     return False

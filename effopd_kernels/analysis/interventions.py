@@ -118,8 +118,8 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     """Check, estimate, evaluate, report."""
     check(ours, data, args)
     comparison = compare(ours.base, trajectories_of(ours.checkpoints, ours.trajectory or []))
-    if ours.window is not None and ours.window > depth(comparison.names):
-        raise UserError(f"--window {ours.window} exceeds the model's {depth(comparison.names)} layers")
+    if ours.window is not None and ours.window > (layers := depth(comparison.names)):
+        raise UserError(f"--window {ours.window} exceeds the model's {layers} layers")
     folder = Path(args.output_dir)
     going_on = (folder / FILE).is_file()
     check_free(folder, args.overwrite_output_dir or going_on, inputs_of(comparison, data, args))

@@ -93,9 +93,10 @@ def embeddings(plan: Plan, trajectory: str) -> Iterator[Trial]:
 
 
 def window(plan: Plan, trajectory: str) -> Iterator[Trial]:
-    width = plan.window or max(1, depth(plan.names) // 4)
+    total = depth(plan.names)
+    width = plan.window or max(1, total // 4)
     stride = plan.stride or max(1, width // 2)
-    last = depth(plan.names) - width
+    last = total - width
     starts = sorted({*range(0, last, stride), last}) if last >= 0 else []
     for block, parts in BLOCKS.items():
         for first in starts:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_float
+from ..checks import check_float, steps_overlap
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
 from .arguments import LogitsOptions, answer, gathered, make_spec, row_factor
 from .autograd import DivergenceStats, in_kept_backward, reduced_loss
@@ -37,14 +37,10 @@ def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
 
 def _rows_overlap(logits: Tensor) -> bool:
     """Whether rows of (N, V) or (B, T, V) may share memory, as those of expanded logits or of sliding windows do."""
-    extent, axes = logits.shape[-1], _axes(logits)
+    axes = _axes(logits)
     if len(axes) == 2 and axes[1][1] < axes[0][1]:
         axes.reverse()  # the smaller stride first; torch.compile cannot sort symbols
-    for size, stride in axes:
-        if stride < extent:
-            return True
-        extent += (size - 1) * stride
-    return False
+    return steps_overlap([(stride, size) for size, stride in axes], logits.shape[-1])
 
 
 def _announce_writing(logits: Tensor) -> None:
