@@ -1,11 +1,14 @@
 // Divergences between student and teacher over the vocabulary, on the CPU: value and gradient per row.
-// The row kernel is in divergence_rows.h; here are its arguments, its instruction sets, its threads and its binding.
+// The row kernels are in divergence_rows.h and divergence_topk.h; here are their arguments, instruction sets, threads and
+// bindings.
 #include <nanobind/nanobind.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "cpu.h"
 #include "threads.h"
@@ -14,7 +17,7 @@ namespace nb = nanobind;
 
 namespace {
 
-enum Kind { kReverse, kForward, kMixture };
+enum Kind { kReverse, kForward, kMixture, kToken };
 
 constexpr int kBlock = 1024;  // logits per block: two sides and a gradient in fp32 are 12 KB of the L1 cache
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
@@ -42,10 +45,28 @@ struct Job {
     bool stream;                 // store past the caches
 };
 
-#define KERNEL "divergence_rows.h"
+// Of a row of V logits, of which the first may be short.
+int64_t blocks_of(int64_t V) { return V / kBlock + 2; }
+
+struct TopkJob {
+    Side logits;
+    const int64_t* ids;  // (N, k)
+    int64_t k;
+    bool tail;
+    float* buckets;  // (N, k + tail), and then their gradients
+    Job job;         // of the buckets (N, k + tail) against the teacher's; its grad are the buckets. kToken: not the
+                     // divergence, but the log-probability of the one entry
+    char* grad;      // (N, V) in the logits' dtype, or null
+    int64_t V, row_bytes, sequence_bytes, T;
+    double chain;  // dz/dx of the logits at tanh = 0
+    bool stream;   // store past the caches
+};
+
+#define KERNEL "divergence_kernels.h"
 #include "clones.h"
 
 const auto kRuns = supported(CLONES(run_rows));
+const auto kTopkRuns = supported(CLONES(run_topk_rows));
 
 Side make_side(uintptr_t data, int64_t row_stride, int64_t sequence_stride, int dtype, double temperature, double scale,
                double softcap) {
@@ -54,6 +75,52 @@ Side make_side(uintptr_t data, int64_t row_stride, int64_t sequence_stride, int 
     const int64_t size = size_of(dtype);
     return {reinterpret_cast<const char*>(data), row_stride * size, sequence_stride * size, dtype, pre, float(c)};
 }
+
+// The numbers of a family's member and of a gradient, in Job.
+void set_divergence(Job& job, double a, double b, double pi, uintptr_t mask, uintptr_t row_scale, uintptr_t loss,
+                    uintptr_t stats) {
+    job.kind = pi == 1 ? kReverse : pi == 0 ? kForward : kMixture;
+    job.a = float(a);
+    job.b = float(b);
+    job.pi = float(pi);
+    job.rho = float(1 - pi);
+    job.kappa = float(a * (1 - pi) - b * pi);
+    job.mask = reinterpret_cast<const uint8_t*>(mask);
+    job.row_scale = reinterpret_cast<const float*>(row_scale);
+    job.loss = reinterpret_cast<float*>(loss);
+    job.stats = reinterpret_cast<float*>(stats);
+}
+
+template <class F>
+F* chosen(const std::vector<F*>& clones, int instruction_set) {
+    return clones.at(instruction_set < 0 ? clones.size() - 1 : size_t(instruction_set));
+}
+
+// run(next, scratch, lists) on threads that draw rows of V logits from `next`, each with memory of its own: `scratch`
+// floats, from a whole cache line on, and `lists` int32.
+template <class Run>
+void on_rows(int64_t N, int64_t V, int threads, int64_t scratch, int64_t lists, Run run) {
+    std::atomic<int64_t> next{0}, started{0};
+    const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
+    constexpr int64_t kLine = 64 / sizeof(float);
+    const std::unique_ptr<float[]> memory(new float[count * scratch + kLine]);  // here: in a thread it must not fail
+    const std::unique_ptr<int32_t[]> integers(new int32_t[count * lists]);
+    void* start = memory.get();
+    size_t space = (count * scratch + kLine) * sizeof(float);
+    const auto aligned = static_cast<float*>(std::align(64, count * scratch * sizeof(float), start, space));
+    on_new_threads(count, [&] {
+        const FlushToZero flush;  // where logits span 90 nats, exponentials are such; beside a sum of 2⁻¹¹ and more
+        const int64_t own = started++;
+        run(next, aligned + scratch * own, integers.get() + lists * own);
+    });
+}
+
+// What a mixture keeps of a row in between.
+int64_t mixture_scratch(const Job& job, int64_t V) {
+    return job.kind == kMixture && job.grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
+}
+
+int64_t grain_of(int64_t V) { return std::max<int64_t>(1, kWorkPerThread / 4 / V); }
 
 // Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
 // instruction_set: an index below num_instruction_sets(), or −1 for the best.
@@ -70,10 +137,7 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
                             student_scale, student_softcap);
     job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature,
                             teacher_scale, teacher_softcap);
-    job.mask = reinterpret_cast<const uint8_t*>(mask);
-    job.row_scale = reinterpret_cast<const float*>(row_scale);
-    job.loss = reinterpret_cast<float*>(loss);
-    job.stats = reinterpret_cast<float*>(stats);
+    set_divergence(job, a, b, pi, mask, row_scale, loss, stats);
     job.grad = reinterpret_cast<char*>(grad);
     job.grad_row_bytes = grad_stride * size;
     job.grad_sequence_bytes = grad_sequence * size;
@@ -81,35 +145,74 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
     job.N = N;
     job.T = T;
     job.V = V;
-    job.grain = std::max<int64_t>(1, kWorkPerThread / 4 / V);
-    job.kind = pi == 1 ? kReverse : pi == 0 ? kForward : kMixture;
-    job.a = float(a);
-    job.b = float(b);
-    job.pi = float(pi);
-    job.rho = float(1 - pi);
-    job.kappa = float(a * (1 - pi) - b * pi);
+    job.grain = grain_of(V);
     job.chain = student_scale / student_temperature;
     job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
+    const auto run = chosen(kRuns, instruction_set);
+    on_rows(N, V, threads, mixture_scratch(job, V), 0,
+            [&](std::atomic<int64_t>& next, float* scratch, int32_t*) { run(job, next, scratch); });
+}
 
-    const auto run = kRuns.at(instruction_set < 0 ? kRuns.size() - 1 : size_t(instruction_set));
-    std::atomic<int64_t> next{0};
-    const int64_t count = std::clamp<int64_t>(std::min<int64_t>(N, N * V / kWorkPerThread), 1, std::max(threads, 1));
-    const int64_t scratch = job.kind == kMixture && grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
-    constexpr int64_t kLine = 64 / sizeof(float);
-    const std::unique_ptr<float[]> memory(new float[count * scratch + kLine]);  // here: in a thread it must not fail
-    void* start = memory.get();
-    size_t space = (count * scratch + kLine) * sizeof(float);
-    const auto aligned = static_cast<float*>(std::align(64, count * scratch * sizeof(float), start, space));
-    std::atomic<int64_t> started{0};
-    on_new_threads(count, [&] {
-        const FlushToZero flush;  // where logits span 90 nats, exponentials are such; beside a sum of 2⁻¹¹ and more
-        run(job, next, aligned + scratch * started++);
-    });
+// As divergence_rows, of logits (N, V) whose teacher (N, k + tail) knows the entries `ids` (N, k), int64, negative for
+// none, and with a tail the rest as one. Without a teacher: log-probabilities of ids (N, 1), with a tail. buckets, fp32
+// and of the teacher's shape, is for the kernel to write to.
+void topk_rows(uintptr_t logits, int64_t stride, int64_t sequence, int dtype, int64_t N, int64_t T, int64_t V,
+               uintptr_t ids, int64_t k, bool tail, uintptr_t teacher, uintptr_t buckets, uintptr_t mask,
+               uintptr_t row_scale, double a, double b, double pi, double temperature, double scale, double softcap,
+               uintptr_t grad, int64_t grad_stride, int64_t grad_sequence, uintptr_t loss, uintptr_t stats, int threads,
+               int instruction_set) {
+    const int64_t size = size_of(dtype), columns = k + tail;
+    TopkJob topk{};
+    topk.logits = make_side(logits, stride, sequence, dtype, temperature, scale, softcap);
+    topk.ids = reinterpret_cast<const int64_t*>(ids);
+    topk.k = k;
+    topk.tail = tail;
+    topk.buckets = reinterpret_cast<float*>(buckets);
+    topk.grad = reinterpret_cast<char*>(grad);
+    topk.row_bytes = grad_stride * size;
+    topk.sequence_bytes = grad_sequence * size;
+    topk.V = V;
+    topk.T = T;
+    topk.chain = scale / temperature;
+    topk.stream = grad && grad != logits && N * V * size >= kLarge;
+    Job& job = topk.job;
+    job.student = make_side(buckets, columns, 0, kFloat32, 1, 1, 0);
+    job.teacher = make_side(teacher, columns, 0, kFloat32, 1, 1, 0);
+    set_divergence(job, a, b, pi, mask, row_scale, loss, stats);
+    if (!teacher) job.kind = kToken;
+    job.grad = grad ? reinterpret_cast<char*>(buckets) : nullptr;
+    job.grad_row_bytes = columns * int64_t(sizeof(float));
+    job.grad_columns = job.V = columns;
+    job.N = job.T = N;
+    job.grain = grain_of(V);
+    job.chain = 1;
+    const auto run = chosen(kTopkRuns, instruction_set);
+    on_rows(N, V, threads, mixture_scratch(job, columns), blocks_of(V) + k,
+            [&](std::atomic<int64_t>& next, float* scratch, int32_t* lists) { run(topk, next, scratch, lists); });
+}
+
+// An id that stands more than once in its row of ids (N, k), −1 where none does; of ids from 0 to V − 1, or negative for
+// none.
+int64_t repeated_id(uintptr_t address, int64_t N, int64_t k, int64_t V) {
+    const auto ids = reinterpret_cast<const int64_t*>(address);
+    thread_local std::vector<int64_t> last;  // row that met an id, counted over all calls: nothing to clear
+    thread_local int64_t row = 0;
+    if (int64_t(last.size()) < V) last.resize(V, 0);
+    for (int64_t n = 0; n < N; ++n) {
+        ++row;
+        for (int64_t j = 0; j < k; ++j) {
+            const int64_t id = ids[n * k + j];
+            if (id >= 0 && std::exchange(last[id], row) == row) return id;
+        }
+    }
+    return -1;
 }
 
 }  // namespace
 
 void bind_divergence(nb::module_& m) {
     m.def("divergence_rows", &divergence_rows, nb::call_guard<nb::gil_scoped_release>());
+    m.def("topk_rows", &topk_rows, nb::call_guard<nb::gil_scoped_release>());
+    m.def("repeated_id", &repeated_id, nb::call_guard<nb::gil_scoped_release>());
     m.def("num_instruction_sets", [] { return kRuns.size(); });
 }

@@ -10,6 +10,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from effopd_kernels.divergence import triton_kernels as divergence
+from effopd_kernels.divergence import triton_topk
 from effopd_kernels.extrapolation import triton_kernels as extrapolation
 from effopd_kernels.lowrank import triton_kernels as lowrank
 
@@ -64,6 +65,19 @@ def test_divergence(shape, dtypes, member, stats, compiled):
         )
     divergence.launch_scale(student, torch.ones(()))
     assert len(compiled) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "k", "tail"),
+    [((1, 1), BF16, 1, False), ((2, 1, 16), FP32, 1, True), ((2, 3, 127), FP16, 20, True)],
+)
+def test_topk(shape, dtype, k, tail, compiled):
+    student, N = torch.zeros(shape, dtype=dtype), torch.Size(shape[:-1]).numel()
+    ids, known = torch.arange(k).expand(N, k), torch.zeros(N, k + tail)
+    for mask, softcap, grad in ((None, 0.0, torch.empty_like(student)), (torch.ones(N, dtype=torch.bool), 30.0, None)):
+        args = mask, None, 0.0, 1.0, 1.0, tail, 1.0, 2.0, softcap, grad, False
+        triton_topk.launch_topk_rows(student, ids, known, *args)
+    assert len(compiled) == 2 * (2 * tail + 2) + 3
 
 
 @pytest.mark.parametrize("sizes", [(1,), (16, 7, 40000)])

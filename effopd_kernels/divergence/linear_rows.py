@@ -1,4 +1,4 @@
-"""The op under the losses from hidden states: divergences and gradients by chunks of rows, without N×V logits.
+"""The ops under the losses from hidden states: divergences and gradients by chunks of rows, without N×V logits.
 
 N tokens, V vocabulary (the shared prefix), D hidden size (student and teacher may differ). Rows are taken in chunks:
 
@@ -9,11 +9,13 @@ N tokens, V vocabulary (the shared prefix), D hidden size (student and teacher m
 
 Four GEMM units in all and none in backward. The student's chunk lives until its gradient GEMMs; the teacher's logits
 are needed one tile at a time. Both sizes come from one budget in bytes: more chunks would only read W and dW again.
+A teacher known at k entries has no logits: three units.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +36,21 @@ TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it compu
 TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
 TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
+_GRADS = (
+    "bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)"
+)
 torch.library.define(
     "effopd::linear_divergence_rows",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     f"Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, {ops.ARGS}, "
     "ScalarType student_dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int chunk_bytes, int? num_valid, "
-    "bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)",
+    f"{_GRADS}",
+)
+torch.library.define(
+    "effopd::linear_topk_rows",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {ops.TOPK_ARGS}, "
+    f"ScalarType dtype, int chunk_bytes, int? num_valid, {_GRADS}",
 )
 
 
@@ -184,96 +194,134 @@ def compact(mask_N: Tensor, num_valid: int | None) -> tuple[Tensor, Tensor | Non
     return index, torch.arange(num_valid, device=mask_N.device) < mask_N.sum()
 
 
+class _Tokens(NamedTuple):
+    """Those that count, of N."""
+
+    N: int
+    index: Tensor | None  # None: all of them
+    valid: Tensor | None  # which indices are real, where they were only promised; None: all of them
+
+    def kept(self, per_token: Tensor | None) -> Tensor | None:
+        return per_token if per_token is None or self.index is None else per_token[self.index]
+
+    def spread(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """By token again, with zeros for those that do not count."""
+        if self.index is None:
+            return rows
+        shape = (*rows.shape[:dim], self.N, *rows.shape[dim + 1 :])
+        return rows.new_zeros(shape).index_add_(dim, self.index, rows)  # absent ones repeat index 0 (with zeros)
+
+    def operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, V: int, dtype: torch.dtype):
+        hidden = self.kept(hidden).to(dtype)
+        if self.valid is not None:  # rows of zeros for those that are absent, masked for the kernel
+            hidden = hidden.masked_fill(~self.valid[:, None], 0)
+        return hidden, weight[:V].to(dtype), None if bias is None else bias[:V].to(dtype)
+
+
+def _tokens(N: int, mask_N: Tensor | None, num_valid: int | None) -> _Tokens:
+    return _Tokens(N, *((None, None) if mask_N is None else compact(mask_N, num_valid)))
+
+
 def linear_divergence_rows(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale,
     *args,
 ):  # fmt: skip
-    *spec, student_dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, stats_ = args
+    *spec, dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats = args
+    needs, teacher = (grad_h, grad_w, grad_b), (teacher_hidden, teacher_weight, teacher_bias)
+    V, t_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or teacher_dtype
     with without_autocast(student_hidden.device.type):
-        return _linear_rows(
-            (student_hidden, student_weight, student_bias),
-            (teacher_hidden, teacher_weight, teacher_bias),
-            mask, row_scale, spec, (student_dtype, teacher_dtype), logits_dtype, chunk_bytes, num_valid,
-            (grad_h, grad_w, grad_b), stats_,
-        )  # fmt: skip
+        tokens = _tokens(len(student_hidden), mask, num_valid)
+        teacher, row_scale = tokens.operands(*teacher, V, teacher_dtype), tokens.kept(row_scale)
+
+        def compare(chunk_rows: int, left: int):
+            tile_rows = max(1, left // (V * t_dtype.itemsize))
+            buffer = _logits(min(tile_rows, chunk_rows), V, teacher[0], t_dtype)
+
+            def tiles(chunk: slice, logits: Tensor):
+                for tile in pieces(len(logits), tile_rows):
+                    rows, t = slice(chunk.start + tile.start, chunk.start + tile.stop), buffer[: tile.stop - tile.start]
+                    project(t, teacher[0][rows], *teacher[1:])
+                    mask, scale = (None if x is None else x[rows] for x in (tokens.valid, row_scale))
+                    found = torch.ops.effopd.divergence_rows_(
+                        logits[tile], t, mask, scale, *spec, any(needs), with_stats
+                    )
+                    yield rows, *found
+
+            return tiles
+
+        student, wide = (student_hidden, student_weight, student_bias), torch.promote_types(t_dtype, torch.float32)
+        budgets = chunk_bytes * 3 // 4, chunk_bytes
+        return _linear_rows(student, V, tokens, compare, dtype, logits_dtype, budgets, needs, with_stats, wide)
 
 
-def _linear_rows(
-    student, teacher, mask_N, row_scale_N, spec, dtypes, logits_dtype, chunk_bytes, num_valid, needs, with_stats
-):
-    N, (full_V, D), device = student[0].shape[0], student[1].shape, student[0].device
-    V = min(full_V, teacher[1].shape[0])
-    index = valid = None
-    if mask_N is not None:
-        index, valid = compact(mask_N, num_valid)
-        row_scale_N = None if row_scale_N is None else row_scale_N[index]
+def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
+    *spec, dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats = args
+    needs, V = (grad_h, grad_w, grad_b), weight.shape[0]
+    with without_autocast(hidden.device.type):
+        tokens = _tokens(len(hidden), mask, num_valid)
+        ids, known, row_scale = map(tokens.kept, (ids, known, row_scale))
 
-    def operands(hidden, weight, bias, dtype):
-        hidden = (hidden if index is None else hidden[index]).to(dtype)
-        if valid is not None:  # promised but absent tokens: rows of zeros, masked for the kernel
-            hidden = hidden.masked_fill(~valid[:, None], 0)
-        return hidden, weight[:V].to(dtype), None if bias is None else bias[:V].to(dtype)
+        def compare(*_):
+            def whole(chunk: slice, logits: Tensor):
+                per_token = (None if x is None else x[chunk] for x in (ids, known, tokens.valid, row_scale))
+                yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs), with_stats)
 
-    h_s, w_s, b_s = operands(*student, dtypes[0])
-    h_t, w_t, b_t = operands(*teacher, dtypes[1])
-    n, with_grad = h_s.shape[0], any(needs)
-    s_dtype, t_dtype = logits_dtype or dtypes[0], logits_dtype or dtypes[1]
+            return whole
+
+        wide = torch.promote_types(torch.float32 if known is None else known.dtype, torch.float32)
+        student, budgets = (hidden, weight, bias), (chunk_bytes, chunk_bytes)
+        return _linear_rows(student, V, tokens, compare, dtype, None, budgets, needs, with_stats, wide)
+
+
+def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, budgets, needs, with_stats, loss_dtype):
+    """Rows of logits of the student's hidden states and head, a chunk at a time, and what becomes of their gradients.
+
+    compare(chunk_rows, bytes left): a function of (chunk, its logits) that overwrites these by the gradient and yields
+        (rows, loss, stats). budgets: bytes for the student's logits, and in all.
+    """
+    full_V, D = student[1].shape
+    device, with_grad = student[0].device, any(needs)
+    h, w, b = tokens.operands(*student, V, dtype)
+    n, s_dtype = h.shape[0], logits_dtype or dtype
     # With the gradient's cast; and alike with and without a gradient, so that forward and backward of reduction "none"
     # take the same memory.
-    row_bytes = V * (s_dtype.itemsize + (0 if s_dtype == dtypes[0] else dtypes[0].itemsize))
-    chunks = pieces(n, chunk_bytes * 3 // 4 // row_bytes)
+    row_bytes = V * (s_dtype.itemsize + (0 if s_dtype == dtype else dtype.itemsize))
+    chunks = pieces(n, budgets[0] // row_bytes)
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
-    tile_rows = max(1, (chunk_bytes - chunk_rows * row_bytes) // (V * t_dtype.itemsize))
 
-    loss = torch.zeros(
-        n, device=device, dtype=torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)
-    )
+    loss = torch.zeros(n, device=device, dtype=torch.promote_types(s_dtype, loss_dtype))
     stats = loss.new_zeros(3, n) if with_stats else loss.new_empty(0)
-    acc_dtype = torch.promote_types(dtypes[0], torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
-    grad_w = _weight_gradient(student[1], V, len(chunks), dtypes[0], acc_dtype) if needs[1] else None
+    grad_w = _weight_gradient(student[1], V, len(chunks), dtype, acc_dtype) if needs[1] else None
     grad_b = torch.zeros(full_V, device=device, dtype=acc_dtype) if needs[2] else None
 
     def fill():  # a function, that its logits are gone when dW is rounded
-        s_buf = _logits(chunk_rows, V, h_s, s_dtype)
-        t_buf = _logits(min(tile_rows, chunk_rows), V, h_s, t_dtype)
+        buffer = _logits(chunk_rows, V, h, s_dtype)
+        against_teacher = compare(chunk_rows, budgets[1] - chunk_rows * row_bytes)
         for chunk in chunks:
-            s_chunk = s_buf[: chunk.stop - chunk.start]
-            project(s_chunk, h_s[chunk], w_s, b_s)
-            for tile in pieces(s_chunk.shape[0], tile_rows):
-                rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
-                s_tile, t_tile = s_chunk[tile], t_buf[: tile.stop - tile.start]
-                project(t_tile, h_t[rows], w_t, b_t)
-                row_scale = None if row_scale_N is None else row_scale_N[rows]
-                loss[rows], tile_stats = torch.ops.effopd.divergence_rows_(
-                    s_tile, t_tile, None if valid is None else valid[rows], row_scale, *spec, with_grad, with_stats
-                )
+            logits = buffer[: chunk.stop - chunk.start]
+            project(logits, h[chunk], w, b)
+            for rows, loss[rows], found in against_teacher(chunk, logits):
                 if with_stats:
-                    stats[:, rows] = tile_stats
+                    stats[:, rows] = found
             if not with_grad:
                 continue
-            g = s_chunk.to(dtypes[0])
+            g = logits.to(dtype)
             if grad_h is not None:
-                grad_h[chunk] = hidden_gradient(g, w_s)
+                grad_h[chunk] = hidden_gradient(g, w)
             if grad_w is not None:
-                add_product(grad_w[:V], g, h_s[chunk], first=chunk is chunks[0])
+                add_product(grad_w[:V], g, h[chunk], first=chunk is chunks[0])
             if grad_b is not None:
-                grad_b[:V] += s_chunk.sum(0, dtype=acc_dtype)
+                grad_b[:V] += logits.sum(0, dtype=acc_dtype)
 
     fill()
-
-    def spread(rows, dim=0):  # index_add, for absent tokens repeat index 0 (with zeros)
-        if index is None:
-            return rows
-        shape = (*rows.shape[:dim], N, *rows.shape[dim + 1 :])
-        return rows.new_zeros(shape).index_add_(dim, index, rows)
-
     grads = (
-        spread(grad_h) if needs[0] else student[0].new_empty(0),
+        tokens.spread(grad_h) if needs[0] else student[0].new_empty(0),
         grad_w.to(_summed_dtype(student[1])) if needs[1] else student[1].new_empty(0),
         grad_b.to(_summed_dtype(student[2])) if needs[2] else student[1].new_empty(0),
     )
-    return spread(loss), *grads, spread(stats, 1) if with_stats else stats
+    return tokens.spread(loss), *grads, tokens.spread(stats, 1) if with_stats else stats
 
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
@@ -290,24 +338,30 @@ def _summed_dtype(parameter: Tensor) -> torch.dtype:
 
 
 torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)
+torch.library.impl("effopd::linear_topk_rows", "CompositeExplicitAutograd", linear_topk_rows)
+
+
+def _fake(student, loss_dtype, grad_h, grad_w, grad_b, with_stats):
+    hidden, weight, bias = student
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(loss_dtype, torch.float32))
+    return (
+        loss,
+        hidden.new_empty(hidden.shape if grad_h else 0),
+        weight.new_empty(weight.shape, dtype=_summed_dtype(weight)) if grad_w else weight.new_empty(0),
+        bias.new_empty(bias.shape, dtype=_summed_dtype(bias)) if grad_b else weight.new_empty(0),
+        loss.new_empty((3, loss.shape[0]) if with_stats else 0),
+    )
 
 
 @torch.library.register_fake("effopd::linear_divergence_rows")
-def _(
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale, *args
-):
+def _(student_hidden, student_weight, student_bias, *args):
     *_, student_dtype, teacher_dtype, logits_dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    N = student_hidden.shape[0]
-    dtype = torch.promote_types(logits_dtype or torch.promote_types(student_dtype, teacher_dtype), torch.float32)
-    loss = student_hidden.new_empty(N, dtype=dtype)
-    return (
-        loss,
-        student_hidden.new_empty(student_hidden.shape if grad_h else 0),
-        student_weight.new_empty(student_weight.shape, dtype=_summed_dtype(student_weight))
-        if grad_w
-        else student_weight.new_empty(0),
-        student_bias.new_empty(student_bias.shape, dtype=_summed_dtype(student_bias))
-        if grad_b
-        else student_weight.new_empty(0),
-        loss.new_empty((3, N) if with_stats else 0),
-    )
+    dtype = logits_dtype or torch.promote_types(student_dtype, teacher_dtype)
+    return _fake((student_hidden, student_weight, student_bias), dtype, grad_h, grad_w, grad_b, with_stats)
+
+
+@torch.library.register_fake("effopd::linear_topk_rows")
+def _(hidden, weight, bias, ids, known, *args):
+    *_, dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
+    dtype = dtype if known is None else torch.promote_types(dtype, known.dtype)
+    return _fake((hidden, weight, bias), dtype, grad_h, grad_w, grad_b, with_stats)

@@ -63,15 +63,15 @@ def _axes(logits: Tensor) -> list[tuple[int, int]]:
     return axes
 
 
-def _as_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (..., V·) as (N, V·) with neighbouring columns adjacent, or as (B, T, V·) where that spares a copy, as it
+def as_rows(*sides: Tensor) -> tuple[Tensor, ...]:
+    """All (..., V·) as (N, V·) with neighbouring columns adjacent, or as (B, T, V·) where that spares a copy, as it
     does for logits[:, :-1].
     """
-    pair = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
-    apart = [axes[-1][0] for axes in map(_axes, pair) if len(axes) == 2]
-    if student.numel() and apart and apart[0] == apart[-1] and all(len(_axes(x)) <= 2 for x in pair):
-        return tuple(x.reshape(-1, apart[0], x.shape[-1]) for x in pair)
-    return tuple(x.reshape(-1, x.shape[-1]) for x in pair)
+    sides = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in sides)
+    apart = [axes[-1][0] for axes in map(_axes, sides) if len(axes) == 2]
+    if sides[0].numel() and apart and apart[0] == apart[-1] and all(len(_axes(x)) <= 2 for x in sides):
+        return tuple(x.reshape(-1, apart[0], x.shape[-1]) for x in sides)
+    return tuple(x.reshape(-1, x.shape[-1]) for x in sides)
 
 
 @overload
@@ -140,7 +140,7 @@ def divergence_loss(
         _announce_writing(student_logits)
     loss, rows, stats = reduced_loss(
         _rows_inplace if inplace else _rows,
-        (*_as_rows(student_logits, teacher_logits.detach()), mask_N),
+        (*as_rows(student_logits, teacher_logits.detach()), mask_N),
         1,
         spec,
         scale_N,

@@ -1,10 +1,11 @@
 """The row ops of the divergences, and which implementation serves which device: all dispatch of this idea.
 
-N tokens, V vocabulary. Logits are (N, V), or (B, T, V) with N = B·T, whose sequences may lie apart, as those of
-logits[:, :-1] do; mask, row_scale, loss and stats are by token all the same. `effopd::divergence_rows` returns a fresh
-gradient, `effopd::divergence_rows_` writes it over the student's logits. CUDA and ROCm: Triton. CPU: C++. Any other
-device or dtype, or a backend that is not there: the reference. The ops themselves are not differentiable; the public
-functions are.
+N tokens, V vocabulary, k known entries. Logits are (N, V), or (B, T, V) with N = B·T, whose sequences may lie apart, as
+those of logits[:, :-1] do; mask, row_scale, loss and stats are by token all the same. `effopd::divergence_rows` has the
+teacher's logits, `effopd::topk_rows` k of its log-probabilities, as `reference` defines both. They return a fresh
+gradient; their namesakes with an underscore write it over the student's logits. CUDA and ROCm: Triton. CPU: C++. Any
+other device or dtype, or a backend that is not there: the reference. The ops themselves are not differentiable; the
+public functions are.
 """
 
 import math
@@ -20,14 +21,14 @@ ARGS = (
     "Tensor? mask, Tensor? row_scale, float a, float b, float pi, float student_temperature, "
     "float teacher_temperature, float student_scale, float teacher_scale, float student_softcap, float teacher_softcap"
 )
-torch.library.define(
-    "effopd::divergence_rows",
-    f"(Tensor student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor, Tensor)",
+TOPK_ARGS = (
+    "Tensor ids, Tensor? known, Tensor? mask, Tensor? row_scale, float a, float b, float pi, bool tail, "
+    "float temperature, float scale, float softcap"
 )
-torch.library.define(
-    "effopd::divergence_rows_",
-    f"(Tensor(a!) student, Tensor teacher, {ARGS}, bool with_grad, bool with_stats) -> (Tensor, Tensor)",
-)
+for name, args in (("divergence_rows", f"Tensor teacher, {ARGS}"), ("topk_rows", TOPK_ARGS)):
+    args = f"{args}, bool with_grad, bool with_stats"
+    torch.library.define(f"effopd::{name}", f"(Tensor student, {args}) -> (Tensor, Tensor, Tensor)")
+    torch.library.define(f"effopd::{name}_", f"(Tensor(a!) student, {args}) -> (Tensor, Tensor)")
 
 # x ·= factor, a scalar. On the CPU and under Triton nothing is read or written where it is 1, as in a plain backward.
 torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
@@ -36,12 +37,24 @@ _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16
 _KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
+def _written(found, shape, grad_out, with_stats):
+    """What the reference found, the gradient put where it is wanted."""
+    loss, grad, stats = found
+    if grad_out is not None:
+        grad_out.data.copy_(grad.view(shape))  # .data, since a raised version takes a view out of its graph
+    return loss, stats if with_stats else loss.new_empty(0)
+
+
 def _reference(student, teacher, *args, grad_out, with_stats):
     rows = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
-    loss, grad, stats = reference.divergence_rows(*rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
-    if grad_out is not None:
-        grad_out.data.copy_(grad.view(student.shape))  # .data, since a raised version takes a view out of its graph
-    return loss, stats if with_stats else loss.new_empty(0)
+    found = reference.divergence_rows(*rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
+    return _written(found, student.shape, grad_out, with_stats)
+
+
+def _topk_reference(student, *args, grad_out, with_stats):
+    rows = student.reshape(-1, student.shape[-1])
+    found = reference.topk_rows(rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
+    return _written(found, student.shape, grad_out, with_stats)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -71,12 +84,40 @@ def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruc
     return loss, stats
 
 
+def _topk_cpp(student, ids, known, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
+    module = native() if student.dtype in DTYPES and (known is None or known.dtype in DTYPES) else None
+    if module is None:
+        return _topk_reference(student, ids, known, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
+    N, V = student.shape[:-1].numel(), student.shape[-1]
+    a, b, pi, tail, *transform = args
+    loss = student.new_empty(N, dtype=torch.float32)
+    stats = loss.new_empty((3, N) if with_stats else 0)
+    buckets = loss.new_empty(N, ids.shape[1] + tail)
+    ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
+    known, row_scale = (x if x is None else x.to(torch.float32).contiguous() for x in (known, row_scale))
+    module.topk_rows(
+        *(*_place(student), DTYPES[student.dtype], N, max(student.shape[-2], 1), V, ids.data_ptr(), ids.shape[1], tail),
+        *(_address(known), buckets.data_ptr(), _address(mask), _address(row_scale), a, b, pi, *transform),
+        *(*_place(grad_out), loss.data_ptr(), stats.data_ptr() if with_stats else 0),
+        *(torch.get_num_threads(), instruction_set),
+    )
+    return loss, stats
+
+
 def _triton(student, teacher, *args, grad_out, with_stats):
     if not {student.dtype, teacher.dtype} <= DTYPES.keys():
         return _reference(student, teacher, *args, grad_out=grad_out, with_stats=with_stats)
     from .triton_kernels import launch_divergence_rows
 
     return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
+
+
+def _topk_triton(student, ids, known, *args, grad_out, with_stats):
+    if student.dtype not in DTYPES or not (known is None or known.dtype in DTYPES):
+        return _topk_reference(student, ids, known, *args, grad_out=grad_out, with_stats=with_stats)
+    from .triton_topk import launch_topk_rows
+
+    return launch_topk_rows(student, ids, known, *args, grad_out, with_stats)
 
 
 def empty_rows(N: int, V: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -98,28 +139,41 @@ def transpose(x: Tensor, out: Tensor) -> None:
         out.copy_(x.T)
 
 
-def _register(device: str, launch):
-    @torch.library.impl("effopd::divergence_rows", device)
-    def rows(student, teacher, *args):
+def repeated_id(ids: Tensor, V: int) -> int:
+    """One that stands more than once in its row of ids (N, k), −1 where none does; negative ones are none."""
+    if ids.device.type == "cpu" and hasattr(native(), "repeated_id"):
+        ids = ids.contiguous()
+        return native().repeated_id(ids.data_ptr(), *ids.shape, V)
+    ids = ids.sort(-1).values
+    twice = ids[:, 1:][(ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)]
+    return int(twice[0]) if twice.numel() else -1
+
+
+def _register(name: str, device: str, launch):
+    @torch.library.impl(f"effopd::{name}", device)
+    def rows(student, *args):
         *args, with_grad, with_stats = args
         grad = (
             empty_rows(student.shape[:-1].numel(), student.shape[-1], student).view(student.shape)
             if with_grad
             else None
         )
-        loss, stats = launch(student, teacher, *args, grad_out=grad, with_stats=with_stats)
+        loss, stats = launch(student, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
-    @torch.library.impl("effopd::divergence_rows_", device)
-    def rows_(student, teacher, *args):
+    @torch.library.impl(f"effopd::{name}_", device)
+    def rows_(student, *args):
         *args, with_grad, with_stats = args
-        return launch(student, teacher, *args, grad_out=student if with_grad else None, with_stats=with_stats)
+        return launch(student, *args, grad_out=student if with_grad else None, with_stats=with_stats)
 
 
-_register("CompositeExplicitAutograd", _reference)
-_register("CPU", _cpp)
+_register("divergence_rows", "CompositeExplicitAutograd", _reference)
+_register("divergence_rows", "CPU", _cpp)
+_register("topk_rows", "CompositeExplicitAutograd", _topk_reference)
+_register("topk_rows", "CPU", _topk_cpp)
 if TRITON:
-    _register("CUDA", _triton)
+    _register("divergence_rows", "CUDA", _triton)
+    _register("topk_rows", "CUDA", _topk_triton)
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
@@ -145,16 +199,28 @@ if TRITON:
     torch.library.impl("effopd::scale_", "CUDA", _scale_triton)
 
 
-@torch.library.register_fake("effopd::divergence_rows_")
-def _(student, teacher, *args):
-    *_, with_stats = args
+def _fake_rows(student, teacher, with_stats):
     loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, teacher))
     return loss, loss.new_empty((3, loss.shape[0]) if with_stats else 0)
 
 
+@torch.library.register_fake("effopd::divergence_rows_")
+def _(student, teacher, *args):
+    return _fake_rows(student, teacher, args[-1])
+
+
 @torch.library.register_fake("effopd::divergence_rows")
 def _(student, teacher, *args):
-    *_, with_grad, with_stats = args
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, teacher))
-    grad = student.new_empty(student.shape if with_grad else 0)
-    return loss, grad, loss.new_empty((3, loss.shape[0]) if with_stats else 0)
+    loss, stats = _fake_rows(student, teacher, args[-1])
+    return loss, student.new_empty(student.shape if args[-2] else 0), stats
+
+
+@torch.library.register_fake("effopd::topk_rows_")
+def _(student, ids, known, *args):
+    return _fake_rows(student, student if known is None else known, args[-1])
+
+
+@torch.library.register_fake("effopd::topk_rows")
+def _(student, ids, known, *args):
+    loss, stats = _fake_rows(student, student if known is None else known, args[-1])
+    return loss, student.new_empty(student.shape if args[-2] else 0), stats

@@ -11,58 +11,45 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_float, readable
-from ..gradients import differentiable_once, keepable
+from ..checks import check_float, readable, wide
 from .arguments import (
     TopKOptions,
+    answer,
     as_floats,
     check_chunk_bytes,
     check_num_valid,
-    check_tokens,
     gathered,
     make_spec,
+    row_factor,
 )
-from .autograd import DivergenceStats, apply
+from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype
-from .linear_rows import compact, default_chunk_bytes
-from .logits import divergence_loss
-from .partial_rows import bucket_rows
+from .linear_rows import default_chunk_bytes
+from .logits import as_rows
+from .ops import repeated_id
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class _PartialRows(torch.autograd.Function):
-    @staticmethod
-    def forward(*args):
-        return torch.ops.effopd.partial_rows(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4])
-        ctx.rest = inputs[4:]
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        needs, tensors = ctx.needs_input_grad[:3], ctx.saved_tensors  # once: activation checkpoints unpack no twice
-        with torch.no_grad():
-            grads = torch.ops.effopd.partial_rows_backward(grad_output, *tensors, *ctx.rest, *needs)
-        grads = tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-        grads = differentiable_once(grads, (*tensors[:3], grad_output))
-        return *grads, *(None for _ in range(1 + len(ctx.rest)))
+def _rows(tensors, row_scale, spec, needs, with_stats):
+    student, *teacher_and_mask = tensors
+    args = (*teacher_and_mask, row_scale, *spec, needs[0], with_stats)
+    if needs[0] and student.dtype == torch.float16:  # see `logits._rows`
+        student = student.float()
+        loss, stats = torch.ops.effopd.topk_rows_(student, *args)
+        return loss, (student,), stats
+    loss, grad, stats = torch.ops.effopd.topk_rows(student, *args)
+    return loss, (grad,) if needs[0] else (None,), stats
 
 
-def _rows_of_head(prefix, hidden, weight, bias, ids, token, tail, transform, chunk_bytes):
-    """What `partial_rows` takes of hidden·weightᵀ + bias, differentiable. prefix: as in `compute_dtype`."""
-    hidden, weight, bias = map(gathered, (hidden, weight, bias))
-    dtype = compute_dtype(prefix, hidden, weight)
-    # the logits, their fp32 form, its exponentials and their gradient live at a time, and a soft cap's steps
-    copies = 7 if transform[-1] else 4
-    chunk_rows = (chunk_bytes or default_chunk_bytes(hidden.device)) // (weight.shape[0] * 4 * copies)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    tensors = map(keepable, (flat, weight, bias, ids.reshape(-1, ids.shape[-1])))
-    return apply(_PartialRows, *tensors, token, tail, *transform, dtype, chunk_rows)
+def _linear_rows(tensors, row_scale, spec, needs, with_stats):
+    *spec, dtype, chunk_bytes, num_valid = spec
+    loss, *grads, stats = torch.ops.effopd.linear_topk_rows(
+        *tensors, row_scale, *spec, dtype, chunk_bytes, num_valid, *needs, with_stats
+    )
+    return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -84,16 +71,9 @@ def _check_range(name: str, ids: Tensor, V: int, hint: str = "") -> None:
 
 
 def _check_distinct(name: str, ids: Tensor, V: int) -> None:
-    """Negative ids are none."""
-    if readable(ids):
-        if ids.shape[-1] > V // 64:  # marking all of the vocabulary then takes less than sorting
-            seen = ids.new_zeros((*ids.shape[:-1], V + 1), dtype=torch.bool).scatter_(-1, ids + 1, True)
-            if seen[..., 1:].count_nonzero() == (ids >= 0).count_nonzero():
-                return
-        ids = ids.sort(-1).values  # of k = 64, less than a hundredth of what the loss and its gradient take
-        twice = ids[..., 1:][(ids[..., 1:] == ids[..., :-1]) & (ids[..., 1:] >= 0)]
-        if twice.numel():
-            raise ValueError(f"{name} must all be different within a token, got {int(twice[0])} more than once in one")
+    """ids (N, k) from 0 to V − 1, of int64; negative ones are none."""
+    if readable(ids) and (twice := repeated_id(ids, V)) >= 0:
+        raise ValueError(f"{name} must all be different within a token, got {twice} more than once in one")
 
 
 def _check_mass(logprobs: Tensor) -> None:
@@ -104,22 +84,6 @@ def _check_mass(logprobs: Tensor) -> None:
                 f"teacher_logprobs must be log-probabilities under the full distribution, got a token whose add up to "
                 f"a probability of {mass:.3g}"
             )
-
-
-def _kept(mask: Tensor, num_valid: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the tokens to compute, None for all, and which of these count, None for all."""
-    if readable(mask):
-        return (None, None) if mask.all() else compact(mask.reshape(-1), None)
-    # on a GPU, finding them would wait for it
-    return (None, mask) if num_valid is None else compact(mask.reshape(-1), num_valid)
-
-
-def _spread(found, kept: Tensor, shape: torch.Size):
-    """A result by kept token as one by token, with zeros for the others; a scalar loss as it is."""
-    if isinstance(found, Tensor):  # index_add, for absent tokens repeat index 0 (with zeros)
-        return found if found.ndim == 0 else found.new_zeros(shape.numel()).index_add(0, kept, found).reshape(shape)
-    loss, stats = found
-    return _spread(loss, kept, shape), DivergenceStats(*(_spread(s, kept, shape) for s in stats))
 
 
 @overload
@@ -195,50 +159,39 @@ def topk_divergence_loss(
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     spec = make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
-    transform = (spec.student_temperature, spec.student_scale, spec.student_softcap)
     check_chunk_bytes(chunk_bytes)
     student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
-    check_tokens(student, mask, weight, reduction, num_tokens)  # the projection comes before the loss looks at them
-    check_num_valid(mask, num_valid)
-    kept, mask = (None, None) if mask is None else _kept(mask, num_valid)
-    if kept is not None:  # the others leave before any work
-        weight = None if weight is None else weight.reshape(-1)[kept]
-        student, teacher_logprobs, teacher_ids = (
-            x.reshape(-1, x.shape[-1])[kept] for x in (student, teacher_logprobs, teacher_ids)
-        )
+    mask_N, scale_N = row_factor(student, teacher_logprobs, mask, weight, reduction, num_tokens)
+    check_num_valid(mask_N, num_valid)
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
-    absent = teacher_logprobs == -torch.inf if k < V else torch.zeros_like(teacher_ids, dtype=torch.bool)
-    masked = None if mask is None else ~mask
-    if masked is not None:
-        absent = absent | masked[..., None]
+    known, ids = (x.detach().reshape(-1, k) for x in (teacher_logprobs, teacher_ids))
+    absent = known == -torch.inf if k < V else torch.zeros_like(ids, dtype=torch.bool)
+    absent = absent if mask_N is None else absent | ~mask_N[:, None]
     hint = "; if the student is hidden states, give student_weight too" if student_weight is None else ""
-    _check_range("teacher_ids", teacher_ids.masked_fill(absent, 0), V, hint)
-    _check_mass(teacher_logprobs if masked is None else teacher_logprobs.masked_fill(masked[..., None], -torch.inf))
-    ids = teacher_ids.long().masked_fill(absent, -1)
+    _check_range("teacher_ids", ids.masked_fill(absent, 0), V, hint)
+    _check_mass(known if mask_N is None else known.masked_fill(~mask_N[:, None], -torch.inf))
+    ids = ids.long().masked_fill(absent, -1)
     _check_distinct("teacher_ids", ids, V)
-    known = teacher_logprobs.detach().to(torch.promote_types(teacher_logprobs.dtype, torch.float32))
-    temperatures = {}  # those of the buckets are behind them
-    if student_weight is not None:
-        if masked is not None:  # the head's gradient is a product with all hidden states, and 0 · NaN is NaN
-            student = student.masked_fill(masked[..., None], 0)
-        buckets = _rows_of_head(
-            "student_", student, student_weight, student_bias, ids, False, tail, transform, chunk_bytes
-        )
-    elif k == V and not spec.student_softcap:  # in the vocabulary's order there is nothing to gather
-        buckets, known = student, torch.zeros_like(known).scatter_(-1, ids.clamp(min=0), known)
-        temperatures = {"temperature": spec.student_temperature / spec.student_scale, "teacher_temperature": 1.0}
-    else:
-        masked_N = None if masked is None else masked.reshape(-1)
-        buckets = bucket_rows(student.reshape(-1, V), ids.reshape(-1, k), tail, *transform, masked_N)
+    known = known.to(wide(known))
     if tail:
         rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
         known = torch.cat([known, rest.log().to(known.dtype)], -1)
-    found = divergence_loss(
-        buckets.reshape(known.shape), known, divergence, mask=mask, weight=weight, reduction=reduction,
-        num_tokens=num_tokens, return_stats=return_stats, **temperatures,
-    )  # fmt: skip
-    return found if kept is None else _spread(found, kept, shape)
+    numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
+    run, rows, dtype = _rows, as_rows(student), torch.float32
+    if student_weight is not None:
+        run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
+        rows = _head(student, student_weight, student_bias)
+        numbers = (*numbers, dtype, chunk_bytes or default_chunk_bytes(student.device), num_valid)
+    loss, per_row, stats = reduced_loss(
+        run, (*rows, ids, known, mask_N), len(rows), numbers, scale_N, reduction == "none", return_stats, dtype
+    )
+    return answer(loss, per_row, stats, shape, reduction, return_stats)
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states as (N, D), and the head in full."""
+    return hidden.reshape(-1, hidden.shape[-1]), gathered(weight), gathered(bias)
 
 
 def linear_token_logprobs(
@@ -263,7 +216,10 @@ def linear_token_logprobs(
     _check_range("ids", ids, weight.shape[0])
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
-    rows = _rows_of_head("", hidden, weight, bias, ids.long()[..., None], True, False, transform, chunk_bytes)
+    dtype = compute_dtype("", hidden, weight)
+    numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes or default_chunk_bytes(hidden.device), None)
+    tensors = (*_head(gathered(hidden), weight, bias), ids.long().reshape(-1, 1), None, None)
+    rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype)
     return rows.reshape(ids.shape)
 
 

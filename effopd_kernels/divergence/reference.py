@@ -97,3 +97,62 @@ def divergence_rows(
         same = (z_s.argmax(-1) == z_t.argmax(-1)).to(loss.dtype)
         stats = torch.stack([-(q * lq).sum(-1), -(p * lp).sum(-1), same]) * kept
     return loss * kept, grad, stats
+
+
+def topk_rows(
+    logits_NV: Tensor,
+    ids_Nk: Tensor,
+    known: Tensor | None,
+    mask_N: Tensor | None,
+    row_scale_N: Tensor | None,
+    a: float,
+    b: float,
+    pi: float,
+    tail: bool,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    with_grad: bool = True,
+    with_stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `divergence_rows`, of the vocabulary in buckets: the k entries `ids`, of which a negative one is none, and
+    with a tail all others as one more; known (N, k + tail) are the teacher's log-probabilities of these. None: instead
+    of a divergence the log-probability of ids (N, 1), with a tail.
+
+    The others are summed for themselves: 1 less the sum of the k cancels where these hold nearly everything.
+    """
+    (N, V), k = logits_NV.shape, ids_Nk.shape[1]
+    dtype = wide(logits_NV, logits_NV if known is None else known)
+    logits = logits_NV.to(dtype)
+    if mask_N is not None:
+        logits = logits.masked_fill(~mask_N[:, None], 0)
+    z, slope = _transform(logits, scale, softcap, temperature)
+    places = torch.where(ids_Nk < 0, V, ids_Nk)  # one past the end for what is no token
+    is_known = logits.new_zeros(N, V + 1, dtype=torch.bool).scatter(1, places, True)[:, :V]
+    others = z.masked_fill(is_known, -math.inf)
+    rest = others.logsumexp(1, keepdim=True)
+    buckets = z.gather(1, ids_Nk.clamp(min=0)).masked_fill(ids_Nk < 0, -math.inf)
+    buckets = torch.cat([buckets, rest], 1) if tail else buckets
+    if known is None:
+        loss, grad, stats = log_prob(buckets, mask_N, row_scale_N)
+    else:
+        rows = buckets, known, mask_N, row_scale_N, a, b, pi
+        loss, grad, stats = divergence_rows(*rows, with_grad=with_grad, with_stats=with_stats)
+    if not with_grad:
+        return loss, None, stats
+    dz = logits.new_zeros(N, V + 1).scatter(1, places, grad[:, :k])[:, :V]
+    if tail:
+        dz = dz + (others - rest.masked_fill(rest == -math.inf, 0)).exp() * grad[:, k:]
+    return loss, (dz * slope).to(logits_NV.dtype), stats
+
+
+def log_prob(pair_N2: Tensor, mask_N: Tensor | None, row_scale_N: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    """Log-probability (N,) of the first of two outcomes, and row_scale times its gradient (N, 2)."""
+    lead = pair_N2[:, 0] - pair_N2[:, 1]
+    loss, share = torch.nn.functional.logsigmoid(lead), torch.sigmoid(-lead)
+    grad = torch.stack([share, -share], 1)
+    if row_scale_N is not None:
+        grad = grad * row_scale_N[:, None]
+    if mask_N is not None:
+        loss, grad = loss * mask_N, grad * mask_N[:, None]
+    return loss, grad, None

@@ -539,6 +539,26 @@ def launch_for(device: torch.device) -> tuple[Launch, int]:
     return LAUNCH[arch], properties.multi_processor_count
 
 
+def tiles(launch: Launch, rows: list[torch.Tensor]) -> tuple[bool, dict[str, int]]:
+    """Whether rows of logits, (N, V·) or (B, T, V·), all begin at multiples of 16 elements and bytes; how to read them.
+    Where they do not, neighbouring threads take neighbouring elements: vectors would be loaded one element at a time,
+    strided.
+    """
+    itemsize = max(t.element_size() for t in rows)
+    strides = (stride for t in rows for stride in (t.stride(-2), t.stride(0) if t.ndim == 3 else 0))
+    aligned = all(stride % 16 == 0 for stride in strides) and all(t.data_ptr() % 16 == 0 for t in rows)
+    loads, vector, stages = (launch.loads, 16 // itemsize, launch.stages) if aligned else (UNALIGNED_LOADS, 1, 1)
+    names = {"LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages}
+    return aligned, {**names, "SLICE": launch.slice // itemsize}
+
+
+def base_two(scale: float, temperature: float, softcap: float) -> tuple[float, float]:
+    """(c, pre): c times a logit, or times tanh(pre·x·ln2/2) of it under a soft cap, is its log-weight in bits."""
+    if softcap:
+        return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
+    return LOG2E.value * scale / temperature, 0.0
+
+
 def launch_divergence_rows(
     student: torch.Tensor,
     teacher: torch.Tensor,
@@ -579,28 +599,17 @@ def launch_divergence_rows(
     grad = grad_out is not None
     phases = 1 + (kind is MIXTURE) + grad
     rows = [student, teacher, grad_out] if grad else [student, teacher]
-    itemsize = max(t.element_size() for t in rows)
-    columns = launch.slice // itemsize
-    S = triton.cdiv(Vs if grad else V, columns)
+    aligned, tiling = tiles(launch, rows)
+    S, narrow = triton.cdiv(Vs if grad else V, tiling["SLICE"]), max(t.element_size() for t in rows) == 2
     skew = triton.cdiv(launch.resident * processors, phases * S) + 1
     # partial results, one record a row, and zeroed counters: the queue's, then one a row for each phase waited for
     partial = torch.empty(N * S * PARTIALS.value, dtype=torch.float32, device=student.device)
     record = torch.empty(N * RECORD.value, dtype=torch.float32, device=student.device)
     count = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
 
-    def constants(scale, temperature, softcap):
-        if softcap:
-            return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
-        return LOG2E.value * scale / temperature, 0.0
-
     strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
-    aligned = all(stride % 16 == 0 for pair in strides for stride in pair) and all(t.data_ptr() % 16 == 0 for t in rows)
-    if aligned:
-        loads, vector, stages = launch.loads, 16 // itemsize, launch.stages
-    else:  # neighbouring threads take neighbouring elements: vectors would be loaded one element at a time, strided
-        loads, vector, stages = UNALIGNED_LOADS, 1, 1
-    ks, pre_s = constants(student_scale, student_temperature, student_softcap)
-    kt, pre_t = constants(teacher_scale, teacher_temperature, teacher_softcap)
+    ks, pre_s = base_two(student_scale, student_temperature, student_softcap)
+    kt, pre_t = base_two(teacher_scale, teacher_temperature, teacher_softcap)
     with on_device(student.device):
         _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
@@ -608,9 +617,8 @@ def launch_divergence_rows(
             *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
             ks, kt, pre_s, pre_t, a, b, pi, 1 - pi, student_scale / student_temperature,
             KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
-            LANES=launch.lanes, VECTOR=vector, LOADS=loads, STAGES=stages, SLICE=columns,
-            S=S, S_POW2=triton.next_power_of_2(S), FAST=itemsize == 2, LG2=student.is_cuda and not torch.version.hip,
-            **launch.options(with_stats, aligned, student_softcap != 0 or teacher_softcap != 0),
+            S=S, S_POW2=triton.next_power_of_2(S), FAST=narrow, LG2=student.is_cuda and not torch.version.hip,
+            **tiling, **launch.options(with_stats, aligned, student_softcap != 0 or teacher_softcap != 0),
         )  # fmt: skip
     return loss, stats
 

@@ -82,3 +82,62 @@ def assert_sharp(found: tuple[Tensor, ...], member: str, student: Tensor, teache
 def _within(found: Tensor, true: Tensor, eager: Tensor, term: Tensor) -> None:
     error, allowed = (found.double() - true).abs(), (eager.double() - true).abs() + term
     assert (error <= allowed).all(), (error / allowed).max()
+
+
+def in_buckets(log_q: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """Log-probabilities (N, V) as those of the entries `ids` (N, k), a negative one is none, and with a tail of all
+    others together (N, k + 1); without one, of the k alone.
+    """
+    known = log_q.gather(1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+    if not tail:
+        return torch.log_softmax(known, 1)
+    places = torch.where(ids < 0, log_q.shape[1], ids)
+    is_known = torch.zeros(len(ids), log_q.shape[1] + 1, dtype=torch.bool, device=ids.device).scatter(1, places, True)
+    return torch.cat([known, log_q.masked_fill(is_known[:, :-1], -torch.inf).logsumexp(1, keepdim=True)], 1)
+
+
+def assert_topk_accurate(found, member: str | None, student, ids, known, tail=True, knobs=(1.0, 1.0, 0.0)) -> None:
+    """`found` is the (loss, gradient) that a kernel made of these logits and the teacher's log-probabilities of the
+    buckets. member None: the loss is the log-probability of ids (N, 1).
+
+    The terms are those of `assert_accurate`, for the buckets: each logit enters relative to the row's largest bucket,
+    and what is compared are numbers of the size of the buckets' log-probabilities on both sides.
+    """
+    temperature, scale, softcap = knobs
+
+    def definition(dtype):
+        def value(x):
+            log_q = in_buckets(oracle.log_probs(x, temperature, scale, softcap), ids, tail)
+            if member is None:
+                return log_q[:, 0]
+            log_q = torch.where(log_q == -torch.inf, oracle.LOG_FLOOR, log_q)
+            log_p = known.to(dtype) if tail else torch.log_softmax(known.to(dtype), 1)
+            return oracle.FAMILY[member](log_q, torch.where(log_p == -torch.inf, oracle.LOG_FLOOR, log_p))
+
+        return oracle.value_and_grad(value, student, dtype=dtype)
+
+    loss, grad = found
+    (true_loss, true_grad), (eager_loss, eager_grad) = map(definition, (torch.float64, torch.float32))
+    log_q = oracle.log_probs(student.double(), temperature, scale, softcap)
+    sides = [in_buckets(log_q, ids, tail)] + ([] if known is None else [known.double()])
+    depth = sum(-x.masked_fill(x == -torch.inf, 0) for x in sides).amax(1)
+    _within(loss, true_loss, eager_loss, 4 * EPS * (depth + 1))
+    share = log_q.exp() if tail else torch.zeros_like(log_q)
+    share = share.scatter_add(
+        1, ids.clamp(min=0), torch.where(ids < 0, 0.0, in_buckets(log_q, ids, tail).exp()[:, : ids.shape[1]])
+    )
+    if known is not None:
+        share = share + torch.zeros_like(share).scatter_add(
+            1, ids.clamp(min=0), torch.where(ids < 0, 0.0, known.double().exp()[:, : ids.shape[1]])
+        )
+        if tail:
+            share = (
+                share
+                + log_q.exp()
+                / in_buckets(log_q, ids, tail)[:, -1:].exp().clamp(min=1e-300)
+                * known.double().exp()[:, -1:]
+            )
+    term = 4 * EPS * abs(scale) / temperature * share * (depth[:, None] - log_q.clamp(min=-1e4) + 1)
+    term += torch.finfo(student.dtype).eps * true_grad.abs() + torch.finfo(student.dtype).smallest_normal
+    term += 2.0**-120 * abs(scale) / temperature * depth[:, None]
+    _within(grad, true_grad, eager_grad, term)

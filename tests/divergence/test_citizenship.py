@@ -27,6 +27,7 @@ from effopd_kernels.divergence import (
     linear_rows,
     linear_token_logprobs,
     ops,
+    partial,
     topk_divergence_loss,
 )
 
@@ -88,16 +89,29 @@ def test_opcheck_linear(dtype, needs, num_valid):
     torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, args)
 
 
+TOPK = (0.3, 0.7, 0.3, True, 1.5, 2.0, 0.0)  # a, b, π, tail, temperature, scale, soft cap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_opcheck_topk(dtype, with_grad):
+    ids, known = torch.arange(3).expand(N, 3), random(N, 4).log_softmax(-1)
+    for student in (random(N, V, dtype=dtype), random(N + 2, V, dtype=dtype).view(2, -1, V)[:, :-1]):
+        args = (student, ids, known, MASK, random(N), *TOPK, with_grad, True)
+        torch.library.opcheck(torch.ops.effopd.topk_rows.default, args)
+        torch.library.opcheck(torch.ops.effopd.topk_rows_.default, args)
+
+
 @pytest.mark.parametrize("token", [True, False], ids=["token", "buckets"])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=["all", "frozen hidden"])
-def test_opcheck_partial(token, needs):
+@pytest.mark.parametrize("num_valid", [None, 5])
+def test_opcheck_linear_topk(token, needs, num_valid):
     hidden, weight, *_ = heads(torch.float32)
     weight = weight.mT.contiguous().mT  # strides that the gradient does not take over
     ids = torch.arange(N).remainder(V)[:, None] if token else torch.arange(3).expand(N, 3)
-    args = (hidden, weight, random(V), ids, token, not token, 1.5, 2.0, None, torch.float32, 2)
-    torch.library.opcheck(torch.ops.effopd.partial_rows.default, args)
-    grad = torch.ops.effopd.partial_rows(*args)
-    torch.library.opcheck(torch.ops.effopd.partial_rows_backward.default, (grad, *args, *needs))
+    known = None if token else random(N, 4).log_softmax(-1)
+    args = (hidden, weight, random(V), ids, known, MASK, random(N), *TOPK, torch.float32, 1000, num_valid, *needs)
+    torch.library.opcheck(torch.ops.effopd.linear_topk_rows.default, (*args, not token))
 
 
 # ---- compilation
@@ -504,16 +518,21 @@ def test_frozen_parts_are_skipped(hidden, weight):
     assert args[-4:-1] == (False, False, False)
 
 
+@pytest.mark.parametrize("top_k", [False, True], ids=["head", "top-k"])
 @pytest.mark.parametrize(
     "needs, gemms", [((True, True), 4), ((True, False), 3), ((False, True), 3), ((False, False), 2)]
 )
-def test_four_gemm_units_at_most(needs, gemms):
+def test_four_gemm_units_at_most(needs, gemms, top_k):
+    """One less where the teacher has no logits."""
     h_s, w_s, h_t, w_t = heads()
-    spec, dtypes = list(NUMBERS), (torch.float32, torch.float32)
+    rest, gemms = (1 << 20, None, *needs, False, False), gemms - top_k
     with Spy() as spy:
-        linear_rows._linear_rows(
-            (h_s, w_s, None), (h_t, w_t, None), MASK, None, spec, dtypes, None, 1 << 20, None, (*needs, False), False
-        )
+        if top_k:
+            ids, known = torch.arange(3).expand(N, 3), random(N, 4).log_softmax(-1)
+            linear_rows.linear_topk_rows(h_s, w_s, None, ids, known, MASK, None, *TOPK, torch.float32, *rest)
+        else:
+            dtypes = torch.float32, torch.float32, None
+            linear_rows.linear_divergence_rows(h_s, w_s, None, h_t, w_t, None, MASK, None, *NUMBERS, *dtypes, *rest)
     products = [args for func, args in spy.calls if "mm" in func.__name__]  # the operands stand last
     assert len(products) == gemms
     assert all(MASK.sum() in (*a.shape, *b.shape) for *_, a, b in products)  # masked rows have left
@@ -522,6 +541,7 @@ def test_four_gemm_units_at_most(needs, gemms):
 # ---- synchronisation
 
 
+TOP = torch.log_softmax(random(N, V, seed=1), -1).topk(3)
 SYNCHRONISING = ("_local_scalar_dense", "nonzero.default", "masked_select", "item", "unique")
 
 
@@ -538,25 +558,31 @@ def waits(func, args) -> bool:
         (lambda s, t, h: linear_divergence_loss(*h, weight=torch.rand(N)), 0),
         (lambda s, t, h: linear_divergence_loss(*h, mask=MASK, num_valid=4, num_tokens=torch.tensor(4)), 0),
         (lambda s, t, h: linear_divergence_loss(*h, mask=MASK), 1),
+        (lambda s, t, h: topk_divergence_loss(s, *TOP, mask=MASK), 0),
+        (lambda s, t, h: topk_divergence_loss(h[0], *TOP, student_weight=h[1], mask=MASK, num_valid=4), 0),
+        (lambda s, t, h: linear_token_logprobs(*h[:2], TOP[1][:, 0]).sum(), 0),
     ],
 )
 def test_no_host_synchronisation(call, allowed, monkeypatch):
     """Nothing that a GPU would have to be waited for, in forward or, scaled by a device scalar, in backward."""
-    monkeypatch.setattr(linear, "check_num_valid", lambda mask, num_valid: None)  # as it is off the CPU
+    for module in (linear, partial):  # as it is off the CPU
+        monkeypatch.setattr(module, "check_num_valid", lambda mask, num_valid: None)
+    monkeypatch.setattr(partial, "readable", lambda tensor: False)
     h_s, w_s, *teacher = heads()
     inputs = random(N, V).requires_grad_(), random(N, V, seed=1), (h_s.requires_grad_(), w_s.requires_grad_(), *teacher)
 
     class Inside(Spy):  # opaque ops are entered, to see what they run
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.effopd.linear_divergence_rows.default:
+            name = func.__name__.removesuffix(".default")
+            if func.namespace == "effopd" and hasattr(linear_rows, name):
                 with self:
-                    return linear_rows.linear_divergence_rows(*args)
+                    return getattr(linear_rows, name)(*args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     with Inside() as spy:
         call(*inputs).backward()
     waited = [func for func, args in spy.calls if waits(func, args)]
-    assert any("divergence_rows" in str(func) for func, _ in spy.calls)
+    assert any("divergence_rows" in str(func) or "topk_rows" in str(func) for func, _ in spy.calls)
     assert len(waited) == allowed, waited
 
 

@@ -10,6 +10,7 @@ from effopd_kernels.divergence import (
     divergence_loss,
     jsd,
     linear_divergence_loss,
+    linear_rows,
     linear_token_logprobs,
     partial,
     sampled_kl,
@@ -111,7 +112,6 @@ def test_entries_at_minus_infinity_are_no_tokens(member, tail):
 
 
 def test_padding_is_no_token_twice():
-    """Where the vocabulary is so large that ids are sorted to find two alike."""
     student, known, ids = random(1, 300), torch.tensor([[-0.1, -torch.inf, -torch.inf]]), torch.tensor([[5, 5, 5]])
     expected = topk_divergence_loss(student, known[:, :1], ids[:, :1])
     torch.testing.assert_close(topk_divergence_loss(student, known, ids), expected)
@@ -251,36 +251,38 @@ def test_what_masked_tokens_hold_does_not_matter_where_the_mask_cannot_be_read()
     assert torch.equal(slope(student, kept), expected)
 
 
-@pytest.mark.parametrize("work", ["bucket_rows", "_rows_of_head"])
 @pytest.mark.parametrize("count", [0, 2, N])
-def test_masked_tokens_leave_before_the_work(count, work, monkeypatch):
-    """And where there is a result per token, theirs is zero."""
-    tokens, run = [], getattr(partial, work)
+def test_masked_tokens_leave_before_the_work(count, monkeypatch):
+    """From hidden states they are not projected; and where there is a result per token, theirs is zero."""
+    projected, project = [], linear_rows.project
 
-    def counted(*args):
-        student = args[0] if work == "bucket_rows" else args[1]
-        tokens.append(student.shape[:-1].numel())
-        return run(*args)
+    def counted(out, hidden, *head):
+        projected.append(len(hidden))
+        project(out, hidden, *head)
 
-    monkeypatch.setattr(partial, work, counted)
+    monkeypatch.setattr(linear_rows, "project", counted)
     _, known, ids = (x.view(2, 3, -1) for x in teacher(5))
     student, weight = random(2, 3, V).requires_grad_(), random(2, 3).exp()
     kept = (torch.arange(N) < count).view(2, 3).flip(1)
-    options = {"weight": weight, "student_weight": None if work == "bucket_rows" else random(V, V, seed=4)}
+    for head in (None, random(V, V, seed=4)):
+        options = {"weight": weight, "student_weight": head}
 
-    def results(mask, loss, stats):
-        (grad,) = torch.autograd.grad((loss * mask * random(2, 3, seed=7)).sum(), student)
-        return loss * mask, *(x * mask for x in stats), grad
+        def results(mask, loss, stats):
+            (grad,) = torch.autograd.grad((loss * mask * random(2, 3, seed=7)).sum(), student)
+            return loss * mask, *(x * mask for x in stats), grad
 
-    found = topk_divergence_loss(student, known, ids, mask=kept, reduction="none", return_stats=True, **options)
-    expected = topk_divergence_loss(student, known, ids, reduction="none", return_stats=True, **options)
-    torch.testing.assert_close(results(torch.ones(2, 3), *found), results(kept, *expected))
-    mean = topk_divergence_loss(student, known, ids, mask=kept, **options)
-    torch.testing.assert_close(mean, (expected[0] * kept).sum() / (weight * kept).sum().clamp(min=1e-9))
-    monkeypatch.setattr(partial, "readable", lambda tensor: False)  # as on a GPU
-    promised = topk_divergence_loss(student, known, ids, mask=kept, num_valid=count, **options)
-    torch.testing.assert_close(promised, mean)
-    assert tokens == [count, N, count, count]
+        found = topk_divergence_loss(student, known, ids, mask=kept, reduction="none", return_stats=True, **options)
+        of_found = results(torch.ones(2, 3), *found)
+        assert sum(projected) == (0 if head is None else 2 * count)  # a second time for the gradient
+        expected = topk_divergence_loss(student, known, ids, reduction="none", return_stats=True, **options)
+        torch.testing.assert_close(of_found, results(kept, *expected))
+        projected.clear()
+        mean = topk_divergence_loss(student, known, ids, mask=kept, **options)
+        torch.testing.assert_close(mean, (expected[0] * kept).sum() / (weight * kept).sum().clamp(min=1e-9))
+        promised = topk_divergence_loss(student, known, ids, mask=kept, num_valid=count, **options)
+        torch.testing.assert_close(promised, mean)
+        assert sum(projected) == (0 if head is None else 2 * count)  # no more for the gradient of a mean
+        projected.clear()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -335,7 +337,7 @@ def test_topk_refuses_before_it_projects(monkeypatch):
     def project(*_):
         raise AssertionError("projected")
 
-    monkeypatch.setattr(partial, "_rows_of_head", project)
+    monkeypatch.setattr(linear_rows, "project", project)
     for wrong in ({"reduction": "average"}, {"mask": torch.ones(N + 1, dtype=torch.bool)}, {"divergence": "jsd"}):
         with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
             topk(student_weight=random(V, V), **wrong)

@@ -1,0 +1,213 @@
+// Rows of whose teacher k entries are known by their ids: the vocabulary becomes k + 1 buckets, the last of which is all
+// others together, and the divergence of those is the row kernel's (csrc/divergence_rows.h). Two passes over a row of
+// logits, of which the second, the gradient's, reads it from the cache.
+//
+// The others are summed without the known ones, and not as what these leave of the whole, which cancels where they hold
+// nearly everything: a block that holds known entries is copied, with −inf in their places.
+
+// Which entries of a row are known, as a list for each block: in O(k), without sorting. The first block may be short, so
+// that the others begin where the output's lines do.
+class Known {
+   public:
+    Known(const int64_t* ids, int64_t k, int64_t V, int64_t first, int32_t* memory)
+        : V(V), shift((kBlock - first) % kBlock), ids(ids), heads(memory), next(memory + blocks_of(V)) {
+        memset(heads, 0xff, blocks_of(V) * sizeof *heads);  // −1: none
+        for (int64_t j = 0; j < k; ++j) {
+            if (ids[j] < 0) continue;  // no token
+            int32_t& head = heads[(ids[j] + shift) / kBlock];
+            next[j] = head;
+            head = int32_t(j);
+        }
+    }
+
+    // visit(start, count, j): j is the first known entry of `count` from `start`, −1 where there is none.
+    template <class Visit>
+    void each_block(Visit visit) const {
+        for (int64_t block = 0, start = 0, stop; start < V; ++block, start = stop) {
+            stop = (block + 1) * kBlock - shift;
+            if (stop > V) stop = V;
+            visit(start, int(stop - start), heads[block]);
+        }
+    }
+
+    // put(i, j) for every known entry j of the block that starts at `start`; it is the block's entry i.
+    template <class Put>
+    void each(int64_t start, int32_t j, Put put) const {
+        for (; j >= 0; j = next[j]) put(int(ids[j] - start), j);
+    }
+
+   private:
+    const int64_t V, shift;
+    const int64_t* const ids;
+    int32_t *const heads, *const next;
+};
+
+// Σ 2^(c·z − reference) of the others, the reference near their largest, and 0 before any that is finite.
+struct Others {
+    double sum = 0;
+    float reference = 0;
+};
+
+template <int dtype>
+static double sum_of(const char* z, int count, float c, float reference) {
+    vf sums[2]{};
+    for (int i = 0; i < count; i += kStep) {
+        const Two two = load_two(z + i * size_of(dtype), dtype);
+        fetch_ahead(z + i * size_of(dtype), kStep * size_of(dtype));
+        const vf u[2] = {below_overflow(at(two.x[0], c, reference)), below_overflow(at(two.x[1], c, reference))};
+        vf e[2];
+        exp2_(u, e);
+        for (int k = 0; k < 2; ++k) sums[k] += e[k];
+    }
+    return sum(sums[0] + sums[1]);
+}
+
+static double sum_of(const Block& b, int count, float c, float reference) {
+    return b.dtype == kFloat32 ? sum_of<kFloat32>(b.z, count, c, reference)
+                               : sum_of<kBFloat16>(b.z, count, c, reference);
+}
+
+static int whole_steps(int count) { return (count + kStep - 1) / kStep * kStep; }
+
+static Others others_of(const Side& side, const char* row, const Known& known) {
+    constexpr float kLag = kBlock;  // see `online`
+    alignas(64) float copy[kBlock];
+    const bool plain = as_they_lie(side, side);
+    Others others;
+    known.each_block([&](int64_t start, int count, int32_t j) {
+        Block b = block_of(side, row, start, count, copy, plain && j < 0);
+        if (j >= 0) {
+            if (b.z != (const char*)copy) memcpy(copy, b.z, count * sizeof(float));
+            known.each(start, j, [&](int i, int32_t) { copy[i] = -kInf; });
+            b.z = (const char*)copy;
+        }
+        count = whole_steps(count);
+        const auto meet_top = [&] {
+            const float old = others.reference;
+            others.reference = reference(others.sum, old, top_of(b, count) * side.c);
+            if (others.sum != 0) others.sum *= std::exp2(double(old) - others.reference);
+        };
+        if (others.sum == 0) meet_top();
+        double part = sum_of(b, count, side.c, others.reference);
+        if (!(part <= kLag)) {
+            meet_top();
+            part = sum_of(b, count, side.c, others.reference);
+        }
+        others.sum += part;
+    });
+    return others;
+}
+
+struct Logit {
+    double z;    // in bits
+    float tanh;  // 0 without a soft cap
+};
+
+static Logit logit_at(const Side& side, const char* row, int64_t i) {
+    uint32_t bits = 0;
+    memcpy(&bits, row + i * size_of(side.dtype), size_of(side.dtype));
+    if (side.dtype == kBFloat16) bits <<= 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    if (side.dtype == kFloat16) {
+        alignas(64) uint16_t one[32] = {uint16_t(bits)};
+        x = load((const char*)one, kFloat16)[0];
+    }
+    const float tanh = side.pre != 0 ? tanh_(splat(x * side.pre))[0] : 0;
+    return {double(side.pre != 0 ? tanh : x) * side.c, tanh};
+}
+
+// Log-weights of row n's buckets, in nats and up to a shift.
+static Others buckets_of(const TopkJob& job, int64_t n, const char* row, const Known& known) {
+    const int64_t* const ids = job.ids + n * job.k;
+    float* const out = job.buckets + n * (job.k + job.tail);
+    const Others others = job.tail ? others_of(job.logits, row, known) : Others{};
+    const double rest = others.reference + std::log2(others.sum);
+    double top = rest;
+    for (int64_t j = 0; j < job.k; ++j) {
+        const double z = ids[j] < 0 ? -kInf : logit_at(job.logits, row, ids[j]).z;
+        top = z > top ? z : top;
+    }
+    if (top == -kInf) top = 0;
+    for (int64_t j = 0; j < job.k; ++j)
+        out[j] = ids[j] < 0 ? -kInf : float((logit_at(job.logits, row, ids[j]).z - top) * kLn2);
+    if (job.tail) out[job.k] = float((rest - top) * kLn2);
+    return others;
+}
+
+// The log-probability of the one entry into the loss, and its gradient over the buckets.
+static void one_token(const Job& job, float* buckets, int64_t n) {
+    const double rest = double(buckets[1]) - buckets[0], share = 1 / (1 + std::exp(-rest));
+    job.loss[n] = float(rest > 0 ? -rest - std::log1p(std::exp(-rest)) : -std::log1p(std::exp(rest)));
+    buckets[0] = float(share * (job.row_scale ? job.row_scale[n] : 1));
+    buckets[1] = -buckets[0];
+}
+
+template <int dtype>
+static void exponentials(const char* z, char* g, int count, float c, float reference, float factor, bool stream) {
+    for (int i = 0; i < count; i += kStep) {
+        const Two two = load_two(z + i * size_of(dtype), dtype);
+        const vf u[2] = {at(two.x[0], c, reference), at(two.x[1], c, reference)};
+        vf e[2];
+        exp2_(u, e);
+        store_gradient(g + i * size_of(dtype), {{e[0] * factor, e[1] * factor}}, dtype, stream);
+    }
+}
+
+// What a gradient over the buckets is over the logits: a bucket's own, times each one's share of it.
+static void spread(const TopkJob& job, int64_t n, const char* row, char* out, const Known& known,
+                   const Others& others) {
+    const Side& side = job.logits;
+    const float* const grads = job.buckets + n * (job.k + job.tail);
+    const bool any = others.sum != 0;
+    const float c = side.c, reference = others.reference;
+    const float factor = any ? float(grads[job.k] * job.chain / others.sum) : 0;
+    const bool plain = as_they_lie(side, side);
+    alignas(64) float block[kBlock], g[kBlock];
+    known.each_block([&](int64_t start, int count, int32_t j) {
+        char* const to = out + start * size_of(side.dtype);
+        if (any && j < 0 && plain && count % kStep == 0 && (kStreams || !job.stream)) {
+            const char* const z = row + start * size_of(side.dtype);
+            return side.dtype == kFloat32 ? exponentials<kFloat32>(z, to, count, c, reference, factor, job.stream)
+                                          : exponentials<kBFloat16>(z, to, count, c, reference, factor, job.stream);
+        }
+        if (any) {
+            const float* const z = stage(side, row, start, count, block);
+            exponentials<kFloat32>((const char*)z, (char*)g, whole_steps(count), c, reference, factor, false);
+            if (side.pre != 0) through_cap(z, g, count);
+        } else {
+            memset(g, 0, sizeof g);
+        }
+        known.each(start, j, [&](int i, int32_t entry) {
+            const float tanh = side.pre != 0 ? logit_at(side, row, start + i).tanh : 0;
+            g[i] = float(grads[entry] * job.chain) * (1 - tanh * tanh);
+        });
+        store(g, count, side.dtype, to, job.stream);
+    });
+}
+
+static void one_topk_row(const TopkJob& job, int64_t n, float* scratch, int32_t* lists) {
+    const int64_t sequence = n / job.T, place = n % job.T, size = size_of(job.logits.dtype);
+    const char* const row = job.logits.data + sequence * job.logits.sequence_bytes + place * job.logits.row_bytes;
+    char* const out = job.grad ? job.grad + sequence * job.sequence_bytes + place * job.row_bytes : nullptr;
+    if (job.job.mask && !job.job.mask[n]) {
+        one_row(job.job, n, scratch);
+        if (out) memset(out, 0, job.V * size);
+        return;
+    }
+    const int64_t* const ids = job.ids + n * job.k;
+    // By the same blocks whatever the output's address, so that a row's loss does not depend on its place.
+    const Others others = buckets_of(job, n, row, Known(ids, job.k, job.V, 0, lists));
+    if (job.job.kind == kToken) one_token(job.job, job.buckets + 2 * n, n);
+    else one_row(job.job, n, scratch);
+    if (!out) return;
+    const int64_t head = job.stream ? (64 - uintptr_t(out) % 64) % 64 / size : 0;
+    spread(job, n, row, out, Known(ids, job.k, job.V, head, lists), others);
+}
+
+// One thread's work, as `run_rows`. lists: int32, for `Known`.
+static void run_topk_rows(const TopkJob& job, std::atomic<int64_t>& next, float* scratch, int32_t* lists) {
+    for (int64_t begin; (begin = next.fetch_add(job.job.grain)) < job.job.N;)
+        for (int64_t n = begin; n < job.job.N && n < begin + job.job.grain; ++n) one_topk_row(job, n, scratch, lists);
+    end_stream();
+}
