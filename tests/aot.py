@@ -118,46 +118,34 @@ def _topk(arch: str) -> Iterator[Variant]:
     from effopd_kernels.divergence import triton_kernels
     from effopd_kernels.divergence import triton_topk as tk
 
-    launch, types = triton_kernels.LAUNCH[arch], {
-        "student_ptr": "", "grad_ptr": "", "ids_ptr": "*i64", "mask_ptr": "*i1", "marks_ptr": "*i32",
+    launch, of_rows = triton_kernels.LAUNCH[arch], (tk._others_kernel, tk._spread_kernel)
+    of_entries = tk._mark_kernel, tk._buckets_kernel, tk._chain_kernel, tk._place_kernel
+    types = {
+        "ids_ptr": "*i64", "mask_ptr": "*i1", "marks_ptr": "*i32",
         **dict.fromkeys(("part_ptr", "record_ptr", "bucket_ptr"), "*fp32"),
         **dict.fromkeys(("c", "pre", "chain"), "fp32"), **dict.fromkeys(("V", "k", "columns", "words"), "i32"),
         **dict.fromkeys(("student_stride", "grad_stride"), "i32"),
         **dict.fromkeys(("student_sequence", "grad_sequence"), "i64"),
     }  # fmt: skip
-    for name, dtype in (
-        ("bf16", "bf16"),
-        ("fp32", "fp32"),
-        ("fp16, capped, sequences", "fp16"),
-        ("bf16 unaligned", "bf16"),
+    for name, dtype, kernels in (
+        ("bf16", "bf16", of_rows),
+        ("fp32", "fp32", of_rows),
+        ("fp16, capped, sequences", "fp16", of_rows + of_entries),
+        ("bf16 unaligned", "bf16", of_rows),
     ):
         capped, aligned, itemsize = "capped" in name, "unaligned" not in name, 4 if dtype == "fp32" else 2
-        loads, vector, stages = (
-            (launch.loads, 16 // itemsize, launch.stages) if aligned else (triton_kernels.UNALIGNED_LOADS, 1, 1)
-        )
+        tiling = launch.loads, 16 // itemsize, launch.stages
+        loads, vector, stages = tiling if aligned else (triton_kernels.UNALIGNED_LOADS, 1, 1)
         S = triton.cdiv(151936, launch.slice // itemsize)
         given = types | {
-            "student_ptr": "*" + dtype,
-            "grad_ptr": "*" + dtype,
-            "T": "i32" if "sequences" in name else None,
-        }
-        constants = {
+            "student_ptr": "*" + dtype, "grad_ptr": "*" + dtype, "T": "i32" if "sequences" in name else None,
             "CAPPED": capped, "TAIL": True, "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
             "SLICE": launch.slice // itemsize, "S": S, "S_POW2": triton.next_power_of_2(S), "BLOCK": tk.BLOCK,
         }  # fmt: skip
-        for kernel in (
-            tk._others_kernel,
-            tk._spread_kernel,
-            tk._buckets_kernel,
-            tk._chain_kernel,
-            tk._place_kernel,
-            tk._mark_kernel,
-        ):
-            rows = kernel in (tk._others_kernel, tk._spread_kernel)
-            arguments = {n: (given | constants)[n] for n in kernel.arg_names}
-            if kernel is tk._chain_kernel:
-                arguments["grad_ptr"] = "*fp32"
+        for kernel in kernels:
+            arguments = {argument: given[argument] for argument in kernel.arg_names}
             sizes = tuple(n for n in arguments if n == "V" or n.endswith(("_stride", "_sequence"))) if aligned else ()
+            rows = kernel in of_rows
             options = launch.options(False, aligned, capped) if rows else launch_options(4)
             label = f"top-k {kernel.__name__.strip('_').removesuffix('_kernel')} {name}"
             yield Variant(label, kernel, arguments, sizes, options, loads * vector if rows else tk.BLOCK // 128)

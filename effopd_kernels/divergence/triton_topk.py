@@ -79,8 +79,10 @@ def _others_kernel(
         for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
             cols = start + cols0
             x = _load(s_row, start, cols, V, pre, CAPPED, MASKED, LANES, "evict_last")
-            word = tl.load(marks + cols // WORD, mask=cols < V, other=0) if MASKED else tl.load(marks + cols // WORD)
-            x = _by_lane(tl.where(((word >> (cols % WORD)) & 1) != 0, PAD, x), LANES)
+            first_of = start + tl.arange(0, LOADS)[:, None] * (LANES * VECTOR) + tl.arange(0, LANES)[None, :] * VECTOR
+            word = tl.load(marks + first_of // WORD, mask=first_of < V, other=0)  # one for a thread's neighbours
+            known = (word >> (first_of % WORD))[:, :, None] >> tl.arange(0, VECTOR)[None, None, :]
+            x = tl.where((known & 1) != 0, PAD, _by_lane(x, LANES))
             new_m = tl.maximum(m, _tile_max(x) * c)
             total = total * tl.exp2(m - new_m) + _tile_sum(tl.exp2(tl.fma(x, c, -new_m[None, :, None])))
             m = new_m
@@ -137,14 +139,14 @@ def _buckets_kernel(
 
 @triton.jit(do_not_specialize=["T", "k", "columns"])
 def _chain_kernel(
-    student_ptr, ids_ptr, grad_ptr, T, k, columns, student_stride, student_sequence, chain, pre, CAPPED: tl.constexpr,
+    student_ptr, ids_ptr, bucket_ptr, T, k, columns, student_stride, student_sequence, chain, pre, CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the known entries, times dz/dx of their logits. Before these may be overwritten."""
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + row.to(tl.int64) * k + at, mask=at < k, other=-1)
-    grad = grad_ptr + row.to(tl.int64) * columns + at
+    grad = bucket_ptr + row.to(tl.int64) * columns + at
     g = tl.load(grad, mask=ids >= 0, other=0.0) * chain
     if CAPPED:
         s_row = student_ptr + _start_of(row, T, student_stride, student_sequence)
