@@ -2,11 +2,12 @@
 
     pytest benchmarks/bench_divergence.py --benchmark-only [--quick] [--save-results]
 
-Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2. FLOP from hidden
-states: 4 GEMM units of 2·N·V·D (student and teacher projections, dh, dW). The table gives each contender's time, our
-speed relative to it, and the fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured
-GEMM rate, both taken in the same run. Shapes that a device cannot hold are skipped; peers that are not installed, or
-that need a GPU where there is none, are left out.
+Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2; where the teacher
+is known in part read s, write ds = 2. FLOP from hidden states: 4 GEMM units of 2·N·V·D (student and teacher projections,
+dh, dW), 3 where the teacher is known in part. The table gives each contender's time, our speed relative to it, and the
+fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured GEMM rate, both taken in the
+same run. Shapes that a device cannot hold are skipped; peers that are not installed, or that need a GPU where there is
+none, are left out.
 """
 
 import pytest
@@ -14,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from common import DEVICE, PATIENCE, copy_bandwidth, gemm_rate, peak_in_child, race
 
-from effopd_kernels.divergence import divergence_loss, jsd, linear_reverse_kl_loss, ops, reverse_kl_loss
+from effopd_kernels.divergence import (
+    divergence_loss,
+    jsd,
+    linear_reverse_kl_loss,
+    ops,
+    reverse_kl_loss,
+    topk_divergence_loss,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the peers' own
 
@@ -262,3 +270,68 @@ def test_linear(benchmark, report, request, device, N, D, V, dtype):
     report(f"reverse KL from hidden states, {N} tokens, D {D}, V {V}, {dtype}", rows, gemm_GFLOPs=round(rate / 1e9))
     h, w, ht, wt = linear_inputs(N, D, V, dtype_)
     benchmark.pedantic(with_backward(lambda: linear_reverse_kl_loss(h, w, ht, wt), h, w), rounds=1)
+
+
+KNOWN = 20  # of the teacher's entries: what servers give at most unless told otherwise
+
+
+def eager_topk(s, logprobs, ids):
+    log_q = F.log_softmax(s, -1, dtype=torch.float32).gather(-1, ids)
+    tails = [torch.log1p(-x.exp().sum(-1).clamp(max=1 - 2**-24)) for x in (log_q, logprobs)]
+    return ((log_q.exp() * (log_q - logprobs)).sum(-1) + tails[0].exp() * (tails[0] - tails[1])).mean()
+
+
+@pytest.mark.parametrize("device, N, V, dtype", LOGITS)
+def test_topk(benchmark, report, request, device, N, V, dtype):
+    quick = request.config.getoption("--quick")
+    N, rounds = (N // 4, 3) if quick else (N, 7)
+    size = N * V * DTYPES[dtype].itemsize
+    need(device, N * V * (3 * DTYPES[dtype].itemsize + 16))
+    s = torch.randn(N, V, device=DEVICE).mul_(3).to(DTYPES[dtype])
+    logprobs, ids = (torch.randn(N, V, device=DEVICE) * 3).log_softmax(-1).topk(KNOWN)
+    s.requires_grad_()
+    compiled = torch.compile(eager_topk)
+    contenders = {
+        "ours": lambda: topk_divergence_loss(s, logprobs, ids),
+        "eager": lambda: eager_topk(s, logprobs, ids),
+        "torch.compile": lambda: compiled(s, logprobs, ids),
+    }
+    bandwidth = copy_bandwidth()
+    times = race({name: with_backward(loss, s) for name, loss in contenders.items()}, rounds)
+    rows = rows_of(times, "ours", 2 * size, bandwidth, "of copy bandwidth")
+    name = f"reverse KL, top {KNOWN} of the teacher known, from logits, value and gradient, {N} × {V} {dtype}"
+    report(name, rows, copy_GBs=round(bandwidth / 1e9, 1))
+    benchmark.pedantic(with_backward(contenders["ours"], s), rounds=3)
+
+
+def linear_topk_contenders(h, w, logprobs, ids) -> dict:
+    contenders = {
+        "ours": lambda: topk_divergence_loss(h, logprobs, ids, student_weight=w),
+        "eager": lambda: eager_topk(F.linear(h, w), logprobs, ids),
+    }
+    try:
+        from trl.experimental.async_distillation import async_distillation_trainer as trl
+
+        valid, chunk = torch.ones_like(ids, dtype=torch.bool), trl._CHUNKED_LM_HEAD_CHUNK_SIZE
+        args = h, w, None, 1.0, None, ids, logprobs, valid, 1.0, 1.0, True, None, 1, chunk
+        contenders["TRL chunked"] = lambda: trl._chunked_jsd_loss(*args)[0] / len(h)
+    except ImportError:
+        pass
+    return contenders
+
+
+@pytest.mark.parametrize("device, N, D, V, dtype", LINEAR)
+def test_linear_topk(benchmark, report, request, device, N, D, V, dtype):
+    quick = request.config.getoption("--quick")
+    N, rounds = (N // 4, 1) if quick else (N, 3)
+    dtype_ = DTYPES[dtype]
+    need(device, 4 * V * D * dtype_.itemsize + 24 * N * V)
+    h, w, *_ = linear_inputs(N, D, V, dtype_)
+    logprobs, ids = (torch.randn(N, V, device=DEVICE) * 3).log_softmax(-1).topk(KNOWN)
+    contenders = linear_topk_contenders(h, w, logprobs, ids)
+    rate = max(gemm_rate(N, V, D, kind) for kind in {dtype_, torch.float32})
+    times = race({name: with_backward(loss, h, w) for name, loss in contenders.items()}, rounds)
+    rows = rows_of(times, "ours", 3 * 2 * N * V * D, rate, "of GEMM rate")
+    name = f"reverse KL, top {KNOWN} of the teacher known, from hidden states, {N} tokens, D {D}, V {V}, {dtype}"
+    report(name, rows, gemm_GFLOPs=round(rate / 1e9))
+    benchmark.pedantic(with_backward(contenders["ours"], h, w), rounds=1)

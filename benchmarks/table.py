@@ -15,6 +15,7 @@ LOGITS, HIDDEN = (
     "reverse KL from logits, {}, 256 × 151936 {}",
     "reverse KL from hidden states, 512 tokens, D 896, V 151936, {}",
 )
+TOPK = "reverse KL, top 20 of the teacher known, from {}, {}"
 FASTER = "ours is × faster"
 
 
@@ -38,7 +39,7 @@ def span(values: list[float]) -> str:
 def divergence(name: str, *peers: str, ours: str = "ours", faster: str = FASTER):
     def cell(results: dict) -> str:
         of = {row["contender"]: row for row in results["divergence"][name]}
-        extra = f"; {of[ours]['extra MB']} MB" if "hidden" in name else ""
+        extra = f"; {of[ours]['extra MB']} MB" if "extra MB" in of[ours] and "hidden" in name else ""
         return f"{seconds(of[ours]['ms'])}; {times(*(of[peer][faster] for peer in peers))}{extra}"
 
     return cell
@@ -106,6 +107,15 @@ ROWS = [
     ),
     ("the same in bf16", divergence(HIDDEN.format("bf16"), "eager", "TRL chunked")),
     ("share of that time with 60 % of the tokens masked, fp32, bf16", masked),
+    (
+        "**top 20 of the teacher**, from logits, 256 × 151936, value + gradient, fp32; eager, torch.compile",
+        divergence(TOPK.format("logits", "value and gradient, 256 × 151936 fp32"), *COMPILED),
+    ),
+    ("the same in bf16", divergence(TOPK.format("logits", "value and gradient, 256 × 151936 bf16"), *COMPILED)),
+    (
+        "the same from hidden states, 512 tokens, D 896, fp32; eager, TRL 1.16",
+        divergence(TOPK.format("hidden states", "512 tokens, D 896, V 151936, fp32"), "eager", "TRL chunked"),
+    ),
     (
         "**`extrapolate_`**, a 0.5B model's weights, bf16, with statistics; `torch.lerp(out=)` without, "
         "`w0 + a*(w - w0)`",
