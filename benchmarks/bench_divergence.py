@@ -2,12 +2,12 @@
 
     pytest benchmarks/bench_divergence.py --benchmark-only [--quick] [--save-results]
 
-Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2; where the teacher
-is known in part read s, write ds = 2. FLOP from hidden states: 4 GEMM units of 2·N·V·D (student and teacher projections,
-dh, dW), 3 where the teacher is known in part. The table gives each contender's time, our speed relative to it, and the
-fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured GEMM rate, both taken in the
-same run. Shapes that a device cannot hold are skipped; peers that are not installed, or that need a GPU where there is
-none, are left out.
+Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2; with the
+teacher known in part 2: read s, write ds. FLOP from hidden states: 4 GEMM units of 2·N·V·D (student and teacher
+projections, dh, dW), 3 with the teacher known in part. The table gives each contender's time, our speed relative to
+it, and the fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured GEMM rate, both
+taken in the same run. Shapes that a device cannot hold are skipped; peers that are not installed, or that need a GPU
+where there is none, are left out.
 """
 
 import pytest

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -163,6 +165,9 @@ void topk_rows(uintptr_t logits, int64_t stride, int64_t sequence, int dtype, in
                int instruction_set) {
     const int64_t size = size_of(dtype), columns = k + tail;
     TopkJob topk{};
+    for (int64_t i = 0; i < N * k; ++i)  // under torch.compile nobody has looked
+        if (const int64_t id = reinterpret_cast<const int64_t*>(ids)[i]; id >= V)
+            throw std::out_of_range("ids must be token ids below " + std::to_string(V) + ", got " + std::to_string(id));
     topk.logits = make_side(logits, stride, sequence, dtype, temperature, scale, softcap);
     topk.ids = reinterpret_cast<const int64_t*>(ids);
     topk.k = k;

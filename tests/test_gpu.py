@@ -137,6 +137,21 @@ def test_autocast_projects_in_its_dtype():
     assert_near(found, expected, 1e-2)
 
 
+@every_member
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_partial_teachers_from_logits(member, dtype, k):
+    s, kept = random(2, N // 2 + 1, V, spread=3, dtype=dtype)[:, :-1], mask().view(2, -1)
+    logprobs, ids = (x.view(2, -1, k) for x in random(N, V, seed=5, spread=3).log_softmax(-1).topk(k))
+    found, expected = (
+        loss_and_grads(
+            lambda s, p, i, m: topk_divergence_loss(s, p, i, MEMBERS[member], mask=m, reduction="sum"), *tensors
+        )
+        for tensors in ((s, logprobs, ids, kept), (s.double().cpu(), logprobs.double().cpu(), ids.cpu(), kept.cpu()))
+    )
+    assert_near(found, expected, 4 * torch.finfo(dtype).eps + 2e-5)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_partial_teachers(dtype):
     h, w, *_ = heads(dtype)

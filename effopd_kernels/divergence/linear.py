@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _rows(tensors, row_scale, spec, needs, with_stats):
-    *spec, dtypes, logits_dtype, chunk_bytes, num_valid = spec
-    loss, *grads, stats = torch.ops.effopd.linear_divergence_rows(
-        *tensors, row_scale, *spec, *dtypes, logits_dtype, chunk_bytes, num_valid, *needs, with_stats
-    )
+def run_linear_rows(op: str, tensors, row_scale, spec, needs, with_stats):
+    """What `reduced_loss` asks for, of an op of `linear_rows`."""
+    loss, *grads, stats = getattr(torch.ops.effopd, op)(*tensors, row_scale, *spec, *needs, with_stats)
     return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
+
+
+def _rows(*args):
+    return run_linear_rows("linear_divergence_rows", *args)
 
 
 def compute_dtype(prefix: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -150,7 +152,7 @@ def linear_divergence_loss(
         _rows,
         (*student, *teacher, mask_N),
         3,
-        (*spec, dtypes, logits_dtype, chunk_bytes or default_chunk_bytes(student_hidden.device), num_valid),
+        (*spec, *dtypes, logits_dtype, chunk_bytes or default_chunk_bytes(student_hidden.device), num_valid),
         scale_N,
         reduction == "none",
         return_stats,

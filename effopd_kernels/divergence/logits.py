@@ -15,24 +15,31 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _rows(tensors, row_scale, spec, needs, with_stats):
-    student, teacher, mask_N = tensors
+def run_rows(op: str, tensors, row_scale, spec, needs, with_stats):
+    """What `reduced_loss` asks for, of a row op of `ops`."""
+    student, *rest = tensors
     if needs[0] and student.dtype == torch.float16:  # whose gradients 1/V and 1/tokens take below its range
-        return _rows_inplace((student.float(), teacher, mask_N), row_scale, spec, needs, with_stats)
-    loss, grad, stats = torch.ops.effopd.divergence_rows(
-        student, teacher, mask_N, row_scale, *spec, needs[0], with_stats
-    )
+        return run_rows_inplace(op, (student.float(), *rest), row_scale, spec, needs, with_stats)
+    loss, grad, stats = getattr(torch.ops.effopd, op)(student, *rest, row_scale, *spec, needs[0], with_stats)
     return loss, (grad,) if needs[0] else (None,), stats
 
 
-def _rows_inplace(tensors, row_scale, spec, needs, with_stats):
-    student, teacher, mask_N = tensors
+def run_rows_inplace(op: str, tensors, row_scale, spec, needs, with_stats):
+    student, *rest = tensors
     if needs[0] and in_kept_backward():  # of reduction "none", which needs the logits again
-        return _rows(tensors, row_scale, spec, needs, with_stats)
+        return run_rows(op, tensors, row_scale, spec, needs, with_stats)
     if _rows_overlap(student):
         student = student.clone(memory_format=torch.contiguous_format)
-    loss, stats = torch.ops.effopd.divergence_rows_(student, teacher, mask_N, row_scale, *spec, needs[0], with_stats)
+    loss, stats = getattr(torch.ops.effopd, op + "_")(student, *rest, row_scale, *spec, needs[0], with_stats)
     return loss, (student,) if needs[0] else (None,), stats
+
+
+def _rows(*args):
+    return run_rows("divergence_rows", *args)
+
+
+def _rows_inplace(*args):
+    return run_rows_inplace("divergence_rows", *args)
 
 
 def _rows_overlap(logits: Tensor) -> bool:

@@ -24,32 +24,21 @@ from .arguments import (
 )
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
-from .linear import check_side, compute_dtype
+from .linear import check_side, compute_dtype, run_linear_rows
 from .linear_rows import default_chunk_bytes
-from .logits import as_rows
+from .logits import as_rows, run_rows
 from .ops import repeated_id
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _rows(tensors, row_scale, spec, needs, with_stats):
-    student, *teacher_and_mask = tensors
-    args = (*teacher_and_mask, row_scale, *spec, needs[0], with_stats)
-    if needs[0] and student.dtype == torch.float16:  # see `logits._rows`
-        student = student.float()
-        loss, stats = torch.ops.effopd.topk_rows_(student, *args)
-        return loss, (student,), stats
-    loss, grad, stats = torch.ops.effopd.topk_rows(student, *args)
-    return loss, (grad,) if needs[0] else (None,), stats
+def _rows(*args):
+    return run_rows("topk_rows", *args)
 
 
-def _linear_rows(tensors, row_scale, spec, needs, with_stats):
-    *spec, dtype, chunk_bytes, num_valid = spec
-    loss, *grads, stats = torch.ops.effopd.linear_topk_rows(
-        *tensors, row_scale, *spec, dtype, chunk_bytes, num_valid, *needs, with_stats
-    )
-    return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
+def _linear_rows(*args):
+    return run_linear_rows("linear_topk_rows", *args)
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, device: torch.device) -> None:
@@ -121,7 +110,7 @@ def topk_divergence_loss(
     chunk_bytes: int | None = None,
     num_valid: int | None = None,
 ):
-    """Divergence from a teacher of whom k log-probabilities per token are known.
+    """Divergence from a teacher of whom k log-probabilities per token are known, in fp32, or fp64 for an fp64 student.
 
     student: logits (..., V), or with student_weight (V, D) (and student_bias (V,)) hidden states (..., D), whose logits
         are then never held. teacher_logprobs, teacher_ids (..., k): log-probabilities under the teacher's full
@@ -132,8 +121,7 @@ def topk_divergence_loss(
     temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
         are those of the k + 1 outcomes. chunk_bytes: as in `linear_divergence_loss`. A masked token may hold
         anything, in the student, the teacher and the ids.
-    num_valid: as in `linear_divergence_loss`. On the CPU masked tokens leave before any work and cost nothing; on a
-        GPU, where finding them would wait for it, and under torch.compile, only where num_valid tells how many stay.
+    num_valid: as in `linear_divergence_loss`. Masked tokens cost nothing but, from logits, zeros in their gradient.
 
     The teacher's tail has the mass that the k leave, and at least 2⁻²⁴: fp32 log-probabilities know it no better.
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
@@ -161,7 +149,7 @@ def topk_divergence_loss(
     spec = make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
     check_chunk_bytes(chunk_bytes)
     student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
-    mask_N, scale_N = row_factor(student, teacher_logprobs, mask, weight, reduction, num_tokens)
+    mask_N, scale_N = row_factor(student, student, mask, weight, reduction, num_tokens)
     check_num_valid(mask_N, num_valid)
     k = teacher_logprobs.shape[-1]
     tail = tail and k < V
@@ -173,10 +161,11 @@ def topk_divergence_loss(
     _check_mass(known if mask_N is None else known.masked_fill(~mask_N[:, None], -torch.inf))
     ids = ids.long().masked_fill(absent, -1)
     _check_distinct("teacher_ids", ids, V)
-    known = known.to(wide(known))
     if tail:
-        rest = (-torch.expm1(known.double().logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
-        known = torch.cat([known, rest.log().to(known.dtype)], -1)
+        known = known.double()
+        rest = (-torch.expm1(known.logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
+        known = torch.cat([known, rest.log()], -1)
+    known = known.to(wide(student))
     numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
     run, rows, dtype = _rows, as_rows(student), torch.float32
     if student_weight is not None:

@@ -197,6 +197,15 @@ def test_repeated_ids():
     assert ops.repeated_id(ids, 9) == 5
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_ids_beyond_the_vocabulary(implementation):
+    """Of which compiled code learns only here."""
+    known, ids = teacher(2, 100, 3)
+    ids[1, 2] = 100
+    with pytest.raises(IndexError, match="below 100, got 100"):
+        run(implementation, logits(2, 100), ids, known)
+
+
 def test_no_rows():
     nothing = torch.empty(0, 10)
     for implementation in IMPLEMENTATIONS:

@@ -127,6 +127,16 @@ def test_what_is_no_token_masked_or_minus_infinity():
 
 
 @needs_kernels
+@pytest.mark.skipif(ON_GPU, reason="ends the context")
+def test_ids_beyond_the_vocabulary():
+    """On a GPU an assertion, after which nothing else would run."""
+    known, ids = teacher(2, 100, 3)
+    ids[1, 2] = 100
+    with pytest.raises(RuntimeError, match="below 100"):
+        run(logits(2, 100), ids, known)
+
+
+@needs_kernels
 def test_no_rows():
     loss, grad, stats = run(logits(0, 10), torch.empty(0, 3, dtype=torch.long, device=DEVICE), logits(0, 4))
     assert loss.shape == (0,) and grad.shape == (0, 10) and stats.shape == (3, 0)
