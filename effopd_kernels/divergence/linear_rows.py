@@ -249,9 +249,8 @@ def linear_divergence_rows(
 
             return tiles
 
-        student, wide = (student_hidden, student_weight, student_bias), torch.promote_types(t_dtype, torch.float32)
-        budgets = chunk_bytes * 3 // 4, chunk_bytes
-        return _linear_rows(student, V, tokens, compare, dtype, logits_dtype, budgets, needs, with_stats, wide)
+        student, budgets = (student_hidden, student_weight, student_bias), (chunk_bytes * 3 // 4, chunk_bytes)
+        return _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budgets, needs, with_stats)
 
 
 def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
@@ -268,12 +267,15 @@ def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
 
             return whole
 
-        wide = torch.promote_types(torch.float32 if known is None else known.dtype, torch.float32)
-        student, budgets = (hidden, weight, bias), (chunk_bytes, chunk_bytes)
-        return _linear_rows(student, V, tokens, compare, dtype, None, budgets, needs, with_stats, wide)
+        student, budgets, t_dtype = (
+            (hidden, weight, bias),
+            (chunk_bytes, chunk_bytes),
+            dtype if known is None else known.dtype,
+        )
+        return _linear_rows(student, V, tokens, compare, dtype, None, t_dtype, budgets, needs, with_stats)
 
 
-def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, budgets, needs, with_stats, loss_dtype):
+def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budgets, needs, with_stats):
     """Rows of logits of the student's hidden states and head, a chunk at a time, and what becomes of their gradients.
 
     compare(chunk_rows, bytes left): a function of (chunk, its logits) that overwrites these by the gradient and yields
@@ -289,7 +291,7 @@ def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, budgets, need
     chunks = pieces(n, budgets[0] // row_bytes)
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
 
-    loss = torch.zeros(n, device=device, dtype=torch.promote_types(s_dtype, loss_dtype))
+    loss = torch.zeros(n, device=device, dtype=_loss_dtype(s_dtype, t_dtype))
     stats = loss.new_zeros(3, n) if with_stats else loss.new_empty(0)
     acc_dtype = torch.promote_types(dtype, torch.float32)
     grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
@@ -332,6 +334,10 @@ def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype
     return grad
 
 
+def _loss_dtype(s_dtype: torch.dtype, t_dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(s_dtype, t_dtype), torch.float32)
+
+
 def _summed_dtype(parameter: Tensor) -> torch.dtype:
     """Of a gradient summed over tokens: fp32 for fp16, which it may leave until backward divides by their number."""
     return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
@@ -341,9 +347,9 @@ torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd"
 torch.library.impl("effopd::linear_topk_rows", "CompositeExplicitAutograd", linear_topk_rows)
 
 
-def _fake(student, loss_dtype, grad_h, grad_w, grad_b, with_stats):
+def _fake(student, s_dtype, t_dtype, grad_h, grad_w, grad_b, with_stats):
     hidden, weight, bias = student
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(loss_dtype, torch.float32))
+    loss = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(s_dtype, t_dtype))
     return (
         loss,
         hidden.new_empty(hidden.shape if grad_h else 0),
@@ -356,12 +362,12 @@ def _fake(student, loss_dtype, grad_h, grad_w, grad_b, with_stats):
 @torch.library.register_fake("effopd::linear_divergence_rows")
 def _(student_hidden, student_weight, student_bias, *args):
     *_, student_dtype, teacher_dtype, logits_dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    dtype = logits_dtype or torch.promote_types(student_dtype, teacher_dtype)
-    return _fake((student_hidden, student_weight, student_bias), dtype, grad_h, grad_w, grad_b, with_stats)
+    dtypes = logits_dtype or student_dtype, logits_dtype or teacher_dtype
+    return _fake((student_hidden, student_weight, student_bias), *dtypes, grad_h, grad_w, grad_b, with_stats)
 
 
 @torch.library.register_fake("effopd::linear_topk_rows")
 def _(hidden, weight, bias, ids, known, *args):
     *_, dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    dtype = dtype if known is None else torch.promote_types(dtype, known.dtype)
-    return _fake((hidden, weight, bias), dtype, grad_h, grad_w, grad_b, with_stats)
+    dtypes = dtype, dtype if known is None else known.dtype
+    return _fake((hidden, weight, bias), *dtypes, grad_h, grad_w, grad_b, with_stats)
