@@ -46,7 +46,7 @@ INLINE void exp2_(const vf (&x)[K], vf (&e)[K]) {
     EACH r[k] = x[k] - (shifted[k] - 0x1.8p23f);
     EACH p[k] = splat(0.0013264700f);
     horner({0.0096715339f, 0.0555073400f, 0.2402224176f, 0.6931469774f, 1.0f}, r, p);
-    EACH e[k] = x[k] < -125.0f ? vf{} : from_bits(bits(p[k]) + (bits(shifted[k]) << 23));
+    EACH e[k] = x[k] < -125.0f ? vf{} : from_bits((vi)((vu)p[k] + ((vu)shifted[k] << 23)));
 #endif
 }
 

@@ -56,7 +56,7 @@ INLINE vf rest_of(vf x, const int dtype) {
 INLINE void take(vf x, const int dtype, int64_t line, int64_t place, Rests& to) {
     const vf rest = rest_of(x, dtype);
 #if X86_LEVEL >= 4
-    unsigned some = _mm512_cmp_ps_mask((__m512)rest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    uint16_t some = _mm512_cmp_ps_mask((__m512)rest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
 #else
     unsigned some = _mm256_movemask_ps(_mm256_cmp_ps((__m256)rest, _mm256_setzero_ps(), _CMP_NEQ_UQ));
 #endif

@@ -293,7 +293,7 @@ static void products_in(const Products& p) {
         block.out_dtype = kind == kFloats ? kFloat32 : kind == kHalves ? kBFloat16 : kInt16;
         // What needs no subtraction, no rounding and no row more is read where it lies.
         const bool there = !paired && x.x_dtype == kFloat32 && !x.b && x.scale == 1 && !p.statistics && !p.by_column &&
-                           rows == even_rows && (!p.places || m % kLanes == 0);
+                           rows == even_rows && m == even_m && (!p.places || m % kLanes == 0);
         if (!there) write_lines(block, sums, p.statistics && kind != kIntegers, p.full);
 
         if (paired) {

@@ -95,7 +95,7 @@ INLINE void put(char* p, vf x, bool stream) {
 #elif X86_LEVEL == 3
     if (stream) return _mm256_stream_ps((float*)p, (__m256)x);
 #endif
-    *(vf_any*)p = x;
+    *(vi_any*)p = (vi)x;  // of which pairs of bf16 lie at any even address
 }
 
 // bf16 by turns, from its halves rounded in the upper bits.
