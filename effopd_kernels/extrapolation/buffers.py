@@ -11,7 +11,7 @@ PLACES = ("device", "host", "disk")
 
 
 @torch.inference_mode(False)  # the caller's may be on, and its tensors could not be written to outside of it
-def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLike | None = None) -> list[Tensor]:
+def allocate(like: Mapping[str, Tensor], place: str, directory: str | os.PathLike[str] | None = None) -> list[Tensor]:
     """Uninitialised tensors of the shapes and dtypes of `like`.
 
     place: "device" (the one each tensor is on), "host" (pinned where there is CUDA) or "disk": one file in `directory`,

@@ -36,7 +36,7 @@ class CheckpointError(RuntimeError):
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     anchor: Mapping[str, Tensor],
     scalars: dict,
     ranks: Ranks,
@@ -80,7 +80,7 @@ def save(
 
 
 def load(
-    directory: str | os.PathLike, ranks: Ranks, parts: Mapping[str, Part] | None = None
+    directory: str | os.PathLike[str], ranks: Ranks, parts: Mapping[str, Part] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """This rank's part of the anchor, whoever saved it, and the scalars; every rank calls it.
 
@@ -150,13 +150,13 @@ def _parts(file) -> dict[str, Part]:
     return {name: Part(offset, shapes[name], whole) for name, (offset, whole) in json.loads(noted).items()}
 
 
-def check(directory: str | os.PathLike) -> None:
+def check(directory: str | os.PathLike[str]) -> None:
     """Verify a saved state, all shards of it; `CheckpointError` names what is missing, truncated or altered."""
     for shard in _index(Path(directory))["shards"]:
         _check_intact(Path(directory), shard)
 
 
-def newest_intact(directories: Iterable[str | os.PathLike]) -> Path | None:
+def newest_intact(directories: Iterable[str | os.PathLike[str]]) -> Path | None:
     """The first of directories (newest first) that passes `check`; those that do not are named in a warning. TypeError
     for what is no sequence of directories, as a single one."""
     if not isinstance(directories, Iterable) or isinstance(directories, (str, bytes)):

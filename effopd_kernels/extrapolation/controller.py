@@ -112,7 +112,7 @@ class EffOPDController:
         optimizer_policy: Literal["keep", "reset"] = "keep",
         masters: Mapping[str, Tensor] | None = None,
         anchor_device: Literal["device", "host", "disk"] = "device",
-        anchor_dir: str | os.PathLike | None = None,
+        anchor_dir: str | os.PathLike[str] | None = None,
         on_weights_changed: Callable[[], None] | None = None,
         process_group=None,
         report_s: float = 60.0,
@@ -170,8 +170,8 @@ class EffOPDController:
             refuse_steps_in_backward(self.weights.trained())
         self.weights.holders = self.ranks.agree_on_moving(self.weights.names, self.weights.still)
         self.events: list[EffOPDEvent] = []
-        self.val_tokens = 0  # over the run
-        self.last_step = 0  # of the last event
+        self.val_tokens: int = 0  # over the run
+        self.last_step: int = 0  # of the last event
         # Only the next step resets: engines that load a checkpoint expect a state of every parameter in it.
         self.reset_due = False
         if optimizer_policy == "reset":
@@ -256,7 +256,7 @@ class EffOPDController:
         self.events, self.last_step, self.val_tokens = events, last_step, val_tokens
         self.reset_due = scalars.get("reset_due", False) and self.optimizer_policy == "reset"
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the state to a directory that all ranks share, atomically; every rank calls it (see `checkpoint`).
 
         Each rank of a sharded student writes its own part; nothing is gathered. Of a student that every rank holds
@@ -280,7 +280,7 @@ class EffOPDController:
                 )
             checkpoint.save(directory, **self.state_dict(), ranks=self.ranks, parts=self.weights.parts)
 
-    def load(self, directory: str | os.PathLike) -> None:
+    def load(self, directory: str | os.PathLike[str]) -> None:
         """Continue from `save`; every rank calls it, and reads what it holds itself.
 
         The number of ranks and the sharding (FSDP2, HSDP, tensor parallel, none) may be others than when it was saved:

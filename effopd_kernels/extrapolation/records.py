@@ -24,7 +24,7 @@ class Scores:
     tokens: tokens generated to get them. seconds: how long it took; None lets the controller's clock tell.
     """
 
-    values: Sequence[float]
+    values: Sequence[float] | Tensor
     tokens: int = 0
     seconds: float | None = None
 

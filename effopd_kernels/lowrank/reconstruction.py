@@ -24,7 +24,7 @@ def low_rank_update(
     *,
     rank: int | None = None,
     tail: int | None = None,
-    alpha: float = 1.0,
+    alpha: float | Tensor = 1.0,
     match_norm: float | Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:

@@ -60,7 +60,7 @@ class EffOPDCallback(TrainerCallback):
         self,
         score_fn: Callable[[], Any] | None,
         *,
-        log: Callable[[dict[str, float | str]], None] | None = None,
+        log: Callable[[dict[str, Any]], object] | None = None,
         **controller_args: Any,
     ):
         inspect.signature(EffOPDController).bind(None, score_fn, optimizer=None, **controller_args)
