@@ -17,11 +17,14 @@ collect_ignore = [path for path, names in MISSING.items() if names]
 # A shell starts background jobs with SIGINT ignored, which the processes of tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A minute or two each: left for the end, they would keep one core while the others have nothing to do.
+# Up to a minute each: left for the end, they would keep one core while the others have nothing to do.
 LONG = {
     f"test_{name}.py"
-    for name in ("aot", "checkpoint", "cli", "demo", "distributed", "interventions", "trainer", "triton")
-}
+    for name in (
+        "aot", "callback", "checkpoint", "citizenship", "cli", "demo", "distributed", "examples", "interventions",
+        "sharded", "trainer", "triton",
+    )
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

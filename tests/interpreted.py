@@ -16,6 +16,22 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
+if INTERPRETING:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    whole_call, modules = InterpretedFunction.__call__, set()
+
+    def call_from_a_kernel(self, *args, **kwargs):
+        """Triton puts its interpreter in the place of triton.language at every launch, and again wherever one jitted
+        function calls another. The first call into a module may need that; by all others nothing is left to put."""
+        if self.fn.__module__ in modules:
+            return self.rewrite()(*args, **kwargs)
+        modules.add(self.fn.__module__)
+        return whole_call(self, *args, **kwargs)
+
+    if hasattr(InterpretedFunction, "rewrite"):
+        InterpretedFunction.__call__ = call_from_a_kernel  # half of the time of the row kernel's tests
+
 needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETING), reason="runs in the interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 

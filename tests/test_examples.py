@@ -56,7 +56,7 @@ def own_loop(folder, ranks, capsys):
         runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](flags)
         said = capsys.readouterr().out
     else:
-        done = torchrun(EXAMPLES / "own_loop.py", *flags, ranks=ranks)
+        done = torchrun(EXAMPLES / "own_loop.py", *flags)
         assert done.returncode == 0, done.stderr[-2000:]
         said = done.stdout
     return (folder / "student/model.safetensors").read_bytes(), said

@@ -16,9 +16,9 @@ import torch.distributed as dist
 TESTS = Path(__file__).parent
 
 
-def torchrun(*script, ranks: int = 2, timeout: float = 280) -> subprocess.CompletedProcess:
-    """`script` with its arguments on `ranks` processes, one thread each, `tests` importable; one needs no launcher."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+def torchrun(*script, timeout: float = 280) -> subprocess.CompletedProcess:
+    """`script` with its arguments on two processes, one thread each, `tests` importable."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     command = [sys.executable, *launcher, __file__, *map(str, script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)

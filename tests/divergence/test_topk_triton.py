@@ -24,7 +24,10 @@ def test_in_interpreter():
 def small_slices(monkeypatch):
     """The interpreter crosses slices, tiles and blocks of ids with short rows; a GPU runs what is shipped."""
     if not ON_GPU:
-        launch = triton_kernels.LAUNCH["sm_90"]._replace(slice=8192, resident=3)
+        launch = triton_kernels.LAUNCH["sm_90"]._replace(
+            lanes=8, loads=32, slice=8192, resident=3
+        )  # see test_triton.py
+        monkeypatch.setattr(triton_kernels, "UNALIGNED_LOADS", 128)
         for module in (triton_topk, triton_kernels):
             monkeypatch.setattr(module, "launch_for", lambda device: (launch, 2))
         monkeypatch.setattr(triton_topk, "BLOCK", 16)

@@ -32,9 +32,11 @@ def test_in_interpreter():
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    """The interpreter crosses slices and tiles with short rows; a GPU runs what is shipped."""
+    """The interpreter crosses slices and tiles with short rows; a GPU runs what is shipped. Tiles are as large
+    as there, of fewer lanes that load more each: the interpreter adds up lanes one after the other, in Python."""
     if not ON_GPU:
-        launch = triton_kernels.LAUNCH["sm_90"]._replace(slice=8192, resident=3)
+        launch = triton_kernels.LAUNCH["sm_90"]._replace(lanes=8, loads=32, slice=8192, resident=3)
+        monkeypatch.setattr(triton_kernels, "UNALIGNED_LOADS", 128)
         monkeypatch.setattr(triton_kernels, "launch_for", lambda device: (launch, 2))
 
 

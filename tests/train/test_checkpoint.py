@@ -3,12 +3,9 @@
 import errno
 import json
 import logging
-import os
+import multiprocessing
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,46 +18,44 @@ from transformers import TrainerCallback
 from effopd_kernels.train import OPDConfig, UserError, cli, output_dir, run
 from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
 from effopd_kernels.train.output_dir import LOCK_NAME, acquire, release
+from train import checkpoint_run
 from train import world as tiny
 from train.world import make_trainer
 
-HERE = Path(__file__).parent
-RUN = """
-import sys
-from pathlib import Path
-from train.world import make_trainer
-world, out, resume = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "resume"
-config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-trainer = make_trainer(world, out, config=config)
-trainer.train(resume_from_checkpoint=resume and any(out.glob("checkpoint-*")))
-trainer.save_model()
-"""
 
+@pytest.fixture
+def start(monkeypatch):
+    """Starts runs, which a process forks that has imported once what all of them need: that takes longer than a run."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["effopd_kernels.train", checkpoint_run.__name__])
 
-def start(world, out, how):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    out.mkdir(exist_ok=True)
-    with open(out / "stderr.txt", "w") as stderr:
-        command = [sys.executable, "-c", RUN, world, out, how]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    def start(*args):
+        process = context.Process(target=checkpoint_run.run, args=args)
+        process.start()
+        return process
+
+    return start
 
 
 def finish(process, out):
-    assert process.wait(timeout=200) == 0, (out / "stderr.txt").read_text()[-2000:]
+    process.join(200)
+    assert process.exitcode == 0, (out / "said.txt").read_text()[-2000:]
 
 
-def test_killed_at_any_moment_the_resumed_run_is_the_same(world, tmp_path):
-    whole, out = start(world, tmp_path / "whole", "afresh"), tmp_path / "killed"
+def test_killed_at_any_moment_the_resumed_run_is_the_same(world, tmp_path, start):
+    whole, out = start(world, tmp_path / "whole", False), tmp_path / "killed"
     for lines in (2, 5):  # killed twice: after that many records, wherever the process then is
-        process = start(world, out, "resume")
+        process = start(world, out, True)
         metrics, deadline = out / "metrics.jsonl", time.monotonic() + 100
-        while time.monotonic() < deadline and process.poll() is None:
+        while time.monotonic() < deadline and process.is_alive():
             if metrics.is_file() and metrics.read_text().count("\n") >= lines:
                 break
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finish(start(world, out, "resume"), out)
+        process.kill()
+        process.join()
+    finish(start(world, out, True), out)
     finish(whole, tmp_path / "whole")
     expected, got = (load_file(p / "model.safetensors") for p in (tmp_path / "whole", out))
     assert expected.keys() == got.keys()

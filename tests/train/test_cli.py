@@ -324,20 +324,28 @@ def broken_worlds(world, tmp):
 
 
 @pytest.fixture(scope="module")
-def refused(world, tmp_path_factory):
+def driven(world, tmp_path_factory):
+    """(The folder, the cases, and what the command did for each of them and then for two calls for help.)"""
     tmp = tmp_path_factory.mktemp("broken")
     cases = broken_worlds(world, tmp)
+    calls = [*([str(a) for a in argv] for argv, _ in cases.values()), ["--help"], ["--help_all"]]
     run = subprocess.run(
         [sys.executable, HERE / "cli_driver.py"],
-        input=json.dumps([[str(a) for a in argv] for argv, _ in cases.values()]),
+        input=json.dumps(calls),
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
         timeout=240,
     )
     results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"code"')]
-    assert len(results) == len(cases), run.stderr[-2000:]
-    return tmp, {name: (result, says) for (name, (_, says)), result in zip(cases.items(), results, strict=True)}
+    assert len(results) == len(calls), run.stderr[-2000:]
+    return tmp, cases, results
+
+
+@pytest.fixture(scope="module")
+def refused(driven):
+    tmp, cases, results = driven
+    return tmp, {name: (result, says) for (name, (_, says)), result in zip(cases.items(), results[:-2], strict=True)}
 
 
 CASES = [
@@ -569,12 +577,8 @@ def test_without_the_extra_the_command_says_what_to_install():
     assert (run.returncode, run.stderr) == (2, said)
 
 
-def test_help_is_readable(world):
-    run = subprocess.run(
-        [sys.executable, HERE / "cli_driver.py"],
-        input=json.dumps([["--help"], ["--help_all"]]), capture_output=True, text=True, env=ENVIRONMENT, timeout=120,
-    )  # fmt: skip
-    short, full = (json.loads(line) for line in run.stdout.splitlines())
+def test_help_is_readable(driven):
+    short, full = driven[2][-2:]
     assert short["code"] == full["code"] == 0
     assert len(short["stdout"].splitlines()) < 200 < len(full["stdout"].splitlines())
     for text in short["stdout"], full["stdout"]:
