@@ -260,19 +260,12 @@ def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
         tokens = _tokens(len(hidden), mask, num_valid)
         ids, known, row_scale = map(tokens.kept, (ids, known, row_scale))
 
-        def compare(*_):
-            def whole(chunk: slice, logits: Tensor):
-                per_token = (None if x is None else x[chunk] for x in (ids, known, tokens.valid, row_scale))
-                yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs), with_stats)
+        def whole(chunk: slice, logits: Tensor):
+            per_token = (None if x is None else x[chunk] for x in (ids, known, tokens.valid, row_scale))
+            yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs), with_stats)
 
-            return whole
-
-        student, budgets, t_dtype = (
-            (hidden, weight, bias),
-            (chunk_bytes, chunk_bytes),
-            dtype if known is None else known.dtype,
-        )
-        return _linear_rows(student, V, tokens, compare, dtype, None, t_dtype, budgets, needs, with_stats)
+        student, budgets = (hidden, weight, bias), (chunk_bytes, chunk_bytes)
+        return _linear_rows(student, V, tokens, lambda *_: whole, dtype, None, dtype, budgets, needs, with_stats)
 
 
 def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budgets, needs, with_stats):
@@ -367,7 +360,6 @@ def _(student_hidden, student_weight, student_bias, *args):
 
 
 @torch.library.register_fake("effopd::linear_topk_rows")
-def _(hidden, weight, bias, ids, known, *args):
+def _(hidden, weight, bias, *args):
     *_, dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    dtypes = dtype, dtype if known is None else known.dtype
-    return _fake((hidden, weight, bias), *dtypes, grad_h, grad_w, grad_b, with_stats)
+    return _fake((hidden, weight, bias), dtype, dtype, grad_h, grad_w, grad_b, with_stats)

@@ -8,6 +8,7 @@ other device or dtype, or a backend that is not there: the reference. The ops th
 public functions are.
 """
 
+import itertools
 import math
 
 import torch
@@ -34,27 +35,36 @@ for name, args in (("divergence_rows", f"Tensor teacher, {ARGS}"), ("topk_rows",
 torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
+_BLOCK = {True: 1 << 20, False: 256 << 20}  # bytes of logits in fp64 that the reference takes at a time; on a CPU, else
 _KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
-def _written(found, shape, grad_out, with_stats):
-    """What the reference found, the gradient put where it is wanted."""
-    loss, grad, stats = found
-    if grad_out is not None:
-        grad_out.data.copy_(grad.view(shape))  # .data, since a raised version takes a view out of its graph
-    return loss, stats if with_stats else loss.new_empty(0)
+def _by_blocks(definition, logits, per_row, numbers, grad_out, with_stats):
+    """`definition` of a few rows at a time, of which it holds a dozen copies."""
+    *logits, out = (x if x is None or x.ndim == 3 else x.unsqueeze(0) for x in (*logits, grad_out))
+    B, T, V = logits[0].shape
+    step, found = max(_BLOCK[logits[0].device.type == "cpu"] // (8 * max(V, 1)), 1), []
+    for sequence, start in itertools.product(range(B), range(0, max(T, 1), step)):
+        rows, at = slice(start, min(start + step, T)), sequence * T
+        own = (x if x is None else x[at + rows.start : at + rows.stop] for x in per_row)
+        loss, grad, stats = definition(
+            *(x[sequence, rows] for x in logits), *own, *numbers, with_grad=out is not None, with_stats=with_stats
+        )
+        if out is not None:
+            out.data[sequence, rows] = grad  # .data, since a raised version takes a view out of its graph
+        found.append((loss, loss.new_empty(0) if stats is None else stats))
+    loss, stats = zip(*found, strict=True)
+    return torch.cat(loss), torch.cat(stats, -1)
 
 
-def _reference(student, teacher, *args, grad_out, with_stats):
-    rows = (logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher))
-    found = reference.divergence_rows(*rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
-    return _written(found, student.shape, grad_out, with_stats)
+def _reference(student, teacher, mask, row_scale, *numbers, grad_out, with_stats):
+    rows = (student, teacher), (mask, row_scale), numbers
+    return _by_blocks(reference.divergence_rows, *rows, grad_out, with_stats)
 
 
-def _topk_reference(student, *args, grad_out, with_stats):
-    rows = student.reshape(-1, student.shape[-1])
-    found = reference.topk_rows(rows, *args, with_grad=grad_out is not None, with_stats=with_stats)
-    return _written(found, student.shape, grad_out, with_stats)
+def _topk_reference(student, ids, known, mask, row_scale, *numbers, grad_out, with_stats):
+    rows = (student,), (ids, known, mask, row_scale), numbers
+    return _by_blocks(reference.topk_rows, *rows, grad_out, with_stats)
 
 
 def _address(tensor: Tensor | None) -> int:

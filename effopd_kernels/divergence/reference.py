@@ -116,8 +116,8 @@ def topk_rows(
     with_stats: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `divergence_rows`, of the vocabulary in buckets: the k entries `ids`, of which a negative one is none, and
-    with a tail all others as one more; known (N, k + tail) are the teacher's log-probabilities of these. None: instead
-    of a divergence the log-probability of ids (N, 1), with a tail.
+    with a tail all others as one more, which else take no part; known (N, k + tail) are the teacher's log-probabilities
+    of these. None: instead of a divergence the log-probability of ids (N, 1), with a tail and without stats.
 
     The others are summed for themselves: 1 less the sum of the k cancels where these hold nearly everything.
     """
@@ -126,9 +126,11 @@ def topk_rows(
     logits = logits_NV.to(dtype)
     if mask_N is not None:
         logits = logits.masked_fill(~mask_N[:, None], 0)
-    z, slope = _transform(logits, scale, softcap, temperature)
     places = torch.where(ids_Nk < 0, V, ids_Nk)  # one past the end for what is no token
     is_known = logits.new_zeros(N, V + 1, dtype=torch.bool).scatter(1, places, True)[:, :V]
+    if not tail:  # what the others hold must not matter, and the largest of them would
+        logits = logits.masked_fill(~is_known, -math.inf)
+    z, slope = _transform(logits, scale, softcap, temperature)
     others = z.masked_fill(is_known, -math.inf)
     rest = others.logsumexp(1, keepdim=True)
     buckets = z.gather(1, ids_Nk.clamp(min=0)).masked_fill(ids_Nk < 0, -math.inf)

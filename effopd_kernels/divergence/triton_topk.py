@@ -235,7 +235,7 @@ def launch_topk_rows(
     if N == 0:
         empty = torch.empty(0, dtype=torch.float32, device=device)
         return empty, empty.new_empty((3, 0) if with_stats else 0)
-    ids = ids.contiguous()
+    ids = (ids if mask is None else ids.masked_fill(~mask[:, None], -1)).contiguous()
     mask = None if mask is None else mask.contiguous()
     launch, _ = launch_for(device)
     T = T if sequences else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import wide
 from ..native import DTYPES, native
+from . import reference
 from .shards import PLAIN
 
 # How the kernel reads a list of tensors, at a tenth of what their attributes take in Python (csrc/tensors.h).
@@ -88,6 +89,28 @@ def _write(param, anchor, current, alpha, master) -> None:
     else:
         dtype = wide(anchor, current)
         param.copy_(torch.lerp(anchor.to(dtype), current.to(dtype), alpha))
+
+
+def extrapolate_forward(w0: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """`reference.extrapolate_forward`: in one pass, or of 16 bits, to which `torch.add` would round alpha too, block by
+    block while the block is in cache.
+    """
+    dtype, alpha = wide(w0, delta), alpha.item()
+    if w0.dtype == delta.dtype == dtype:
+        return torch.add(w0, delta, alpha=alpha).contiguous()
+    out = torch.empty_like(w0, memory_format=torch.contiguous_format)
+    for o, w, d in zip(*(t.reshape(-1).split(BLOCK) for t in (out, w0, delta)), strict=True):
+        o.copy_(torch.add(w.to(dtype), d.to(dtype), alpha=alpha))
+    return out
+
+
+def extrapolate_backward(grad: Tensor, delta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.extrapolate_backward`, the sum block by block while the block is in cache."""
+    if grad.dtype != delta.dtype:
+        return reference.extrapolate_backward(grad, delta, alpha)
+    dtype, blocks = wide(grad), zip(*(t.reshape(-1).split(BLOCK) for t in (grad, delta)), strict=True)
+    total = sum((g.to(dtype) * d.to(dtype)).sum().item() for g, d in blocks)
+    return torch.mul(grad, alpha.item()).contiguous(), alpha.new_tensor(total)
 
 
 def _in_blocks(param, anchor, current, alpha, master) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
 """torch.library ops of this idea, and which backend serves which device.
 
 effopd::extrapolate_          a list of tensors in place: CUDA one Triton launch per dtype mix, CPU one C++ call
-effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA Triton, elsewhere the reference
+effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA Triton, CPU PyTorch's one pass
 effopd::extrapolate_backward  its two reductions in one pass
 """
 
@@ -25,6 +25,8 @@ LIBRARY.impl("extrapolate_", reference.extrapolate_, "CompositeExplicitAutograd"
 LIBRARY.impl("extrapolate_", cpu.extrapolate_, "CPU")
 LIBRARY.impl("extrapolate", reference.extrapolate_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("extrapolate_backward", reference.extrapolate_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("extrapolate", cpu.extrapolate_forward, "CPU")
+LIBRARY.impl("extrapolate_backward", cpu.extrapolate_backward, "CPU")
 
 
 def _triton_in_place(params, anchors, currents, alphas, masters, with_stats):

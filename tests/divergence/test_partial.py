@@ -308,6 +308,58 @@ def test_a_promised_number_of_tokens_stands_for_a_look_at_the_mask(num_valid, re
     torch.testing.assert_close(results[1::2], results[::2])
 
 
+def test_promised_tokens_in_chunks_and_the_head_s_gradient():
+    """More than there are: the absent ones stand in chunks of their own, on hidden states that are NaN."""
+    _, known, ids = teacher(5)
+    kept = torch.arange(N) % 3 == 1
+    hidden, head = random(N, D), random(V, D, seed=4)
+    hidden[~kept], known[~kept], ids[~kept] = torch.nan, torch.nan, -100
+    results = []
+    for options in ({}, {"num_valid": 5, "chunk_bytes": V * 8}):
+        leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+        loss, stats = topk_divergence_loss(
+            leaves[0], known, ids, student_weight=leaves[1], mask=kept, reduction="none", return_stats=True, **options
+        )
+        results.append((loss, *stats, *torch.autograd.grad(loss.sum(), leaves)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("call", ["topk", "token"])
+def test_chunks_are_as_large_as_chunk_bytes(call, monkeypatch):
+    projected, project = [], linear_rows.project
+    monkeypatch.setattr(linear_rows, "project", lambda out, *rest: (projected.append(len(out)), project(out, *rest)))
+    _, known, ids = teacher(5)
+    options = {"chunk_bytes": 2 * V * 8}  # two rows of logits in fp64
+    if call == "topk":
+        topk_divergence_loss(random(N, D), known, ids, student_weight=random(V, D), **options)
+    else:
+        linear_token_logprobs(random(N, D), random(V, D), ids[:, 0], **options)
+    assert projected == [2] * (N // 2)
+
+
+def test_absent_tokens_leave_the_first_alone():
+    """Whose index those repeat that were promised but are not there."""
+    _, known, ids = teacher(5)
+    options = {"student_weight": random(V, D), "mask": torch.arange(N) < 2, "reduction": "none"}
+    found = topk_divergence_loss(random(N, D), known, ids, num_valid=4, **options)
+    assert found[0] > 0
+    torch.testing.assert_close(found, topk_divergence_loss(random(N, D), known, ids, **options))
+
+
+def test_the_teacher_s_tail():
+    """What the k leave, from their own digits, fp64 or not; and at least 2⁻²⁴."""
+    student = random(1, V)
+    for known in (torch.tensor([[0.0]]), torch.tensor([[-1e-5]]).log1p(), torch.tensor([[-1e-6]], dtype=torch.float64)):
+        log_q = buckets(oracle.log_probs(student), torch.tensor([[7]]))
+        rest = (-torch.expm1(known.double())).clamp(min=2.0**-24).log()
+        log_p = torch.cat([known.double(), rest], 1).log_softmax(1)
+        found = topk_divergence_loss(student, known, torch.tensor([[7]]))
+        torch.testing.assert_close(found, oracle.reverse_kl(log_q, log_p).mean(), rtol=1e-12, atol=0.0)
+    known = torch.log_softmax(random(1, 20, dtype=torch.float32), -1) - 1e-6
+    found, exact = (topk_divergence_loss(random(1, V), x, torch.arange(20)[None]) for x in (known, known.double()))
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0.0)
+
+
 def test_no_tokens_at_all():
     hidden, head = random(2, 0, D).requires_grad_(), random(V, D).requires_grad_()
     ids = torch.zeros(2, 0, 3, dtype=torch.long)

@@ -190,6 +190,84 @@ def test_stored_past_the_caches(implementation, dtype):
         torch.testing.assert_close(grad[row], grad_alone, rtol=torch.finfo(dtype).eps, atol=0.0)
 
 
+@every_implementation
+@every_route
+@pytest.mark.parametrize("shift", [-500.0, 1000.0, 8192.0])
+def test_a_shift_of_all_logits_does_not_matter(implementation, member, shift):
+    """Nor do sums of the others start at 0, nor known entries lose digits to where the logits lie."""
+    known, ids = teacher(3, 2500, 5)
+    check(implementation, logits(3, 2500) + shift, ids, known, member)
+    check(implementation, logits(3, 2500) + shift, ids, known[:, :5], member, tail=False)
+
+
+@every_implementation
+def test_known_entries_far_above_the_others(implementation):
+    """Keep the digits in which they differ, as no number relative to the others' sum would."""
+    known, ids = teacher(3, 2500, 5)
+    student = logits(3, 2500, spread=1.0).scatter_add(1, ids, torch.full((3, 5), 3000.0))
+    options = {"ids": ids, "known": known, "knobs": (0.7, 1.0, 0.0)}
+    loss, grad, _ = run(implementation, student, **options)
+    exact = run("reference", student.double(), **options)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad.double().gather(1, ids), exact[1].gather(1, ids), rtol=1e-4, atol=0.0)
+
+
+@every_implementation
+def test_a_step_of_200_nats(implementation):
+    """2^288 is none of fp32: where the exponent wrapped it would pass for a small negative number."""
+    known, ids = teacher(3, 2500, 5)
+    student = logits(3, 2500)
+    student[:, 1024:2048] += torch.tensor([[200.0], [400.0], [700.0]])
+    check(implementation, student, ids, known, "forward")
+
+
+@every_implementation
+def test_log_probability_of_an_unlikely_entry_and_its_upstream(implementation):
+    """Whose odds leave fp64."""
+    student, ids, scale = logits(2, 3001), torch.tensor([[5], [0]]), torch.tensor([3.0, -0.5])
+    student[0, 2000] = 2000.0
+    loss, grad, _ = run(implementation, student, ids, None, None)
+    assert_topk_accurate((loss, grad), None, student, ids, None)
+    _, scaled, _ = run(implementation, student, ids, None, None, row_scale=scale)
+    torch.testing.assert_close(scaled, grad * scale[:, None])
+
+
+@every_implementation
+def test_more_known_entries_than_a_block(implementation):
+    known, ids = teacher(2, 4097, 3000)
+    check(implementation, logits(2, 4097), ids, known, "jsd(0.3)")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("garbage", [1e6, math.inf, math.nan])
+def test_without_a_tail_the_others_do_not_matter(implementation, garbage):
+    known, ids = teacher(3, 1500, 5, tail=False)
+    student = logits(3, 1500)
+    expected = run(implementation, student, ids, known, tail=False)
+    student[torch.ones_like(student, dtype=torch.bool).scatter(1, ids, False)] = garbage
+    torch.testing.assert_close(run(implementation, student, ids, known, tail=False), expected)
+
+
+@every_implementation
+def test_strided_teachers_and_ids(implementation):
+    known, ids = teacher(4, 1100, 5)
+    mask, scale = torch.tensor([True, False, True, True]), torch.rand(4)
+    expected = run(implementation, logits(4, 1100), ids, known, mask=mask, row_scale=scale)
+    mask, scale = (torch.stack([x, x.flip(0)], 1)[:, 0] for x in (mask, scale))
+    known, ids = (x.T.contiguous().T for x in (known, ids))
+    found = run(implementation, logits(4, 1100), ids, known, mask=mask, row_scale=scale)
+    torch.testing.assert_close(found, expected)
+
+
+@every_implementation
+def test_sequences_that_lie_apart_and_a_gradient_that_does_not(implementation):
+    known, ids = teacher(6, 1100, 5)
+    student = logits(8, 1150).view(2, 4, 1150)[:, :3, 3:1103]
+    loss, grad, _ = run(implementation, student, ids, known)
+    expected = run(implementation, student.reshape(6, 1100), ids, known)
+    torch.testing.assert_close((loss, grad.view(6, 1100)), expected[:2])
+
+
 def test_repeated_ids():
     ids = torch.tensor([[3, 5, -1, -1], [5, 3, 7, 8]])
     assert ops.repeated_id(ids, 9) == -1 and ops.repeated_id(ids.expand(2, 2, 4)[0], 9) == -1

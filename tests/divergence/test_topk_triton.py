@@ -130,6 +130,43 @@ def test_what_is_no_token_masked_or_minus_infinity():
 
 
 @needs_kernels
+def test_known_entries_far_above_the_others():
+    known, ids = teacher(3, 2100, 20)
+    student = (logits(3, 2100, spread=1.0) - 3000).scatter(1, ids, logits(3, 20, spread=1.0))
+    temperature = 1 / math.log(2)  # which the kernels multiply by 1: the interpreter's fma rounds its product
+    loss, grad, _ = run(student, ids, known, knobs=(temperature, 1.0, 0.0))
+    exact = torch.empty_like(student, dtype=torch.float64)
+    divergence = MEMBERS["reverse"]
+    args = (
+        student.double(),
+        ids,
+        known,
+        None,
+        None,
+        divergence.a,
+        divergence.b,
+        divergence.pi,
+        True,
+        temperature,
+        1.0,
+        0.0,
+    )
+    exact_loss, _ = ops._topk_reference(*args, grad_out=exact, with_stats=False)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(grad.double().gather(1, ids), exact.gather(1, ids), rtol=2e-4, atol=0.0)
+
+
+@needs_kernels
+def test_strided_teachers_and_ids():
+    known, ids = teacher(4, 1100, 5)
+    mask, scale = torch.tensor([1, 0, 1, 1], device=DEVICE) > 0, logits(4).abs() + 1
+    expected = run(logits(4, 1100), ids, known, mask=mask, row_scale=scale)
+    mask, scale = (torch.stack([x, x.flip(0)], 1)[:, 0] for x in (mask, scale))
+    known, ids = (x.T.contiguous().T for x in (known, ids))
+    torch.testing.assert_close(run(logits(4, 1100), ids, known, mask=mask, row_scale=scale), expected)
+
+
+@needs_kernels
 @pytest.mark.skipif(ON_GPU, reason="ends the context")
 def test_ids_beyond_the_vocabulary():
     """On a GPU an assertion, after which nothing else would run."""
