@@ -36,21 +36,19 @@ TILE = 256  # rows that a GPU's GEMM takes at a time, at most: of 2,731 it compu
 TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not public, so it may go
 TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
-_GRADS = (
-    "bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
+_REST = (
+    "int chunk_bytes, int? num_valid, bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
     "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)"
 )
 torch.library.define(
     "effopd::linear_divergence_rows",
     "(Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     f"Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, {ops.ARGS}, "
-    "ScalarType student_dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, int chunk_bytes, int? num_valid, "
-    f"{_GRADS}",
+    f"ScalarType student_dtype, ScalarType teacher_dtype, ScalarType? logits_dtype, {_REST}",
 )
 torch.library.define(
     "effopd::linear_topk_rows",
-    f"(Tensor hidden, Tensor weight, Tensor? bias, {ops.TOPK_ARGS}, "
-    f"ScalarType dtype, int chunk_bytes, int? num_valid, {_GRADS}",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {ops.TOPK_ARGS}, ScalarType dtype, {_REST}",
 )
 
 

@@ -122,21 +122,15 @@ def assert_topk_accurate(found, member: str | None, student, ids, known, tail=Tr
     sides = [in_buckets(log_q, ids, tail)] + ([] if known is None else [known.double()])
     depth = sum(-x.masked_fill(x == -torch.inf, 0) for x in sides).amax(1)
     _within(loss, true_loss, eager_loss, 4 * EPS * (depth + 1))
-    share = log_q.exp() if tail else torch.zeros_like(log_q)
-    share = share.scatter_add(
-        1, ids.clamp(min=0), torch.where(ids < 0, 0.0, in_buckets(log_q, ids, tail).exp()[:, : ids.shape[1]])
-    )
-    if known is not None:
-        share = share + torch.zeros_like(share).scatter_add(
-            1, ids.clamp(min=0), torch.where(ids < 0, 0.0, known.double().exp()[:, : ids.shape[1]])
-        )
-        if tail:
-            share = (
-                share
-                + log_q.exp()
-                / in_buckets(log_q, ids, tail)[:, -1:].exp().clamp(min=1e-300)
-                * known.double().exp()[:, -1:]
-            )
+    k, tail_q = ids.shape[1], sides[0][:, -1:]
+
+    def on_logits(side):
+        """What a distribution over the buckets puts on each logit, the tail shared out as the student does."""
+        p = side.exp()
+        known = torch.zeros_like(log_q).scatter_add(1, ids.clamp(min=0), torch.where(ids < 0, 0.0, p[:, :k]))
+        return known + p[:, k:] * (log_q - tail_q).clamp(max=0).exp() if tail else known
+
+    share = sum(map(on_logits, sides))
     term = 4 * EPS * abs(scale) / temperature * share * (depth[:, None] - log_q.clamp(min=-1e4) + 1)
     term += torch.finfo(student.dtype).eps * true_grad.abs() + torch.finfo(student.dtype).smallest_normal
     term += 2.0**-120 * abs(scale) / temperature * depth[:, None]
