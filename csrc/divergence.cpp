@@ -110,9 +110,10 @@ void on_rows(int64_t N, int64_t V, int threads, int64_t scratch, int64_t lists, 
     void* start = memory.get();
     size_t space = (count * scratch + kLine) * sizeof(float);
     const auto aligned = static_cast<float*>(std::align(64, count * scratch * sizeof(float), start, space));
-    on_new_threads(count, [&] {
+    on_threads(count, [&] {
         const FlushToZero flush;  // where logits span 90 nats, exponentials are such; beside a sum of 2⁻¹¹ and more
         const int64_t own = started++;
+        if (own >= count) return;  // of OpenMP's threads there may be more
         run(next, aligned + scratch * own, integers.get() + lists * own);
     });
 }

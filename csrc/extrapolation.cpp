@@ -76,7 +76,7 @@ bool extrapolate(nb::handle exchange, nb::list params, nb::list anchors, nb::lis
     {
         nb::gil_scoped_release release;
         std::atomic<int64_t> next{0};
-        on_new_threads(count, [&] { run(spans, next, stats ? sums.data() : nullptr); });
+        on_threads(count, [&] { run(spans, next, stats ? sums.data() : nullptr); });
     }
     for (int64_t i = 0; stats && i < L; ++i)  // in order, whoever did the spans: the same bits each time
         for (int k = 0; k < 3; ++k) {
