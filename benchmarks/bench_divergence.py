@@ -272,7 +272,7 @@ def test_linear(benchmark, report, request, device, N, D, V, dtype):
     benchmark.pedantic(with_backward(lambda: linear_reverse_kl_loss(h, w, ht, wt), h, w), rounds=1)
 
 
-KNOWN = 20  # of the teacher's entries: what servers give at most unless told otherwise
+KNOWN = 20  # of the teacher's entries: what vLLM gives at most unless told otherwise (--max-logprobs)
 
 
 def eager_topk(s, logprobs, ids):

@@ -136,6 +136,8 @@ INLINE void stage_as(const Side& side, const char* p, int count, float* out, con
     for (int i = count; i % kStep; ++i) out[i] = -kInf;
 }
 
+static int whole_steps(int count) { return (count + kStep - 1) / kStep * kStep; }
+
 static const float* stage(const Side& side, const char* row, int64_t start, int count, float* out) {
     const char* p = row + start * size_of(side.dtype);
     const bool capped = side.pre != 0;
@@ -304,7 +306,7 @@ static Sums online(const Side& side_x, const Side& side_y, const char* row_x, co
     s.cx = side_x.c;
     s.cy = side_y.c;
     for (int64_t start = 0; start < V; start += kBlock) {
-        const int count = int(V - start < kBlock ? V - start : kBlock), padded = (count + kStep - 1) / kStep * kStep;
+        const int count = int(V - start < kBlock ? V - start : kBlock), padded = whole_steps(count);
         const Block x = block_of(side_x, row_x, start, count, x_block, as_it_lies);
         const Block y = block_of(side_y, row_y, start, count, y_block, as_it_lies);
         if (stats) x_best.add(x, start, padded), y_best.add(y, start, padded);
@@ -437,12 +439,23 @@ INLINE void through_cap(const float* tanh, float* g, int count) {
 
 // ---- a row
 
+static int64_t offset(int64_t n, int64_t T, int64_t row_bytes, int64_t sequence_bytes) {
+    return n / T * sequence_bytes + n % T * row_bytes;
+}
+
+static const char* row_of(const Side& side, int64_t n, int64_t T) {
+    return side.data + offset(n, T, side.row_bytes, side.sequence_bytes);
+}
+
+// Logits before the first whole line of what is streamed, as streams write whole lines.
+static int64_t head_of(const char* out, bool stream, int64_t size) {
+    return stream ? (64 - uintptr_t(out) % 64) % 64 / size : 0;
+}
+
 static void one_row(const Job& job, int64_t n, float* scratch) {
     const Side &student = job.student, &teacher = job.teacher;
-    const int64_t sequence = n / job.T, place = n % job.T;
-    const char* row_s = student.data + sequence * student.sequence_bytes + place * student.row_bytes;
-    const char* row_t = teacher.data + sequence * teacher.sequence_bytes + place * teacher.row_bytes;
-    char* row_g = job.grad ? job.grad + sequence * job.grad_sequence_bytes + place * job.grad_row_bytes : nullptr;
+    const char *row_s = row_of(student, n, job.T), *row_t = row_of(teacher, n, job.T);
+    char* row_g = job.grad ? job.grad + offset(n, job.T, job.grad_row_bytes, job.grad_sequence_bytes) : nullptr;
     const int64_t V = job.V, size = size_of(student.dtype);
     if (job.mask && !job.mask[n]) {
         job.loss[n] = 0;
@@ -483,10 +496,9 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     const Factors f = forward ? Factors{float(job.a * factor / s.x), float(job.a * factor / s.y), 0, 0}
                               : Factors{float(job.b * kLn2 * factor / s.x), 0, float(mean), float(floor)};
     const bool as_it_lies = job.kind != kMixture && as_they_lie(student, teacher);
-    // Streams write whole lines: the first block ends where the output's first whole line begins.
-    const int64_t head = job.stream && job.kind != kMixture ? (64 - uintptr_t(row_g) % 64) % 64 / size : 0;
+    const int64_t head = head_of(row_g, job.stream && job.kind != kMixture, size);
     for (int64_t start = 0, limit = head ? head : kBlock; start < V; start += limit, limit = kBlock) {
-        const int count = int(V - start < limit ? V - start : limit), padded = (count + kStep - 1) / kStep * kStep;
+        const int count = int(V - start < limit ? V - start : limit), padded = whole_steps(count);
         char* const out = row_g + start * size;
         if (job.kind == kMixture) {
             const float* x = stage(student, row_s, start, count, x_block);
@@ -511,10 +523,15 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
     memset(row_g + V * size, 0, (job.grad_columns - V) * size);
 }
 
-// One thread's work: rows drawn `job.grain` at a time from `next`. scratch (V rounded up to whole blocks) is for
-// mixtures.
-static void run_rows(const Job& job, std::atomic<int64_t>& next, float* scratch) {
+// row(n) for rows drawn `job.grain` at a time from `next`.
+template <class Row>
+static void each_row(const Job& job, std::atomic<int64_t>& next, Row row) {
     for (int64_t begin; (begin = next.fetch_add(job.grain)) < job.N;)
-        for (int64_t n = begin; n < job.N && n < begin + job.grain; ++n) one_row(job, n, scratch);
+        for (int64_t n = begin; n < job.N && n < begin + job.grain; ++n) row(n);
     end_stream();
+}
+
+// One thread's work. scratch (V rounded up to whole blocks) is for mixtures.
+static void run_rows(const Job& job, std::atomic<int64_t>& next, float* scratch) {
+    each_row(job, next, [&](int64_t n) { one_row(job, n, scratch); });
 }

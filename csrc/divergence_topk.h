@@ -67,8 +67,6 @@ static double sum_of(const Block& b, int count, float c, float reference) {
                                : sum_of<kBFloat16>(b.z, count, c, reference);
 }
 
-static int whole_steps(int count) { return (count + kStep - 1) / kStep * kStep; }
-
 static Others others_of(const Side& side, const char* row, const Known& known) {
     constexpr float kLag = kBlock;  // see `online`
     alignas(64) float copy[kBlock];
@@ -187,9 +185,9 @@ static void spread(const TopkJob& job, int64_t n, const char* row, char* out, co
 }
 
 static void one_topk_row(const TopkJob& job, int64_t n, float* scratch, int32_t* lists) {
-    const int64_t sequence = n / job.T, place = n % job.T, size = size_of(job.logits.dtype);
-    const char* const row = job.logits.data + sequence * job.logits.sequence_bytes + place * job.logits.row_bytes;
-    char* const out = job.grad ? job.grad + sequence * job.sequence_bytes + place * job.row_bytes : nullptr;
+    const int64_t size = size_of(job.logits.dtype);
+    const char* const row = row_of(job.logits, n, job.T);
+    char* const out = job.grad ? job.grad + offset(n, job.T, job.row_bytes, job.sequence_bytes) : nullptr;
     if (job.job.mask && !job.job.mask[n]) {
         one_row(job.job, n, scratch);
         if (out) memset(out, 0, job.V * size);
@@ -201,13 +199,10 @@ static void one_topk_row(const TopkJob& job, int64_t n, float* scratch, int32_t*
     if (job.job.kind == kToken) one_token(job.job, job.buckets + 2 * n, n);
     else one_row(job.job, n, scratch);
     if (!out) return;
-    const int64_t head = job.stream ? (64 - uintptr_t(out) % 64) % 64 / size : 0;
-    spread(job, n, row, out, Known(ids, job.k, job.V, head, lists), others);
+    spread(job, n, row, out, Known(ids, job.k, job.V, head_of(out, job.stream, size), lists), others);
 }
 
 // One thread's work, as `run_rows`. lists: int32, for `Known`.
 static void run_topk_rows(const TopkJob& job, std::atomic<int64_t>& next, float* scratch, int32_t* lists) {
-    for (int64_t begin; (begin = next.fetch_add(job.job.grain)) < job.job.N;)
-        for (int64_t n = begin; n < job.job.N && n < begin + job.job.grain; ++n) one_topk_row(job, n, scratch, lists);
-    end_stream();
+    each_row(job.job, next, [&](int64_t n) { one_topk_row(job, n, scratch, lists); });
 }

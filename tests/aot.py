@@ -88,10 +88,8 @@ def _divergence(arch: str) -> Iterator[Variant]:
         ("mixture unaligned, capped, sequences", tk.MIXTURE, "bf16", "bf16", True, False, True),
     ):
         aligned = "unaligned" not in name
-        columns = launch.slice // max(size[student], size[teacher])
-        S = triton.cdiv(151936, columns)
-        vector = 16 // max(size[student], size[teacher]) if aligned else 1
-        loads, stages = (launch.loads, launch.stages) if aligned else (tk.UNALIGNED_LOADS, 1)
+        tiling = tk.tiling(launch, max(size[student], size[teacher]), aligned)
+        S = triton.cdiv(151936, tiling["SLICE"])
         arguments = {
             "student_ptr": "*" + student, "teacher_ptr": "*" + teacher, "grad_ptr": "*" + student if grad else None,
             "mask_ptr": "*i1", "row_scale_ptr": "*fp32", "count_ptr": "*i32",
@@ -101,13 +99,12 @@ def _divergence(arch: str) -> Iterator[Variant]:
             **dict.fromkeys(("student_sequence", "teacher_sequence", "grad_sequence"), "i64"),
             **dict.fromkeys(("ks", "kt", "pre_s", "pre_t", "a", "b", "pi", "rho", "chain"), "fp32"),
             "KIND": kind.value, "GRAD": grad, "STATS": stats, "CAP_S": capped, "CAP_T": capped,
-            "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
-            "SLICE": columns, "S": S, "S_POW2": triton.next_power_of_2(S),
+            **tiling, "S": S, "S_POW2": triton.next_power_of_2(S),
             "FAST": max(size[student], size[teacher]) == 2, "LG2": arch != "gfx942",
         }  # fmt: skip
         sizes = [name for name in arguments if name in ("V", "Vs") or name.endswith(("_stride", "_sequence"))]
         sizes = tuple(sizes) if aligned else ()
-        options, elements = launch.options(stats, aligned, capped), loads * vector
+        options, elements = launch.options(stats, aligned, capped), tiling["LOADS"] * tiling["VECTOR"]
         yield Variant(f"divergence {name}", tk._divergence_kernel, arguments, sizes, options, elements)
     for dtype in ("bf16", "fp32"):
         arguments = {"x_ptr": "*" + dtype, "factor_ptr": "*fp32", "numel": "i64", "BLOCK": tk.SCALE_BLOCK}
@@ -134,13 +131,11 @@ def _topk(arch: str) -> Iterator[Variant]:
         ("bf16 unaligned", "bf16", of_rows),
     ):
         capped, aligned, itemsize = "capped" in name, "unaligned" not in name, 4 if dtype == "fp32" else 2
-        tiling = launch.loads, 16 // itemsize, launch.stages
-        loads, vector, stages = tiling if aligned else (triton_kernels.UNALIGNED_LOADS, 1, 1)
-        S = triton.cdiv(151936, launch.slice // itemsize)
+        tiling = triton_kernels.tiling(launch, itemsize, aligned)
+        S, elements = triton.cdiv(151936, tiling["SLICE"]), tiling["LOADS"] * tiling["VECTOR"]
         given = types | {
             "student_ptr": "*" + dtype, "grad_ptr": "*" + dtype, "T": "i32" if "sequences" in name else None,
-            "CAPPED": capped, "TAIL": True, "LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages,
-            "SLICE": launch.slice // itemsize, "S": S, "S_POW2": triton.next_power_of_2(S), "BLOCK": tk.BLOCK,
+            **tiling, "CAPPED": capped, "TAIL": True, "S": S, "S_POW2": triton.next_power_of_2(S), "BLOCK": tk.BLOCK,
         }  # fmt: skip
         for kernel in kernels:
             arguments = {argument: given[argument] for argument in kernel.arg_names}
@@ -148,7 +143,7 @@ def _topk(arch: str) -> Iterator[Variant]:
             rows = kernel in of_rows
             options = launch.options(False, aligned, capped) if rows else launch_options(4)
             label = f"top-k {kernel.__name__.strip('_').removesuffix('_kernel')} {name}"
-            yield Variant(label, kernel, arguments, sizes, options, loads * vector if rows else tk.BLOCK // 128)
+            yield Variant(label, kernel, arguments, sizes, options, elements if rows else tk.BLOCK // 128)
 
 
 def _extrapolation(arch: str) -> Iterator[Variant]:

@@ -120,6 +120,16 @@ def _load(
 
 
 @triton.jit
+def _place_of(row, T):
+    """(sequence, place in it) of a row of (B, T, V) with N = B·T; of (N, V), where T is None, (0, row). In 64 bits, for
+    a row starts beyond 2^31 elements long before N does."""
+    sequence, place = tl.full((), 0, tl.int64), row.to(tl.int64)
+    if T is not None:
+        sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    return sequence, place
+
+
+@triton.jit
 def _by_lane(x, LANES: tl.constexpr):
     """A tile as it is loaded, (loads, lanes·vector), as (loads, lanes, vector): a lane's elements are one thread's.
     Triton 3.6 would spread a tile that is loaded in three dimensions over threads in another order."""
@@ -446,10 +456,8 @@ def _divergence_kernel(
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
-    row64 = row.to(tl.int64)  # a row starts beyond 2^31 elements long before N does
-    sequence, place = tl.full((), 0, tl.int64), row64
-    if T is not None:
-        sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    row64 = row.to(tl.int64)
+    sequence, place = _place_of(row, T)
     s_row = student_ptr + sequence * student_sequence + place * student_stride
     t_row = teacher_ptr + sequence * teacher_sequence + place * teacher_stride
     record = record_ptr + row64 * RECORD
@@ -539,17 +547,21 @@ def launch_for(device: torch.device) -> tuple[Launch, int]:
     return LAUNCH[arch], properties.multi_processor_count
 
 
-def tiles(launch: Launch, rows: list[torch.Tensor]) -> tuple[bool, dict[str, int]]:
-    """Whether rows of logits, (N, V·) or (B, T, V·), all begin at multiples of 16 elements and bytes; how to read them.
-    Where they do not, neighbouring threads take neighbouring elements: vectors would be loaded one element at a time,
-    strided.
+def tiling(launch: Launch, itemsize: int, aligned: bool) -> dict[str, int]:
+    """How rows are read whose widest elements take `itemsize` bytes. Where they are not aligned, neighbouring threads
+    take neighbouring elements: vectors would be loaded one element at a time, strided.
     """
+    loads, vector, stages = (launch.loads, 16 // itemsize, launch.stages) if aligned else (UNALIGNED_LOADS, 1, 1)
+    slices = {"SLICE": launch.slice // itemsize}
+    return {"LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages, **slices}
+
+
+def tiles(launch: Launch, rows: list[torch.Tensor]) -> tuple[bool, dict[str, int]]:
+    """Whether rows, (N, V·) or (B, T, V·), all begin at multiples of 16 elements and bytes; and how to read them."""
     itemsize = max(t.element_size() for t in rows)
     strides = (stride for t in rows for stride in (t.stride(-2), t.stride(0) if t.ndim == 3 else 0))
     aligned = all(stride % 16 == 0 for stride in strides) and all(t.data_ptr() % 16 == 0 for t in rows)
-    loads, vector, stages = (launch.loads, 16 // itemsize, launch.stages) if aligned else (UNALIGNED_LOADS, 1, 1)
-    names = {"LANES": launch.lanes, "VECTOR": vector, "LOADS": loads, "STAGES": stages}
-    return aligned, {**names, "SLICE": launch.slice // itemsize}
+    return aligned, tiling(launch, itemsize, aligned)
 
 
 def base_two(scale: float, temperature: float, softcap: float) -> tuple[float, float]:

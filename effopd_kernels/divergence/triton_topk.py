@@ -8,8 +8,8 @@ is done here).
     spread   gradient of all as if others                       reads the logits, writes their gradient
     place    that of the known ones over it                     k scattered writes a row
 
-The marks add a sixteenth to what reading logits in bf16 moves, and let any k be left out in one pass. Out of the whole
-sum they could not be taken afterwards: that cancels where they hold nearly everything.
+The marks, written and read, add an eighth to what reading logits in bf16 moves, and let any k be left out in one pass.
+Out of the whole sum they could not be taken afterwards: that cancels where they hold nearly everything.
 
 N rows, V vocabulary, S slices per row.
 """
@@ -26,6 +26,7 @@ from .triton_kernels import (
     PAD,
     _by_lane,
     _load,
+    _place_of,
     _tanh,
     _tile_max,
     _tile_sum,
@@ -41,10 +42,7 @@ WORD = tl.constexpr(32)
 
 @triton.jit
 def _start_of(row, T, stride, sequence_stride):
-    """Of a row of (N, V), or of (B, T, V) with N = B·T."""
-    sequence, place = tl.full((), 0, tl.int64), row.to(tl.int64)
-    if T is not None:
-        sequence, place = (row // T).to(tl.int64), (row % T).to(tl.int64)
+    sequence, place = _place_of(row, T)
     return sequence * sequence_stride + place * stride
 
 

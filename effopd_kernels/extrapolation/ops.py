@@ -1,7 +1,7 @@
 """torch.library ops of this idea, and which backend serves which device.
 
 effopd::extrapolate_          a list of tensors in place: CUDA one Triton launch per dtype mix, CPU one C++ call
-effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA Triton, CPU PyTorch's one pass
+effopd::extrapolate           w0 + α·delta with gradients for all three: CUDA Triton, CPU PyTorch in cache
 effopd::extrapolate_backward  its two reductions in one pass
 """
 

@@ -116,15 +116,15 @@ def _usable(value: float | Tensor, least: float) -> bool:
 @torch.no_grad()
 def _added(w0: Tensor, us: Tensor, vh: Tensor, out: Tensor) -> Tensor:
     """out = w0 + us vh, and where it is rounded a panel at a time, all of them in the same memory."""
-    m, n = w0.shape[-2:]
-    rows = max(1, min(m, PANEL // max(1, n))) if w0.dtype != us.dtype else max(1, m)
-    room = us.new_empty(rows if w0.dtype != us.dtype else 0, n)
+    (m, n), rounds = w0.shape[-2:], w0.dtype != us.dtype
+    rows = max(1, min(m, PANEL // max(1, n)) if rounds else m)
+    room = us.new_empty(rows if rounds else 0, n)
     for where in itertools.product(*map(range, w0.shape[:-2])):
         for start in range(0, m, rows):
             panel = (*where, slice(start, start + rows))
             w, u, v = w0[panel], us[panel], vh[where]
-            if w.dtype == u.dtype:
-                torch.addmm(w, u, v, out=out[panel])
-            else:
+            if rounds:
                 out[panel] = room[: len(w)].copy_(w).addmm_(u, v)
+            else:
+                torch.addmm(w, u, v, out=out[panel])
     return out
