@@ -3,7 +3,8 @@
 A public function hands over a module-level `run(tensors, row_scale, spec, needs, with_stats)`, which returns the
 per-row divergence D (N,), the gradients of row_scale·D for each needed tensor, and the stats. A scalar loss computes
 its gradients in the forward, where the row is still in cache; backward only scales them. With reduction "none" the
-upstream gradient differs per row, so the gradients are computed from it, in backward.
+upstream gradient differs per row: those of hidden states alone are scaled row by row, any others (of a head, which sums
+over rows; of logits, which would be kept) are computed from it, in backward.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +49,10 @@ def in_kept_backward() -> bool:
 
 
 def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
-    """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
+    """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own. A
+    factor (N,) is one per row."""
+    if factor.ndim:
+        return tuple((grad * factor[:, None]).to(grad.dtype) for grad in grads)
     fresh = torch.compiler.is_compiling() or keeps_graph()
     if fresh or torch._C._functorch.is_legacy_batchedtensor(factor):  # many at a time: is_grads_batched
         return tuple(grad * factor for grad in grads)
@@ -66,9 +70,9 @@ def apply(function: type[torch.autograd.Function], *args):
 
 
 class _WithGradients(torch.autograd.Function):
-    """The identity on `value`, whose gradients with respect to `inputs` are known already, but for a factor `unit`, or
-    None where they are not needed. Used also where none is: PyTorch then refuses forward-mode derivatives. anchor: of
-    the inputs (`anchor_of`), which are not kept themselves.
+    """The identity on `value`, () or one per row (N,), whose gradients with respect to `inputs` are known already, but
+    for a factor `unit`, or None where they are not needed. Used also where none is: PyTorch then refuses forward-mode
+    derivatives. anchor: of the inputs (`anchor_of`), which are not kept themselves.
     """
 
     @staticmethod
@@ -123,17 +127,24 @@ def reduced_loss(
 ):
     """(loss, per-row divergence, stats), where loss is Σ scale·D, or with `per_row` scale·D (N,).
 
-    The first `num_inputs` of `tensors` are differentiable; `scale_N` None is 1. `dtype` is what gradients per logit are
-    held in: in fp16 their factor 1/tokens would take them below its range before a loss scale could lift them, so the
-    largest factor waits for backward.
+    The first `num_inputs` of `tensors` are differentiable, the last is the mask (N,); `scale_N` None is 1. `dtype` is
+    what gradients per logit are held in: in fp16 their factor 1/tokens would take them below its range before a loss
+    scale could lift them, so the largest factor waits for backward.
     """
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+    detached = tuple(t if t is None else t.detach() for t in tensors)
     if per_row:
-        rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
+        # fp16's wait for the factor: a loss scale in it lifts them into its range.
+        if needs == (True, False, False) and dtype != torch.float16:
+            rows, grads, stats_3N = run(detached, None, spec, needs, stats)
+            rows = apply(_WithGradients, rows, None, anchor_of(inputs), *grads, *inputs)
+            if (mask := tensors[-1]) is not None:  # NaN upstream of a token that does not count is not 0 times that
+                rows = rows.masked_fill(~mask, 0)
+        else:
+            rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
         # A copy for the statistics: the loss may be written to, as by `loss *= advantages`.
         return rows if scale_N is None else rows * scale_N, rows.detach().clone() if stats else rows, stats_3N
-    detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N
     if dtype == torch.float16 and scale_N is not None and scale_N.numel():
         unit = scale_N.abs().amax()

@@ -112,7 +112,8 @@ def linear_divergence_loss(
 
     Under autocast the projections run in its dtype. dW is summed in fp32. Sharded heads (DTensor) are gathered in full,
     and get the mean of the ranks' gradients, as FSDP takes it.
-    With reduction "none" the gradients wait for backward, which then projects again: six GEMM units instead of four.
+    With reduction "none" and a head that is trained, gradients wait for backward, which then projects again: six GEMM
+    units instead of four.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
     student_hidden, student_weight, student_bias = map(gathered, (student_hidden, student_weight, student_bias))

@@ -192,24 +192,36 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
     chunk_bytes: int | None = None,
+    num_valid: int | None = None,
 ) -> Tensor:
     """Log-probabilities (...) of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits; in
     fp32, or fp64 for fp64.
 
-    Differentiable in hidden, weight and bias. Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
+    mask, chunk_bytes, num_valid: as in `linear_divergence_loss`; the log-probability is 0 where masked, whatever the
+        hidden state and the id (as −100) are there.
+
+    Differentiable in hidden, weight and bias. Where weight or bias is trained, backward projects again: four GEMM units
+    (2·N·V·D operations) in all; else it only scales what forward made ready: two.
+    Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
     check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_ids("ids", ids, hidden.shape[:-1], hidden.device)
     check_side("", hidden, weight, bias)
+    hidden, mask = gathered(hidden), gathered(mask)
+    mask_N, _ = row_factor(hidden, hidden, mask, None, "none", None)
+    check_num_valid(mask_N, num_valid)
+    ids = ids.long().reshape(-1, 1)
+    ids = ids if mask_N is None else ids.masked_fill(~mask_N[:, None], 0)
     _check_range("ids", ids, weight.shape[0])
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
     dtype = compute_dtype("", hidden, weight)
-    numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes or default_chunk_bytes(hidden.device), None)
-    tensors = (*_head(gathered(hidden), weight, bias), ids.long().reshape(-1, 1), None, None)
+    numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes or default_chunk_bytes(hidden.device), num_valid)
+    tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
     rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype)
-    return rows.reshape(ids.shape)
+    return rows.reshape(hidden.shape[:-1])
 
 
 def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str = "k3") -> Tensor:

@@ -129,6 +129,10 @@ LINEAR = {
     "linear, masked": (lambda *x, **o: linear_divergence_loss(*x, **o), {"mask": MASK, "num_tokens": torch.tensor(9)}),
     "linear, num_valid": (lambda *x, **o: linear_divergence_loss(*x, **o), {"mask": MASK, "num_valid": 4}),
     "linear, per row": (lambda *x, **o: linear_divergence_loss(*x, **o).square().sum(), {"reduction": "none"}),
+    "linear, per row, frozen head": (
+        lambda h, w, *x, **o: linear_divergence_loss(h, w.detach(), *x, **o).square().sum() + w.sum(),
+        {"reduction": "none", "mask": MASK},
+    ),
     "token log-probabilities": (lambda h, w, *_: linear_token_logprobs(h, w, torch.arange(N)).sum(), {}),
 }
 
@@ -324,6 +328,7 @@ def losses():
     yield lambda s: topk_divergence_loss(s, *top), [random(N, V)]
     yield lambda h, w: topk_divergence_loss(h, *top, student_weight=w), [h_s, w_s]
     yield lambda h, w: linear_token_logprobs(h, w, top[1][:, 0]).mean(), [h_s, w_s]
+    yield lambda h: linear_token_logprobs(h, w_s, top[1][:, 0], mask=MASK).square().mean(), [h_s]
 
 
 every_loss = pytest.mark.parametrize(
@@ -339,6 +344,7 @@ every_loss = pytest.mark.parametrize(
         "top-k",
         "linear top-k",
         "token",
+        "token, frozen head",
     ],
 )
 
@@ -425,6 +431,11 @@ def test_many_upstream_gradients_at_a_time():
     (expected,) = torch.autograd.grad(loss, student, retain_graph=True)
     (found,) = torch.autograd.grad(loss, student, ones, is_grads_batched=True)
     torch.testing.assert_close(found, ones[:, None, None] * expected)
+    hidden, upstream = random(N, 8).requires_grad_(), random(2, N, seed=2)
+    rows = linear_token_logprobs(hidden, random(V, 8), torch.arange(N))
+    expected = [torch.autograd.grad(rows, hidden, each, retain_graph=True)[0] for each in upstream]
+    (found,) = torch.autograd.grad(rows, hidden, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 @every_loss
@@ -561,6 +572,7 @@ def waits(func, args) -> bool:
         (lambda s, t, h: topk_divergence_loss(s, *TOP, mask=MASK), 0),
         (lambda s, t, h: topk_divergence_loss(h[0], *TOP, student_weight=h[1], mask=MASK, num_valid=4), 0),
         (lambda s, t, h: linear_token_logprobs(*h[:2], TOP[1][:, 0]).sum(), 0),
+        (lambda s, t, h: linear_token_logprobs(h[0], h[1].detach(), TOP[1][:, 0], mask=MASK, num_valid=4).sum(), 0),
     ],
 )
 def test_no_host_synchronisation(call, allowed, monkeypatch):
