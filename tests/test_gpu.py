@@ -185,7 +185,10 @@ def test_opcheck():
         torch.library.opcheck(op, (s, t, kept, scale, *NUMBERS, True, True))
     teacher, numbers = (random(8, D, seed=3), random(V, D, seed=4)), (*NUMBERS, FP32, FP32, None, 200_000)
     linear = (random(8, D), random(V, D, seed=1), None, *teacher, None, kept, None, *numbers, None, True, True, False)
-    torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, (*linear, True))
+    torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, (*linear, True, False))
+    torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, (*linear, True, True))
+    head = *linear[:3], kept, scale, FP32, None, True, False
+    torch.library.opcheck(torch.ops.effopd.head_gradients.default, (random(8, V, seed=5), *head))
 
 
 def test_in_place_the_loss_needs_no_memory():

@@ -3,8 +3,8 @@
 A public function hands over a module-level `run(tensors, row_scale, spec, needs, with_stats)`, which returns the
 per-row divergence D (N,), the gradients of row_scale·D for each needed tensor, and the stats. A scalar loss computes
 its gradients in the forward, where the row is still in cache; backward only scales them. With reduction "none" the
-upstream gradient differs per row: those of hidden states alone are scaled row by row, any others (of a head, which sums
-over rows; of logits, which would be kept) are computed from it, in backward.
+upstream gradient differs per row. Hidden states' gradients are scaled row by row; a head's, which sum over rows, are
+made of the gradients of logits, kept where all fit the budget; any others are computed in backward.
 """
 
 from typing import Any, NamedTuple
@@ -49,10 +49,7 @@ def in_kept_backward() -> bool:
 
 
 def _scaled(grads: tuple[Tensor, ...], factor: Tensor) -> tuple[Tensor, ...]:
-    """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own. A
-    factor (N,) is one per row."""
-    if factor.ndim:
-        return tuple((grad * factor[:, None]).to(grad.dtype) for grad in grads)
+    """factor·grads: in fresh memory, since a graph that is kept must keep its gradients too; else in their own."""
     fresh = torch.compiler.is_compiling() or keeps_graph()
     if fresh or torch._C._functorch.is_legacy_batchedtensor(factor):  # many at a time: is_grads_batched
         return tuple(grad * factor for grad in grads)
@@ -70,9 +67,9 @@ def apply(function: type[torch.autograd.Function], *args):
 
 
 class _WithGradients(torch.autograd.Function):
-    """The identity on `value`, () or one per row (N,), whose gradients with respect to `inputs` are known already, but
-    for a factor `unit`, or None where they are not needed. Used also where none is: PyTorch then refuses forward-mode
-    derivatives. anchor: of the inputs (`anchor_of`), which are not kept themselves.
+    """The identity on `value`, whose gradients with respect to `inputs` are known already, but for a factor `unit`, or
+    None where they are not needed. Used also where none is: PyTorch then refuses forward-mode derivatives. anchor: of
+    the inputs (`anchor_of`), which are not kept themselves.
     """
 
     @staticmethod
@@ -97,7 +94,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(run, spec, needs, with_stats, *tensors):
-        rows, _, stats = run(tensors, None, spec, (False,) * len(needs), with_stats)
+        rows, _, stats, *_ = run(tensors, None, spec, (False,) * len(needs), with_stats)
         return rows, stats
 
     @staticmethod
@@ -110,9 +107,47 @@ class _PerRow(torch.autograd.Function):
     def backward(ctx, grad_output, _):
         tensors = ctx.saved_tensors
         with torch.no_grad():
-            _, grads, _ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
+            _, grads, *_ = ctx.run(tensors, grad_output, ctx.spec, ctx.needs, False)
         grads = differentiable_once(grads, (*tensors[: len(grads)], grad_output))
         return None, None, None, None, *grads, *(None for _ in tensors[len(grads) :])
+
+
+class _PerToken(torch.autograd.Function):
+    """`_PerRow` from hidden states and a head. Returns besides, for backward alone, the gradients of hidden states and,
+    with `keep`, of logits, all but for the rows' upstream gradients.
+    """
+
+    @staticmethod
+    def forward(run, spec, needs, with_stats, keep, dtype, *tensors):
+        ahead, keep = (needs[0], False, False), keep and any(needs[1:])
+        rows, (grad_h, *_), stats, kept = run(tensors, None, spec, ahead, with_stats, keep)
+        return rows, stats, rows.new_empty(0) if grad_h is None else grad_h, kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.run, ctx.spec, ctx.needs, _, ctx.keep, ctx.dtype, *tensors = inputs
+        # Of a frozen head no more than where the gradients go.
+        ctx.save_for_backward(*(tensors if any(ctx.needs[1:]) else (*tensors[:3], tensors[-1])), *output[2:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        *tensors, grad_h, kept = ctx.saved_tensors
+        inputs, mask = tensors[:3], tensors[-1]
+        factor = grad_output if mask is None else grad_output.masked_fill(~mask, 0)  # NaN upstream of what is masked
+        grads = [None, None, None]
+        with torch.no_grad():
+            if ctx.needs[0]:
+                grads[0] = (grad_h * factor[:, None]).to(grad_h.dtype)
+            if any(ctx.needs[1:]):
+                if ctx.keep:
+                    args = kept, *inputs, mask, factor, ctx.dtype, ctx.spec[-1], *ctx.needs[1:]
+                    head = torch.ops.effopd.head_gradients(*args)
+                else:
+                    head = ctx.run(tensors, factor, ctx.spec, (False, *ctx.needs[1:]), False)[1][1:]
+                grads[1:] = (grad if need else None for grad, need in zip(head, ctx.needs[1:], strict=True))
+        grads = differentiable_once(grads, (*inputs, grad_output))
+        return *[None] * 6, *grads, *[None] * (len(ctx.needs_input_grad) - 9)
 
 
 def reduced_loss(
@@ -124,32 +159,31 @@ def reduced_loss(
     per_row: bool,
     stats: bool,
     dtype: torch.dtype,
+    keep: bool | None = None,
 ):
     """(loss, per-row divergence, stats), where loss is Σ scale·D, or with `per_row` scale·D (N,).
 
     The first `num_inputs` of `tensors` are differentiable, the last is the mask (N,); `scale_N` None is 1. `dtype` is
     what gradients per logit are held in: in fp16 their factor 1/tokens would take them below its range before a loss
-    scale could lift them, so the largest factor waits for backward.
+    scale could lift them, so the largest factor waits for backward. `keep`, of losses from hidden states: whether the
+    gradients of all logits may be kept for it.
     """
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
-    detached = tuple(t if t is None else t.detach() for t in tensors)
     if per_row:
-        # fp16's wait for the factor: a loss scale in it lifts them into its range.
-        if needs == (True, False, False) and dtype != torch.float16:
-            rows, grads, stats_3N = run(detached, None, spec, needs, stats)
-            rows = apply(_WithGradients, rows, None, anchor_of(inputs), *grads, *inputs)
-            if (mask := tensors[-1]) is not None:  # NaN upstream of a token that does not count is not 0 times that
-                rows = rows.masked_fill(~mask, 0)
-        else:
+        # In fp16 all wait for the upstream gradient: a loss scale in it lifts them into the range.
+        if keep is None or dtype == torch.float16:
             rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
+        else:
+            rows, stats_3N, *_ = apply(_PerToken, run, spec, needs, stats, keep, dtype, *map(keepable, tensors))
         # A copy for the statistics: the loss may be written to, as by `loss *= advantages`.
         return rows if scale_N is None else rows * scale_N, rows.detach().clone() if stats else rows, stats_3N
+    detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N
     if dtype == torch.float16 and scale_N is not None and scale_N.numel():
         unit = scale_N.abs().amax()
         unit = unit.masked_fill(unit == 0, 1)
         row_scale = scale_N / unit
-    rows, grads, stats_3N = run(detached, row_scale, spec, needs, stats)
+    rows, grads, stats_3N, *_ = run(detached, row_scale, spec, needs, stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()
     return apply(_WithGradients, loss, unit, anchor_of(inputs), *grads, *inputs), rows, stats_3N

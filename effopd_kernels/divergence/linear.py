@@ -17,16 +17,16 @@ from .arguments import (
 )
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
-from .linear_rows import default_chunk_bytes  # and defines torch.ops.effopd.linear_divergence_rows
+from .linear_rows import all_fit, default_chunk_bytes, student_bytes  # and defines effopd::linear_divergence_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def run_linear_rows(op: str, tensors, row_scale, spec, needs, with_stats):
+def run_linear_rows(op: str, tensors, row_scale, spec, needs, with_stats, keep=False):
     """What `reduced_loss` asks for, of an op of `linear_rows`."""
-    loss, *grads, stats = getattr(torch.ops.effopd, op)(*tensors, row_scale, *spec, *needs, with_stats)
-    return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats
+    loss, *grads, stats, kept = getattr(torch.ops.effopd, op)(*tensors, row_scale, *spec, *needs, with_stats, keep)
+    return loss, tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)), stats, kept
 
 
 def _rows(*args):
@@ -112,8 +112,8 @@ def linear_divergence_loss(
 
     Under autocast the projections run in its dtype. dW is summed in fp32. Sharded heads (DTensor) are gathered in full,
     and get the mean of the ranks' gradients, as FSDP takes it.
-    With reduction "none" and a head that is trained, gradients wait for backward, which then projects again: six GEMM
-    units instead of four.
+    With reduction "none" and a head that is trained, the gradients of all logits are kept for backward if chunk_bytes
+    holds them, else (and always in fp16) it projects again: six GEMM units of 2·N·V·D operations instead of four.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """
     student_hidden, student_weight, student_bias = map(gathered, (student_hidden, student_weight, student_bias))
@@ -149,15 +149,18 @@ def linear_divergence_loss(
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
     teacher = tuple(t if t is None else t.detach() for t in teacher)
+    chunk_bytes = chunk_bytes or default_chunk_bytes(student_hidden.device)
+    V = min(student_weight.shape[0], teacher_weight.shape[0])
     loss, rows, stats = reduced_loss(
         _rows,
         (*student, *teacher, mask_N),
         3,
-        (*spec, *dtypes, logits_dtype, chunk_bytes or default_chunk_bytes(student_hidden.device), num_valid),
+        (*spec, *dtypes, logits_dtype, chunk_bytes, num_valid),
         scale_N,
         reduction == "none",
         return_stats,
         dtypes[0],
+        all_fit(len(student[0]), num_valid, V, dtypes[0], logits_dtype or dtypes[0], student_bytes(chunk_bytes)),
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

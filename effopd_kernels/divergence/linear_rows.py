@@ -10,6 +10,9 @@ N tokens, V vocabulary (the shared prefix), D hidden size (student and teacher m
 Four GEMM units in all and none in backward. The student's chunk lives until its gradient GEMMs; the teacher's logits
 are needed one tile at a time. Both sizes come from one budget in bytes: more chunks would only read W and dW again.
 A teacher known at k entries has no logits: three units.
+
+Where each token's factor in the loss comes only in backward, dh is made without it, and dW of kept gradients of logits
+where all of them fit the budget; else the rows are taken a second time.
 """
 
 import itertools
@@ -37,8 +40,8 @@ TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not pub
 TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 _REST = (
-    "int chunk_bytes, int? num_valid, bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats)"
+    "int chunk_bytes, int? num_valid, bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats, bool keep) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats, Tensor kept)"
 )
 torch.library.define(
     "effopd::linear_divergence_rows",
@@ -49,6 +52,11 @@ torch.library.define(
 torch.library.define(
     "effopd::linear_topk_rows",
     f"(Tensor hidden, Tensor weight, Tensor? bias, {ops.TOPK_ARGS}, ScalarType dtype, {_REST}",
+)
+torch.library.define(
+    "effopd::head_gradients",
+    "(Tensor kept, Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor factor, ScalarType dtype, "
+    "int? num_valid, bool grad_weight, bool grad_bias) -> (Tensor grad_weight, Tensor grad_bias)",
 )
 
 
@@ -70,6 +78,11 @@ def pieces(total: int, limit: int) -> list[slice]:
 
 def default_chunk_bytes(device: torch.device) -> int:
     return (208 if device.type == "cpu" else 1024) * MIB
+
+
+def student_bytes(chunk_bytes: int) -> int:
+    """For the student's logits where the teacher has some too, of which fewer are needed at a time."""
+    return chunk_bytes * 3 // 4
 
 
 def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,11 +222,13 @@ class _Tokens(NamedTuple):
         shape = (*rows.shape[:dim], self.N, *rows.shape[dim + 1 :])
         return rows.new_zeros(shape).index_add_(dim, self.index, rows)  # absent ones repeat index 0 (with zeros)
 
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of those that count; zeros for those that are absent, which are masked for the kernel."""
+        x = self.kept(x).to(dtype)
+        return x if self.valid is None else x.masked_fill(~self.valid.view(-1, *[1] * (x.ndim - 1)), 0)
+
     def operands(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, V: int, dtype: torch.dtype):
-        hidden = self.kept(hidden).to(dtype)
-        if self.valid is not None:  # rows of zeros for those that are absent, masked for the kernel
-            hidden = hidden.masked_fill(~self.valid[:, None], 0)
-        return hidden, weight[:V].to(dtype), None if bias is None else bias[:V].to(dtype)
+        return self.rows(hidden, dtype), weight[:V].to(dtype), None if bias is None else bias[:V].to(dtype)
 
 
 def _tokens(N: int, mask_N: Tensor | None, num_valid: int | None) -> _Tokens:
@@ -224,7 +239,7 @@ def linear_divergence_rows(
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, mask, row_scale,
     *args,
 ):  # fmt: skip
-    *spec, dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats = args
+    *spec, dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
     needs, teacher = (grad_h, grad_w, grad_b), (teacher_hidden, teacher_weight, teacher_bias)
     V, t_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or teacher_dtype
     with without_autocast(student_hidden.device.type):
@@ -241,18 +256,19 @@ def linear_divergence_rows(
                     project(t, teacher[0][rows], *teacher[1:])
                     mask, scale = (None if x is None else x[rows] for x in (tokens.valid, row_scale))
                     found = torch.ops.effopd.divergence_rows_(
-                        logits[tile], t, mask, scale, *spec, any(needs), with_stats
+                        logits[tile], t, mask, scale, *spec, any(needs) or keep, with_stats
                     )
                     yield rows, *found
 
             return tiles
 
-        student, budgets = (student_hidden, student_weight, student_bias), (chunk_bytes * 3 // 4, chunk_bytes)
-        return _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budgets, needs, with_stats)
+        student, budgets = (student_hidden, student_weight, student_bias), (student_bytes(chunk_bytes), chunk_bytes)
+        dtypes = dtype, logits_dtype or dtype, t_dtype
+        return _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats, keep)
 
 
 def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
-    *spec, dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats = args
+    *spec, dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
     needs, V = (grad_h, grad_w, grad_b), weight.shape[0]
     with without_autocast(hidden.device.type):
         tokens = _tokens(len(hidden), mask, num_valid)
@@ -260,25 +276,47 @@ def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
 
         def whole(chunk: slice, logits: Tensor):
             per_token = (None if x is None else x[chunk] for x in (ids, known, tokens.valid, row_scale))
-            yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs), with_stats)
+            yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs) or keep, with_stats)
 
         student, budgets = (hidden, weight, bias), (chunk_bytes, chunk_bytes)
-        return _linear_rows(student, V, tokens, lambda *_: whole, dtype, None, dtype, budgets, needs, with_stats)
+        dtypes = dtype, dtype, dtype
+        return _linear_rows(student, V, tokens, lambda *_: whole, dtypes, budgets, needs, with_stats, keep)
 
 
-def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budgets, needs, with_stats):
+def _row_bytes(V: int, dtype: torch.dtype, s_dtype: torch.dtype) -> int:
+    """Of the student's logits, with the gradient's cast; and alike with and without a gradient, so that forward and
+    backward of reduction "none" take the same memory.
+    """
+    return V * (s_dtype.itemsize + (0 if s_dtype == dtype else dtype.itemsize))
+
+
+def all_fit(N: int, num_valid: int | None, V: int, dtype: torch.dtype, s_dtype: torch.dtype, budget: int) -> bool:
+    """Whether the student's logits of all tokens are within `budget` bytes. Of a mask's tokens nothing is known but
+    their number where that is promised: the answer, and with it the shape of what is kept, is the same for every mask.
+    """
+    fit = _kept_rows(N, num_valid) * _row_bytes(V, dtype, s_dtype) <= budget
+    if not torch.compiler.is_compiling():
+        return fit
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # which takes a third of a second to import
+
+    return guard_or_false(fit)  # no, where the data decides how many there are
+
+
+def _kept_rows(N: int, num_valid: int | None) -> int:
+    return N if num_valid is None else torch.sym_min(num_valid, N)
+
+
+def _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats, keep):
     """Rows of logits of the student's hidden states and head, a chunk at a time, and what becomes of their gradients.
 
     compare(chunk_rows, bytes left): a function of (chunk, its logits) that overwrites these by the gradient and yields
-        (rows, loss, stats). budgets: bytes for the student's logits, and in all.
+        (rows, loss, stats). dtypes: of the products, of the student's logits and the teacher's. budgets: bytes for the
+        student's logits, and in all. keep: return the gradients of logits too, of which `all_fit`.
     """
     full_V, D = student[1].shape
-    device, with_grad = student[0].device, any(needs)
+    device, (dtype, s_dtype, t_dtype) = student[0].device, dtypes
     h, w, b = tokens.operands(*student, V, dtype)
-    n, s_dtype = h.shape[0], logits_dtype or dtype
-    # With the gradient's cast; and alike with and without a gradient, so that forward and backward of reduction "none"
-    # take the same memory.
-    row_bytes = V * (s_dtype.itemsize + (0 if s_dtype == dtype else dtype.itemsize))
+    n, row_bytes = h.shape[0], _row_bytes(V, dtype, s_dtype)
     chunks = pieces(n, budgets[0] // row_bytes)
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
 
@@ -288,9 +326,11 @@ def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budg
     grad_h = torch.empty(n, D, device=device, dtype=student[0].dtype) if needs[0] else None
     grad_w = _weight_gradient(student[1], V, len(chunks), dtype, acc_dtype) if needs[1] else None
     grad_b = torch.zeros(full_V, device=device, dtype=acc_dtype) if needs[2] else None
+    kept = _logits((n if tokens.valid is not None else tokens.N) if keep else 0, V, h, dtype)
+    kept[n:] = 0
 
     def fill():  # a function, that its logits are gone when dW is rounded
-        buffer = _logits(chunk_rows, V, h, s_dtype)
+        buffer = kept if keep and s_dtype == dtype else _logits(chunk_rows, V, h, s_dtype)
         against_teacher = compare(chunk_rows, budgets[1] - chunk_rows * row_bytes)
         for chunk in chunks:
             logits = buffer[: chunk.stop - chunk.start]
@@ -298,9 +338,11 @@ def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budg
             for rows, loss[rows], found in against_teacher(chunk, logits):
                 if with_stats:
                     stats[:, rows] = found
-            if not with_grad:
+            if not (keep or any(needs)):
                 continue
             g = logits.to(dtype)
+            if keep and g is not logits:
+                kept[chunk] = g
             if grad_h is not None:
                 grad_h[chunk] = hidden_gradient(g, w)
             if grad_w is not None:
@@ -314,7 +356,30 @@ def _linear_rows(student, V, tokens, compare, dtype, logits_dtype, t_dtype, budg
         grad_w.to(_summed_dtype(student[1])) if needs[1] else student[1].new_empty(0),
         grad_b.to(_summed_dtype(student[2])) if needs[2] else student[1].new_empty(0),
     )
-    return tokens.spread(loss), *grads, tokens.spread(stats, 1) if with_stats else stats
+    return tokens.spread(loss), *grads, tokens.spread(stats, 1) if with_stats else stats, kept
+
+
+def head_gradients(kept, hidden, weight, bias, mask, factor, dtype, num_valid, needs_weight, needs_bias):
+    """dW and db of kept gradients of logits (rows, V) whose tokens each have a factor (N,): it multiplies the hidden
+    states, which are narrower.
+    """
+    V, acc_dtype = kept.shape[1], torch.promote_types(dtype, torch.float32)
+    with without_autocast(hidden.device.type):
+        tokens = _tokens(len(hidden), mask, num_valid)
+        h, factor = tokens.rows(hidden, dtype), tokens.rows(factor, acc_dtype)
+        g = kept[: len(h)]
+        grad_w, grad_b = weight.new_empty(0), weight.new_empty(0)
+        if needs_weight:
+            grad_w = _weight_gradient(weight, V, int(len(h) > 0), dtype, acc_dtype)
+            if len(h):
+                add_product(grad_w[:V], g, (factor[:, None] * h).to(dtype), first=True)
+            grad_w = grad_w.to(_summed_dtype(weight))
+        if needs_bias:
+            grad_b = torch.zeros(len(weight), device=hidden.device, dtype=acc_dtype)
+            for rows in pieces(len(h), FEW):
+                grad_b[:V] += factor[rows] @ g[rows].to(acc_dtype)
+            grad_b = grad_b.to(_summed_dtype(bias))
+    return grad_w, grad_b
 
 
 def _weight_gradient(weight: Tensor, V: int, num_chunks: int, dtype: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
@@ -336,28 +401,44 @@ def _summed_dtype(parameter: Tensor) -> torch.dtype:
 
 torch.library.impl("effopd::linear_divergence_rows", "CompositeExplicitAutograd", linear_divergence_rows)
 torch.library.impl("effopd::linear_topk_rows", "CompositeExplicitAutograd", linear_topk_rows)
+torch.library.impl("effopd::head_gradients", "CompositeExplicitAutograd", head_gradients)
 
 
-def _fake(student, s_dtype, t_dtype, grad_h, grad_w, grad_b, with_stats):
-    hidden, weight, bias = student
-    loss = hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(s_dtype, t_dtype))
+def _fake_head(weight, bias, grad_w, grad_b):
+    return (
+        weight.new_empty(weight.shape, dtype=_summed_dtype(weight)) if grad_w else weight.new_empty(0),
+        bias.new_empty(bias.shape, dtype=_summed_dtype(bias)) if grad_b else weight.new_empty(0),
+    )
+
+
+def _fake(student, V, dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, keep):
+    (hidden, weight, bias), (dtype, s_dtype, t_dtype) = student, dtypes
+    N = hidden.shape[0]
+    loss = hidden.new_empty(N, dtype=_loss_dtype(s_dtype, t_dtype))
     return (
         loss,
         hidden.new_empty(hidden.shape if grad_h else 0),
-        weight.new_empty(weight.shape, dtype=_summed_dtype(weight)) if grad_w else weight.new_empty(0),
-        bias.new_empty(bias.shape, dtype=_summed_dtype(bias)) if grad_b else weight.new_empty(0),
-        loss.new_empty((3, loss.shape[0]) if with_stats else 0),
+        *_fake_head(weight, bias, grad_w, grad_b),
+        loss.new_empty((3, N) if with_stats else 0),
+        _logits(_kept_rows(N, num_valid) if keep else 0, V, hidden, dtype),
     )
 
 
 @torch.library.register_fake("effopd::linear_divergence_rows")
-def _(student_hidden, student_weight, student_bias, *args):
-    *_, student_dtype, teacher_dtype, logits_dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    dtypes = logits_dtype or student_dtype, logits_dtype or teacher_dtype
-    return _fake((student_hidden, student_weight, student_bias), *dtypes, grad_h, grad_w, grad_b, with_stats)
+def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, *args):
+    *_, dtype, teacher_dtype, logits_dtype, _, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
+    student, V = (student_hidden, student_weight, student_bias), min(student_weight.shape[0], teacher_weight.shape[0])
+    dtypes = dtype, logits_dtype or dtype, logits_dtype or teacher_dtype
+    return _fake(student, V, dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, keep)
 
 
 @torch.library.register_fake("effopd::linear_topk_rows")
 def _(hidden, weight, bias, *args):
-    *_, dtype, _, _, grad_h, grad_w, grad_b, with_stats = args
-    return _fake((hidden, weight, bias), dtype, dtype, grad_h, grad_w, grad_b, with_stats)
+    *_, dtype, _, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
+    dtypes = dtype, dtype, dtype
+    return _fake((hidden, weight, bias), weight.shape[0], dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, keep)
+
+
+@torch.library.register_fake("effopd::head_gradients")
+def _(kept, hidden, weight, bias, mask, factor, dtype, num_valid, grad_w, grad_b):
+    return _fake_head(weight, bias, grad_w, grad_b)

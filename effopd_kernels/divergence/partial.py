@@ -25,7 +25,7 @@ from .arguments import (
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype, run_linear_rows
-from .linear_rows import default_chunk_bytes
+from .linear_rows import all_fit, default_chunk_bytes
 from .logits import as_rows, run_rows
 from .ops import repeated_id
 
@@ -167,13 +167,15 @@ def topk_divergence_loss(
         known = torch.cat([known, rest.log()], -1)
     known = known.to(wide(student))
     numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
-    run, rows, dtype = _rows, as_rows(student), torch.float32
+    run, rows, dtype, keep = _rows, as_rows(student), torch.float32, None
     if student_weight is not None:
         run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
         rows = _head(student, student_weight, student_bias)
-        numbers = (*numbers, dtype, chunk_bytes or default_chunk_bytes(student.device), num_valid)
+        chunk_bytes = chunk_bytes or default_chunk_bytes(student.device)
+        numbers = (*numbers, dtype, chunk_bytes, num_valid)
+        keep = all_fit(len(rows[0]), num_valid, V, dtype, dtype, chunk_bytes)
     loss, per_row, stats = reduced_loss(
-        run, (*rows, ids, known, mask_N), len(rows), numbers, scale_N, reduction == "none", return_stats, dtype
+        run, (*rows, ids, known, mask_N), len(rows), numbers, scale_N, reduction == "none", return_stats, dtype, keep
     )
     return answer(loss, per_row, stats, shape, reduction, return_stats)
 
@@ -202,8 +204,9 @@ def linear_token_logprobs(
     mask, chunk_bytes, num_valid: as in `linear_divergence_loss`; the log-probability is 0 where masked, whatever the
         hidden state and the id (as −100) are there.
 
-    Differentiable in hidden, weight and bias. Where weight or bias is trained, backward projects again: four GEMM units
-    (2·N·V·D operations) in all; else it only scales what forward made ready: two.
+    Differentiable in hidden, weight and bias. Where one of the latter is trained, the gradients of all logits are kept
+    for backward if chunk_bytes holds them, else (and always in fp16) it projects again: four GEMM units of 2·N·V·D
+    operations instead of three.
     Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
     check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
@@ -218,9 +221,11 @@ def linear_token_logprobs(
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
     dtype = compute_dtype("", hidden, weight)
-    numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes or default_chunk_bytes(hidden.device), num_valid)
+    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device)
+    numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
     tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
-    rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype)
+    keep = all_fit(len(tensors[0]), num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
+    rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype, keep)
     return rows.reshape(hidden.shape[:-1])
 
 

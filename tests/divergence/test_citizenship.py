@@ -65,7 +65,8 @@ def test_opcheck_rows(dtype, with_grad, masked):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (False, False, False)])
 @pytest.mark.parametrize("num_valid", [None, 5])
-def test_opcheck_linear(dtype, needs, num_valid):
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck_linear(dtype, needs, num_valid, keep):
     h_s, w_s, h_t, w_t = heads(dtype)
     bias = random(V, dtype=dtype)
     args = (
@@ -85,8 +86,12 @@ def test_opcheck_linear(dtype, needs, num_valid):
         num_valid,
         *needs,
         True,
+        keep,
     )
     torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, args)
+    kept, needs_head = random(N if num_valid is None else num_valid, V, dtype=dtype), (needs[0], needs[1])
+    args = kept, h_s, w_s, bias, MASK, random(N), dtype, num_valid, *needs_head
+    torch.library.opcheck(torch.ops.effopd.head_gradients.default, args)
 
 
 TOPK = (0.3, 0.7, 0.3, True, 1.5, 2.0, 0.0)  # a, b, π, tail, temperature, scale, soft cap
@@ -111,7 +116,8 @@ def test_opcheck_linear_topk(token, needs, num_valid):
     ids = torch.arange(N).remainder(V)[:, None] if token else torch.arange(3).expand(N, 3)
     known = None if token else random(N, 4).log_softmax(-1)
     args = (hidden, weight, random(V), ids, known, MASK, random(N), *TOPK, torch.float32, 1000, num_valid, *needs)
-    torch.library.opcheck(torch.ops.effopd.linear_topk_rows.default, (*args, not token))
+    for keep in (False, True):
+        torch.library.opcheck(torch.ops.effopd.linear_topk_rows.default, (*args, not token, keep))
 
 
 # ---- compilation
@@ -522,11 +528,11 @@ def test_frozen_parts_are_skipped(hidden, weight):
     with Spy() as spy:
         linear_divergence_loss(h_s.requires_grad_(hidden), w_s.requires_grad_(weight), h_t, w_t)
     (args,) = (args for func, args in spy.calls if func is torch.ops.effopd.linear_divergence_rows.default)
-    assert args[-4:-2] == (hidden, weight)
+    assert args[-5:-3] == (hidden, weight)
     with torch.no_grad(), Spy() as spy:
         linear_divergence_loss(h_s, w_s, h_t, w_t)
     (args,) = (args for func, args in spy.calls if func is torch.ops.effopd.linear_divergence_rows.default)
-    assert args[-4:-1] == (False, False, False)
+    assert args[-5:] == (False,) * 5
 
 
 @pytest.mark.parametrize("top_k", [False, True], ids=["head", "top-k"])
@@ -536,7 +542,7 @@ def test_frozen_parts_are_skipped(hidden, weight):
 def test_four_gemm_units_at_most(needs, gemms, top_k):
     """One less where the teacher has no logits."""
     h_s, w_s, h_t, w_t = heads()
-    rest, gemms = (1 << 20, None, *needs, False, False), gemms - top_k
+    rest, gemms = (1 << 20, None, *needs, False, False, False), gemms - top_k
     with Spy() as spy:
         if top_k:
             ids, known = torch.arange(3).expand(N, 3), random(N, 4).log_softmax(-1)
@@ -547,6 +553,62 @@ def test_four_gemm_units_at_most(needs, gemms, top_k):
     products = [args for func, args in spy.calls if "mm" in func.__name__]  # the operands stand last
     assert len(products) == gemms
     assert all(MASK.sum() in (*a.shape, *b.shape) for *_, a, b in products)  # masked rows have left
+
+
+@tracing
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_with_a_number_of_tokens_that_the_data_decides(dynamic):
+    """Also results per token: whether their logits fit cannot be asked then."""
+    h_s, w_s, h_t, w_t = heads()
+
+    def loss(h, w, mask):
+        i = mask.nonzero().squeeze(1)
+        rows = linear_divergence_loss(h[i], w, h_t[i], w_t, reduction="none")
+        return (rows + linear_token_logprobs(h[i], w, i)).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    leaves = h_s.requires_grad_(), w_s.requires_grad_()
+    for mask in (MASK, ~MASK):
+        found, expected = (torch.autograd.grad(f(*leaves, mask), leaves) for f in (compiled, loss))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["divergence", "top-k", "token"])
+@pytest.mark.parametrize("chunk_bytes, fits", [(None, True), (4 * V * 4, False)])
+@pytest.mark.parametrize("num_valid", [None, 8])
+@pytest.mark.parametrize(
+    "leaves", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_a_result_per_token_projects_once(kind, chunk_bytes, fits, num_valid, leaves, monkeypatch):
+    """Where the gradients of logits fit `chunk_bytes` or the head is frozen; else again in backward."""
+    h_s, w_s, h_t, w_t = heads()
+    h, w, b = (x.requires_grad_(need) for x, need in zip((h_s, w_s, random(V)), leaves, strict=True))
+    trained, mask, upstream = [x for x in (h, w, b) if x.requires_grad], torch.arange(9) % 3 != 0, random(9, seed=9)
+    hidden, h_t = torch.cat([h, h[:3]]), torch.cat([h_t, h_t[3:]])
+    ids, known = torch.arange(3).expand(9, 3), random(9, 4).log_softmax(-1)[:, :3]
+
+    def divergence(**options):
+        if kind == "top-k":
+            return topk_divergence_loss(hidden, known, ids, student_weight=w, student_bias=b, **options)
+        return linear_divergence_loss(hidden, w, h_t, w_t, student_bias=b, **options)
+
+    if kind == "token":
+        log_q = torch.log_softmax(hidden @ w.T + b, -1).gather(-1, ids[:, :1])[:, 0]
+        expected = torch.autograd.grad((log_q * upstream)[mask].sum(), trained)
+    else:
+        expected = torch.autograd.grad(divergence(mask=mask, weight=upstream, reduction="sum"), trained)
+    projected, project = [], linear_rows.project
+    monkeypatch.setattr(linear_rows, "project", lambda out, *rest: (projected.append(len(out)), project(out, *rest)))
+    options = {"mask": mask, "num_valid": num_valid, "chunk_bytes": chunk_bytes}
+    if kind == "token":
+        found = linear_token_logprobs(hidden, w, ids[:, 0], bias=b, **options)
+    else:
+        found = divergence(reduction="none", **options)
+    grads = torch.autograd.grad(found, trained, upstream.masked_fill(~mask, math.nan))
+    torch.testing.assert_close(grads, expected)
+    times = (2 if kind == "divergence" else 1) * (1 if fits or not any(leaves[1:]) else 2)
+    assert sum(projected) == times * (num_valid or mask.sum())
 
 
 # ---- synchronisation
