@@ -4,10 +4,10 @@
 
 Traffic from logits, in tensors of N×V: value and gradient read s, read t, write ds = 3; value alone 2; with the
 teacher known in part 2: read s, write ds. FLOP from hidden states: 4 GEMM units of 2·N·V·D (student and teacher
-projections, dh, dW), 3 with the teacher known in part. The table gives each contender's time, our speed relative to
-it, and the fraction of the machine: bytes over the measured copy bandwidth, or FLOP over the measured GEMM rate, both
-taken in the same run. Shapes that a device cannot hold are skipped; peers that are not installed, or that need a GPU
-where there is none, are left out.
+projections, dh, dW), 3 with the teacher known in part, 2 where the head is frozen too. The table gives each
+contender's time, our speed relative to it, and the fraction of the machine: bytes over the measured copy bandwidth, or
+FLOP over the measured GEMM rate, both taken in the same run. Shapes that a device cannot hold are skipped; peers that
+are not installed, or that need a GPU where there is none, are left out.
 """
 
 import pytest
@@ -19,6 +19,7 @@ from effopd_kernels.divergence import (
     divergence_loss,
     jsd,
     linear_reverse_kl_loss,
+    linear_token_logprobs,
     ops,
     reverse_kl_loss,
     topk_divergence_loss,
@@ -216,13 +217,12 @@ SETUP = """
 import sys
 sys.path.insert(0, {folder!r})
 import bench_divergence as bench
-from effopd_kernels.divergence import linear_reverse_kl_loss
 torch.manual_seed(0)
-h, w, ht, wt = bench.linear_inputs({N}, {D}, {V}, torch.{dtype})
-small = bench.linear_inputs(4, 8, 64, torch.{dtype})  # threads and libraries are loaded before the peak is forgotten
-for loss in bench.linear_contenders(*small).values():
+inputs = bench.{inputs}({N}, {D}, {V}, torch.{dtype})
+small = bench.{inputs}(4, 8, 64, torch.{dtype})  # threads and libraries are loaded before the peak is forgotten
+for loss in bench.{contenders}(*small).values():
     loss().backward()
-loss = bench.linear_contenders(h, w, ht, wt)[{name!r}]
+loss = bench.{contenders}(*inputs)[{name!r}]
 """
 
 
@@ -232,14 +232,16 @@ def linear_inputs(N, D, V, dtype):
     return [x.requires_grad_(i < 2) for i, x in enumerate(tensors)]
 
 
-def extra_memory(name, N, D, V, dtype, folder) -> int:
+def extra_memory(name, N, D, V, dtype, folder, inputs=linear_inputs, contenders=linear_contenders) -> int:
     """Peak bytes beyond inputs and gradients, of value and gradient."""
-    gradients = (N * D + V * D) * dtype.itemsize
     if not GPU:
-        setup = SETUP.format(folder=folder, N=N, D=D, V=V, dtype=str(dtype).split(".")[1], name=name)
-        return peak_in_child(setup, "loss().backward()") - gradients
-    inputs = linear_inputs(N, D, V, dtype)
-    loss = linear_contenders(*inputs)[name]
+        names = {"inputs": inputs.__name__, "contenders": contenders.__name__, "name": name}
+        setup = SETUP.format(folder=folder, N=N, D=D, V=V, dtype=str(dtype).split(".")[1], **names)
+        frozen = inputs is frozen_inputs
+        return peak_in_child(setup, "loss().backward()") - (N * D + V * D * (not frozen)) * dtype.itemsize
+    tensors = inputs(N, D, V, dtype)
+    gradients = sum(x.nbytes for x in tensors if x.requires_grad)
+    loss = contenders(*tensors)[name]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss().backward()
@@ -341,3 +343,54 @@ def test_linear_topk(benchmark, report, request, device, N, D, V, dtype):
     name = f"reverse KL, top {KNOWN} of the teacher known, from hidden states, {N} tokens, D {D}, V {V}, {dtype}"
     report(name, rows, gemm_GFLOPs=round(rate / 1e9))
     benchmark.pedantic(with_backward(contenders["ours"], h, w), rounds=1)
+
+
+def trained_inputs(N, D, V, dtype):
+    h, w, *_ = linear_inputs(N, D, V, dtype)
+    return h, w, torch.randint(V, (N,), device=DEVICE)
+
+
+def frozen_inputs(N, D, V, dtype):
+    h, w, ids = trained_inputs(N, D, V, dtype)
+    return h, w.requires_grad_(False), ids
+
+
+def token_contenders(h, w, ids) -> dict:
+    contenders = {
+        "ours": lambda: linear_token_logprobs(h, w, ids).mean(),
+        "eager": lambda: F.log_softmax(F.linear(h, w), -1).gather(-1, ids[:, None]).mean(),
+    }
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+
+        contenders["TRL chunked"] = lambda: ChunkedLogProbFunction.apply(h, w, None, ids, 1.0, chunk, None, 1.0, ())[
+            0
+        ].mean()
+    except ImportError:
+        pass
+    return contenders
+
+
+@pytest.mark.parametrize("inputs", [trained_inputs, frozen_inputs])
+@pytest.mark.parametrize("device, N, D, V, dtype", LINEAR)
+def test_linear_tokens(benchmark, report, request, device, N, D, V, dtype, inputs):
+    """What sampled_kl takes. Of a trained head TRL's projects again in backward, and ours where logits do not fit
+    chunk_bytes, which is not counted as work."""
+    quick = request.config.getoption("--quick")
+    N, rounds = (N // 4, 1) if quick else (N, 3)
+    dtype_ = DTYPES[dtype]
+    need(device, 4 * V * D * dtype_.itemsize + 12 * N * V * dtype_.itemsize)
+    tensors = inputs(N, D, V, dtype_)
+    leaves = [x for x in tensors if x.requires_grad]
+    contenders = {name: with_backward(loss, *leaves) for name, loss in token_contenders(*tensors).items()}
+    rate = max(gemm_rate(N, V, D, kind) for kind in {dtype_, torch.float32})
+    rows = rows_of(race(contenders, rounds), "ours", (1 + len(leaves)) * 2 * N * V * D, rate, "of GEMM rate")
+    benchmark.pedantic(contenders["ours"], rounds=1)
+    del tensors, leaves, contenders
+    for row in rows:
+        args = row["contender"], N, D, V, dtype_, str(request.path.parent), inputs, token_contenders
+        row["extra MB"] = round(extra_memory(*args) / 1e6)
+    head = inputs.__name__.removesuffix("_inputs")
+    name = f"log-probabilities of tokens, {head} head, from hidden states, {N} tokens, D {D}, V {V}, {dtype}"
+    report(name, rows, gemm_GFLOPs=round(rate / 1e9))

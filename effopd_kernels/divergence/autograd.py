@@ -129,9 +129,12 @@ class _PerToken(torch.autograd.Function):
         # Of a frozen head no more than where the gradients go.
         ctx.save_for_backward(*(tensors if any(ctx.needs[1:]) else (*tensors[:3], tensors[-1])), *output[2:])
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # for what has none, zeros as large as the logits
 
     @staticmethod
     def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, grad_h, kept = ctx.saved_tensors
         inputs, mask = tensors[:3], tensors[-1]
         factor = grad_output if mask is None else grad_output.masked_fill(~mask, 0)  # NaN upstream of what is masked

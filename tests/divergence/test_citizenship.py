@@ -574,6 +574,22 @@ def test_compiles_with_a_number_of_tokens_that_the_data_decides(dynamic):
         torch.testing.assert_close(found, expected)
 
 
+def test_what_stops_gradients_stops_them():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            return None
+
+    h, w, *_ = (x.requires_grad_() for x in heads())
+    for rows in (linear_token_logprobs(h, w, torch.arange(N)), divergence_loss(h, w[:N], reduction="none")):
+        Stop.apply(rows).sum().backward()
+    assert not any(x.grad is not None and x.grad.any() for x in (h, w))
+
+
 @pytest.mark.parametrize("kind", ["divergence", "top-k", "token"])
 @pytest.mark.parametrize("chunk_bytes, fits", [(None, True), (4 * V * 4, False)])
 @pytest.mark.parametrize("num_valid", [None, 8])
