@@ -15,6 +15,7 @@ LOGITS, HIDDEN = (
     "reverse KL from logits, {}, 256 × 151936 {}",
     "reverse KL from hidden states, 512 tokens, D 896, V 151936, {}",
 )
+TOKENS = "log-probabilities of tokens, {} head, from hidden states, 512 tokens, D 896, V 151936, {}"
 TOPK = "reverse KL, top 20 of the teacher known, from {}, {}"
 FASTER = "ours is × faster"
 
@@ -116,6 +117,14 @@ ROWS = [
         "the same from hidden states, 512 tokens, D 896, fp32; eager, TRL 1.16",
         divergence(TOPK.format("hidden states", "512 tokens, D 896, V 151936, fp32"), "eager", "TRL chunked"),
     ),
+    (
+        "**log-probabilities of tokens** and their gradient, from hidden states, 512 tokens, D 896, V 151936, head "
+        "trained, fp32; eager, TRL 1.16; extra memory",
+        divergence(TOKENS.format("trained", "fp32"), "eager", "TRL chunked"),
+    ),
+    ("the same in bf16", divergence(TOKENS.format("trained", "bf16"), "eager", "TRL chunked")),
+    ("the same, head frozen, fp32", divergence(TOKENS.format("frozen", "fp32"), "eager", "TRL chunked")),
+    ("the same in bf16", divergence(TOKENS.format("frozen", "bf16"), "eager", "TRL chunked")),
     (
         "**`extrapolate_`**, a 0.5B model's weights, bf16, with statistics; `torch.lerp(out=)` without, "
         "`w0 + a*(w - w0)`",
