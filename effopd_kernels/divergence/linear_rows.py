@@ -88,8 +88,11 @@ def student_bytes(chunk_bytes: int) -> int:
 def _logits(N: int, V: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised logits (N, V). On a GPU every row starts at a multiple of PITCH elements, whatever V is, so that
     GEMMs and the row kernel can load vectors."""
-    pitch = 1 if like.device.type == "cpu" else PITCH
-    return ops.empty_rows(N, -(-V // pitch) * pitch, like, dtype)[:, :V]
+    return ops.empty_rows(N, _pitched(V, like.device), like, dtype)[:, :V]
+
+
+def _pitched(V: int, device: torch.device) -> int:
+    return V if device.type == "cpu" else -(-V // PITCH) * PITCH
 
 
 def _blocks(
@@ -420,7 +423,7 @@ def _fake(student, V, dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, kee
         hidden.new_empty(hidden.shape if grad_h else 0),
         *_fake_head(weight, bias, grad_w, grad_b),
         loss.new_empty((3, N) if with_stats else 0),
-        _logits(_kept_rows(N, num_valid) if keep else 0, V, hidden, dtype),
+        hidden.new_empty(_kept_rows(N, num_valid) if keep else 0, _pitched(V, hidden.device), dtype=dtype)[:, :V],
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchrun import torchrun
@@ -572,6 +572,23 @@ def test_compiles_with_a_number_of_tokens_that_the_data_decides(dynamic):
     for mask in (MASK, ~MASK):
         found, expected = (torch.autograd.grad(f(*leaves, mask), leaves) for f in (compiled, loss))
         torch.testing.assert_close(found, expected)
+
+
+@tracing
+def test_large_results_per_token_are_traced_without_memory():
+    """What is kept is of the size for which a CPU has pages of its own, which no trace may touch."""
+    ids = torch.arange(300)
+
+    def grads(h, w):
+        return torch.autograd.grad(linear_token_logprobs(h, w, ids.to(h.device)).square().sum(), (h, w))
+
+    h, w = random(300, 4).requires_grad_(), random(50_000, 4).requires_grad_()
+    compiled = torch.compile(lambda h, w: linear_token_logprobs(h, w, ids), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(h, w).square().sum(), (h, w))
+    torch.testing.assert_close(found, grads(h, w))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = [torch.empty(x.shape, requires_grad=True) for x in (h, w)]
+        assert [type(g) for g in grads(*fakes)] == [FakeTensor] * 2
 
 
 def test_what_stops_gradients_stops_them():
