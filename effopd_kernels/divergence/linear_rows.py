@@ -40,8 +40,8 @@ TILES = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # not pub
 TRANSPOSES = TILES or torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 _REST = (
-    "int chunk_bytes, int? num_valid, bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats, bool keep) "
-    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats, Tensor kept)"
+    "int chunk_bytes, SymInt? num_valid, bool grad_hidden, bool grad_weight, bool grad_bias, bool with_stats, "
+    "bool keep) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor stats, Tensor kept)"
 )
 torch.library.define(
     "effopd::linear_divergence_rows",
@@ -56,7 +56,7 @@ torch.library.define(
 torch.library.define(
     "effopd::head_gradients",
     "(Tensor kept, Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor factor, ScalarType dtype, "
-    "int? num_valid, bool grad_weight, bool grad_bias) -> (Tensor grad_weight, Tensor grad_bias)",
+    "SymInt? num_valid, bool grad_weight, bool grad_bias) -> (Tensor grad_weight, Tensor grad_bias)",
 )
 
 

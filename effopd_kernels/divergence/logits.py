@@ -117,8 +117,9 @@ def divergence_loss(
     mask (...): bool, True where the token counts. weight (...): a constant factor per token.
     temperature divides the student's logits, teacher_temperature (default: the same) the teacher's; both are at least
         1e-6. No T² is applied.
-    reduction: "mean" is Σ weight·D / Σ weight over the tokens that count, or / num_tokens where given (accumulation,
-        several ranks); "sum" is Σ weight·D; "none" has the mask's shape and is 0 where masked.
+    reduction: "mean" is Σ weight·D / Σ weight over the tokens that count, or / num_tokens where given: of accumulation
+        those of all micro-batches; with DDP and FSDP, which average gradients, those of all ranks / their number. "sum"
+        is Σ weight·D; "none" has the mask's shape and is 0 where masked.
     return_stats: return (loss, DivergenceStats), from the same pass.
     inplace: write the gradient over the student's logits, whose values are then gone. The logits must not be needed
         by anything else; memory then does not grow at all, where rows do not overlap and their columns are adjacent.

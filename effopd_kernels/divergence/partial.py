@@ -116,6 +116,7 @@ def topk_divergence_loss(
         are then never held. teacher_logprobs, teacher_ids (..., k): log-probabilities under the teacher's full
         distribution, at whatever temperature it was asked at, and their token ids, all different within a token. Where
         fewer than k < V are known the log-probability is −inf, whatever the id: such an entry stands for no token.
+        So are vLLM's lists filled up, which have the sampled token besides if it is not among the top k.
     tail: the rest of the vocabulary is one more outcome. False: both sides are renormalised over the k entries instead,
         of which a token then needs one.
     temperature: of the student. mask, weight, reduction, num_tokens, return_stats: as in `divergence_loss`; the stats
@@ -156,7 +157,14 @@ def topk_divergence_loss(
     known, ids = (x.detach().reshape(-1, k) for x in (teacher_logprobs, teacher_ids))
     absent = known == -torch.inf if k < V else torch.zeros_like(ids, dtype=torch.bool)
     absent = absent if mask_N is None else absent | ~mask_N[:, None]
-    hint = "; if the student is hidden states, give student_weight too" if student_weight is None else ""
+    hint = "; what the student lacks has log-probability −inf"
+    if student_weight is None:
+        hint += "; if the student is hidden states, give student_weight too"
+    nothing = absent.all(-1) if mask_N is None else absent.all(-1) & mask_N
+    if not tail and readable(nothing) and nothing.any():
+        raise ValueError(
+            f"without a tail every token that counts needs a known entry, got none in token {int(nothing.nonzero()[0])}"
+        )
     _check_range("teacher_ids", ids.masked_fill(absent, 0), V, hint)
     _check_mass(known if mask_N is None else known.masked_fill(~mask_N[:, None], -torch.inf))
     ids = ids.long().masked_fill(absent, -1)
@@ -217,7 +225,7 @@ def linear_token_logprobs(
     check_num_valid(mask_N, num_valid)
     ids = ids.long().reshape(-1, 1)
     ids = ids if mask_N is None else ids.masked_fill(~mask_N[:, None], 0)
-    _check_range("ids", ids, weight.shape[0])
+    _check_range("ids", ids, weight.shape[0], "; mask what is no token" if mask_N is None else "")
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
     dtype = compute_dtype("", hidden, weight)
@@ -229,14 +237,16 @@ def linear_token_logprobs(
     return rows.reshape(hidden.shape[:-1])
 
 
-def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str = "k3") -> Tensor:
+def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str = "k2") -> Tensor:
     """Per-token estimates of KL(student ‖ teacher) at tokens sampled from the student, of the inputs' shape.
 
-    With d = log q − log p: "k1" is d, unbiased, of high variance and either sign; "k2" is d²/2, biased, never negative,
-    and its gradient is an unbiased estimate of the divergence's; "k3" is e^(−d) − 1 + d, unbiased and never negative,
-    whose gradient estimates that of KL(teacher ‖ student) (J. Schulman, "Approximating KL divergence", 2020). The
-    gradient of "k1" is zero on average: use it as a reward. The teacher is a constant. A sampled token has a finite
-    log-probability under the student; at −inf on both sides the estimates are NaN.
+    With d = log q − log p (J. Schulman, "Approximating KL divergence", 2020):
+    "k2" is d²/2, biased, never negative, and its gradient is an unbiased estimate of the divergence's: the loss.
+    "k1" is d, unbiased, of high variance and either sign; its gradient is zero on average: a reward, once negated.
+    "k3" is e^(−d) − 1 + d, unbiased and never negative: a statistic. Its gradient estimates that of
+        KL(teacher ‖ student), and it overflows where the teacher's log-probability is 88 above the student's.
+    The teacher is a constant. A sampled token has a finite log-probability under the student; at −inf on both sides the
+    estimates are NaN.
     Raises ValueError or TypeError for inputs that do not fit each other, or another estimator.
     """
     check_float(student_logprobs=student_logprobs, teacher_logprobs=teacher_logprobs)

@@ -575,6 +575,27 @@ def test_compiles_with_a_number_of_tokens_that_the_data_decides(dynamic):
 
 
 @tracing
+@pytest.mark.parametrize("kind", ["linear", "linear, per row", "top-k", "token"])
+def test_one_graph_for_every_promised_number_of_tokens(kind):
+    h, w, ht, wt = (x.requires_grad_(i < 2) for i, x in enumerate(heads()))
+    loss = {
+        "linear": lambda **o: linear_divergence_loss(h, w, ht, wt, **o),
+        "linear, per row": lambda **o: linear_divergence_loss(h, w, ht, wt, reduction="none", **o).square().sum(),
+        "top-k": lambda **o: topk_divergence_loss(h, *TOP, student_weight=w, **o),
+        "token": lambda **o: linear_token_logprobs(h, w, TOP[1][:, 0], **o).square().sum(),
+    }[kind]
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda mask, num_valid: loss(mask=mask, num_valid=num_valid), backend=backend, fullgraph=True
+    )
+    for kept in range(2, N):
+        mask = torch.arange(N) < kept
+        found, expected = (torch.autograd.grad(f, (h, w)) for f in (compiled(mask, kept), loss(mask=mask)))
+        torch.testing.assert_close(found, expected)
+    assert backend.frame_count <= 2  # the first number, and any
+
+
+@tracing
 def test_large_results_per_token_are_traced_without_memory():
     """What is kept is of the size for which a CPU has pages of its own, which no trace may touch."""
     ids = torch.arange(300)

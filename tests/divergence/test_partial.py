@@ -453,7 +453,17 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         ),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.zeros(5).long()), "(6,)"),
         (lambda: topk_divergence_loss(random(N, V), random(N, 3), torch.full((N, 3), V)), "0 to 96, got 97"),
-        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.full((N,), -100)), "0 to 96, got -100"),
+        (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.full((N,), -100)), "got -100; mask what"),
+        (
+            lambda: topk_divergence_loss(random(N, V), teacher(3)[1], teacher(3)[2] + V),
+            "what the student lacks has log-probability −inf",
+        ),
+        (
+            lambda: topk_divergence_loss(
+                random(2, V), torch.tensor([[-1.0], [-torch.inf]]), torch.zeros(2, 1).long(), tail=False
+            ),
+            "got none in token 1",
+        ),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), temperature=0), "temperature"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), softcap=-1), "softcap"),
         (lambda: linear_token_logprobs(random(N, D), random(V, D), torch.arange(N), chunk_bytes=-1), "chunk_bytes"),
