@@ -126,8 +126,8 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.run, ctx.spec, ctx.needs, _, ctx.keep, ctx.dtype, *tensors = inputs
-        # Of a frozen head no more than where the gradients go.
-        ctx.save_for_backward(*(tensors if any(ctx.needs[1:]) else (*tensors[:3], tensors[-1])), *output[2:])
+        again = any(ctx.needs[1:]) and not ctx.keep  # else no teacher's
+        ctx.save_for_backward(*(tensors if again else (*tensors[:3], tensors[-1])), *output[2:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # for what has none, zeros as large as the logits
 
@@ -168,14 +168,12 @@ def reduced_loss(
 
     The first `num_inputs` of `tensors` are differentiable, the last is the mask (N,); `scale_N` None is 1. `dtype` is
     what gradients per logit are held in: in fp16 their factor 1/tokens would take them below its range before a loss
-    scale could lift them, so the largest factor waits for backward. `keep`, of losses from hidden states: whether the
-    gradients of all logits may be kept for it.
+    scale could lift them, so the largest factor waits for backward. `keep`, per row from hidden states: `may_keep`.
     """
     inputs = tensors[:num_inputs]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
-        # In fp16 all wait for the upstream gradient: a loss scale in it lifts them into the range.
-        if keep is None or dtype == torch.float16:
+        if keep is None:
             rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
         else:
             rows, stats_3N, *_ = apply(_PerToken, run, spec, needs, stats, keep, dtype, *map(keepable, tensors))

@@ -17,7 +17,7 @@ from .arguments import (
 )
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
-from .linear_rows import all_fit, default_chunk_bytes, student_bytes  # and defines effopd::linear_divergence_rows
+from .linear_rows import default_chunk_bytes, may_keep, student_bytes  # and defines effopd::linear_divergence_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -149,8 +149,11 @@ def linear_divergence_loss(
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
     teacher = tuple(t if t is None else t.detach() for t in teacher)
-    chunk_bytes = chunk_bytes or default_chunk_bytes(student_hidden.device)
-    V = min(student_weight.shape[0], teacher_weight.shape[0])
+    chunk_bytes = int(chunk_bytes or default_chunk_bytes(student_hidden.device))
+    keep = None
+    if reduction == "none":
+        V, s_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or dtypes[0]
+        keep = may_keep(student[0], num_valid, V, dtypes[0], s_dtype, student_bytes(chunk_bytes))
     loss, rows, stats = reduced_loss(
         _rows,
         (*student, *teacher, mask_N),
@@ -160,7 +163,7 @@ def linear_divergence_loss(
         reduction == "none",
         return_stats,
         dtypes[0],
-        all_fit(len(student[0]), num_valid, V, dtypes[0], logits_dtype or dtypes[0], student_bytes(chunk_bytes)),
+        keep,
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

@@ -293,13 +293,20 @@ def _row_bytes(V: int, dtype: torch.dtype, s_dtype: torch.dtype) -> int:
     return V * (s_dtype.itemsize + (0 if s_dtype == dtype else dtype.itemsize))
 
 
-def all_fit(N: int, num_valid: int | None, V: int, dtype: torch.dtype, s_dtype: torch.dtype, budget: int) -> bool:
-    """Whether the student's logits of all tokens are within `budget` bytes. Of a mask's tokens nothing is known but
-    their number where that is promised: the answer, and with it the shape of what is kept, is the same for every mask.
+def may_keep(
+    hidden_ND: Tensor, num_valid: int | None, V: int, dtype: torch.dtype, s_dtype: torch.dtype, budget: int
+) -> bool | None:
+    """Whether the student's logits of all tokens are within `budget` bytes, so that their gradients may be kept for
+    backward. Of a mask's tokens nothing is known but their number where that is promised: the answer, and with it the
+    shape of what is kept, is the same for every mask.
+
+    None: fp16 takes part, whose gradients all wait for backward, where a loss scale lifts them into its range.
     """
-    fit = _kept_rows(N, num_valid) * _row_bytes(V, dtype, s_dtype) <= budget
+    if torch.float16 in (hidden_ND.dtype, dtype, s_dtype):
+        return None
+    fit = _kept_rows(hidden_ND.shape[0], num_valid) <= budget // _row_bytes(V, dtype, s_dtype)
     if not torch.compiler.is_compiling():
-        return fit
+        return bool(fit)
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # which takes a third of a second to import
 
     return guard_or_false(fit)  # no, where the data decides how many there are
@@ -314,7 +321,7 @@ def _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats
 
     compare(chunk_rows, bytes left): a function of (chunk, its logits) that overwrites these by the gradient and yields
         (rows, loss, stats). dtypes: of the products, of the student's logits and the teacher's. budgets: bytes for the
-        student's logits, and in all. keep: return the gradients of logits too, of which `all_fit`.
+        student's logits, and in all. keep: return the gradients of logits too, which `may_keep` allows.
     """
     full_V, D = student[1].shape
     device, (dtype, s_dtype, t_dtype) = student[0].device, dtypes
@@ -343,9 +350,7 @@ def _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats
                     stats[:, rows] = found
             if not (keep or any(needs)):
                 continue
-            g = logits.to(dtype)
-            if keep and g is not logits:
-                kept[chunk] = g
+            g = kept[chunk].copy_(logits) if keep and s_dtype != dtype else logits.to(dtype)
             if grad_h is not None:
                 grad_h[chunk] = hidden_gradient(g, w)
             if grad_w is not None:

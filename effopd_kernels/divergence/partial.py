@@ -25,7 +25,7 @@ from .arguments import (
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype, run_linear_rows
-from .linear_rows import all_fit, default_chunk_bytes
+from .linear_rows import default_chunk_bytes, may_keep
 from .logits import as_rows, run_rows
 from .ops import repeated_id
 
@@ -179,9 +179,10 @@ def topk_divergence_loss(
     if student_weight is not None:
         run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
         rows = _head(student, student_weight, student_bias)
-        chunk_bytes = chunk_bytes or default_chunk_bytes(student.device)
+        chunk_bytes = int(chunk_bytes or default_chunk_bytes(student.device))
         numbers = (*numbers, dtype, chunk_bytes, num_valid)
-        keep = all_fit(len(rows[0]), num_valid, V, dtype, dtype, chunk_bytes)
+        if reduction == "none":
+            keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes)
     loss, per_row, stats = reduced_loss(
         run, (*rows, ids, known, mask_N), len(rows), numbers, scale_N, reduction == "none", return_stats, dtype, keep
     )
@@ -229,10 +230,10 @@ def linear_token_logprobs(
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
     check_chunk_bytes(chunk_bytes)
     dtype = compute_dtype("", hidden, weight)
-    chunk_bytes = chunk_bytes or default_chunk_bytes(hidden.device)
+    chunk_bytes = int(chunk_bytes or default_chunk_bytes(hidden.device))
     numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
     tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
-    keep = all_fit(len(tensors[0]), num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
+    keep = may_keep(tensors[0], num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
     rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype, keep)
     return rows.reshape(hidden.shape[:-1])
 

@@ -89,7 +89,7 @@ def divergence_rows(
     grad = stats = None
     if with_grad:
         w = b_term - kappa * share * difference
-        row_scale = kept if row_scale_N is None else kept * row_scale_N
+        row_scale = kept if row_scale_N is None else _of_those(mask_N, row_scale_N)
         dz = (w - q * w.sum(-1, keepdim=True)) * slope
         grad = torch.zeros_like(student_NV)
         grad[:, :V] = dz * row_scale[:, None] if isinstance(row_scale, Tensor) else dz
@@ -154,7 +154,12 @@ def log_prob(pair_N2: Tensor, mask_N: Tensor | None, row_scale_N: Tensor | None)
     loss, share = torch.nn.functional.logsigmoid(lead), torch.sigmoid(-lead)
     grad = torch.stack([share, -share], 1)
     if row_scale_N is not None:
-        grad = grad * row_scale_N[:, None]
+        grad = grad * _of_those(mask_N, row_scale_N)[:, None]
     if mask_N is not None:
         loss, grad = loss * mask_N, grad * mask_N[:, None]
     return loss, grad, None
+
+
+def _of_those(mask_N: Tensor | None, row_scale_N: Tensor) -> Tensor:
+    """0 where masked, whatever it is there."""
+    return row_scale_N if mask_N is None else row_scale_N.masked_fill(~mask_N, 0)

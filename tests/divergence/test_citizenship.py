@@ -665,6 +665,133 @@ def test_a_result_per_token_projects_once(kind, chunk_bytes, fits, num_valid, le
     assert sum(projected) == times * (num_valid or mask.sum())
 
 
+# ---- what a result per token keeps for backward
+
+
+def token(h, w, **options):
+    return linear_token_logprobs(h, w, torch.arange(N), **options)
+
+
+def calls_of_backward(rows, op):
+    with Spy() as spy:
+        rows.sum().backward()
+    return [args for func, args in spy.calls if func is op], spy.calls
+
+
+def test_gradients_of_logits_are_kept_where_they_fit():
+    fits = linear_rows.may_keep
+    f32, bf16 = torch.float32, torch.bfloat16
+    h, row = random(N, D), V * 4
+    assert fits(h, None, V, f32, f32, N * row) and not fits(h, None, V, f32, f32, N * row - 1)
+    assert fits(h, 4, V, f32, f32, 4 * row) and fits(h, 100, V, f32, f32, N * row)
+    assert not fits(h, None, V, bf16, f32, N * row) and fits(h, None, V, bf16, f32, N * row * 3 // 2)  # and a cast
+    for dtypes in ((f32, bf16, f32), (bf16, f32, f32), (f32, f32, bf16)):
+        with_half = [torch.float16 if dtype == bf16 else dtype for dtype in dtypes]
+        assert fits(h.to(dtypes[0]), None, V, *dtypes[1:], 1 << 20) is True
+        assert fits(h.to(with_half[0]), None, V, *with_half[1:], 1 << 20) is None  # a loss scale is yet to come
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_a_promise_may_be_a_number_of_numpy_s(kind):
+    h, w, ht, wt = (random(*shape, seed=i) for i, shape in enumerate([(200, D), (100, D)] * 2))
+    mask = torch.arange(200) < 100
+
+    def grads(num_valid, chunk_bytes, **options):
+        leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
+        options |= {"mask": mask, "num_valid": num_valid, "chunk_bytes": chunk_bytes}
+        return torch.autograd.grad(linear_divergence_loss(*leaves, ht, wt, **options).sum(), leaves)
+
+    for options in ({}, {"reduction": "none"}):
+        for chunk_bytes in (24_000, 1 << 30):
+            expected = grads(100, chunk_bytes, **options)
+            torch.testing.assert_close(grads(kind(100), np.int32(chunk_bytes), **options), expected)
+
+
+def test_what_is_saved_for_a_frozen_head_or_with_kept_gradients():
+    """Nothing as large as the logits for the former, nothing of the teacher in both."""
+    h, w, ht, wt = heads()
+    saved = []
+    for frozen in (True, False):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+            leaves = h.requires_grad_(), w.requires_grad_(not frozen)
+            rows = linear_divergence_loss(*leaves, ht, wt, reduction="none"), token(*leaves)
+        shapes = [tuple(x.shape) for x in saved]
+        assert shapes.count((N, V)) == (0 if frozen else 2) and rows[0].requires_grad
+        assert not any(x.data_ptr() in (ht.data_ptr(), wt.data_ptr()) for x in saved)
+
+
+def test_backward_of_kept_gradients_makes_no_zeros_and_does_not_look_at_a_mask():
+    rows = token(random(N, D).requires_grad_(), random(V, D).requires_grad_(), mask=MASK, num_valid=4)
+    (args,), calls = calls_of_backward(rows, torch.ops.effopd.head_gradients.default)
+    assert args[7] == 4
+    assert not any("zeros" in str(func) and (N, V) in map(tuple, args[:1]) for func, args in calls if args)
+
+
+def test_backward_that_projects_again_makes_the_head_s_gradients_alone():
+    rows = token(random(N, D).requires_grad_(), random(V, D).requires_grad_(), chunk_bytes=V * 8)
+    (args,), _ = calls_of_backward(rows, torch.ops.effopd.linear_topk_rows.default)
+    assert args[-5:-2] == (False, True, False)
+
+
+def test_backward_within_autocast_is_as_outside():
+    leaves = [x.requires_grad_() for x in (random(N, D), random(V, D), random(V))]
+    rows, upstream = token(*leaves[:2], bias=leaves[2]), random(N, seed=3)
+    expected = torch.autograd.grad(rows, leaves, upstream, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(rows, leaves, upstream)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_upstream_gradients_are_not_rounded_and_sums_over_tokens_are_in_fp32():
+    """Of bf16: dh by one multiplication, dW and db from operands that are rounded once."""
+    tokens = 70
+    h, w = random(tokens, D, dtype=torch.bfloat16), random(V, D, seed=1, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (h, w, random(V, seed=2).bfloat16())]
+    upstream = 1 + torch.rand(tokens, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(tokens) % V
+    rows = linear_token_logprobs(*leaves[:2], ids, bias=leaves[2])
+    ones = torch.autograd.grad(rows.sum(), leaves, retain_graph=True)
+    dh, dw, db = torch.autograd.grad(rows, leaves, upstream, retain_graph=True)
+    assert torch.equal(dh, (ones[0].float() * upstream[:, None]).bfloat16())
+    logits = (h.float() @ w.float().T + leaves[2].float()).bfloat16().detach().double()
+    g = (torch.nn.functional.one_hot(ids, V) - torch.softmax(logits, -1)).bfloat16().double()
+    expected = (g * upstream[:, None]).sum(0)
+    torch.testing.assert_close(db.double(), expected, rtol=2**-8, atol=2**-7)
+    torch.testing.assert_close(dw.double(), (g * upstream[:, None]).T @ h.detach().double(), rtol=2**-7, atol=0.1)
+
+
+def test_logits_of_another_dtype_than_the_products_are_not_rounded_where_gradients_are_kept():
+    h, w, ht, wt = heads(torch.bfloat16)
+    options = {"logits_dtype": torch.float32, "reduction": "none"}
+    with torch.no_grad():
+        expected = linear_divergence_loss(h, w, ht, wt, **options)
+    assert torch.equal(linear_divergence_loss(h, w.requires_grad_(), ht, wt, **options), expected)
+
+
+def test_exports_with_any_number_of_tokens():
+    class Loss(torch.nn.Module):
+        def forward(self, h, w, ids):
+            return linear_token_logprobs(h, w, ids)
+
+    ids, tokens = torch.arange(12), torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(
+        Loss(), (random(12, D), random(V, D), ids), dynamic_shapes=({0: tokens}, None, {0: tokens}), strict=False
+    )
+    for n in (5, 12, 20):
+        args = random(n, D), random(V, D), torch.arange(n)
+        torch.testing.assert_close(exported.module()(*args), linear_token_logprobs(*args))
+
+
+@pytest.mark.parametrize("call", [divergence_loss, linear_divergence_loss])
+def test_upstream_of_masked_tokens_may_be_anything_in_fp64_too(call):
+    inputs = [random(N, V), random(N, V)] if call is divergence_loss else heads()
+    leaf = inputs[0].double().requires_grad_()
+    rows = call(leaf, *(x.double() for x in inputs[1:]), mask=MASK, reduction="none")
+    (grad,) = torch.autograd.grad(rows, leaf, torch.where(MASK, 1.0, math.nan).double())
+    assert grad.isfinite().all() and (grad[~MASK] == 0).all()
+
+
 # ---- synchronisation
 
 

@@ -484,6 +484,12 @@ def test_topk_refuses_before_it_projects(monkeypatch):
         (lambda: topk(mask=torch.ones(N, dtype=torch.bool), num_valid=6.0), "num_valid must be an int, got 6.0"),
         (lambda: topk(teacher_temperature=2.0), "teacher_temperature"),
         (lambda: topk(inplace=True), "inplace"),
+        (
+            lambda: linear_token_logprobs(
+                random(N, D), random(V, D), torch.arange(N), mask=torch.ones(N, dtype=torch.bool), num_valid=3
+            ),
+            "num_valid is 3 but mask keeps 6",
+        ),
         (lambda: sampled_kl(random(3), random(4)), "(4,)"),
         (lambda: sampled_kl(random(3), random(3), "k4"), "k4"),
         (lambda: sampled_kl(random(3), [0.0] * 3), "teacher_logprobs must be a tensor, got list"),
