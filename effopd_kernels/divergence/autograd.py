@@ -129,7 +129,8 @@ class _PerToken(torch.autograd.Function):
         again = any(ctx.needs[1:]) and not ctx.keep  # else no teacher's
         ctx.save_for_backward(*(tensors if again else (*tensors[:3], tensors[-1])), *output[2:])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # for what has none, zeros as large as the logits
+        if not torch.compiler.is_compiling():  # a trace drops what is not used, and may not know the call
+            ctx.set_materialize_grads(False)  # for what has none, zeros as large as the logits
 
     @staticmethod
     def backward(ctx, grad_output, *_):
