@@ -234,14 +234,13 @@ def linear_inputs(N, D, V, dtype):
 
 def extra_memory(name, N, D, V, dtype, folder, inputs=linear_inputs, contenders=linear_contenders) -> int:
     """Peak bytes beyond inputs and gradients, of value and gradient."""
+    leaves = zip(inputs(1, 1, 1, dtype), (N * D, V * D), strict=False)
+    gradients = sum(size * dtype.itemsize for leaf, size in leaves if leaf.requires_grad)
     if not GPU:
         names = {"inputs": inputs.__name__, "contenders": contenders.__name__, "name": name}
         setup = SETUP.format(folder=folder, N=N, D=D, V=V, dtype=str(dtype).split(".")[1], **names)
-        frozen = inputs is frozen_inputs
-        return peak_in_child(setup, "loss().backward()") - (N * D + V * D * (not frozen)) * dtype.itemsize
-    tensors = inputs(N, D, V, dtype)
-    gradients = sum(x.nbytes for x in tensors if x.requires_grad)
-    loss = contenders(*tensors)[name]
+        return peak_in_child(setup, "loss().backward()") - gradients
+    loss = contenders(*inputs(N, D, V, dtype))[name]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss().backward()

@@ -327,7 +327,7 @@ def _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats
     device, (dtype, s_dtype, t_dtype) = student[0].device, dtypes
     h, w, b = tokens.operands(*student, V, dtype)
     n, row_bytes = h.shape[0], _row_bytes(V, dtype, s_dtype)
-    chunks = pieces(n, budgets[0] // row_bytes)
+    chunks = pieces(n, n if keep else budgets[0] // row_bytes)
     chunk_rows = max((c.stop - c.start for c in chunks), default=0)
 
     loss = torch.zeros(n, device=device, dtype=_loss_dtype(s_dtype, t_dtype))

@@ -160,11 +160,11 @@ def topk_divergence_loss(
     hint = "; what the student lacks has log-probability −inf"
     if student_weight is None:
         hint += "; if the student is hidden states, give student_weight too"
-    nothing = absent.all(-1) if mask_N is None else absent.all(-1) & mask_N
-    if not tail and readable(nothing) and nothing.any():
-        raise ValueError(
-            f"without a tail every token that counts needs a known entry, got none in token {int(nothing.nonzero()[0])}"
-        )
+    if not tail and readable(absent):
+        nothing = absent.all(-1) if mask_N is None else absent.all(-1) & mask_N
+        if nothing.any():
+            token = int(nothing.nonzero()[0])
+            raise ValueError(f"without a tail every token that counts needs a known entry, got none in token {token}")
     _check_range("teacher_ids", ids.masked_fill(absent, 0), V, hint)
     _check_mass(known if mask_N is None else known.masked_fill(~mask_N[:, None], -torch.inf))
     ids = ids.long().masked_fill(absent, -1)
