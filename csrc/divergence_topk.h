@@ -42,31 +42,39 @@ class Known {
     int32_t *const heads, *const next;
 };
 
-// Σ 2^(c·z − reference) of the others, the reference near their largest, and 0 before any that is finite.
+// Σ 2^u of the others, u = c·z − reference, the reference near their largest, and 0 before any that is finite; where
+// asked for, Σ 2^u·u, too.
 struct Others {
-    double sum = 0;
+    double sum = 0, weighted = 0;
     float reference = 0;
+
+    double entropy() const { return sum == 0 ? 0 : (std::log2(sum) - weighted / sum) * kLn2; }  // of their own shares
 };
 
-template <int dtype>
-static double sum_of(const char* z, int count, float c, float reference) {
-    vf sums[2]{};
+template <int dtype, bool weighted>
+static Others sums_of(const char* z, int count, float c, float reference) {
+    vf sums[2]{}, products[2]{};
     for (int i = 0; i < count; i += kStep) {
         const Two two = load_two(z + i * size_of(dtype), dtype);
         fetch_ahead(z + i * size_of(dtype), kStep * size_of(dtype));
         const vf u[2] = {below_overflow(at(two.x[0], c, reference)), below_overflow(at(two.x[1], c, reference))};
         vf e[2];
         exp2_(u, e);
-        for (int k = 0; k < 2; ++k) sums[k] += e[k];
+        for (int k = 0; k < 2; ++k) {
+            sums[k] += e[k];
+            if (weighted) products[k] += e[k] * (u[k] == -kInf ? vf{} : u[k]);
+        }
     }
-    return sum(sums[0] + sums[1]);
+    return {sum(sums[0] + sums[1]), weighted ? sum(products[0] + products[1]) : 0};
 }
 
-static double sum_of(const Block& b, int count, float c, float reference) {
-    return b.dtype == kFloat32 ? sum_of<kFloat32>(b.z, count, c, reference)
-                               : sum_of<kBFloat16>(b.z, count, c, reference);
+template <bool weighted>
+static Others sums_of(const Block& b, int count, float c, float reference) {
+    return b.dtype == kFloat32 ? sums_of<kFloat32, weighted>(b.z, count, c, reference)
+                               : sums_of<kBFloat16, weighted>(b.z, count, c, reference);
 }
 
+template <bool weighted>
 static Others others_of(const Side& side, const char* row, const Known& known) {
     constexpr float kLag = kBlock;  // see `online`
     alignas(64) float copy[kBlock];
@@ -83,15 +91,19 @@ static Others others_of(const Side& side, const char* row, const Known& known) {
         const auto meet_top = [&] {
             const float old = others.reference;
             others.reference = reference(others.sum, old, top_of(b, count) * side.c);
-            if (others.sum != 0) others.sum *= std::exp2(double(old) - others.reference);
+            if (others.sum == 0) return;
+            const double step = double(old) - others.reference, factor = std::exp2(step);
+            others.weighted = factor * (others.weighted + step * others.sum);
+            others.sum *= factor;
         };
         if (others.sum == 0) meet_top();
-        double part = sum_of(b, count, side.c, others.reference);
-        if (!(part <= kLag)) {
+        Others part = sums_of<weighted>(b, count, side.c, others.reference);
+        if (!(part.sum <= kLag)) {
             meet_top();
-            part = sum_of(b, count, side.c, others.reference);
+            part = sums_of<weighted>(b, count, side.c, others.reference);
         }
-        others.sum += part;
+        others.sum += part.sum;
+        others.weighted += part.weighted;
     });
     return others;
 }
@@ -119,7 +131,10 @@ static Logit logit_at(const Side& side, const char* row, int64_t i) {
 static Others buckets_of(const TopkJob& job, int64_t n, const char* row, const Known& known) {
     const int64_t* const ids = job.ids + n * job.k;
     float* const out = job.buckets + n * (job.k + job.tail);
-    const Others others = job.tail ? others_of(job.logits, row, known) : Others{};
+    const bool entropy = job.job.kind == kToken && job.job.stats;
+    const Others others = !job.tail ? Others{}
+                          : entropy ? others_of<true>(job.logits, row, known)
+                                    : others_of<false>(job.logits, row, known);
     const double rest = others.reference + std::log2(others.sum);
     double top = rest;
     for (int64_t j = 0; j < job.k; ++j) {
@@ -133,10 +148,20 @@ static Others buckets_of(const TopkJob& job, int64_t n, const char* row, const K
     return others;
 }
 
-// The log-probability of the one entry into the loss, and its gradient over the buckets.
-static void one_token(const Job& job, float* buckets, int64_t n) {
+// The log-probability of the one entry into the loss, and its gradient over the buckets. The entropy is that of the two
+// outcomes, and the others' own as often as it is one of them: nothing cancels where one outcome has nearly everything.
+static void one_token(const Job& job, float* buckets, int64_t n, const Others& others) {
     const double rest = double(buckets[1]) - buckets[0], share = 1 / (1 + std::exp(-rest));
-    job.loss[n] = float(rest > 0 ? -rest - std::log1p(std::exp(-rest)) : -std::log1p(std::exp(rest)));
+    const auto log_share = [](double lead) {  // of what leads by so much
+        return lead < 0 ? lead - std::log1p(std::exp(lead)) : -std::log1p(std::exp(-lead));
+    };
+    const double log_one = log_share(-rest), log_rest = log_share(rest);
+    job.loss[n] = float(log_one);
+    if (job.stats) {
+        const auto part = [](double log_p) { return log_p == -kInf ? 0 : -std::exp(log_p) * log_p; };
+        job.stats[n] = float(part(log_one) + part(log_rest) + share * others.entropy());
+        job.stats[n + job.N] = job.stats[n + 2 * job.N] = 0;
+    }
     buckets[0] = float(share * (job.row_scale ? job.row_scale[n] : 1));
     buckets[1] = -buckets[0];
 }
@@ -196,7 +221,7 @@ static void one_topk_row(const TopkJob& job, int64_t n, float* scratch, int32_t*
     const int64_t* const ids = job.ids + n * job.k;
     // By the same blocks whatever the output's address, so that a row's loss does not depend on its place.
     const Others others = buckets_of(job, n, row, Known(ids, job.k, job.V, 0, lists));
-    if (job.job.kind == kToken) one_token(job.job, job.buckets + 2 * n, n);
+    if (job.job.kind == kToken) one_token(job.job, job.buckets + 2 * n, n, others);
     else one_row(job.job, n, scratch);
     if (!out) return;
     spread(job, n, row, out, Known(ids, job.k, job.V, head_of(out, job.stream, size), lists), others);

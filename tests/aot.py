@@ -129,13 +129,17 @@ def _topk(arch: str) -> Iterator[Variant]:
         ("fp32", "fp32", of_rows),
         ("fp16, capped, sequences", "fp16", of_rows + of_entries),
         ("bf16 unaligned", "bf16", of_rows),
+        ("bf16, entropy", "bf16", (tk._others_kernel, tk._buckets_kernel)),
+        ("fp32, entropy", "fp32", (tk._others_kernel,)),
+        ("fp16 unaligned, capped, entropy", "fp16", (tk._others_kernel,)),
     ):
         capped, aligned, itemsize = "capped" in name, "unaligned" not in name, 4 if dtype == "fp32" else 2
         tiling = triton_kernels.tiling(launch, itemsize, aligned)
         S, elements = triton.cdiv(151936, tiling["SLICE"]), tiling["LOADS"] * tiling["VECTOR"]
         given = types | {
             "student_ptr": "*" + dtype, "grad_ptr": "*" + dtype, "T": "i32" if "sequences" in name else None,
-            **tiling, "CAPPED": capped, "TAIL": True, "S": S, "S_POW2": triton.next_power_of_2(S), "BLOCK": tk.BLOCK,
+            **tiling, "CAPPED": capped, "TAIL": True, "STATS": "entropy" in name,
+            "S": S, "S_POW2": triton.next_power_of_2(S), "BLOCK": tk.BLOCK,
         }  # fmt: skip
         for kernel in kernels:
             arguments = {argument: given[argument] for argument in kernel.arg_names}

@@ -158,8 +158,8 @@ def test_partial_teachers(dtype):
     logprobs, ids = torch.log_softmax(random(N, V, seed=5, spread=3), -1).topk(8)
 
     def loss(h, w, logprobs, ids):
-        token = linear_token_logprobs(h, w, ids[:, 0], chunk_bytes=4_000_000)
-        return topk_divergence_loss(h, logprobs, ids, student_weight=w) + token.mean()
+        token, entropy = linear_token_logprobs(h, w, ids[:, 0], chunk_bytes=4_000_000, return_entropy=True)
+        return topk_divergence_loss(h, logprobs, ids, student_weight=w) + token.mean() + entropy.mean()
 
     found = loss_and_grads(lambda *x: loss(*x, logprobs, ids), h, w, leaves=2)
     wide = [x.double().cpu() for x in (h, w)]

@@ -1,7 +1,7 @@
 """What the public functions share: checks before any work, the reduction's factor per row, the answer's shape.
 
-The options are listed once more for type checkers: whether a loss comes alone or in a pair hangs on `return_stats`, and
-that takes an overload for each case.
+The options are listed once more for type checkers: whether a loss comes alone or in a pair hangs on `return_stats` (or
+`return_entropy`), and that takes an overload for each case.
 """
 
 from numbers import Integral, Real
@@ -52,6 +52,16 @@ class TopKOptions(TokenOptions, total=False):
     student_softcap: float | None
     tail: bool
     temperature: float
+    chunk_bytes: int | None
+    num_valid: int | None
+
+
+class LogprobOptions(TypedDict, total=False):
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    mask: Tensor | None
     chunk_bytes: int | None
     num_valid: int | None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_float, readable, wide
 from .arguments import (
+    LogprobOptions,
     TopKOptions,
     answer,
     as_floats,
@@ -194,6 +195,19 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
     return hidden.reshape(-1, hidden.shape[-1]), gathered(weight), gathered(bias)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *,
+    return_entropy: Literal[False] = False, **options: "Unpack[LogprobOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, return_entropy: Literal[True], **options: "Unpack[LogprobOptions]",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, ids: Tensor, *, return_entropy: bool, **options: "Unpack[LogprobOptions]",
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -204,14 +218,17 @@ def linear_token_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    return_entropy: bool = False,
     chunk_bytes: int | None = None,
     num_valid: int | None = None,
-) -> Tensor:
+):
     """Log-probabilities (...) of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits; in
     fp32, or fp64 for fp64.
 
     mask, chunk_bytes, num_valid: as in `linear_divergence_loss`; the log-probability is 0 where masked, whatever the
         hidden state and the id (as −100) are there.
+    return_entropy: return (log-probabilities, entropy), from the same pass: that of each token's whole distribution, at
+        the same temperature, in nats, of the same shape and dtype, detached, 0 where masked.
 
     Differentiable in hidden, weight and bias. Where one of the latter is trained, the gradients of all logits are kept
     for backward if chunk_bytes holds them, else (and always in fp16) it projects again: four GEMM units of 2·N·V·D
@@ -234,8 +251,9 @@ def linear_token_logprobs(
     numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
     tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
     keep = may_keep(tensors[0], num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
-    rows, *_ = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, False, dtype, keep)
-    return rows.reshape(hidden.shape[:-1])
+    rows, _, stats = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, return_entropy, dtype, keep)
+    rows = rows.reshape(hidden.shape[:-1])
+    return (rows, stats[0].reshape(rows.shape)) if return_entropy else rows
 
 
 def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: str = "k2") -> Tensor:

@@ -117,7 +117,8 @@ def topk_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `divergence_rows`, of the vocabulary in buckets: the k entries `ids`, of which a negative one is none, and
     with a tail all others as one more, which else take no part; known (N, k + tail) are the teacher's log-probabilities
-    of these. None: instead of a divergence the log-probability of ids (N, 1), with a tail and without stats.
+    of these. None: instead of a divergence the log-probability of ids (N, 1), with a tail; stats are then the student's
+    entropy over the vocabulary, and zeros.
 
     The others are summed for themselves: 1 less the sum of the k cancels where these hold nearly everything.
     """
@@ -136,7 +137,11 @@ def topk_rows(
     buckets = z.gather(1, ids_Nk.clamp(min=0)).masked_fill(ids_Nk < 0, -math.inf)
     buckets = torch.cat([buckets, rest], 1) if tail else buckets
     if known is None:
-        loss, grad, stats = log_prob(buckets, mask_N, row_scale_N)
+        of_others = None
+        if with_stats:
+            log_probs = _log_probs(others.masked_fill(rest == -math.inf, 0))
+            of_others = -(log_probs.exp() * log_probs).sum(1)
+        loss, grad, stats = log_prob(buckets, mask_N, row_scale_N, of_others)
     else:
         rows = buckets, known, mask_N, row_scale_N, a, b, pi
         loss, grad, stats = divergence_rows(*rows, with_grad=with_grad, with_stats=with_stats)
@@ -148,16 +153,24 @@ def topk_rows(
     return loss, (dz * slope).to(logits_NV.dtype), stats
 
 
-def log_prob(pair_N2: Tensor, mask_N: Tensor | None, row_scale_N: Tensor | None) -> tuple[Tensor, Tensor, None]:
-    """Log-probability (N,) of the first of two outcomes, and row_scale times its gradient (N, 2)."""
+def log_prob(
+    pair_N2: Tensor, mask_N: Tensor | None, row_scale_N: Tensor | None, entropy_N: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability (N,) of the first of two outcomes, row_scale times its gradient (N, 2), and given the entropy of
+    what the second is made of, the stats (3, N): the entropy of all, and zeros.
+    """
     lead = pair_N2[:, 0] - pair_N2[:, 1]
-    loss, share = torch.nn.functional.logsigmoid(lead), torch.sigmoid(-lead)
+    loss, share, stats = torch.nn.functional.logsigmoid(lead), torch.sigmoid(-lead), None
     grad = torch.stack([share, -share], 1)
+    if entropy_N is not None:
+        logs = torch.stack([loss, torch.nn.functional.logsigmoid(-lead)]).clamp(min=FLOOR)  # 0 · −inf is 0
+        entropy = _of_those(mask_N, share * entropy_N - (logs.exp() * logs).sum(0))
+        stats = torch.stack([entropy, *torch.zeros_like(logs)])
     if row_scale_N is not None:
         grad = grad * _of_those(mask_N, row_scale_N)[:, None]
     if mask_N is not None:
         loss, grad = loss * mask_N, grad * mask_N[:, None]
-    return loss, grad, None
+    return loss, grad, stats
 
 
 def _of_those(mask_N: Tensor | None, row_scale_N: Tensor) -> Tensor:

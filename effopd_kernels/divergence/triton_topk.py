@@ -3,7 +3,8 @@ others together. The divergence of the buckets is the row kernel's (`triton_kern
 is done here).
 
     marks    a bit per entry, set for the known ones            N·V/8 bytes
-    others   (max, Σ 2^(z − max)) of each slice of a row        reads the logits and the marks
+    others   (max, Σ 2^u, and if asked Σ 2^u·u; u = z − max)    reads the logits and the marks
+             of each slice of a row
     buckets  log-weights of the k + 1, from the slices' sums    k scattered reads a row
     spread   gradient of all as if others                       reads the logits, writes their gradient
     place    that of the known ones over it                     k scattered writes a row
@@ -22,6 +23,7 @@ from ..launch import on_device, options
 from . import reference
 from .triton_kernels import (
     LN2,
+    NEVER,
     NOTHING,
     PAD,
     _by_lane,
@@ -57,8 +59,8 @@ def _mark_kernel(ids_ptr, marks_ptr, k, words, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _others_kernel(
     student_ptr, marks_ptr, mask_ptr, part_ptr, T, V, words, student_stride, student_sequence, c, pre,
-    CAPPED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr, STAGES: tl.constexpr,
-    SLICE: tl.constexpr, S: tl.constexpr,
+    CAPPED: tl.constexpr, STATS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, LOADS: tl.constexpr,
+    STAGES: tl.constexpr, SLICE: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     row, piece = tl.program_id(0) // S, tl.program_id(0) % S
     if mask_ptr is not None and tl.load(mask_ptr + row) == 0:
@@ -72,6 +74,7 @@ def _others_kernel(
     whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
     m = tl.zeros([LANES], tl.float32) + NOTHING
     total = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     for MASKED in tl.static_range(2):
         first, last = whole if MASKED else begin, end if MASKED else whole
         for start in tl.range(first, last, TILE, num_stages=1 if MASKED else STAGES):
@@ -82,12 +85,19 @@ def _others_kernel(
             known = (word >> (first_of % WORD))[:, :, None] >> tl.arange(0, VECTOR)[None, None, :]
             x = tl.where((known & 1) != 0, PAD, _by_lane(x, LANES))
             new_m = tl.maximum(m, _tile_max(x) * c)
-            total = total * tl.exp2(m - new_m) + _tile_sum(tl.exp2(tl.fma(x, c, -new_m[None, :, None])))
+            factor = tl.exp2(m - new_m)
+            u = tl.fma(x, c, -new_m[None, :, None])
+            e = tl.exp2(u)
+            if STATS:
+                weighted = factor * tl.fma(m - new_m, total, weighted) + _tile_sum(e * tl.maximum(u, NEVER))
+            total = total * factor + _tile_sum(e)
             m = new_m
     top = tl.max(m, 0)
-    part = part_ptr + row.to(tl.int64) * (2 * S) + piece
+    part = part_ptr + row.to(tl.int64) * (3 * S) + piece
     tl.store(part, top)
     tl.store(part + S, tl.sum(total * tl.exp2(m - top), 0))
+    if STATS:
+        tl.store(part + 2 * S, tl.sum(tl.exp2(m - top) * tl.fma(m - top, total, weighted), 0))
 
 
 @triton.jit
@@ -102,7 +112,8 @@ def _known_logits(row_ptr, ids, pre, CAPPED: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "k", "columns"])
 def _buckets_kernel(
     student_ptr, ids_ptr, mask_ptr, part_ptr, record_ptr, bucket_ptr, T, k, columns, student_stride, student_sequence,
-    c, pre, CAPPED: tl.constexpr, TAIL: tl.constexpr, S: tl.constexpr, S_POW2: tl.constexpr, BLOCK: tl.constexpr,
+    c, pre, CAPPED: tl.constexpr, TAIL: tl.constexpr, STATS: tl.constexpr, S: tl.constexpr, S_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if mask_ptr is not None and tl.load(mask_ptr + row) == 0:
@@ -114,12 +125,17 @@ def _buckets_kernel(
     most = tl.full((), float("-inf"), tl.float32)
     if TAIL:
         piece = tl.arange(0, S_POW2)
-        m = tl.load(part_ptr + row64 * (2 * S) + piece, mask=piece < S, other=NOTHING)
-        total = tl.load(part_ptr + row64 * (2 * S) + S + piece, mask=piece < S, other=0.0)
+        part = part_ptr + row64 * (3 * S) + piece
+        m = tl.load(part, mask=piece < S, other=NOTHING)
+        total = tl.load(part + S, mask=piece < S, other=0.0)
         top = tl.max(m, 0)
         total1 = tl.sum(total * tl.exp2(m - top), 0)
-        tl.store(record_ptr + 2 * row64, top)
-        tl.store(record_ptr + 2 * row64 + 1, total1)
+        tl.store(record_ptr + 3 * row64, top)
+        tl.store(record_ptr + 3 * row64 + 1, total1)
+        if STATS:
+            weighted = tl.load(part + 2 * S, mask=piece < S, other=0.0)
+            mean = tl.sum(tl.exp2(m - top) * tl.fma(m - top, total, weighted), 0) / total1
+            tl.store(record_ptr + 3 * row64 + 2, tl.where(total1 == 0, 0.0, (tl.log2(total1) - mean) * LN2))
         most = top + tl.log2(total1)
     for start in range(0, k, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -172,7 +188,7 @@ def _spread_kernel(
         live = live & (tl.load(mask_ptr + row) != 0)
     if live:
         row64 = row.to(tl.int64)
-        top, total = tl.load(record_ptr + 2 * row64), tl.load(record_ptr + 2 * row64 + 1)
+        top, total = tl.load(record_ptr + 3 * row64), tl.load(record_ptr + 3 * row64 + 1)
         factor = tl.load(bucket_ptr + row64 * columns + columns - 1) * chain
         factor = tl.where(total == 0, 0.0, factor / total)
         whole = begin + tl.maximum(end - begin, 0) // TILE * TILE
@@ -244,7 +260,8 @@ def launch_topk_rows(
     how = launch.options(False, aligned, softcap != 0)
     places = [(t.stride(-2), t.stride(0) if sequences else 0) for t in rows]
     buckets = torch.zeros(N, columns, dtype=torch.float32, device=device)
-    record = buckets.new_empty(N, 2)
+    record = buckets.new_empty(N, 3)  # of the others: reference, sum, entropy
+    entropy = known is None and with_stats
     per_k = (N, triton.cdiv(k, BLOCK))
     torch._assert_async((ids < V).all(), f"ids must be token ids below {V}")  # nobody has looked; no waiting
     with on_device(device):
@@ -252,18 +269,20 @@ def launch_topk_rows(
         if tail:
             words = triton.cdiv(V, WORD.value)
             marks = torch.zeros(N, words, dtype=torch.int32, device=device)
-            part = buckets.new_empty(N, 2, S)
+            part = buckets.new_empty(N, 3, S)
             _mark_kernel[per_k](ids, marks, k, words, BLOCK=BLOCK, **options(4))
             _others_kernel[(N * S,)](
-                student, marks, mask, part, T, V, words, *places[0], c, pre, CAPPED=softcap != 0, S=S, **tiling, **how
-            )
+                student, marks, mask, part, T, V, words, *places[0], c, pre,
+                CAPPED=softcap != 0, STATS=entropy, S=S, **tiling, **how,
+            )  # fmt: skip
         _buckets_kernel[(N,)](
             student, ids, mask, part, record, buckets, T, k, columns, *places[0], c, pre,
-            CAPPED=softcap != 0, TAIL=tail, S=S, S_POW2=triton.next_power_of_2(S), BLOCK=BLOCK, **options(4),
+            CAPPED=softcap != 0, TAIL=tail, STATS=entropy, S=S, S_POW2=triton.next_power_of_2(S), BLOCK=BLOCK,
+            **options(4),
         )  # fmt: skip
         if known is None:
-            loss, grad, _ = reference.log_prob(buckets, mask, row_scale)
-            buckets, stats = grad.contiguous(), loss.new_empty(0)
+            loss, grad, stats = reference.log_prob(buckets, mask, row_scale, record[:, 2] if entropy else None)
+            buckets, stats = grad.contiguous(), loss.new_empty(0) if stats is None else stats
         else:
             loss, stats = launch_divergence_rows(
                 buckets, known.float().contiguous(), mask, row_scale, a, b, pi, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0,

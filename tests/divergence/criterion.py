@@ -135,3 +135,12 @@ def assert_topk_accurate(found, member: str | None, student, ids, known, tail=Tr
     term += torch.finfo(student.dtype).eps * true_grad.abs() + torch.finfo(student.dtype).smallest_normal
     term += 2.0**-120 * abs(scale) / temperature * depth[:, None]
     _within(grad, true_grad, eager_grad, term)
+
+
+def assert_entropy_accurate(stats: Tensor, student: Tensor, knobs=(1.0, 1.0, 0.0)) -> None:
+    """stats (3, N) that came with log-probabilities of tokens, of these logits. The term is that of a divergence."""
+    log_q = oracle.log_probs(student.double(), *knobs)
+    mean_depth = -(log_q.exp() * log_q.clamp(min=-1e4)).sum(-1) + 1
+    eager = oracle.entropy(oracle.log_probs(student.float(), *knobs))
+    _within(stats[0], oracle.entropy(log_q), eager, 4 * EPS * mean_depth)
+    assert not stats[1:].any()

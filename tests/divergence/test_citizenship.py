@@ -117,7 +117,7 @@ def test_opcheck_linear_topk(token, needs, num_valid):
     known = None if token else random(N, 4).log_softmax(-1)
     args = (hidden, weight, random(V), ids, known, MASK, random(N), *TOPK, torch.float32, 1000, num_valid, *needs)
     for keep in (False, True):
-        torch.library.opcheck(torch.ops.effopd.linear_topk_rows.default, (*args, not token, keep))
+        torch.library.opcheck(torch.ops.effopd.linear_topk_rows.default, (*args, True, keep))
 
 
 # ---- compilation
@@ -220,6 +220,7 @@ def test_compiles_with_inductor():
         (divergence_loss, arguments.LogitsOptions),
         (linear_divergence_loss, arguments.LinearOptions),
         (topk_divergence_loss, arguments.TopKOptions),
+        (linear_token_logprobs, arguments.LogprobOptions),
     ],
 )
 def test_type_checkers_see_every_option(function, options):
@@ -230,7 +231,7 @@ def test_type_checkers_see_every_option(function, options):
     if function is topk_divergence_loss:
         own += typing.get_type_hints(arguments.TokenOptions)
         hints |= typing.get_type_hints(arguments.TokenOptions)
-    assert told == {name: hints[name] for name in own if name != "return_stats"}
+    assert told == {name: hints[name] for name in own if not name.startswith("return_")}
 
 
 # ---- inference mode

@@ -183,6 +183,22 @@ def test_token_logprobs():
     assert torch.autograd.gradcheck(lambda h, w: linear_token_logprobs(h, w, ids), leaves[:2])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_token_logprobs_and_the_entropy_around_them(masked):
+    """From the same chunks; a constant, that leaves the log-probabilities and their gradients what they are."""
+    ids = torch.arange(N).view(2, 3)
+    leaves = [x.requires_grad_() for x in (random(2, 3, D, seed=3), random(V, D, seed=4), random(V, seed=5))]
+    knobs = {"bias": leaves[2], "temperature": 0.9, "logit_scale": 0.8, "softcap": 4.0, "chunk_bytes": V * 40}
+    mask = (ids % 3 != 1) if masked else None
+    found, entropy = linear_token_logprobs(*leaves[:2], ids, mask=mask, return_entropy=True, **knobs)
+    alone = linear_token_logprobs(*leaves[:2], ids, mask=mask, **knobs)
+    expected = oracle.entropy(oracle.log_probs(oracle.logits(*leaves), 0.9, 0.8, 4.0))
+    assert not entropy.requires_grad
+    torch.testing.assert_close(entropy, expected.detach() if mask is None else expected.detach() * mask)
+    assert torch.equal(found, alone)
+    assert all(map(torch.equal, *(torch.autograd.grad(x.square().sum(), leaves) for x in (found, alone))))
+
+
 @pytest.mark.parametrize("num_valid", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_token_logprobs_of_masked_tokens_are_zero(frozen, num_valid, monkeypatch):

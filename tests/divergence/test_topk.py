@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from divergence.criterion import MEMBERS, assert_topk_accurate, in_buckets
+from divergence.criterion import MEMBERS, assert_entropy_accurate, assert_topk_accurate, in_buckets
 
 from effopd_kernels.divergence import ops
 
@@ -37,7 +37,7 @@ def run(
     divergence = MEMBERS[member or "reverse"]
     args = (student, ids, known, mask, row_scale, divergence.a, divergence.b, divergence.pi, tail, *knobs)
     grad = torch.full(student.shape, math.nan, dtype=student.dtype) if out is None else out
-    options = {"grad_out": grad, "with_stats": known is not None}
+    options = {"grad_out": grad, "with_stats": True}
     if implementation == "reference":
         loss, stats = ops._topk_reference(*args, **options)
     else:
@@ -109,6 +109,30 @@ def test_log_probability_of_one_entry(implementation):
         assert_topk_accurate((loss, grad), None, student, ids, None, True, knobs)
     loss, *_ = run(implementation, student, ids, None, None)
     assert -1e-20 < loss[3] < 0
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entropy(implementation, dtype):
+    """Of flat rows and peaked ones, of a token that has nearly everything, nearly nothing, or all, wherever the largest
+    logits lie."""
+    student, ids = logits(7, 4097, dtype), torch.tensor([[0], [4096], [1024], [7], [9], [2000], [1500]])
+    student[1] = student[1].sort().values * 30
+    student[2] *= 0.01
+    student[3, 7], student[4, 3000] = 60.0, 60.0
+    student[5, torch.arange(4097) != 2000], student[6, torch.arange(4097) != 1500] = -torch.inf, -300.0
+    for knobs in (PLAIN, (0.7, 1.5, 5.0)):
+        _, _, stats = run(implementation, student, ids, None, None, knobs=knobs)
+        assert_entropy_accurate(stats, student, knobs)
+    student[0, 1:4097:2], student[1, 0], ids[1] = -torch.inf, -torch.inf, 0  # a token that cannot be, too
+    _, _, stats = run(implementation, student, ids, None, None)
+    assert_entropy_accurate(stats, student)
+    mask = torch.arange(7) % 2 == 0
+    student[~mask] = torch.nan
+    _, _, masked = run(implementation, student, ids, None, None, mask=mask)
+    assert not masked[:, ~mask].any() and torch.equal(masked[:, mask], stats[:, mask])
+    lone = logits(2, 1, dtype)
+    assert not run(implementation, lone, torch.zeros(2, 1, dtype=torch.long), None, None)[2].any()
 
 
 @every_implementation

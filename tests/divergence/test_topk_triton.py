@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from divergence.criterion import MEMBERS, assert_topk_accurate, in_buckets
+from divergence.criterion import MEMBERS, assert_entropy_accurate, assert_topk_accurate, in_buckets
 from interpreted import DEVICE, ON_GPU, needs_kernels, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels, triton_topk
@@ -49,7 +49,7 @@ def run(student, ids, known, member="reverse", tail=True, knobs=PLAIN, mask=None
     divergence = MEMBERS[member or "reverse"]
     grad = torch.full_like(student, math.nan) if out is None else out
     args = (student, ids, known, mask, row_scale, divergence.a, divergence.b, divergence.pi, tail, *knobs, grad)
-    loss, stats = triton_topk.launch_topk_rows(*args, known is not None)
+    loss, stats = triton_topk.launch_topk_rows(*args, True)
     return loss, grad, stats
 
 
@@ -107,6 +107,28 @@ def test_log_probability_of_one_entry():
     for knobs in (PLAIN, (0.7, 1.5, 5.0)):
         loss, grad, _ = run(student, ids, None, None, knobs=knobs)
         assert_topk_accurate((loss, grad), None, student, ids, None, True, knobs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_entropy(dtype):
+    """Rows as in test_topk.py, aligned and not."""
+    student, ids = logits(6, 2112, dtype=dtype), torch.tensor([[0], [2111], [7], [9], [2000], [5]], device=DEVICE)
+    student[1] = student[1].sort().values * 30
+    student[1] -= student[1, -1].clone()  # the interpreter's fma rounds the product, too
+    student[2, 7], student[3, 1500] = 60.0, 60.0
+    student[4, torch.arange(2112, device=DEVICE) != 2000] = -torch.inf
+    student[5, ::2], student[5, 5] = -torch.inf, -torch.inf
+    for rows, of in ((student, ids), (student[:4, 1:], ids[:4].clamp(min=1) - 1)):
+        for knobs in (PLAIN, (0.7, 1.5, 5.0)):
+            if knobs == PLAIN or rows.shape[0] == 4:  # tanh of −inf is −1
+                _, _, stats = run(rows, of, None, None, knobs=knobs)
+                assert_entropy_accurate(stats, rows, knobs)
+    mask = torch.arange(6, device=DEVICE) % 2 == 0
+    _, _, stats = run(student, ids, None, None)
+    student[~mask] = math.nan
+    _, _, masked = run(student, ids, None, None, mask=mask)
+    assert not masked[:, ~mask].any() and torch.equal(masked[:, mask], stats[:, mask])
 
 
 @needs_kernels
