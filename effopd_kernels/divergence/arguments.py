@@ -135,11 +135,15 @@ def check_num_valid(mask: Tensor | None, num_valid: int | None) -> None:
         raise ValueError(f"num_valid is {num_valid} but mask keeps {kept} tokens")
 
 
-def check_chunk_bytes(chunk_bytes: int | None) -> None:
-    """Raise TypeError or ValueError for a budget that is given and no int above zero."""
-    if chunk_bytes is not None:
-        check_whole(chunk_bytes=chunk_bytes)
-        check_positive(chunk_bytes=chunk_bytes)
+def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
+    """Bytes of logits that may be alive at a time, by default more where memory is. Raises TypeError or ValueError for
+    a budget that is given and no int above zero.
+    """
+    if chunk_bytes is None:
+        return (208 if device.type == "cpu" else 1024) << 20
+    check_whole(chunk_bytes=chunk_bytes)
+    check_positive(chunk_bytes=chunk_bytes)
+    return int(chunk_bytes)
 
 
 def make_spec(

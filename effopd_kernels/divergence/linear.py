@@ -9,15 +9,15 @@ from ..checks import FLOATS, check_float
 from .arguments import (
     LinearOptions,
     answer,
-    check_chunk_bytes,
     check_num_valid,
+    chunk_budget,
     gathered,
     make_spec,
     row_factor,
 )
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
-from .linear_rows import default_chunk_bytes, may_keep, student_bytes  # and defines effopd::linear_divergence_rows
+from .linear_rows import may_keep, student_bytes  # and defines effopd::linear_divergence_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -135,7 +135,7 @@ def linear_divergence_loss(
         )
     if logits_dtype not in (None, *FLOATS):
         raise TypeError(f"logits_dtype must be one of {', '.join(map(str, FLOATS))}, got {logits_dtype!r}")
-    check_chunk_bytes(chunk_bytes)
+    chunk_bytes = chunk_budget(chunk_bytes, student_hidden.device)
     spec = make_spec(
         divergence, temperature, teacher_temperature, student_logit_scale, teacher_logit_scale, student_softcap,
         teacher_softcap,
@@ -149,7 +149,6 @@ def linear_divergence_loss(
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
     teacher = tuple(t if t is None else t.detach() for t in teacher)
-    chunk_bytes = int(chunk_bytes or default_chunk_bytes(student_hidden.device))
     keep = None
     if reduction == "none":
         V, s_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or dtypes[0]

@@ -27,8 +27,7 @@ from torch import Tensor
 from ..native import native
 from . import ops
 
-MIB = 1 << 20
-BLOCK = 4 * MIB  # of an operand, which a CPU's caches hold
+BLOCK = 4 << 20  # of an operand, which a CPU's caches hold
 WIDE_BLOCK = 2 * BLOCK  # of operands that are cast: MKL repacks the hidden states for each, the larger the fewer
 FEW = 32  # rows of a product that reads the head for them alone
 PITCH = 64  # elements, of which a GPU's rows of logits are multiples
@@ -74,10 +73,6 @@ def pieces(total: int, limit: int) -> list[slice]:
     size = -(-total // count // TILE) * TILE
     edges = [*range(0, total, size), total] if size <= limit else [total * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-def default_chunk_bytes(device: torch.device) -> int:
-    return (208 if device.type == "cpu" else 1024) * MIB
 
 
 def student_bytes(chunk_bytes: int) -> int:

@@ -17,8 +17,8 @@ from .arguments import (
     TopKOptions,
     answer,
     as_floats,
-    check_chunk_bytes,
     check_num_valid,
+    chunk_budget,
     gathered,
     make_spec,
     row_factor,
@@ -26,7 +26,7 @@ from .arguments import (
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype, run_linear_rows
-from .linear_rows import default_chunk_bytes, may_keep
+from .linear_rows import may_keep
 from .logits import as_rows, run_rows
 from .ops import repeated_id
 
@@ -149,7 +149,7 @@ def topk_divergence_loss(
     if student_weight is None and student_bias is not None:
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     spec = make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
-    check_chunk_bytes(chunk_bytes)
+    chunk_bytes = chunk_budget(chunk_bytes, student.device)
     student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
     mask_N, scale_N = row_factor(student, student, mask, weight, reduction, num_tokens)
     check_num_valid(mask_N, num_valid)
@@ -180,7 +180,6 @@ def topk_divergence_loss(
     if student_weight is not None:
         run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
         rows = _head(student, student_weight, student_bias)
-        chunk_bytes = int(chunk_bytes or default_chunk_bytes(student.device))
         numbers = (*numbers, dtype, chunk_bytes, num_valid)
         if reduction == "none":
             keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes)
@@ -245,9 +244,8 @@ def linear_token_logprobs(
     ids = ids if mask_N is None else ids.masked_fill(~mask_N[:, None], 0)
     _check_range("ids", ids, weight.shape[0], "; mask what is no token" if mask_N is None else "")
     transform = as_floats(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
-    check_chunk_bytes(chunk_bytes)
+    chunk_bytes = chunk_budget(chunk_bytes, hidden.device)
     dtype = compute_dtype("", hidden, weight)
-    chunk_bytes = int(chunk_bytes or default_chunk_bytes(hidden.device))
     numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
     tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
     keep = may_keep(tensors[0], num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
