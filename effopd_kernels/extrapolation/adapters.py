@@ -22,6 +22,8 @@ BASE = "base_model.model."  # where a PeftModel holds the model that its configs
 # Initialisations that first change the base weights, most by taking the first r ranks out of them, and do so again
 # wherever the adapter is loaded (eva, orthogonal, gaussian and mica leave them alone).
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Kinds of adapters that change a weight in proportion to their parameters: what is extrapolated is the weight, too.
+LINEAR = ("C3A", "FOURIERFT", "IA3", "LN_TUNING", "MISS", "SHIRA", "TRAINABLE_TOKENS", "WAVEFT")
 TOLERANCE = 2.0**-12  # an eighth of what a product is rounded by in bf16
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (E, r, in), s·B (E, out, r)), fp32
@@ -84,6 +86,12 @@ class Adapters:
 
     def has_companion(self) -> bool:
         return COMPANION in self.model.peft_config
+
+    def check_unmerged(self) -> None:
+        """Raises ValueError where peft has added an adapter to the base's weights: a forward pass goes by these."""
+        merged = next((name for name, layer in self.all_layers.items() if layer.merged_adapters), None)
+        if merged is not None:
+            raise ValueError(f"the adapters of {merged} are merged into its weight: unmerge_adapter() before an event")
 
     @torch.no_grad()
     def factors(self, adapter: str) -> Factors:
@@ -262,27 +270,46 @@ def _key(name: str, layer: nn.Module) -> str:
     return f"{name}.{layer.parameter_name}" if hasattr(layer, "parameter_name") else name
 
 
-def _peft_model(model: nn.Module) -> nn.Module:
-    """What is in the wrappers: the `PeftModel`, of LoRA adapters."""
+def refuse_curved(model: nn.Module, chosen: Collection[str]) -> None:
+    """Raises ValueError for adapters among `chosen` that are neither LoRA nor `LINEAR`."""
+    peft_model = _within(model)
+    for name, config in {} if peft_model is None else peft_model.peft_config.items():
+        own = re.compile(rf"\.{re.escape(name)}(\.|$)")
+        if config.peft_type not in ("LORA", *LINEAR) and any(map(own.search, chosen)):
+            raise ValueError(
+                f"EffOPD moves weights along a line, on which the parameters of {name!r} ({type(config).__name__}) do "
+                "not lie with the weights that they make: use a LoraConfig"
+            )
+
+
+def _within(model: nn.Module) -> nn.Module | None:
+    """The `PeftModel` in wrappers; None where there is none."""
     try:
         from peft import PeftModel
     except ImportError:
-        PeftModel = ()
-    given = type(model).__name__
+        return None
     while not isinstance(model, PeftModel):
-        wrapper = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
-        if wrapper is None:
-            raise ValueError(
-                f"LoRA parameters in a {given}, outside a peft.PeftModel: pass the PeftModel itself as params "
-                "(get_peft_model makes one; a model's own add_adapter does not)"
-            )
+        wrapper = next((name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, 0), nn.Module)), "")
+        if not wrapper:
+            return None
         model = getattr(model, wrapper)
-    for name, config in model.peft_config.items():
+    return model
+
+
+def _peft_model(model: nn.Module) -> nn.Module:
+    """What is in the wrappers: the `PeftModel`, of LoRA adapters."""
+    peft_model = _within(model)
+    if peft_model is None:
+        raise ValueError(
+            f"LoRA parameters in a {type(model).__name__}, outside a peft.PeftModel: pass the PeftModel itself as "
+            "params (get_peft_model makes one; a model's own add_adapter does not)"
+        )
+    for name, config in peft_model.peft_config.items():
         if config.peft_type != "LORA":
             raise ValueError(
                 f"EffOPD moves LoRA adapters, and {name!r} is of {type(config).__name__}: use a LoraConfig"
             )
-    return model
+    return peft_model
 
 
 def _set_adapter(layer, configs, trained: str, slope: bool, adapter_names: str | list[str], **options) -> None:

@@ -12,6 +12,7 @@ Scores are computed on the same prompts with the same random numbers for every c
 alone. All it takes of an engine is a list of named tensors and a function that scores the current weights.
 """
 
+import logging
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,13 +27,15 @@ from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import refuse_copies_of_weights, reset_before_next_step, reset_state, unwrapped
+from .masters import copy_of_weights, refuse_copies_of_weights, reset_before_next_step, reset_state, unwrapped
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
 from .search import refuse_steps_in_backward
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
 from .shards import checksum
-from .weights import weights_of
+from .weights import DenseWeights, weights_of
+
+logger = logging.getLogger(__name__)
 
 
 class EffOPDController:
@@ -72,7 +75,8 @@ class EffOPDController:
         max_gradients: most forward-backward passes of an event of search="gradient", at least 2.
         optimizer: to find fp32 masters in, and for optimizer_policy; a list where several step the parameters.
         optimizer_policy: "keep" (published), or "reset": after a jump the optimizer's next step starts afresh with the
-            parameters that moved (moments, step counts). Schedule-free optimizers need it.
+            parameters that moved (moments, step counts). Schedule-free optimizers need it; a wrapper that pulls the
+            weights towards a copy of its own, as Lookahead does, takes jumps back under either.
         masters: name → fp32 copy, where the optimizer keeps them out of reach: of all parameters of lower precision
             that move, and maybe of others.
         anchor_device: "device", "host" (pinned) or "disk" (memory-mapped files in anchor_dir, unused by the
@@ -173,7 +177,7 @@ class EffOPDController:
         self.val_tokens: int = 0  # over the run
         self.last_step: int = 0  # of the last event
         # Only the next step resets: engines that load a checkpoint expect a state of every parameter in it.
-        self.reset_due = False
+        self.reset_due = self._warned = False
         if optimizer_policy == "reset":
             reset_before_next_step(optimizer, self._reset_if_due)
 
@@ -191,6 +195,7 @@ class EffOPDController:
             event = Event(self, global_step, signals)
             try:
                 self.weights.hold()
+                self._warn_of_copies()
                 if event.worth_trying():
                     event.score_initial()
                     for alpha in self.alphas if self.search == "candidates" else [event.slope_alpha]:
@@ -306,6 +311,18 @@ class EffOPDController:
         self.last_step = record.step
         self.val_tokens += record.val_tokens
         self.reset_due |= record.alpha != 1.0 and self.optimizer_policy == "reset"
+
+    def _warn_of_copies(self) -> None:
+        moves = isinstance(self.weights, DenseWeights)  # a LoRA student's jumps leave alone what optimizers step
+        if not moves or self.optimizer is None or self.optimizer_policy == "reset" or self._warned:
+            return
+        if copy := copy_of_weights(self.weights.tensors, self.optimizer):
+            self._warned = True
+            logger.warning(
+                "%s is nearly the weights, and does not jump: if the optimizer steps from it, it takes jumps back, and "
+                'needs optimizer_policy="reset"',
+                copy,
+            )
 
     def _reset_if_due(self) -> None:
         if self.reset_due:

@@ -135,7 +135,7 @@ class Event:
 
     def _changed(self) -> None:
         if self.controller.on_weights_changed is not None:
-            with self.signals.open():
+            with self.randomness.rewound(), modes_kept(self.controller.module), self.signals.open():
                 self.controller.on_weights_changed()
 
     def _affordable(self, next_cost: int) -> bool:

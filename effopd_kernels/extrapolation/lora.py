@@ -60,13 +60,17 @@ class LoraWeights:
         return [name for name in self.adapters.all_layers if name not in self.adapters.layers]
 
     def hold(self) -> None:
-        """Keep P_t."""
+        """Keep P_t. Raises ValueError where adapters are merged: no candidate would show."""
+        self.adapters.check_unmerged()
         torch.clear_autocast_cache()  # of factors that were stepped inside torch.autocast
         self.held = self._product()
 
     @torch.no_grad()
     def write(self, alpha: float) -> list[Tensor]:
-        """F(α) into the companion. Returns three (1,) tensors as `DenseWeights.write`; ‖·‖² are those of products."""
+        """F(α) into the companion. Returns three (1,) tensors as `DenseWeights.write`; ‖·‖² are those of products.
+        Raises as `hold`.
+        """
+        self.adapters.check_unmerged()
         self.offered = self.settled if alpha == 1.0 else self._line(alpha)
         self.adapters.install(self.offered)
         return self._stats()

@@ -43,6 +43,22 @@ def refuse_copies_of_weights(optimizer) -> None:
             )
 
 
+@torch.no_grad()
+def copy_of_weights(params: list[Tensor], optimizer) -> str | None:
+    """Where an optimizer keeps what is nearly a parameter and no master of it, by its class and the key; None where it
+    does not. Moments are nothing like the weights, so the first parameter with a state tells.
+    """
+    for each in unwrapped(optimizer):
+        states = _stepper(each).state
+        param = next((p for p in params if states.get(p)), None)
+        for key, value in {} if param is None else states[param].items():
+            if isinstance(value, Tensor) and value.shape == param.shape and not is_master(value, param):
+                weight, other = local(param).double(), local(value).double()
+                if (other - weight).norm() < 0.1 * weight.norm():
+                    return f"{type(each).__name__}'s {key!r}"
+    return None
+
+
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
     """name → master for the parameters that have one, and the names no optimizer has anything to do with.
 
@@ -60,6 +76,7 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
     stepper = _stepper(optimizer)
     stepped = [t for group in optimizer.param_groups for t in group["params"]]
     ids = {id(t) for t in stepped}
+    wider = _ByRounding(stepped)
     beside = _masters_beside_groups(stepper)
     masters, unstepped = {}, []
     for name, param in named.items():
@@ -67,9 +84,9 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
         # Where several round to the parameter, as moments and masters of zeros do, a name tells.
         keys = sorted(state, key=lambda key: "master" not in str(key))
         candidates = [t for t in (beside.get(id(param)), *map(state.get, keys)) if isinstance(t, Tensor)]
-        if id(param) not in ids:
-            candidates += stepped
         master = next((t for t in candidates if is_master(t, param)), None)
+        if master is None and id(param) not in ids:
+            master = wider.take_master_of(param)
         if master is not None:
             if stepper is not optimizer and getattr(optimizer, "world_size", 1) > 1:
                 raise ValueError(
@@ -77,11 +94,33 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
                     "cannot move it: train fp32 parameters, or shard with FSDP2"
                 )
             masters[name] = master
-            if id(param) not in ids:
-                stepped = [t for t in stepped if t is not master]  # equal tensors have masters of their own, in order
         elif id(param) not in ids:
             unstepped.append(name)
     return masters, unstepped
+
+
+class _ByRounding:
+    """Tensors by what their first rows round to: a model of many small experts would be compared pair by pair."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self.tensors, self.found = tensors, {}  # dtype → shape, device, rounded first row → tensors, in order
+
+    def take_master_of(self, param: Tensor) -> Tensor | None:
+        """The first that is one, and no other parameter's then: equal ones have masters of their own, in order."""
+        if param.dtype not in self.found:
+            of_dtype = self.found[param.dtype] = {}
+            for t in self.tensors:
+                if t.is_floating_point() and t.element_size() > param.element_size():
+                    of_dtype.setdefault(self._key(t, param.dtype), []).append(t)
+        alike = self.found[param.dtype].get(self._key(param, param.dtype), [])
+        master = next((t for t in alike if is_master(t, param)), None)
+        if master is not None:
+            alike[:] = [t for t in alike if t is not master]
+        return master
+
+    def _key(self, tensor: Tensor, dtype: torch.dtype) -> tuple:
+        row = _first_row(local(tensor).detach()).to(dtype).double() + 0.0  # −0 is 0
+        return tensor.shape, tensor.device, row.nan_to_num(torch.inf, torch.inf, -torch.inf).cpu().numpy().tobytes()
 
 
 def _masters_beside_groups(optimizer) -> dict[int, Any]:
@@ -132,8 +171,12 @@ def is_master(master: Tensor, param: Tensor) -> bool:
     if not _could_be_master(master, param):
         return False
     master, param = local(master), local(param)
-    head = slice(None) if param.ndim == 0 else slice(0, 1)  # most candidates are moments: one row tells them apart
-    return _rounds_to(master[head], param[head]) and _rounds_to(master, param)
+    # most candidates are moments: one row tells them apart
+    return _rounds_to(_first_row(master), _first_row(param)) and _rounds_to(master, param)
+
+
+def _first_row(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 0 else tensor[:1]
 
 
 def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
@@ -154,13 +197,17 @@ def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
 
 @torch.no_grad()
 def reset_state(params: list[Tensor], optimizer) -> None:
-    """Let the optimizer start afresh with these parameters: it forgets moments and step counts, not fp32 masters.
+    """Let the optimizer start afresh with these parameters: it forgets moments and step counts, not fp32 masters. LBFGS
+    has one memory of all its parameters, and forgets that.
 
     What a parameter starts from is the optimizer's own business (zeros, the learning rate, tables that parameters
     share), so it is given the chance to make it. A step count in a parameter group goes on: others share it.
     """
     for each in unwrapped(optimizer):
-        _reset_states(params, _stepper(each))
+        if isinstance(each, torch.optim.LBFGS):
+            each.state.clear()
+        else:
+            _reset_states(params, _stepper(each))
 
 
 def _reset_states(params: list[Tensor], optimizer) -> None:

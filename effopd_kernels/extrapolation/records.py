@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ class Scores:
                 raise TypeError(
                     f"Scores need a number of tokens and of seconds, got {result.tokens!r} and {result.seconds!r}"
                 ) from error
+            if tokens < 0:
+                raise ValueError(f"Scores need a number of tokens, got {tokens}")
         if isinstance(values, Tensor):
             values = values.detach()
         if hasattr(values, "flatten"):  # a tensor, or numpy's
@@ -48,7 +50,7 @@ class Scores:
         elif isinstance(values, Real):
             values = [values]
         try:
-            if isinstance(values, (str, bytes)):  # "12" is not the scores 1 and 2
+            if isinstance(values, (str, bytes, Mapping, Set)):  # "12" is not the scores 1 and 2, nor are keys scores
                 raise TypeError
             values = tuple(map(as_float, values))
         except TypeError as error:

@@ -109,11 +109,13 @@ def gradients_aside(params: Iterable[Tensor]):
     """Afterwards each parameter has the gradient, or none, that it had before."""
     params = list(params)
     kept = [p.grad for p in params]
+    # Into views of DDP's buckets (gradient_as_bucket_view) other backward passes write, too.
+    values = [None if g is None or hasattr(g, "to_local") or not g._is_view() else g.clone() for g in kept]
     try:
         yield
     finally:
-        for p, grad in zip(params, kept, strict=True):
-            p.grad = grad
+        for p, grad, value in zip(params, kept, values, strict=True):
+            p.grad = grad if value is None else grad.copy_(value)
 
 
 def summed(losses: Tensor | Iterable[Tensor], backward: bool) -> tuple[float, int]:

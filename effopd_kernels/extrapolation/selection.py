@@ -9,13 +9,14 @@ from torch import Tensor, nn
 # Path components that are a block of their layer in the Hugging Face families. Attention is any ...attn or ...attention
 # (self_attn, linear_attn, encoder_attn, SelfAttention, XLM's attentions), and what mixes tokens in its place: Mamba's
 # mamba and mixer (Nemotron-H calls every block so), xLSTM's mlstm_layer, Griffin's temporal_block, LFM2's conv. The
-# feed-forward block is any ...mlp, ...ffn, ...moe, feed_forward or (T5) DenseReluDense and its experts; OPT keeps fc1
-# and fc2 in the layer itself, BERT intermediate.dense and output.dense.
+# feed-forward block is any ...mlp, ...ffn, ffwd, ...moe, feed_forward or (T5) DenseReluDense and its experts; OPT keeps
+# fc1 and fc2 in the layer itself, torch.nn.TransformerEncoderLayer linear1 and linear2, BERT intermediate.dense and
+# output.dense.
 DEFAULT_INCLUDE = (
     r"(?i)(^|\.)\w*att(n|entions?)?(_layers)?\.",
     r"(^|\.)(mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.",
-    r"(^|[._])(mlps?|mlp_block|ffns?|ff\d?|feed_forward|DenseReluDense|moe|experts?)\.",
-    r"(^|\.)(fc[12]|(intermediate|output)(_query)?\.dense)\.",
+    r"(?i)(^|[._])(mlps?|mlp_block|ffns?|ff\d?|ffwd|feed_?forward|DenseReluDense|moe|experts?)\.",
+    r"(^|\.)(fc[12]|\d+\.linear[12]|(intermediate|output)(_query)?\.dense)\.",
 )
 # Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.
 DEFAULT_EXCLUDE = (
@@ -86,6 +87,15 @@ def select(named: Mapping[str, Tensor], include: Patterns, exclude: Patterns) ->
 def matching(named: Mapping[str, Tensor], include: Patterns, exclude: Patterns) -> dict[str, Tensor]:
     """As `select`, maybe empty."""
     return {name: tensor for name, tensor in named.items() if _found(name, include) and not _found(name, exclude)}
+
+
+def left_out(named: Mapping[str, Tensor], include: Patterns, exclude: Patterns) -> list[str]:
+    """Matrices in numbered layers whose names the default knows neither as what moves nor as what does not; none where
+    the caller chose."""
+    if [pattern.pattern for pattern in include] != [*DEFAULT_INCLUDE]:
+        return []
+    inside = {name: t for name, t in named.items() if t.ndim >= 2 and re.search(r"\.\d+\.", name)}
+    return [name for name in inside if not _found(name, include) and not _found(name, exclude)]
 
 
 def _found(name: str, patterns: Patterns) -> bool:

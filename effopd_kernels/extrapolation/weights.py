@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..checks import FLOATS
 from . import buffers
+from .adapters import refuse_curved
 from .cpu import BLOCK
 from .functional import extrapolate_
 from .lora import LoraWeights, is_lora_name
 from .masters import check_given, find_masters, given_masters
-from .selection import is_frozen, matching, named_tensors, plain_name, select
+from .selection import is_frozen, left_out, matching, named_tensors, plain_name, select
 from .shards import Part, check_same, local, part_of, replicas, reshard
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,15 @@ def weights_of(params, include, exclude, optimizer, masters, place, directory) -
         if dense:
             raise ValueError(f"{dense[0]} is trained beside LoRA adapters: exclude it, or train without LoRA")
         return lora
+    if module is not None:
+        refuse_curved(module, chosen)
+    if others := left_out(named, include, exclude):
+        logger.warning(
+            "%d matrices in layers do not move (%s, ...), for their names are not known as attention's or an MLP's: "
+            "give include, or exclude them",
+            len(others),
+            others[0],
+        )
     # Named tensors that do not move are trained too, and a validation loss must not leave them its gradients.
     trained = everything.values if module is None else module.parameters
     frozen = matching({name: t for name, t in everything.items() if is_frozen(t)}, include, exclude)
@@ -237,8 +247,12 @@ class DenseWeights:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ValueError when names or shapes are not those of the weights, before anything is changed."""
+        """Raises ValueError when names or shapes are not those of the weights, TypeError when dtypes cannot be, before
+        anything is changed.
+        """
         check_same({n: t.shape for n, t in state.items()}, {n: a.shape for n, a in self.state().items()})
+        if strange := next((n for n, t in state.items() if t.dtype not in FLOATS), None):
+            raise TypeError(f"{strange} in the controller's state is {state[strange].dtype}, which no anchor is")
         if any(state[n].dtype != a.dtype for n, a in zip(self.names, self.anchors, strict=True)):  # there were masters
             like = {n: a.to(state[n].dtype) for n, a in zip(self.names, self.anchors, strict=True)}
             self.anchors = buffers.allocate(like, self._place, self._directory)

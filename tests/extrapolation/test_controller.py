@@ -642,3 +642,28 @@ def test_what_score_fn_must_not_return(scores, error, words):
     with pytest.raises(error, match=words):
         controller.step(1)
     assert same(net, current)
+
+
+@pytest.mark.parametrize("scores", [{0: 1.0, 1: 2.0}, {1.0, 2.0}, {0: 1.0}.keys()])
+def test_scores_without_order_or_by_their_keys_are_refused(scores):
+    with pytest.raises(TypeError, match="score_fn must return"):
+        Scores.of(scores)
+
+
+def test_tokens_are_counted_upwards():
+    with pytest.raises(ValueError, match="tokens, got -3"):
+        Scores.of(Scores([1.0], tokens=-3))
+
+
+def test_the_hook_of_changed_weights_leaves_randomness_and_modes():
+    net = model()
+
+    def hook():
+        torch.rand(3), random.random(), np.random.rand()
+        net.eval()
+
+    controller = EffOPDController(net, Script(net, 0.0, 1.0, 0.0), on_weights_changed=hook)
+    train(net)
+    before = torch.get_rng_state(), random.getstate()
+    assert controller.step(1).alpha == 3
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate() and net.training

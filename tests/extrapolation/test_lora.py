@@ -715,3 +715,42 @@ def test_layers_whose_names_end_alike_are_left_alone():
     train(model, 0)
     assert controller.step(1).alpha == 3.0
     assert not hasattr(other["fc"], "lora_A") and not any(p.is_meta for p in model.parameters())
+
+
+def adapted(config):
+    torch.manual_seed(0)
+    net = peft.get_peft_model(torch.nn.ModuleDict({"mlp": torch.nn.Linear(8, 8, bias=False)}), config)
+    return net, lambda: net.base_model.model["mlp"](torch.eye(8)).detach()
+
+
+@pytest.mark.parametrize("config", ["IA3Config", "FourierFTConfig", "ShiraConfig", "MissConfig"])
+def test_adapters_that_are_linear_in_their_parameters_move_as_the_weights_do(config):
+    options = {"IA3Config": {"feedforward_modules": []}, "FourierFTConfig": {"n_frequency": 9}}.get(config, {"r": 2})
+    net, weight = adapted(getattr(peft, config)(target_modules=["mlp"], **options))
+    scores = iter((0.0, 1.0))
+    controller = EffOPDController(net, lambda: next(scores), alphas=(5,))
+    anchor = weight()
+    train(net, 1)
+    current = weight()
+    assert controller.step(1).alpha == 5
+    torch.testing.assert_close(weight(), anchor + 5 * (current - anchor), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["LoHaConfig", "LoKrConfig", "VeraConfig", "HRAConfig", "AdaLoraConfig"])
+def test_adapters_that_are_not_are_refused(config):
+    options = {"AdaLoraConfig": {"total_step": 9, "init_r": 3}}.get(config, {"r": 2})
+    net, _ = adapted(getattr(peft, config)(target_modules=["mlp"], **options))
+    with pytest.raises(ValueError, match=config):
+        EffOPDController(net, lambda: 0.0)
+
+
+def test_merged_adapters_are_refused():
+    """A forward pass would not see candidates."""
+    net, scores = lora(), iter(range(9))
+    controller = EffOPDController(net, lambda: next(scores), alphas=(5,))
+    train(net, 1)
+    net.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged.*unmerge_adapter"):
+        controller.step(1)
+    net.unmerge_adapter()
+    assert controller.step(1).alpha == 5

@@ -403,3 +403,38 @@ def test_a_score_costs_what_the_last_one_did():
         train()
         event = controller.step(step)
     assert event.num_gradients > 1 and event.skipped == "max_val_tokens is spent" and controller.val_tokens == 100
+
+
+def test_gradients_in_the_buckets_of_ddp_come_back(tmp_path):
+    """Where later backward passes write, too."""
+    if not torch.distributed.is_available():
+        pytest.skip("no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.mlp = torch.nn.Linear(4, 4)
+
+            def forward(self, x):
+                return self.mlp(x)
+
+        net = torch.nn.parallel.DistributedDataParallel(Net(), gradient_as_bucket_view=True)
+        batch, held_out = torch.randn(8, 4), torch.randn(8, 4)
+
+        def loss(x):
+            return (net(x) - x).square().mean()
+
+        controller = EffOPDController(
+            net, None, loss_fn=lambda: loss(held_out), search="gradient", alphas=(3, 9), schedule=[1]
+        )
+        loss(batch).backward()
+        torch.optim.SGD(net.parameters(), 0.1).step()
+        assert all(p.grad._is_view() for p in net.parameters())
+        grads = [p.grad for p in net.parameters()]
+        before = [g.clone() for g in grads]
+        assert controller.step(1).num_gradients
+        assert all(p.grad is g and torch.equal(g, b) for p, g, b in zip(net.parameters(), grads, before, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -29,6 +29,8 @@ MOVES = dedent("""
     model.decoder.layers.0.encoder_attn.q_proj.weight transformer.layer.0.rel_attn.q
     model.cross_attn_layers.0.q_proj.weight
     base_model.model.model.layers.0.self_attn.q_proj.modules_to_save.default.weight
+    layers.0.linear1.weight decoder.layers.3.linear2.bias layers.0.multihead_attn.in_proj_weight
+    blocks.0.feedforward.w1.weight blocks.0.MLP.0.weight blocks.0.FeedForward.net.weight h.0.ffwd.2.weight
 """).split()
 
 STAYS = dedent("""
@@ -132,3 +134,16 @@ def test_names_lose_wrappers_and_tied_or_frozen_tensors_are_left_out():
         named_tensors([torch.zeros(2)])
     with pytest.raises(TypeError, match="named tensors"):
         named_tensors(torch.nn.Linear(2, 3).parameters())
+
+
+def test_matrices_that_the_default_does_not_know_are_told(caplog):
+    """Half a block that stays behind would be a jump along another line."""
+    block = {"self_attn": torch.nn.Linear(4, 4), "mix": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)}
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict(block)])})
+    EffOPDController(net, lambda: 0.0)
+    (record,) = caplog.records
+    assert "1 matrices in layers do not move (layers.0.mix.weight" in record.getMessage()
+    caplog.clear()
+    EffOPDController(net, lambda: 0.0, include=("self_attn",))
+    EffOPDController(net, lambda: 0.0, exclude=(*DEFAULT_EXCLUDE, r"\.mix\."))
+    assert not caplog.records

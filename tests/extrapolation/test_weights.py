@@ -13,6 +13,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from effopd_kernels.extrapolation import EffOPDController, buffers, weights
+from effopd_kernels.extrapolation import masters as masters_module
 from effopd_kernels.extrapolation.masters import find_masters, is_master, reset_state
 from effopd_kernels.extrapolation.shards import checksum
 
@@ -648,3 +649,69 @@ def test_parameters_trained_only_later_are_named_once(caplog):
         controller.step(step)
     (record,) = caplog.records
     assert record.getMessage().startswith("2 parameters that were frozen when the controller was made are trained now")
+
+
+@pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
+def test_many_masters_in_any_order_are_found_without_comparing_each_with_each(order, monkeypatch):
+    """As one Linear for each of many experts has them."""
+    params = [torch.nn.Parameter(torch.full((2, 3), float(i)).bfloat16()) for i in range(50)]
+    wide = [torch.nn.Parameter(p.detach().float() + 1e-4 * (p.detach().float() > 1)) for p in params]
+    compared, compare = [], masters_module.is_master
+    monkeypatch.setattr(masters_module, "is_master", lambda *pair: (compared.append(1), compare(*pair))[1])
+    found, unstepped = find_masters(dict(enumerate(params)), torch.optim.SGD(wide[order], lr=1.0))
+    assert all(found[i] is w for i, w in enumerate(wide)) and not unstepped
+    assert len(compared) == 50
+
+
+def test_lbfgs_forgets_its_one_memory():
+    """Which is the first parameter's, whether that moves or not."""
+    net, scores = torch.nn.ModuleDict({"embed": torch.nn.Linear(4, 4), "mlp": torch.nn.Linear(4, 4)}), iter(range(9))
+    optimizer, x = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3), torch.randn(8, 4)
+    controller = EffOPDController(
+        net, lambda: next(scores), alphas=(3,), optimizer=optimizer, optimizer_policy="reset", schedule=[1]
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (net["mlp"](net["embed"](x)) - x).square().mean()
+        loss.backward()
+        return loss
+
+    steps = []
+    for step in (1, 2):
+        optimizer.step(closure)
+        controller.step(step)
+        steps.append(optimizer.state[net["embed"].weight]["n_iter"])
+    assert steps[1] <= steps[0]
+
+
+class Averaging(torch.optim.SGD):
+    """Pulls the weights towards a copy of them in its state."""
+
+    def step(self, closure=None):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.detach().clone())
+            p.data.lerp_(z, 0.1)
+
+
+def test_an_optimizer_that_holds_a_copy_of_the_weights_is_told_of(caplog):
+    for kind, policy, told in ((Averaging, "keep", 1), (Averaging, "reset", 0), (torch.optim.AdamW, "keep", 0)):
+        net, scores = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 4)}), iter(range(99))
+        optimizer = kind(net.parameters(), lr=1e-3)
+        controller = EffOPDController(net, lambda s=scores: next(s), optimizer=optimizer, optimizer_policy=policy)
+        for step in (1, 2):
+            net["mlp"](torch.ones(4)).sum().backward()
+            optimizer.step()
+            controller.step(step)
+        assert sum("Averaging's 'z' is nearly the weights" in r.getMessage() for r in caplog.records) == told
+        caplog.clear()
+
+
+def test_a_state_of_another_kind_of_numbers_is_refused():
+    net = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 4)})
+    controller = EffOPDController(net, lambda: 0.0)
+    state = controller.state_dict()
+    state["anchor"] = {name: t.long() for name, t in state["anchor"].items()}
+    with pytest.raises(TypeError, match=r"mlp.*int64"):
+        controller.load_state_dict(state)
