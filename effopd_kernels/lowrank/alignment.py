@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..checks import check_float, is_integer, shown
 from .types import RSVD, check_svd
+from .workers import without_autocast
 
 
+@without_autocast
 def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
     """Mean over i ≤ k of |cos(u_i, u_i,final)|, the alignment of arXiv 2605.11739: (...) in [0, 1].
 
@@ -30,6 +32,7 @@ def subspace_alignment(u: Tensor, u_final: Tensor, k: int) -> Tensor:
     return torch.nn.functional.cosine_similarity(u, u_final, dim=-2).abs().clamp_max(1).mean(-1)
 
 
+@without_autocast
 def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
     """Cosines of the principal angles between span(u) and span(v), (..., k) descending, of columns (..., D, ≥ k), which
     must be orthonormal; k defaults to the fewer columns. Raises as `subspace_alignment`.
@@ -38,6 +41,7 @@ def principal_cosines(u: Tensor, v: Tensor, k: int | None = None) -> Tensor:
     return torch.linalg.svdvals(u.mT @ v).clamp_max(1)
 
 
+@without_autocast
 def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
     """‖UᵀV‖_F² / k (...), k the fewer columns: the mean squared principal cosine of orthonormal u (..., D, K) and
     v (..., D, K′), a smooth, gauge-invariant function for losses on subspaces.
@@ -47,6 +51,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> Tensor:
     return (u.mT @ v).square().sum((-2, -1)) / min(u.shape[-1], v.shape[-1])
 
 
+@without_autocast
 def reconstruct(svd: RSVD) -> Tensor:
     """U diag(S) Vh, (..., m, n). For a gradient that also exists inside clusters of equal σ, take `low_rank_part`.
     TypeError for what is no RSVD.

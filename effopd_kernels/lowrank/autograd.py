@@ -9,16 +9,21 @@ With A = U S Vᵀ + A⊥ and ḡ the incoming gradients, Ā = U K Vᵀ + x Vᵀ 
 The second line is the first-order perturbation u̇⊥, v̇⊥ transposed; :mod:`coupling` solves it. A loss on σ alone needs
 none of it: Ā = U diag(ḡ_S) Vᵀ.
 
+All of it holds for triplets of A, and what the forward pass found are near ones: an error of a triplet is multiplied by
+1/(σ_i − σ_{k+1}). Where its residual is more than `RESOLVED` of that gap, backward first factors the matrix anew, more
+closely, and turns the incoming gradients from the one basis to the other.
+
 Inside a cluster of equal σ, 0/0 counts as 0 where a + b = 0 and ḡ_S is even, as for every loss that feels the subspace
-but not the basis chosen in it; otherwise the gradient does not exist, and an error says so. The matrix A_k = U S Vᵀ
-itself has a gradient there too, but (U, S, V) cannot carry it (the symmetric part of K needs more than the diagonal
-ḡ_S), so :func:`low_rank_part` is a function of its own: K = UᵀḠV.
+but not the basis chosen in it; otherwise the gradient of a loss on vectors does not exist, and an error says so. The
+matrix A_k = U S Vᵀ itself has a gradient there too, but (U, S, V) cannot carry it (the symmetric part of K needs more
+than the diagonal ḡ_S), so :func:`low_rank_part` is a function of its own: K = UᵀḠV.
 
 Shape legend: B matrices; N ≥ M long and short side; K = rank.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +31,28 @@ from torch import Tensor
 from ..gradients import differentiable_once, keepable
 from .alignment import reconstruct
 from .coupling import complement
-from .decompose import Rest, Settings, decompose, oriented
-from .types import RSVD
-from .workers import without_autocast
+from .decompose import Rest, Settings, decompose, decompose_group, oriented
+from .types import RSVD, least_rounding
+from .workers import side_by_side, without_autocast
+
+RESOLVED = 1e-2  # part of the gap beyond the rank: the relative error of a gradient is about as large
+CLOSER = 1e-4  # residuals of a further decomposition, over σ; what that does not resolve is factored in full,
+FULL_SIDE = 2048  # up to this short side: beyond it takes minutes
+
+
+class _Saved(NamedTuple):
+    """Of B matrices, the long side first."""
+
+    tall: bool
+    x: list[Tensor]
+    base: list[Tensor]
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    rest: Rest
+    residual: Tensor  # (B, K) fp64, of the triplets
+    rounding: Tensor  # (B, 1) fp64, below which no residual comes
+    settings: Settings
 
 
 def _of_the_pair(gradient: Callable[..., Tensor]) -> Callable:
@@ -39,9 +63,9 @@ def _of_the_pair(gradient: Callable[..., Tensor]) -> Callable:
     def backward(ctx, *upstream):
         if all(grad is None for grad in upstream):
             return None, None, None
-        *pair, u, s, vh, rest_s, rest_v = ctx.saved_tensors  # once: activation checkpoints unpack no twice
+        *pair, u, s, vh, rest_s, rest_v, residual, norm = ctx.saved_tensors  # once: checkpoints unpack no twice
         with torch.no_grad():
-            saved = _oriented(pair, u, s, vh, Rest(rest_s, rest_v))
+            saved = _oriented(pair, u, s, vh, Rest(rest_s, rest_v), residual, norm, ctx.settings)
             grads = _to_pair(pair, gradient(saved, *upstream), ctx.needs_input_grad)
         return *differentiable_once(grads, (*pair, *upstream)), None
 
@@ -54,7 +78,7 @@ class TruncatedSVD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, base: Tensor | None, settings: Settings):
         svd, rest = decompose(a, base, settings)
-        _save(ctx, a, base, svd, rest)
+        _save(ctx, a, base, svd, rest, settings)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(svd.residual_norm, svd.frobenius_norm, svd.triplet_residual, svd.flags)
         return tuple(svd)
@@ -62,19 +86,22 @@ class TruncatedSVD(torch.autograd.Function):
     @staticmethod
     @_of_the_pair
     def backward(saved, grad_u, grad_s, grad_vh, *_):
-        tall, x, base, u, s, v, rest = saved
+        u, s, v = saved.u, saved.s, saved.v
         if not s.shape[-1]:
             return u @ v.mT
         grad_v = None if grad_vh is None else grad_vh.mT
-        if not tall:
+        if not saved.tall:
             grad_u, grad_v = grad_v, grad_u
         if grad_u is None and grad_v is None:
             return (u * grad_s.unsqueeze(-2)) @ v.mT
         grad_u, grad_s, grad_v = (
             torch.zeros_like(value) if grad is None else grad for grad, value in ((grad_u, u), (grad_s, s), (grad_v, v))
         )
+        saved, turn = _resolved(saved, (grad_u != 0).any(-2) | (grad_v != 0).any(-2))
+        if turn is not None:
+            (u, s, v), grad_u, grad_v = saved[3:6], grad_u @ turn, grad_v @ turn
         core = _inside(u, s, v, grad_u, grad_s, grad_v)
-        left, right = complement(x, base, u, s, v, rest, grad_u, grad_v)
+        left, right = complement(*saved[1:7], grad_u, grad_v)
         return torch.cat([u @ core + left, u], -1) @ torch.cat([v, right], -1).mT
 
 
@@ -84,36 +111,89 @@ class LowRankPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a: Tensor, base: Tensor | None, settings: Settings):
         svd, rest = decompose(a, base, settings)
-        _save(ctx, a, base, svd, rest)
+        _save(ctx, a, base, svd, rest, settings)
         return reconstruct(svd)
 
     @staticmethod
     @_of_the_pair
     def backward(saved, grad):
-        tall, x, base, u, s, v, rest = saved
-        grad = grad if tall else grad.mT
-        if v.shape[-2] == v.shape[-1]:  # the whole matrix, zero σ included
+        grad = grad if saved.tall else grad.mT
+        if saved.v.shape[-2] == saved.v.shape[-1]:  # the whole matrix, zero σ included
             return grad
+        if not saved.s.shape[-1]:
+            return torch.zeros_like(grad)
+        saved, _ = _resolved(saved, torch.ones_like(saved.s, dtype=torch.bool))
+        u, s, v = saved[3:6]
         across, down = grad @ v, grad.mT @ u
         # ḡU = ḠVΣ and ḡV = ḠᵀUΣ. Every triplet is solved for by itself, so Σ may come last: dependence on what is
         # beyond the rank then shows for zero σ, too.
-        left, right = (side * s.unsqueeze(-2) for side in complement(x, base, u, s, v, rest, across, down))
+        left, right = (side * s.unsqueeze(-2) for side in complement(*saved[1:7], across, down))
         return torch.cat([u @ (u.mT @ across) + left, u], -1) @ torch.cat([v, right], -1).mT
 
 
-def _save(ctx, a: Tensor, base: Tensor | None, svd: RSVD, rest: Rest) -> None:
-    pair = [a] if base is None else [a, base]
-    ctx.save_for_backward(*map(keepable, pair), svd.U, svd.S, svd.Vh, *rest)
+def _save(ctx, a: Tensor, base: Tensor | None, svd: RSVD, rest: Rest, settings: Settings) -> None:
+    pair, ctx.settings = [a] if base is None else [a, base], settings
+    bounds = svd.triplet_residual, svd.frobenius_norm
+    ctx.save_for_backward(*map(keepable, pair), svd.U, svd.S, svd.Vh, *rest, *bounds)
 
 
 def _oriented(
-    pair: list[Tensor], u: Tensor, s: Tensor, vh: Tensor, rest: Rest
-) -> tuple[bool, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Rest]:
-    """(tall, x, base, u, s, v, rest), with the long side first."""
+    pair: list[Tensor], u: Tensor, s: Tensor, vh: Tensor, rest: Rest, residual: Tensor, norm: Tensor, settings: Settings
+) -> _Saved:
     tall = pair[0].shape[-2] >= pair[0].shape[-1]
     x, *base = ([oriented(matrix, tall) for matrix in stack] for stack in pair)
     u, v = (u, vh.mT) if tall else (vh.mT, u)
-    return tall, x, base[0] if base else [], u, s, v, rest
+    rounding = 2 * least_rounding(norm, s.dtype).unsqueeze(-1)
+    return _Saved(tall, x, base[0] if base else [], u, s, v, rest, residual, rounding, settings)
+
+
+def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, Tensor | None]:
+    """The same with triplets of which those that are ``used`` (B, K) are told from what is beyond the rank, as far as
+    that can be had, and where they are others the rotation (B, K, K) that takes what comes for the former to them.
+
+    Raises RuntimeError where the gap is too small for it.
+    """
+    found, settings = saved, saved.settings
+    further = [{"tol": min(settings.tol or CLOSER, CLOSER)}]
+    if saved.v.shape[-2] <= FULL_SIDE:
+        further.append({"route": "exact"})
+    for how in further:
+        lacking = _unresolved(found, used, RESOLVED).nonzero()[:, 0].tolist()
+        if not lacking:
+            break
+        found = _factored_anew(found, lacking, settings._replace(**how))
+    if found is saved:
+        return saved, None
+    if (lost := _unresolved(found, used, 10 * RESOLVED).nonzero()[:, 0]).numel():
+        i = int(lost[0])
+        raise RuntimeError(
+            f"the {saved.s.shape[-1]} leading triplets of matrix {i} of the batch are not told from those beyond (σ = "
+            f"{found.s[i, -1]:.6g} and {found.rest.s[i, :1].tolist()}), so their gradient is not known: choose a rank "
+            "at a gap of the spectrum."
+        )
+    # What the vectors were, as combinations of what they are; the nearest rotation to it.
+    turn = saved.u.mT @ found.u + saved.v.mT @ found.v
+    left, _, right = torch.linalg.svd(turn.double())
+    return found, (left @ right).to(turn.dtype)
+
+
+def _unresolved(saved: _Saved, used: Tensor, share: float) -> Tensor:
+    """(B,): whether the residual of one that is used is more than a ``share`` of the gap, and not only rounding."""
+    gap = (saved.s - saved.rest.s[:, :1] if saved.rest.s.shape[-1] else saved.s).double()
+    return (used & (saved.residual > share * gap) & (saved.residual > saved.rounding)).any(-1)
+
+
+def _factored_anew(saved: _Saved, which: list[int], settings: Settings) -> _Saved:
+    pairs = [([saved.x[i]], [saved.base[i]] if saved.base else []) for i in which]
+    factor = side_by_side if saved.s.device.type == "cpu" else map
+    fields = {name: getattr(saved, name).clone() for name in ("u", "s", "v", "residual")}
+    rest = Rest(*(t.clone() for t in saved.rest))
+    for i, (svd, beyond) in zip(which, factor(lambda pair: decompose_group(*pair, settings), pairs), strict=True):
+        found = {"u": svd.U, "s": svd.S, "v": svd.Vh.mT, "residual": svd.triplet_residual}
+        for name, value in found.items():
+            fields[name][i] = value[0]
+        rest.s[i], rest.v[i] = beyond.s[0], beyond.v[0]
+    return saved._replace(**fields, rest=rest)
 
 
 def _to_pair(pair: list[Tensor], gradient: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:

@@ -105,9 +105,9 @@ def _conjugate_gradients(operator, precondition, right: Tensor, eps: float) -> T
         best = now
     relative = (r.square().sum(-2) / right.square().sum(-2).clamp_min(torch.finfo(right.dtype).tiny)).sqrt()
     # A matrix or gradient that is not finite has a gradient of NaN, and leaves the others alone.
-    if (relative > eps**0.5).any():
+    if (~(relative <= eps**0.5) & right.isfinite().all(-2)).any():
         raise RuntimeError(
-            f"the solve for the gradient of singular vectors stopped at a relative residual of {relative.max():.1e}: "
-            f"the triplets are too inaccurate (ask for a smaller tol, or route='exact') or σ_k and σ_(k+1) too close."
+            "the solve for the gradient of singular vectors did not converge: σ_k and σ_(k+1) are too close, or the "
+            "triplets too inaccurate (ask for a smaller tol, or route='exact')."
         )
     return y

@@ -16,8 +16,10 @@ from torch import Tensor
 from ..checks import below_infinity, check_float, is_integer, is_number, overlaps_itself, readable, shown
 from .panels import PANEL
 from .types import RSVD, check_svd
+from .workers import without_autocast
 
 
+@without_autocast
 def low_rank_update(
     w0: Tensor,
     svd: RSVD,
@@ -86,8 +88,9 @@ def low_rank_update(
     if match_norm is not None:
         norm = torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64)
         match_norm = match_norm if isinstance(match_norm, Tensor) else float(match_norm)
-        factor = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device) / norm
-        s = s * torch.where(norm > 0, factor, 0.0).to(s.dtype).unsqueeze(-1)
+        wanted = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device)
+        norm, wanted = norm.masked_fill(zero := norm == 0, 1), wanted.expand_as(norm).masked_fill(zero, 0)
+        s = s * (wanted / norm).to(s.dtype).unsqueeze(-1)
     us = u * ((alpha if isinstance(alpha, Tensor) else float(alpha)) * s).unsqueeze(-2)
     wide = torch.promote_types(w0.dtype, us.dtype)
     us, vh = us.to(wide), vh.to(wide)

@@ -50,8 +50,9 @@ def batched_rsvd(
         clip_rank: take min(m, n) where ``rank`` exceeds it, and set `Flag.CLIPPED`, instead of raising.
 
     Returns:
-        `RSVD`, of which U, S and Vh are differentiable once, and not in forward mode. A matrix with non-finite entries
-        gives NaN and a flag, and does not disturb the others.
+        `RSVD`, of which U, S and Vh are differentiable once, and not in forward mode nor under `torch.func`. A matrix
+        with non-finite entries gives NaN and a flag, and does not disturb the others. A gradient through U and Vh is
+        as good as the vectors that the loss was computed from: of a spectrum that falls slowly ask for ``tol``, 1e-3.
 
     Raises:
         TypeError: integer, complex or sparse input. ValueError: shapes, rank, route or options out of range.
@@ -85,7 +86,7 @@ def low_rank_part(
 
     It has a gradient wherever σ_k > σ_{k+1}, clusters of equal σ inside the rank included, where one through
     ``reconstruct(batched_rsvd(a, k))`` does not exist. Elsewhere, as for a matrix of a rank below k, backward raises
-    RuntimeError.
+    RuntimeError. Where σ_k and σ_{k+1} are close, as those of noise, backward takes the time of a full decomposition.
     """
     check_pair(a, base)
     settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
@@ -107,9 +108,10 @@ def aligned(svd: RSVD, align_to: RSVD | Tensor) -> RSVD:
     """The same triplets with every free sign chosen towards ``align_to``."""
     u, previous = svd.U, align_to.U if isinstance(align_to, RSVD) else align_to
     k = min(u.shape[-1], previous.shape[-1])
-    pivot = torch.ones_like(svd.S)
-    pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
-    sign = torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
+    with torch.no_grad():
+        pivot = torch.ones_like(svd.S)
+        pivot[..., :k] = (u[..., :k] * previous[..., :k].to(u.dtype)).sum(-2)
+        sign = torch.where(pivot < 0, -1.0, 1.0).to(u.dtype)
     return svd._replace(U=u * sign.unsqueeze(-2), Vh=svd.Vh * sign.unsqueeze(-1))
 
 

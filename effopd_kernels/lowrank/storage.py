@@ -1,5 +1,6 @@
 """Factors on disk: one safetensors file, tensors named "<matrix>/<field>"."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,26 +32,30 @@ def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": _FORMAT})
+        save_file(tensors, partial, metadata={"format": _FORMAT, "names": json.dumps(list(svds))})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict[str, RSVD]:
-    """What :func:`save` wrote, on the CPU. Raises ValueError for any other file, FileNotFoundError for none."""
+    """What :func:`save` wrote, in its order, on the CPU. Raises ValueError for any other file, FileNotFoundError for
+    none.
+    """
     from safetensors import SafetensorError, safe_open
 
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: give the file that effopd_kernels.lowrank.save wrote")
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT:
+            about = file.metadata() or {}
+            if about.get("format") != _FORMAT:
                 raise ValueError(f"{path}: not written by effopd_kernels.lowrank.save")
             fields: dict[str, dict] = {}
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 name, _, field = key.rpartition("/")
                 fields.setdefault(name, {})[field] = file.get_tensor(key)
-        return {name: RSVD(**group) for name, group in fields.items()}
-    except (SafetensorError, TypeError) as error:
+        names = json.loads(about.get("names", "null")) or fields  # safetensors sorts them
+        return {name: RSVD(**fields[name]) for name in names}
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged or truncated: {error}") from error

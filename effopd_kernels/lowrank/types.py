@@ -58,6 +58,9 @@ class RSVD(NamedTuple):
     frobenius_norm: (...) fp64, ‖A‖_F.
     triplet_residual: (..., k) fp64, at least ‖A v_i − σ_i u_i‖ and ‖Aᵀ u_i − σ_i v_i‖.
     flags: (...) int32, bits of `effopd_kernels.lowrank.Flag`.
+
+    Bounds are of factors in fp32, whose rounding fp64 knows. Of fp64 input they hold up to fp64's own: of 20,000 × 60
+    equal entries, whose roundings all go one way, 3,100 ε ‖A‖_F were seen beyond them.
     """
 
     U: Tensor

@@ -7,7 +7,16 @@ import torch
 from lowrank.matrices import spectrum, with_spectrum
 from torch.utils.checkpoint import checkpoint
 
-from effopd_kernels.lowrank import batched_rsvd, low_rank_part, reconstruct, subspace_overlap
+from effopd_kernels.lowrank import (
+    autograd,
+    batched_rsvd,
+    low_rank_part,
+    low_rank_update,
+    principal_cosines,
+    reconstruct,
+    subspace_alignment,
+    subspace_overlap,
+)
 
 ROUTES = ("subspace", "gram", "exact")
 
@@ -249,3 +258,102 @@ def test_a_base_made_in_inference_mode_is_a_constant(of):
         made = base.clone()
     found = [torch.autograd.grad(of(a, each).pow(3).sum(), a)[0] for each in (base, made)]
     assert torch.equal(*found)
+
+
+def gradient_of_the_full_svd(a, function):
+    x = a.double().requires_grad_()
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return torch.autograd.grad(function(u, s, vh), x)[0]
+
+
+def error(found, exact):
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+SLOW = {
+    "noise": lambda: random(300, 256).float(),
+    "slow": lambda: with_spectrum(300, 256, torch.arange(1, 257, dtype=torch.float64) ** -0.3).float(),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_low_rank_part_of_a_slow_spectrum(kind, transpose):
+    """What its forward pass found is far from the triplets, and backward divides by the gap between them."""
+    a, k = (SLOW[kind]().mT if transpose else SLOW[kind]()), 16
+    target = random(*a.shape, seed=1)
+    x = a.clone().requires_grad_()
+    (low_rank_part(x, k, route="subspace") * target.float()).sum().backward()
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: ((u[:, :k] * s[:k]) @ vh[:k] * target).sum())
+    assert error(x.grad, exact) < 1e-3
+
+
+def test_a_batch_of_which_some_have_slow_spectra():
+    easy = with_spectrum(300, 256, torch.exp(-torch.arange(256) / 2.0).double()).float()
+    batch, target = torch.stack([easy, SLOW["noise"](), easy]), random(3, 300, 256, seed=1).float()
+    grads = []
+    for x, t in ((batch, target), *((batch[i : i + 1], target[i : i + 1]) for i in range(3))):
+        x = x.clone().requires_grad_()
+        (low_rank_part(x, 16, route="subspace") * t).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], torch.cat(grads[1:]))
+
+
+def test_vectors_of_a_slow_spectrum():
+    """The loss is of the vectors that forward found; backward's are others, and what comes for the former is turned."""
+    a, k = SLOW["slow"](), 8
+    near = torch.linalg.qr(torch.linalg.svd(a)[0][:, :k] + 0.02 * random(300, k).float())[0]
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: subspace_overlap(u[:, :k], near.double()))
+    errors = []
+    for options in ({}, {"tol": 1e-3}):
+        x = a.clone().requires_grad_()
+        svd = batched_rsvd(x, k, route="subspace", **options)
+        subspace_overlap(svd.U, near).backward()
+        errors.append(error(x.grad, exact))
+    assert errors[0] < 0.2 and errors[1] < 1e-2
+
+
+def test_only_what_the_loss_uses_has_to_be_told_apart(monkeypatch):
+    """σ_8 and σ_9 are equal; the loss is of the first vector."""
+    sigma = torch.cat([torch.tensor([10.0, 5.0]), torch.full((30,), 1.0), 0.9 ** torch.arange(1, 225)]).double()
+    a, target = with_spectrum(300, 256, sigma).float(), random(300, seed=2)
+    x = a.clone().requires_grad_()
+    svd = batched_rsvd(x, 8, route="subspace", power_iters=1)
+    monkeypatch.setattr(autograd, "_factored_anew", lambda *_: pytest.fail("factored anew"))
+    ((svd.U[:, 0] @ target.float()) ** 2).backward()
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: (u[:, 0] @ target) ** 2)
+    assert error(x.grad, exact) < 1e-2
+
+
+def test_low_rank_part_of_rank_zero_is_a_constant():
+    for shape in ((6, 5), (2, 5, 6), (0, 4, 3)):
+        x = random(*shape).requires_grad_()
+        low_rank_part(x, 0).sum().backward()
+        assert x.grad.shape == shape and not x.grad.any()
+
+
+def test_autocast_changes_no_helper():
+    a = random(60, 40).float()
+    svd, near = batched_rsvd(a, 8), batched_rsvd(a + 1e-3 * random(60, 40, seed=1).float(), 8)
+    leaf = a.clone().requires_grad_()
+    functions = (
+        lambda: subspace_overlap(svd.U, near.U),
+        lambda: subspace_alignment(svd.U, near.U, 4),
+        lambda: principal_cosines(svd.U, near.U),
+        lambda: reconstruct(svd),
+        lambda: low_rank_update(leaf, svd),
+    )
+    for function in functions:
+        outside = function()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(function(), outside)
+
+
+def test_signs_towards_what_was_made_in_inference_mode():
+    a = random(30, 20)
+    with torch.inference_mode():
+        previous = batched_rsvd(-a, 4)
+    x = a.clone().requires_grad_()
+    svd = batched_rsvd(x, 4, align_to=previous)
+    assert (svd.U.detach() * previous.U).sum(0).min() > 0.9
+    svd.U.square().sum().backward()

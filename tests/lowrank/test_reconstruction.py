@@ -179,3 +179,14 @@ def test_alignment_of_a_training_run_grows_towards_its_end():
     final = batched_rsvd(update, 3).U
     aligned = [subspace_alignment(batched_rsvd(t * update + noise, 3).U, final, 3) for t in (0.05, 0.2, 1.0)]
     assert aligned[0] < aligned[1] < aligned[2] and aligned[2] > 0.99
+
+
+def test_a_sum_of_zero_has_gradients_too():
+    a = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    a[1] = 0
+    a.requires_grad_()
+    low_rank_update(torch.zeros(2, 6, 5), batched_rsvd(a, 2), match_norm=1.0)[0].sum().backward()
+    assert a.grad[0].any() and not a.grad[1].any()
+    norm = torch.tensor(2.0, requires_grad=True)
+    low_rank_update(torch.zeros(6, 5), batched_rsvd(a[0], 2), rank=0, match_norm=norm).sum().backward()
+    assert norm.grad == 0

@@ -270,3 +270,12 @@ def test_progress_bar_on_request(pair, capsys):
 def test_without_a_console_there_is_no_progress_bar(pair, monkeypatch, progress):
     monkeypatch.setattr(sys, "stderr", None)
     assert update_svd(*pair, 2, progress=progress)
+
+
+def test_names_keep_their_order(tmp_path):
+    a = torch.eye(3)
+    names = ["layers.2", "layers.10", "a/b", ""]
+    save({name: batched_rsvd(a, 1) for name in names}, tmp_path / "svd.safetensors")
+    assert list(load(tmp_path / "svd.safetensors")) == names
+    save({}, tmp_path / "none.safetensors")
+    assert load(tmp_path / "none.safetensors") == {}
