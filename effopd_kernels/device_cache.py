@@ -6,7 +6,7 @@ from functools import lru_cache, wraps
 import torch
 from torch import Tensor
 
-from .launch import on_device
+from .launch import capturing
 
 captured: list[Tensor] = []  # read by a CUDA graph whenever it is replayed, whatever the caches forget
 
@@ -31,9 +31,7 @@ def device_cache(maxsize: int) -> Callable[[Callable[..., Tensor]], Callable[...
             if not tensor.is_cuda:
                 return tensor
             stream = torch.cuda.current_stream(tensor.device)
-            with on_device(tensor.device):  # whose stream it is that may be capturing
-                capturing = torch.cuda.is_current_stream_capturing()
-            if capturing:
+            if capturing(tensor.device):
                 captured.append(tensor)
             elif stream != home:
                 stream.wait_event(done)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from effopd_kernels import device_cache
+from effopd_kernels.launch import uploaded
 
 
 class Stream:
@@ -74,3 +75,14 @@ def test_a_captured_graph_keeps_what_it_reads(on_stream):
 def test_on_the_cpu_it_is_a_cache():
     make = device_cache.device_cache(8)(torch.zeros)
     assert make(3) is make(3)
+
+
+def test_a_captured_graph_reads_nothing_of_the_cpu_s(on_stream):
+    """What would be other memory's at a replay; nor is a table kept that no copy has reached."""
+    make = device_cache.device_cache(8)(lambda key: uploaded(torch.zeros(3), OnDevice.device))
+    on_stream(Stream(), capturing=True)
+    for copy in (lambda: make(1), lambda: uploaded(torch.zeros(()), OnDevice.device)):
+        with pytest.raises(RuntimeError, match="cannot take numbers from the CPU"):
+            copy()
+    on_stream(Stream())
+    assert uploaded(torch.zeros(3), torch.device("cpu")).shape == (3,)

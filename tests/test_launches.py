@@ -80,6 +80,23 @@ def test_topk(shape, dtype, k, tail, compiled):
     assert len(compiled) == 2 * (2 * tail + 2) + 3
 
 
+def test_rows_of_which_some_are_aligned_are_read_as_those_of_which_none_are(compiled):
+    """As views of a padded head's logits beside a fresh gradient: tiles are laid out in the way that they are read."""
+    padded, odd = torch.zeros(2, 4224, dtype=BF16)[:, :4113], torch.zeros(2, 4113, dtype=BF16)
+    member, knobs = (0.0, 1.0, 1.0), (1.0,) * 4 + (0.0,) * 2
+    for student, teacher in ((padded, padded), (odd, odd), (odd, padded)):
+        divergence.launch_divergence_rows(student, teacher, None, None, *member, *knobs, torch.empty_like(odd), True)
+    assert len({kernel.asm["ttgir"] for kernel in compiled}) == 1
+    ids, known = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 2)
+    found = []
+    for student in (padded, odd):
+        compiled.clear()
+        args = None, None, *member, True, 1.0, 1.0, 0.0, torch.empty_like(odd), False
+        triton_topk.launch_topk_rows(student, ids, known, *args)
+        found.append([k.asm["ttgir"] for k in compiled if k.metadata.name in ("_others_kernel", "_spread_kernel")])
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 @pytest.mark.parametrize("sizes", [(1,), (16, 7, 40000)])
 def test_extrapolation(sizes, compiled):
     params, anchors, currents = ([torch.zeros(n, dtype=d) for n in sizes] for d in (BF16, BF16, FP32))

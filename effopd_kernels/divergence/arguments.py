@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import below_infinity, readable, wide
 from ..gradients import keepable
+from ..launch import uploaded
 from .autograd import DivergenceStats, Spec
 from .family import Divergence
 
@@ -222,7 +223,7 @@ def row_factor(
     elif isinstance(num_tokens, Tensor):
         total = num_tokens.detach().reshape(())
         if total.device != device:  # its clone is out of the caller's reach, who may go on counting while it is copied
-            total = total.clone().to(device, non_blocking=True)
+            total = uploaded(total.clone(), device)
     else:  # filled there: a copy would wait for the device
         total = torch.full((), float(num_tokens), dtype=dtype, device=device)
     return mask, weight / total.masked_fill(total == 0, 1)  # no tokens: a loss of 0, not 0/0

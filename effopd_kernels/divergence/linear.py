@@ -103,7 +103,8 @@ def linear_divergence_loss(
     student_hidden (..., Ds), student_weight (Vs, Ds), student_bias (Vs,) and the teacher's likewise: leading shapes
         agree, sizes and dtypes may differ. Gradients go to the student's three, and only where they are required.
     mask, weight, temperature, reduction, num_tokens, return_stats: as in `divergence_loss`. Masked tokens leave before
-        the projections and cost nothing; on a GPU, finding them synchronises once, which num_valid avoids.
+        the projections and cost nothing; on a GPU, finding them waits for it, once (with reduction "none" in backward
+        again), which num_valid avoids.
     num_valid: how many tokens the mask keeps, where the caller knows. More are an error on the CPU; elsewhere, and
         under torch.compile, those beyond that number are dropped.
     chunk_bytes: budget for logits alive at a time; default 208 MiB on the CPU, 1 GiB elsewhere.

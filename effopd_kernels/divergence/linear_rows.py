@@ -379,7 +379,7 @@ def head_gradients(kept, hidden, weight, bias, mask, factor, dtype, num_valid, n
             grad_w = grad_w.to(_summed_dtype(weight))
         if needs_bias:
             grad_b = torch.zeros(len(weight), device=hidden.device, dtype=acc_dtype)
-            for rows in pieces(len(h), FEW):
+            for rows in pieces(len(h), FEW if g.device.type == "cpu" else TILE):
                 grad_b[:V] += factor[rows] @ g[rows].to(acc_dtype)
             grad_b = grad_b.to(_summed_dtype(bias))
     return grad_w, grad_b

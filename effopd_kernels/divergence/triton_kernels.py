@@ -427,7 +427,10 @@ def _gradient(
                 tl.store(g_row + cols, g, eviction_policy="evict_first")  # the L2 is for rows yet to be read again
 
 
-@triton.jit(do_not_specialize=["N", "T", "skew"])  # N changes at every step, and a compilation takes seconds
+SIZES = ["N", "T", "skew"]  # N changes at every step, and a compilation takes seconds
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _divergence_kernel(
     student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
     partial_ptr, record_ptr, count_ptr,
@@ -536,6 +539,18 @@ def _divergence_kernel(
                 tl.store(g_row + cols, tl.zeros_like(cols).to(grad_ptr.dtype.element_ty), mask=cols < Vs)
 
 
+def for_any_strides(kernel):
+    """A kernel that is compiled alike whatever divides the strides of its rows, for where they are not aligned alike:
+    told that some are multiples of 16, Triton would lay out the tiles of these for vectors, which none is read in then,
+    and pass their elements between threads.
+    """
+    strides = [name for name in kernel.arg_names if name.endswith(("_stride", "_sequence"))]
+    return triton.jit(do_not_specialize=[*SIZES, *strides])(kernel.fn)
+
+
+_any_divergence_kernel = for_any_strides(_divergence_kernel)
+
+
 @lru_cache
 def launch_for(device: torch.device) -> tuple[Launch, int]:
     """The launch configuration of a device and its number of multiprocessors."""
@@ -622,8 +637,9 @@ def launch_divergence_rows(
     strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
     ks, pre_s = base_two(student_scale, student_temperature, student_softcap)
     kt, pre_t = base_two(teacher_scale, teacher_temperature, teacher_softcap)
+    kernel = _divergence_kernel if aligned else _any_divergence_kernel
     with on_device(student.device):
-        _divergence_kernel[((N + (phases - 1) * skew) * phases * S,)](
+        kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
             N, T if sequences else None, V, Vs,
             *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,

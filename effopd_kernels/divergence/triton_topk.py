@@ -33,6 +33,7 @@ from .triton_kernels import (
     _tile_max,
     _tile_sum,
     base_two,
+    for_any_strides,
     launch_divergence_rows,
     launch_for,
     tiles,
@@ -98,6 +99,9 @@ def _others_kernel(
     tl.store(part + S, tl.sum(total * tl.exp2(m - top), 0))
     if STATS:
         tl.store(part + 2 * S, tl.sum(tl.exp2(m - top) * tl.fma(m - top, total, weighted), 0))
+
+
+_any_others_kernel = for_any_strides(_others_kernel)
 
 
 @triton.jit
@@ -211,6 +215,9 @@ def _spread_kernel(
             tl.store(g_row + cols, tl.zeros_like(cols).to(grad_ptr.dtype.element_ty), mask=cols < V)
 
 
+_any_spread_kernel = for_any_strides(_spread_kernel)
+
+
 @triton.jit(do_not_specialize=["T", "k", "columns"])
 def _place_kernel(ids_ptr, bucket_ptr, grad_ptr, T, k, columns, grad_stride, grad_sequence, BLOCK: tl.constexpr):
     row = tl.program_id(0)
@@ -271,7 +278,7 @@ def launch_topk_rows(
             marks = torch.zeros(N, words, dtype=torch.int32, device=device)
             part = buckets.new_empty(N, 3, S)
             _mark_kernel[per_k](ids, marks, k, words, BLOCK=BLOCK, **options(4))
-            _others_kernel[(N * S,)](
+            (_others_kernel if aligned else _any_others_kernel)[(N * S,)](
                 student, marks, mask, part, T, V, words, *places[0], c, pre,
                 CAPPED=softcap != 0, STATS=entropy, S=S, **tiling, **how,
             )  # fmt: skip
@@ -294,7 +301,7 @@ def launch_topk_rows(
         _chain_kernel[per_k](
             student, ids, buckets, *shape, *places[0], chain, pre, CAPPED=softcap != 0, BLOCK=BLOCK, **options(4)
         )
-        _spread_kernel[(N * S,)](
+        (_spread_kernel if aligned else _any_spread_kernel)[(N * S,)](
             student, grad_out, mask, record, buckets, T, V, columns, *places[0], *places[1], c, pre, chain,
             CAPPED=softcap != 0, TAIL=tail, S=S, **tiling, **how,
         )  # fmt: skip

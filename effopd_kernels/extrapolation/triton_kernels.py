@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_cache import device_cache
-from ..launch import on_device, options
+from ..launch import on_device, options, uploaded
 from . import reference
 
 CHUNK = 32768
@@ -155,7 +155,7 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
 
     Cached: extrapolating a list again copies nothing, so any launch but the first can be captured in a CUDA graph.
     """
-    return torch.tensor(columns, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    return uploaded(torch.tensor(columns, dtype=torch.int64, device="cpu"), device)
 
 
 def _mix_of_all(params, anchors, currents, masters) -> tuple | None:

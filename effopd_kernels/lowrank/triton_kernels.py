@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device_cache import device_cache
-from ..launch import on_device, options
+from ..launch import on_device, options, uploaded
 from . import reference, signs
 
 SPAN = 2048  # columns that one program multiplies
@@ -311,7 +311,7 @@ def _jacobi_kernel(w_ptr, value_ptr, L, SWEEPS, tolerance, HALF: tl.constexpr, B
 @device_cache(maxsize=256)
 def _on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Cached, so that products with the same matrices again copy nothing and wait for nothing."""
-    return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    return uploaded(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
 
 
 @lru_cache
