@@ -5,9 +5,9 @@ Checks of what is asked for, gradients where they are wanted, and signs; :mod:`d
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import FLOATS, below_infinity, is_integer, is_number, shown
-from ..gradients import transformed
 from . import routes
 from .autograd import LowRankPart, TruncatedSVD
 from .decompose import Settings, decompose
@@ -91,13 +91,21 @@ def low_rank_part(
     check_pair(a, base)
     settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
     pair = as_batch(a), None if base is None else as_batch(base)
+    _wants_gradient(*pair)
     return LowRankPart.apply(*pair, settings).reshape(a.shape)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    if transformed(*tensors):  # PyTorch then refuses what `TruncatedSVD` has no rule for; else it would go unsaid
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Raises RuntimeError for tensors within a transform of `torch.func`."""
+    given = [t for t in tensors if t is not None]
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)):
+        raise RuntimeError(
+            "singular value decompositions have no rules for the transforms of torch.func (grad, vmap, jvp, ...): "
+            "differentiate them by torch.autograd, and give batches as (..., m, n)"
+        )
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        return True  # PyTorch then refuses what `TruncatedSVD` has no rule for; else it would go unsaid
+    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
 
 
 def as_batch(a: Tensor) -> Tensor:

@@ -357,3 +357,10 @@ def test_signs_towards_what_was_made_in_inference_mode():
     svd = batched_rsvd(x, 4, align_to=previous)
     assert (svd.U.detach() * previous.U).sum(0).min() > 0.9
     svd.U.square().sum().backward()
+
+
+@pytest.mark.parametrize("function", [lambda a: batched_rsvd(a, 2).S, lambda a: low_rank_part(a, 2)])
+def test_transforms_of_torch_func_are_refused(function):
+    for transformed in (torch.func.grad(lambda a: function(a).sum()), torch.func.vmap(function)):
+        with pytest.raises(RuntimeError, match=r"no rules for the transforms of torch\.func"):
+            transformed(random(3, 6, 5))
