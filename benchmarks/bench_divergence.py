@@ -375,7 +375,8 @@ def token_contenders(h, w, ids) -> dict:
 @pytest.mark.parametrize("device, N, D, V, dtype", LINEAR)
 def test_linear_tokens(benchmark, report, request, device, N, D, V, dtype, inputs):
     """What sampled_kl takes. Of a trained head TRL's projects again in backward, and ours where logits do not fit
-    chunk_bytes, which is not counted as work."""
+    chunk_bytes, which is not counted as work. TRL's takes the entropy, too; ours with `return_entropy`, in the same
+    time."""
     quick = request.config.getoption("--quick")
     N, rounds = (N // 4, 1) if quick else (N, 3)
     dtype_ = DTYPES[dtype]
