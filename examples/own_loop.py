@@ -51,8 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def hidden_and_head(self, rollout: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states (N, T, D) that predict the completions, and the head (V, D)."""
-    ids, mask = rollout["ids"], rollout["mask"]
-    hidden = self.model(input_ids=ids, attention_mask=rollout["attention"]).last_hidden_state
+    ids, mask, attention = rollout["ids"], rollout["mask"], rollout["attention"]
+    positions = (attention.cumsum(1) - 1).clamp(min=0)  # absolute ones would be counted from the padding
+    hidden = self.model(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
     return hidden[:, -1 - mask.shape[1] : -1], self.lm_head.weight
 
 

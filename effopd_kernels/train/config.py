@@ -3,10 +3,12 @@
 import math
 import os
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 import trl
+from transformers import GenerationConfig
 
 from ..divergence import FORWARD_KL, REVERSE_KL, Divergence, jsd, skew_forward_kl, skew_reverse_kl
 from ..divergence.arguments import COLDEST
@@ -35,7 +37,16 @@ _DOMAINS = {
     "dataloader_num_workers": (lambda v: v >= 0, "0 or more"),
     "num_beams": (lambda v: v >= 1, "at least 1"),
     "num_return_sequences": (lambda v: v == 1, "1, for a step has one completion of each prompt"),
-    "stop_strings": (lambda v: False, "left out, for TRL generates without the tokenizer that it needs"),
+    "pad_to_multiple_of": (lambda v: v >= 1, "at least 1"),
+}
+# What generation_kwargs may not have, even if it is None, and why.
+_NOT_GIVEN = {
+    "stop_strings": "TRL generates without the tokenizer that it needs",
+    "eos_token_id": "TRL cuts completions where the student's generation_config.json says that they end: list it there",
+    "max_new_tokens": "--max_completion_length says it, and what room prompts have",
+    "max_length": "--max_completion_length says it, without the prompt",
+    "return_dict_in_generate": "TRL reads what is generated as token ids",
+    "disable_compile": "TRL sets it",
 }
 
 
@@ -50,6 +61,17 @@ def _check_domains(values: dict[str, Any], option: str) -> None:
             fits = False
         if not fits:
             raise UserError(f"{option.format(name)} must be {domain}, got {value!r}")
+
+
+def _check_generation(given: dict[str, Any], vllm: bool) -> None:
+    _check_domains(given, "--generation_kwargs: {}")
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    for name in given:
+        if name in _NOT_GIVEN:
+            raise UserError(f"--generation_kwargs: {name} must be left out, for {_NOT_GIVEN[name]}")
+        if name not in known and not vllm:  # whose names are others
+            near = "".join(f"; {n}?" for n in get_close_matches(str(name), known, n=1))
+            raise UserError(f"--generation_kwargs: unknown option {name} of transformers' GenerationConfig{near}")
 
 
 def parse_divergence(text: str) -> Divergence:
@@ -257,7 +279,7 @@ class OPDConfig(trl.DistillationConfig):
             if not isinstance(value := getattr(self, name), (dict, type(None))):
                 raise UserError(f"--{name} must be a mapping, in JSON where it is a flag, got {value!r}")
         _check_domains(vars(self), "--{}")
-        _check_domains(self.generation_kwargs or {}, "--generation_kwargs: {}")
+        _check_generation(self.generation_kwargs or {}, self.use_vllm)
         if self.use_liger_kernel and self.use_cpu:
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:

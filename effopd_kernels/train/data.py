@@ -6,6 +6,7 @@ Every check here runs before a model is loaded, and names the file, the column a
 import codecs
 import glob
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ PROMPT_NAMES = ("prompt", "problem", "question")
 ANSWER_NAMES = ("answer", "solution")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _BLANK = re.compile(r"\s*")
+logger = logging.getLogger(__name__)
 
 
 def load_prompts(
@@ -178,7 +180,32 @@ def unify_columns(dataset: datasets.Dataset, where: str, answers: bool = False) 
             f"dataset '{where}' has a column '{images[0]}' beside prompts that are text: write the prompts as chat "
             "messages, or remove the column"
         )
+    if "tools" in dataset.column_names and any(dataset["tools"]):
+        logger.warning("the column 'tools' of dataset '%s' is not used: no prompt tells of its tools", where)
     return dataset.select_columns([*(c for c in ("prompt", "answer") if c in dataset.column_names), *images])
+
+
+def check_prompts(dataset: Any, where: str) -> None:
+    """Raises UserError for what a caller has made that is more than one dataset, or without rows or a `prompt`."""
+    if isinstance(dataset, dict):
+        raise UserError(f"{where} must be one dataset, got a dict of {_listed([*dataset])}: give one of them")
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise UserError(f"{where} is empty")
+    found = getattr(dataset, "column_names", None)
+    if found is not None and "prompt" not in found:
+        raise UserError(f"{where} has no column 'prompt'; its columns are {_listed(found)}")
+
+
+def check_open(dataset: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raises UserError where the tokenizer ends text prompts with its EOS token, as some do by themselves."""
+    prompt, end = next(iter(dataset))["prompt"], tokenizer.eos_token
+    if end is None or not isinstance(prompt, str) or prompt.rstrip().endswith(end):  # where it is written, it is meant
+        return
+    if tokenizer(text=prompt)["input_ids"][-1:] == [tokenizer.eos_token_id]:
+        raise UserError(
+            f"the tokenizer ends the prompts in {where} with {end!r}, beyond which nothing is to be "
+            "completed: load and save it with add_eos_token=False, or take that out of tokenizer.json's post_processor"
+        )
 
 
 def _is_null(dataset: datasets.Dataset, column: str) -> bool:
@@ -233,11 +260,15 @@ def fit_context(
     """Keep the prompts of at most `limit` tokens, None for any number; returns the dataset and how many were dropped.
 
     Raises:
-        UserError: prompts are too long and `overlong` is "error", none is left, one has no tokens, or the chat template
-            refuses one.
+        UserError: prompts are too long and `overlong` is "error", none is left, one has no tokens, the chat template
+            refuses one, or the tokenizer ends them.
     """
     if limit is not None and limit < 1:
-        raise UserError("--max_completion_length leaves no room for a prompt in the models' context")
+        raise UserError(
+            "--max_completion_length leaves no room for a prompt in the models' context, of which each of the two "
+            "takes a multiple of --pad_to_multiple_of, where it is given"
+        )
+    check_open(dataset, tokenizer, f"'{where}'")
     keep = []
     for row, prompt in enumerate(dataset["prompt"]):
         try:

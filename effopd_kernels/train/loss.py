@@ -12,6 +12,10 @@ Not every model's logits are softcap(scale·(hidden·weightᵀ + bias)) of what 
 RecurrentGemma's cap goes by another name, Aya Vision leaves its config's scale unused. The first loss therefore looks
 at both models' own logits, and where they are not what was read, it and all later ones are of those logits. So they are
 where the student's head has more to train than what is read of it: an adapter on it may change nothing at first.
+
+Nor does every model read a row alike with padding before it, of which TRL tells them by the mask alone: GPT-2 counts
+positions from the first column, RWKV's state runs through the padding. The first loss looks at that, too. A model that
+is mended by positions gets them from then on; with one that is not, rows that are padded are an error.
 """
 
 import inspect
@@ -45,6 +49,8 @@ _JOINT = "_chunked_divergence_loss"
 _HIDDEN = "_get_last_hidden_state"
 _TOKENS = 8  # on which what TRL reads of a model is compared with its logits
 _TOLERANCE = 1e-2  # of the logits' norm there: several times what rounding them to bf16 thrice makes
+_ROUNDED = 0.2  # of hidden states' that bf16 rounds in every layer: rotary angles make up to 0.06, GPT-2 0.3 and more
+_ALIKE, _PLACED, _CHANGED = range(3)  # what a row is with padding before it: the same, the same by positions, another
 
 
 def divergence_from_beta(beta: float) -> Divergence:
@@ -224,6 +230,8 @@ class _Joint:
         self.replaced = vars(trainer).get("_compute_loss")  # which somebody else has put there
         self.hidden_states = getattr(trainer, _HIDDEN)
         self.compute: Callable | None = None
+        self.whole = False  # the loss is of full logits
+        self.padding = [_ALIKE, _ALIKE]  # for the student, for the teacher
 
     def __call__(self, student, *args):
         student = getattr(student, "_orig_mod", student)  # TRL sees no adapters within what torch.compile wraps
@@ -233,19 +241,26 @@ class _Joint:
 
     def _compute(self, unwrapped_student, inputs, num_items_in_batch):
         if self.compute is None:
-            self.compute = self._with(self.loss)
-            # each rank looks at tokens of its own, and all must go on alike
-            misread = gather_object(self._misread(unwrapped_student, inputs["completion_ids"]))
-            if misread := list(dict.fromkeys(misread)):
-                if self.trainer.is_world_process_zero():
-                    logger.warning(
-                        "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from "
-                        "head and config",
-                        " and ".join(misread),
-                    )
-                setattr(self.trainer, _HIDDEN, self._logits)
-                self.compute = self._with(self.loss.of_logits)
+            self._look(unwrapped_student, inputs)
         return self.compute(unwrapped_student, inputs, num_items_in_batch)
+
+    def _look(self, student, inputs: dict) -> None:
+        """Each rank looks at tokens of its own, and all must go on alike."""
+        seen = gather_object([self._seen(student, inputs)])
+        misread = list(dict.fromkeys(name for names, _ in seen for name in names))
+        self.whole = bool(misread)
+        self.padding = [max(of_ranks) for of_ranks in zip(*(padding for _, padding in seen), strict=True)]
+        if misread and self.trainer.is_world_process_zero():
+            logger.warning(
+                "the loss is of full logits, which takes more memory: those of %s are not what TRL reads from head and "
+                "config",
+                " and ".join(misread),
+            )
+        if _CHANGED in self.padding:
+            self._check_validation()
+        if self.whole or any(self.padding):
+            setattr(self.trainer, _HIDDEN, self._hidden)
+        self.compute = self._with(self.loss.of_logits if self.whole else self.loss)
 
     def _with(self, loss: Callable) -> Callable:
         was = self.method
@@ -253,17 +268,45 @@ class _Joint:
         rebuilt = types.FunctionType(was.__code__, names, was.__name__, was.__defaults__, was.__closure__)
         return types.MethodType(rebuilt, self.trainer)
 
-    def _logits(self, model, *args, **kwargs) -> torch.Tensor:
-        """(B, K, V), which TRL slices as it does hidden states."""
-        return self.hidden_states(_OwnBackbone(_within_peft(model)), *args, **kwargs)
+    def _hidden(self, model, input_ids, attention_mask, *args, **kwargs) -> torch.Tensor:
+        """Hidden states (B, K, D), or logits (B, K, V), which TRL slices as it does hidden states."""
+        padding = self.padding[model is self._teacher]
+        if padding == _CHANGED and not attention_mask[:, 0].all():
+            raise self._padded()
+        if self.whole or padding == _PLACED:
+            model = _Backbone(_within_peft(model), self.whole, attention_mask if padding == _PLACED else None)
+        return self.hidden_states(model, input_ids, attention_mask, *args, **kwargs)
+
+    def _check_validation(self) -> None:
+        """Its rows may be padded where those of training are not, and be found so after a long time of it."""
+        for validator in getattr(self.trainer, "_validators", {}).values():
+            for rows in validator.batches:
+                prompt_ids, *_ = self.trainer._tokenize_prompts([validator.prompts[row] for row in rows])
+                if len({*map(len, prompt_ids)}) > 1:
+                    raise self._padded()
+
+    def _padded(self) -> UserError:
+        models = zip(("student", "teacher"), (self.trainer.model, self._teacher), self.padding, strict=True)
+        named = (f"the {side} ({model.config.model_type})" for side, model, padding in models if padding == _CHANGED)
+        return UserError(
+            f"padding before a prompt changes what is computed for it by {' and '.join(named)}: give prompts of one "
+            "length, or set per_device_train_batch_size, gradient_accumulation_steps and per_device_eval_batch_size to "
+            "1" + " and leave pad_to_multiple_of out" * (self.trainer.pad_to_multiple_of is not None)
+        )
+
+    @property
+    def _teacher(self) -> torch.nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.teacher_model)
 
     @torch.no_grad()
-    def _misread(self, student, ids: torch.Tensor) -> list[str]:
+    def _seen(self, student, given: dict) -> tuple[list[str], list[int]]:
         """The types of the models whose logits on a few tokens are not those that TRL's reading of them gives, or will
-        not be once they are trained."""
-        own, misread, trains_more = [], [], _trains_more(_within_peft(student).get_output_embeddings())
+        not be once they are trained; and what padding before these tokens does to the student and to the teacher."""
+        own, misread, padding = [], [], []
+        trains_more = _trains_more(_within_peft(student).get_output_embeddings())
+        width = given["prompt_ids"].shape[1] + given["completion_ids"].shape[1]  # which fits the context
 
-        def both(model, *args, **kwargs):
+        def both(model, ids, mask, keep):
             model, gain = _within_peft(model), [1.0]
 
             def amplify(head, inputs, logits):  # up to 50, where a soft cap shows
@@ -271,10 +314,12 @@ class _Joint:
                 return logits * gain[0]
 
             with model.get_output_embeddings().register_forward_hook(amplify):
-                logits = self._logits(model, *args, **kwargs)
+                logits = self.hidden_states(_Backbone(model, whole=True), ids, mask, keep)
             own.append((model.config.model_type, logits, gain[0]))
             # transformers finds no backbone in Llama 4, and calls the model its own.
-            return logits if model.base_model is model else self.hidden_states(model, *args, **kwargs)
+            read = logits if model.base_model is model else self.hidden_states(model, ids, mask, keep)
+            padding.append(self._padding(model, ids, mask, keep, pads=max(1, min(_TOKENS, width - ids.shape[1]))))
+            return read
 
         def compare(student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, **read):
             heads = ("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)
@@ -284,7 +329,8 @@ class _Joint:
                     misread.append(name)
             return (mask.sum(),) * 3
 
-        ids = ids[:1, :_TOKENS]  # that the student has just written: text, whatever the prompts show
+        # What the student has just written: text, whatever the prompts show.
+        ids = given["completion_ids"][:1, :_TOKENS]
         inputs = {"prompt_ids": ids[:, :1], "completion_ids": ids}
         inputs |= {f"{part}_mask": torch.ones_like(inputs[f"{part}_ids"]) for part in ("prompt", "completion")}
         setattr(self.trainer, _HIDDEN, both)
@@ -295,7 +341,23 @@ class _Joint:
         finally:
             delattr(self.trainer, _HIDDEN)
             torch.clear_autocast_cache()  # of casts without a graph, which torch 2.10 hands to training too
-        return misread
+        return misread, padding
+
+    def _padding(self, model, ids: torch.Tensor, mask: torch.Tensor, keep: int, pads: int) -> int:
+        pad = mask.new_zeros(1, pads)
+        padded = torch.cat([pad + self.trainer._tokenizer.pad_token_id, ids], 1), torch.cat([pad, mask], 1)
+        whole = model.base_model is model
+        exact = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+        most = _TOLERANCE if exact and not torch.is_autocast_enabled(ids.device.type) else _ROUNDED
+        alone = self.hidden_states(_Backbone(model, whole), ids, mask, keep).float()
+
+        def differs(positions_of: torch.Tensor | None = None) -> bool:
+            hidden = self.hidden_states(_Backbone(model, whole, positions_of), *padded, keep)
+            return bool((hidden.float() - alone).norm() > most * alone.norm())  # NaN is for others to report
+
+        takes = all("position_ids" in inspect.signature(m.forward).parameters for m in (model, model.base_model))
+        mended = takes and not differs(padded[1])  # asked whatever the next finds: sharded models run on all ranks
+        return _ALIKE if not differs() else _PLACED if mended else _CHANGED
 
 
 def _explained(logits, gain, hidden, weight, bias, scale, cap) -> bool:
@@ -327,14 +389,23 @@ def _trains_more(head: torch.nn.Module) -> bool:
     return any(p.requires_grad and id(p) not in known for p in head.parameters())
 
 
-class _OwnBackbone(torch.nn.Module):
-    """Stands in for a model whose backbone TRL calls: its "last hidden state" is the model's logits."""
+class _Backbone(torch.nn.Module):
+    """Stands in for a model whose backbone TRL calls.
 
-    def __init__(self, model: torch.nn.Module):
+    Args:
+        whole: its "last hidden state" is the model's logits.
+        mask: (B, L), by which tokens have positions; None leaves them to the model.
+    """
+
+    def __init__(self, model: torch.nn.Module, whole: bool, mask: torch.Tensor | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.whole, self.mask = model, whole, mask
 
     def base_model(self, **inputs):
+        if self.mask is not None:
+            inputs["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if not self.whole:
+            return self.model.base_model(**inputs)
         # Not the model's __call__: this runs inside the forward of what wraps it.
         return types.SimpleNamespace(last_hidden_state=self.model.forward(**inputs).logits)
 

@@ -43,6 +43,14 @@ def check_trackers(report_to: list[str]) -> None:
             raise UserError(f"--report_to {name}: it is not installed; there is {', '.join(['none', *installed])}")
 
 
+def _same_prompts(data: DataArguments) -> bool:
+    """Whether training and held-out prompts are one file, or one split on the hub."""
+    train, held_out = Path(data.dataset_name), Path(data.eval_dataset_name)
+    return train.resolve() == held_out.resolve() and (
+        train.is_file() or data.dataset_train_split == data.dataset_test_split
+    )
+
+
 def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
     """Check everything that can be checked without a model, then load the models.
 
@@ -61,6 +69,11 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
         raise UserError(
             f"--eval_dataset_name and --val_dataset_name are both '{given[0]}': prompts that score EffOPD's candidates "
             "are not held out"
+        )
+    if data.eval_dataset_name and _same_prompts(data):
+        logger.warning(
+            "--eval_dataset_name and --dataset_name are both '%s': the student is trained on what is called held out",
+            data.dataset_name,
         )
     check_trackers(args.report_to)
     student, teacher = model_args.model_name_or_path, args.teacher_model_name_or_path
@@ -96,7 +109,9 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             shared=min(c.vocab_size for c in configs),
         )
     contexts = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
-    limit = min(contexts) - args.max_completion_length if contexts else None
+    multiple = args.pad_to_multiple_of or 1  # to which prompts and completions are padded, each
+    completion = -(-args.max_completion_length // multiple) * multiple
+    limit = (min(contexts) - completion) // multiple * multiple if contexts else None
     chat = args.chat_template_kwargs or {}
     train, dropped = fit_context(train, tokenizer, limit, args.overlong_prompts, data.dataset_name, **chat)
     for kind, dataset in sets.items():
@@ -146,12 +161,13 @@ def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OP
         trainer.add_callback(WriteOver())
     with sole_run(Path(args.output_dir)):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        with written(args.output_dir):
+            trainer.save_model(args.output_dir)  # before the last evaluation, which may take long or be interrupted
         last = trainer.state.global_step
         evaluated = any(r["step"] == last and "eval_teacher_kl" in r for r in trainer.state.log_history)
         if trainer.eval_dataset is not None and not evaluated and last == saved_step(trainer):
             trainer.evaluate()
         with written(args.output_dir):
-            trainer.save_model(args.output_dir)
             if trainer.is_world_process_zero():
                 trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         if trainer.is_world_process_zero():

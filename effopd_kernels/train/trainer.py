@@ -18,7 +18,7 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import AutoProcessor, PreTrainedModel, Trainer
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
@@ -43,6 +43,7 @@ from .checkpoint import (
     write_settings,
 )
 from .config import OPDConfig
+from .data import check_open, check_prompts, require_answers
 from .errors import NonFiniteLossError, as_user_error
 from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
@@ -76,17 +77,19 @@ class OPDTrainer(trl.DistillationTrainer):
             divergence is taken over the shared prefix of the vocabularies.
         args: `OPDConfig`.
         train_dataset: column `prompt` (str or messages).
-        eval_dataset: held-out prompts, evaluated at `eval_steps`; logged as `eval_accuracy` and `eval_teacher_kl`.
+        eval_dataset: held-out prompts, evaluated at `eval_steps`; logged as `eval_accuracy` and `eval_teacher_kl`. Of a
+            dict of datasets each is, as `eval_NAME_accuracy` and so on.
         val_dataset: prompts that score EffOPD's candidates, needed unless `effopd_enabled` is False; must differ from
             `eval_dataset` for its curve to be honest.
         others: as `trl.DistillationTrainer`.
 
     Raises:
-        UserError: see `OPDConfig` and `EffOPDCallback`; weights that lack tensors of their model, which transformers
-            would draw at random; an output folder that not all ranks share; when training begins, one that another run
-            is writing to, options that no optimizer or schedule can be made with, or a generation_config.json that
-            cannot be saved again; a checkpoint to resume from that is another model's, or of a run with another seed,
-            learning rate or other setting that a run keeps to its end.
+        UserError: see `OPDConfig` and `EffOPDCallback`; datasets that are empty or lack a column; weights
+            that lack tensors of their model, which transformers would draw at random; an output folder that not all
+            ranks share; when training begins, one that another run is writing to, options that no optimizer or schedule
+            can be made with, or a generation_config.json that cannot be saved again; a checkpoint to resume from that
+            is another model's, or of a run with another seed, learning rate or other setting that a run keeps to its
+            end.
         NonFiniteLossError: during training; weights are those of the last completed step.
     """
 
@@ -98,10 +101,20 @@ class OPDTrainer(trl.DistillationTrainer):
         teacher_model: "str | PreTrainedModel",
         args: OPDConfig,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         val_dataset: Dataset | None = None,
         **kwargs,
     ):
+        if not isinstance(args, OPDConfig):
+            raise UserError(f"OPDTrainer needs args, an OPDConfig, got {args if args is None else type(args).__name__}")
+        if teacher_model is None:
+            raise UserError("OPDTrainer needs teacher_model: a model, a folder or a hub id")
+        prompts = {"train_dataset": train_dataset, "val_dataset": val_dataset}
+        prompts = {where: d for where, d in prompts.items() if d is not None} | _named(eval_dataset)
+        for where, dataset in prompts.items():
+            check_prompts(dataset, where)
+        if isinstance(eval_dataset, dict) and args.metric_for_best_model is not None:
+            raise UserError("metric_for_best_model needs one eval_dataset, got a dict of them")
         if args.effopd_enabled and val_dataset is None:
             raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
         check_shared(Path(args.output_dir))
@@ -121,6 +134,13 @@ class OPDTrainer(trl.DistillationTrainer):
         finally:
             args.model_init_kwargs = given
         check_private_api(self)
+        for where, dataset in prompts.items():
+            check_open(dataset, self._tokenizer, where)
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        # Of what training does not set, transformers takes the student's own, whose completions TRL does not know.
+        self.generation_kwargs.setdefault("num_beams", 1)
+        self.generation_config.num_beams = self.generation_kwargs["num_beams"]
         # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
         # read them: they are never sampled.
         if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
@@ -145,10 +165,12 @@ class OPDTrainer(trl.DistillationTrainer):
         self._staging: Path | None = None
         self.effopd: EffOPDCallback | None = None
         self._validators = {}
-        if eval_dataset is not None:
-            self._validators["eval"] = self._evaluator(eval_dataset)
+        for where, dataset in _named(eval_dataset).items():
+            self._validators[where.removesuffix("_dataset")] = self._evaluator(dataset)
         if args.effopd_enabled:
             scored = args.effopd_score == "eval_metric"
+            if scored and args.eval_metric == "accuracy":
+                require_answers(val_dataset, "val_dataset", val_dataset.column_names)
             self._validators["val"] = self._validator(val_dataset, (args.eval_metric,) * scored)
             self.effopd = EffOPDCallback(
                 self._score if scored else None,
@@ -248,7 +270,12 @@ class OPDTrainer(trl.DistillationTrainer):
         return Validator(self, dataset, metrics, self.args.per_device_eval_batch_size, self.args.validation_temperature)
 
     def _evaluator(self, dataset: Dataset) -> Validator:
-        return self._validator(dataset, ("accuracy",) * ("answer" in dataset.column_names) + ("teacher_kl",))
+        """Of accuracy where there are answers, all of them where it is what is asked for."""
+        answers = "answer" in dataset.column_names
+        if answers and self.args.eval_metric == "accuracy":
+            require_answers(dataset, "eval_dataset", dataset.column_names)
+        answers = answers and None not in dataset["answer"]
+        return self._validator(dataset, ("accuracy",) * answers + ("teacher_kl",))
 
     def _score(self) -> Scores:
         """The current weights' score on this rank's share of the prompts; the controller merges the ranks'."""
@@ -275,16 +302,22 @@ class OPDTrainer(trl.DistillationTrainer):
 
         Returns:
             `{prefix}_accuracy` (when there are answers), `{prefix}_teacher_kl` (nats per token), `train_tokens`,
-            `val_tokens`, `seconds`, `timing_s/evaluation`.
+            `val_tokens`, `seconds`, `timing_s/evaluation`. Of a dict of datasets, all of them by `{prefix}_NAME`.
 
         Raises:
             UserError: no prompts, here or at construction.
             NonFiniteLossError: the student or the teacher does not compute finite numbers.
         """
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            validator = self._evaluator(eval_dataset)
-        elif (validator := self._validators.get("eval")) is None:
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
             raise UserError("nothing to evaluate on: pass eval_dataset to evaluate() or to OPDTrainer")
+        if isinstance(given, dict):
+            each = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in given.items())
+            return {metric: value for metrics in each for metric, value in metrics.items()}
+        validator = self._validators.get("eval")
+        if validator is None or given is not self.eval_dataset:
+            check_prompts(given, "eval_dataset")
+            validator = self._evaluator(given)
         with self.ledger.off_the_clock():
             result = validator()
         step = self.state.global_step
@@ -446,6 +479,21 @@ class OPDTrainer(trl.DistillationTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=False,
             )
+
+
+def _named(eval_dataset: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset['{name}']": dataset for name, dataset in eval_dataset.items()}
+    return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Also that of functions, with a probability that a module or its config holds, as OPT's; TRL's is of modules."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            for name, value in vars(owner).items() if isinstance(owner, (torch.nn.Module, PreTrainedConfig)) else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(owner, name, 0.0)
 
 
 @contextmanager

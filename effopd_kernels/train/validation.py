@@ -64,6 +64,7 @@ class Validator:
         rows = range(len(self.prompts))
         self.batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
+        sampling |= {"repetition_penalty": 1.0, "num_beams": 1}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature}
         self.generation_config = GenerationConfig(**{**trainer.generation_kwargs, **sampling}, disable_compile=True)
@@ -127,16 +128,17 @@ class Validator:
         trainer = self.trainer
         saved = trainer.generation_config
         vllm = getattr(trainer, "vllm_generation", None)
-        saved_temperature = vllm.temperature if vllm is not None else None
         trainer.generation_config = self.generation_config
         if vllm is not None:
+            saved_sampling = vllm.temperature, vllm.repetition_penalty
             vllm.temperature = self.generation_config.temperature or 0.0
+            vllm.repetition_penalty = self.generation_config.repetition_penalty
         try:
             return trainer._generate_single_turn(prompt_ids, None, fields)
         finally:
             trainer.generation_config = saved
             if vllm is not None:
-                vllm.temperature = saved_temperature
+                vllm.temperature, vllm.repetition_penalty = saved_sampling
 
     def _teacher_kl(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
         """Mean KL(student ‖ teacher) per completion token of each prompt, in nats."""

@@ -5,6 +5,7 @@ from datetime import datetime
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from effopd_kernels.train import UserError
 from effopd_kernels.train.data import check_tokenizers, fit_context, load_prompts, require_answers, split_off
@@ -211,6 +212,25 @@ def test_a_prompt_that_no_completion_can_follow_is_named_whatever_the_context():
         for limit in (None, 8):
             with pytest.raises(UserError, match=says):
                 fit_context(dataset, tokenizer, limit, "error", "d")
+
+
+def test_a_prompt_that_the_tokenizer_ends_is_refused():
+    """Where it does so by itself, to text; what a prompt says is what is meant."""
+    tokenizer = tiny.tokenizer_for(["a"])
+    texts, chat = ["Tom"], [[{"role": "user", "content": "Tom"}]]
+    for prompts in texts, ["Tom<eos>"], chat:
+        fit_context(datasets.Dataset.from_dict({"prompt": prompts}), tokenizer, None, "error", "d")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    fit_context(datasets.Dataset.from_dict({"prompt": chat}), tokenizer, None, "error", "d")
+    with pytest.raises(UserError, match="the tokenizer ends the prompts in 'd' with '<eos>', beyond which nothing is"):
+        fit_context(datasets.Dataset.from_dict({"prompt": texts}), tokenizer, None, "error", "d")
+
+
+def test_tools_that_no_prompt_tells_of_are_said(tmp_path, caplog):
+    for tools, said in ([None], 0), ([[]], 0), ([["add"]], 1):
+        given = tiny.write_jsonl(tmp_path / f"{said}.jsonl", [{"prompt": "a", "tools": t} for t in tools])
+        assert load_prompts(str(given)).column_names == ["prompt"]
+        assert caplog.text.count("the column 'tools' of dataset") == said
 
 
 def test_held_out_prompts_leave_the_training_set():

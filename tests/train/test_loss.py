@@ -12,10 +12,12 @@ from transformers import (
     BertConfig,
     CohereConfig,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     Llama4TextConfig,
     PhiConfig,
     RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
@@ -58,6 +60,13 @@ MISREAD = {
 }
 
 
+# To which a row is another one with padding before it, as TRL 1.16 gives it.
+PADDED = {
+    "gpt2": (GPT2Config, {"n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "rwkv": (RwkvConfig, {}),
+}
+
+
 def trl_trainer(world, tmp_path, student, teacher, bf16=False, **config):
     flags = {**tiny.FLAGS, **config}
     del flags["eval_metric"]
@@ -72,7 +81,7 @@ def trl_trainer(world, tmp_path, student, teacher, bf16=False, **config):
 
 def model_of(kind: str, tokenizer, seed: int):
     torch.manual_seed(seed)
-    config_class, own = {**HEADS, **MISREAD}[kind]
+    config_class, own = {**HEADS, **MISREAD, **PADDED}[kind]
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **{**COMMON, **own, **ids}))
     bias = model.get_output_embeddings().bias
@@ -99,12 +108,12 @@ def test_token_ids_are_integers_where_there_are_none():
     assert {t.dtype for t in inputs.values()} == {torch.int64}
 
 
-def batch(trainer, ragged: bool = True):
-    prompts = ["Tom has 3 apples", "Ana has 12 books and gets", "Kim"]
+def batch(trainer, padded: bool = True):
+    prompts = ["Tom has 3 apples", "Ana has 12 books and gets", "Kim"] if padded else ["Tom has 3 apples"] * 3
     ids = [trainer._tokenizer(p)["input_ids"] for p in prompts]
     width = max(map(len, ids))
     completion = torch.randint(4, 60, (3, 5), generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4]) if ragged else torch.ones(3, 5, dtype=torch.long)
+    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4])
     return {
         "prompt_ids": torch.tensor([[0] * (width - len(i)) + i for i in ids]),
         "prompt_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids]),
@@ -114,9 +123,9 @@ def batch(trainer, ragged: bool = True):
     }
 
 
-def loss_and_gradients(trainer):
+def loss_and_gradients(trainer, **kwargs):
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, batch(trainer))
+    loss = trainer.compute_loss(trainer.model, batch(trainer, **kwargs))
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -158,16 +167,18 @@ def test_mixed_precision_reaches_the_training_forward(world, tmp_path, caplog, k
     torch.testing.assert_close(loss, expected(trainer).float(), rtol=0.03, atol=0)
 
 
-def expected(trainer):
-    """The mean reverse KL of all completion tokens, from the models' own logits, in fp64."""
-    inputs = batch(trainer)
-    ids, mask = (torch.cat([inputs[f"prompt_{part}"], inputs[f"completion_{part}"]], 1) for part in ("ids", "mask"))
-    student, teacher = (
-        (model(input_ids=ids, attention_mask=mask).logits[:, -6:-1].double() / trainer.temperature).log_softmax(-1)
-        for model in (trainer.model, trainer.teacher_model)
-    )
-    mask = inputs["completion_mask"]
-    return ((student.exp() * (student - teacher.detach())).sum(-1) * mask).sum() / mask.sum()
+def expected(trainer, **kwargs):
+    """The mean reverse KL of all completion tokens, from the models' own logits of each row by itself, in fp64."""
+    inputs, losses = batch(trainer, **kwargs), []
+    for ids, mask, *completion in zip(*list(inputs.values())[:4], strict=True):
+        row = torch.cat([ids[mask.bool()], completion[0][completion[1].bool()]])[None]
+        student, teacher = (
+            (model(input_ids=row).logits[0, -1 - completion[1].sum() : -1].double() / trainer.temperature)
+            for model in (trainer.model, trainer.teacher_model)
+        )
+        student, teacher = student.log_softmax(-1), teacher.detach().log_softmax(-1)
+        losses.append((student.exp() * (student - teacher)).sum())
+    return sum(losses) / inputs["num_items_in_batch"]
 
 
 @pytest.mark.parametrize("student, lora", [*((kind, False) for kind in MISREAD), ("bert (a layer in the head)", True)])
@@ -182,16 +193,99 @@ def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, s
     trainer.model.train()
     modes = [m.training for m in trainer.model.modules()]
     use_fused_loss(trainer)
-    ours, our_gradients = loss_and_gradients(trainer)
+    padded = student.config.model_type != "recurrent_gemma"  # which would be refused
+    ours, our_gradients = loss_and_gradients(trainer, padded=padded)
     assert named in caplog.text and modes == [m.training for m in trainer.model.modules()]
     trainer.model.zero_grad()
-    theirs = expected(trainer)
+    theirs = expected(trainer, padded=padded)
     theirs.backward()
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)
     gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     scale = max(g.abs().max() for g in gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(our_gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
+
+
+def adapted_gpt2(student):
+    lora = LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    return get_peft_model(student, lora)
+
+
+@pytest.mark.parametrize(
+    "kinds, wrap, compiled",
+    [
+        (("gpt2", "gpt2"), lambda student: student, False),
+        (("phi (bias)", "gpt2"), lambda student: student, False),
+        (("gpt2", "phi (bias)"), adapted_gpt2, True),
+        (("gpt2", "bert (a layer in the head)"), lambda student: student, False),
+    ],
+)
+def test_positions_begin_at_the_prompt(world, tmp_path, caplog, kinds, wrap, compiled):
+    """For a model that would count from the first column, padding or not, and for no other; also where the loss is of
+    full logits."""
+    tokenizer = tiny.tokenizer_of(world)
+    student, teacher = (model_of(kind, tokenizer, seed) for seed, kind in enumerate(kinds))
+    options = {"torch_compile_backend": "eager"} if compiled else {}
+    trainer = trl_trainer(world, tmp_path, wrap(student), teacher, beta=1.0, **options)
+    use_fused_loss(trainer)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch(trainer))  # looks at the models
+    given = []
+    for model in (student, teacher):
+        model.base_model.register_forward_pre_hook(lambda *a: given.append("position_ids" in a[2]), with_kwargs=True)
+    model = torch.compile(trainer.model, backend="eager") if compiled else trainer.model
+    loss = trainer.compute_loss(model, batch(trainer))
+    assert given == [kind != "phi (bias)" for kind in kinds]
+    assert ("the loss is of full logits" in caplog.text) == any("bert" in kind for kind in kinds)
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    theirs = expected(trainer)
+    theirs.backward()
+    torch.testing.assert_close(loss, theirs.float(), rtol=1e-5, atol=1e-6)
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, gradient in gradients.items():
+        theirs = trainer.model.get_parameter(name).grad
+        torch.testing.assert_close(gradient / scale, theirs / scale, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("mixed", [{}, MIXED])
+def test_ranks_read_padding_alike(world, tmp_path, monkeypatch, mixed):
+    """Whichever of them has tokens that show what it does; in bf16 rotary angles that are rounded show nothing."""
+    tokenizer = tiny.tokenizer_of(world)
+    for others, all_ranks in ([0, 0], [1, 0]), ([1, 1], [1, 1]), ([2, 0], [2, 0]):
+        trainer = trl_trainer(world, tmp_path, *(model_of(k, tokenizer, 0) for k in ("gpt2", "phi (bias)")), **mixed)
+        monkeypatch.setattr("effopd_kernels.train.loss.gather_object", lambda mine, o=others: [*mine, ([], o)])
+        use_fused_loss(trainer)
+        loss_and_gradients(trainer, padded=False)
+        assert trainer._compute_loss.padding == all_ranks
+
+
+def test_a_state_that_runs_through_padding_is_refused(world, tmp_path):
+    """Where there is padding, be it in validation alone, which comes later."""
+    tokenizer = tiny.tokenizer_of(world)
+    for kinds, says in (
+        (("rwkv", "phi (bias)"), r"for it by the student \(rwkv\): give prompts of one length, or set per_device"),
+        (("phi (bias)", "rwkv"), r"for it by the teacher \(rwkv\): give"),
+        (("rwkv", "rwkv"), r"for it by the student \(rwkv\) and the teacher \(rwkv\): give"),
+    ):
+        trainer = trl_trainer(
+            world, tmp_path, *(model_of(kind, tokenizer, n) for n, kind in enumerate(kinds)), beta=1.0
+        )
+        use_fused_loss(trainer)
+        loss, _ = loss_and_gradients(trainer, padded=False)
+        torch.testing.assert_close(loss, expected(trainer, padded=False).float(), rtol=1e-5, atol=1e-6)
+        with pytest.raises(UserError, match=says):
+            loss_and_gradients(trainer)
+        trainer._validators = {
+            "eval": SimpleNamespace(prompts=["Tom", "Tom has 3 apples"], batches=[range(1), range(1, 2)])
+        }
+        use_fused_loss(trainer)
+        loss_and_gradients(trainer, padded=False)
+        trainer._validators["eval"].batches = [range(2)]
+        use_fused_loss(trainer)
+        with pytest.raises(UserError, match=says):
+            loss_and_gradients(trainer, padded=False)
 
 
 @pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effopd_kernels.train import OPDConfig, loading, run
+from effopd_kernels.train import OPDConfig, UserError, loading, run
 from effopd_kernels.train.checkpoint import newest_intact, publish
 from effopd_kernels.train.data import prompt_length
 from effopd_kernels.train.options import parse
@@ -81,6 +81,60 @@ def test_every_prompt_fits_the_shorter_context_beside_its_completion(world, tmp_
     chat = {"chat_template_kwargs": json.dumps(kwargs), "overlong_prompts": "drop"}
     given = build(flags(tmp_path, tmp_path / "out", **chat))
     assert [given[f"{kind}_dataset"]["prompt"] for kind in ("train", "eval", "val")] == [prompts[:1]] * 3
+
+
+def test_what_padding_takes_is_no_room_for_prompts(world, tmp_path, build):
+    """128 tokens, 6 of a completion: both are padded to multiples of 48, so that one remains of two."""
+    tokenizer, prompts = tiny.tokenizer_of(world), ["Tom", "Tom has 3" * 20]
+    assert 48 < prompt_length(prompts[1], tokenizer) <= 128 - 48
+    for kind in ("train", "eval", "val"):
+        tiny.write_jsonl(tmp_path / f"{kind}.jsonl", [{"prompt": prompt} for prompt in prompts])
+    for model in ("student", "teacher"):
+        shutil.copytree(world / model, tmp_path / model)
+    for multiple, fit in (None, 2), (48, 1):
+        options = {"pad_to_multiple_of": multiple, "overlong_prompts": "drop"}
+        assert len(build(flags(tmp_path, tmp_path / "out", **options))["train_dataset"]) == fit
+    with pytest.raises(UserError, match=r"leaves no room for a prompt .* takes a multiple of --pad_to_mu"):
+        build(flags(tmp_path, tmp_path / "out", pad_to_multiple_of=96))
+
+
+def test_prompts_that_are_trained_on_and_called_held_out_are_said(world, tmp_path, build, caplog):
+    build(flags(world, tmp_path))
+    assert "is trained on what is called held out" not in caplog.text
+    build(flags(world, tmp_path, eval_dataset_name=f"{world}/../{world.name}/train.jsonl"))
+    assert "train.jsonl': the student is trained on what is called held out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"eos_token_id": 5}, "eos_token_id must be left out, .*generation_config.json"),
+        ({"eos_token_id": None}, "eos_token_id must be left out"),
+        ({"max_new_tokens": 5}, "max_new_tokens must be left out, for --max_completion_length"),
+        ({"max_length": 5}, "max_length must be left out, for --max_completion_length"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate must be left out"),
+        ({"disable_compile": True}, "disable_compile must be left out"),
+        ({"top_pp": 0.1}, "unknown option top_pp of transformers' GenerationConfig; top_p\\?$"),
+        ({"_from_model_config": True}, "unknown option _from_model_config"),
+    ],
+)
+def test_what_generation_does_not_take_is_refused(tmp_path, given, says):
+    with pytest.raises(UserError, match=f"^--generation_kwargs: {says}"):
+        OPDConfig(str(tmp_path), generation_kwargs=given)
+
+
+def test_of_vllm_generation_has_options_of_other_names(tmp_path):
+    OPDConfig(str(tmp_path), generation_kwargs={"presence_penalty": 0.1}, use_vllm=True)
+
+
+def test_the_student_is_saved_before_it_is_evaluated_for_the_last_time(world, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.OPDTrainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(*parse(flags(world, tmp_path / "out", max_steps=1, eval_steps=None)))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_every_part_is_loaded_as_it_was_asked_for(world, tmp_path, build, monkeypatch):

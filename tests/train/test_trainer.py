@@ -9,11 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
+from datasets import DatasetDict
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
     GPTNeoXConfig,
+    OPTConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Trainer,
@@ -487,11 +491,39 @@ def test_validation_repeats_itself_and_leaves_no_trace(world, tmp_path):
 
 
 def test_greedy_validation_keeps_nothing_of_how_training_samples(world, tmp_path):
-    config = {"top_p": 0.9, "top_k": 5, "min_p": 0.1}
-    for temperature, expected in (0, (False, None, None, None, None)), (0.5, (True, 0.5, 0.9, 5, 0.1)):
+    config = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.5, "generation_kwargs": {"num_beams": 2}}
+    for temperature, expected in (0, (False, None, None, None, None, 1, 1)), (0.5, (True, 0.5, 0.9, 5, 0.1, 1.5, 2)):
         trainer = make_trainer(world, tmp_path, config=config | {"eval_temperature": temperature})
         used = trainer._validators["eval"].generation_config
-        assert (used.do_sample, used.temperature, used.top_p, used.top_k, used.min_p) == expected
+        sampling = used.do_sample, used.temperature, used.top_p, used.top_k, used.min_p
+        assert (*sampling, used.repetition_penalty, used.num_beams) == expected
+
+
+def test_the_students_own_beams_are_not_rollouts(world, tmp_path):
+    student = AutoModelForCausalLM.from_pretrained(world / "student")
+    student.generation_config.num_beams = 3
+    trainer = make_trainer(world, tmp_path, student=student, processing_class=tiny.tokenizer_of(world))
+    used, prepare = [], student._prepare_generation_config
+    student._prepare_generation_config = lambda *a, **k: used.append(prepare(*a, **k)) or used[-1]
+    trainer._generate(["Tom has 3"])
+    trainer.evaluate()
+    assert {config.num_beams for config, _ in used} == {1} and student.generation_config.num_beams == 3
+
+
+@pytest.mark.parametrize("family", [OPTConfig, FalconConfig])  # which keep it in modules, or read it from their config
+def test_dropout_of_functions_is_disabled_too(world, tmp_path, family):
+    tokenizer = tiny.tokenizer_of(world)
+    own = (
+        {"ffn_dim": 32, "word_embed_proj_dim": 32, "layerdrop": 0.5} if family is OPTConfig else {"hidden_dropout": 0.5}
+    )
+    config = family(**SMALL | {"vocab_size": len(tokenizer), "eos_token_id": 1}, attention_dropout=0.5, **own)
+    for disabled in (False, True):
+        student = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").train()
+        options = {"disable_dropout": disabled, "effopd_enabled": False}
+        make_trainer(world, tmp_path, student=student, processing_class=tokenizer, config=options)
+        ids = torch.arange(4, 44)[None]
+        first, second = (student(input_ids=ids).logits for _ in range(2))
+        assert torch.equal(first, second) == disabled
 
 
 def test_each_batch_of_validation_has_a_seed_of_its_own(world, tmp_path):
@@ -503,11 +535,11 @@ def test_each_batch_of_validation_has_a_seed_of_its_own(world, tmp_path):
 
 def test_vllm_validates_at_its_own_temperature_with_the_weights_of_now(world, tmp_path):
     trainer = make_trainer(world, tmp_path, config={"temperature": 0.7, "eval_temperature": 0.5})
-    trainer.vllm_generation = vllm = SimpleNamespace(temperature=0.7)
+    trainer.vllm_generation = vllm = SimpleNamespace(temperature=0.7, repetition_penalty=1.5)
     seen = []
-    trainer._generate_single_turn = lambda prompt_ids, *_: seen.append(vllm.temperature) or prompt_ids
+    trainer._generate_single_turn = lambda prompt_ids, *_: seen.append(copy.copy(vllm)) or prompt_ids
     trainer._validators["eval"].complete(0)
-    assert (seen, vllm.temperature) == ([0.5], 0.7)
+    assert [(v.temperature, v.repetition_penalty) for v in (*seen, vllm)] == [(0.5, 1.0), (0.7, 1.5)]
     trainer._last_loaded_step = trainer.state.global_step
     trainer.effopd.controller_args["on_weights_changed"]()
     assert trainer._last_loaded_step != trainer.state.global_step  # so that TRL sends them before it generates
@@ -613,6 +645,62 @@ def test_prompts_that_were_not_given_are_asked_for(world, tmp_path):
     assert "eval_accuracy" not in trainer.evaluate(prompts.remove_columns("answer"))
     with pytest.raises(UserError, match="neither calls tools nor shows images"):
         trainer.evaluate(prompts.add_column("image", [None] * len(prompts)))
+
+
+def test_what_is_wrong_with_what_python_gives_is_said_before_any_training(world, tmp_path):
+    rows, tokenizer = tiny.load(world / "eval.jsonl"), tiny.tokenizer_of(world)
+    without = rows.remove_columns("answer")
+    unanswered = without.add_column("answer", [None, *rows["answer"][1:]])
+    answers = {"eval_metric": "accuracy"}
+    ending = tiny.tokenizer_of(world)
+    ending._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    for config, given, says in (
+        ({}, {"train_dataset": DatasetDict(train=rows)}, "train_dataset must be one dataset, got a dict of 'train'"),
+        ({}, {"val_dataset": DatasetDict(a=rows, b=rows)}, "val_dataset must be one dataset, got a dict of 'a', 'b'"),
+        ({}, {"train_dataset": rows.rename_column("prompt", "text")}, "train_dataset has no column 'prompt'; its col"),
+        ({}, {"eval_dataset": rows.select([])}, "^eval_dataset is empty"),
+        ({}, {"eval_dataset": {"a": rows, "b": rows.select([])}}, r"^eval_dataset\['b'\] is empty"),
+        ({}, {"val_dataset": rows.select([])}, "^val_dataset is empty"),
+        (answers, {"val_dataset": without}, "accuracy needs a column 'answer' .* in 'val_dataset', whose columns are"),
+        (answers, {"val_dataset": unanswered}, "dataset 'val_dataset' has no answer in row 0"),
+        (answers, {"eval_dataset": unanswered}, "dataset 'eval_dataset' has no answer in row 0"),
+        ({}, {"teacher_model": None}, "needs teacher_model: a model, a folder or a hub id"),
+        ({}, {"args": None}, "needs args, an OPDConfig, got None"),
+        ({}, {"args": trl.DistillationConfig(str(tmp_path), bf16=False, use_cpu=True)}, "got DistillationConfig"),
+        (
+            {},
+            {"processing_class": ending},
+            "ends the prompts in train_dataset with '<eos>', beyond which nothing is to",
+        ),
+        (
+            {"metric_for_best_model": "teacher_kl"},
+            {"eval_dataset": {"a": rows}},
+            "metric_for_best_model needs one eval_dataset, got a dict of them",
+        ),
+    ):
+        parts = {
+            "model": str(world / "student"),
+            "teacher_model": str(world / "teacher"),
+            "processing_class": tokenizer,
+        }
+        parts |= {f"{kind}_dataset": rows for kind in ("train", "eval", "val")}
+        with pytest.raises(UserError, match=says):
+            OPDTrainer(**{**parts, "args": OPDConfig(str(tmp_path), **tiny.FLAGS | config), **given})
+
+
+def test_several_held_out_datasets(world, tmp_path):
+    """As transformers names them; accuracy where each prompt has an answer."""
+    rows = tiny.load(world / "eval.jsonl")
+    first = rows.select(range(3))
+    unanswered = rows.remove_columns("answer").add_column("answer", [None, *rows["answer"][1:]])
+    config = OPDConfig(str(tmp_path), **tiny.FLAGS | {"max_steps": 1, "eval_steps": 1, "effopd_enabled": False})
+    parts = str(world / "student"), str(world / "teacher"), config
+    trainer = OPDTrainer(*parts, train_dataset=rows, eval_dataset=DatasetDict(a=first, b=unanswered))
+    trainer.train()
+    logged = {name for record in trainer.state.log_history for name in record}
+    assert {"eval_a_accuracy", "eval_a_teacher_kl", "eval_b_teacher_kl"} <= logged and "eval_b_accuracy" not in logged
+    metrics = trainer.evaluate(metric_key_prefix="test")
+    assert metrics["test_a_teacher_kl"] == trainer.evaluate(first)["eval_teacher_kl"] != metrics["test_b_teacher_kl"]
 
 
 def test_a_folder_that_ranks_do_not_share_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
