@@ -11,7 +11,7 @@ none of it: Ā = U diag(ḡ_S) Vᵀ.
 
 All of it holds for triplets of A, and what the forward pass found are near ones: an error of a triplet is multiplied by
 1/(σ_i − σ_{k+1}). Where its residual is more than `RESOLVED` of that gap, backward first factors the matrix anew, more
-closely, and turns the incoming gradients from the one basis to the other.
+closely, and turns what comes for the complement from the one basis to the other.
 
 Inside a cluster of equal σ, 0/0 counts as 0 where a + b = 0 and ḡ_S is even, as for every loss that feels the subspace
 but not the basis chosen in it; otherwise the gradient of a loss on vectors does not exist, and an error says so. The
@@ -97,12 +97,15 @@ class TruncatedSVD(torch.autograd.Function):
         grad_u, grad_s, grad_v = (
             torch.zeros_like(value) if grad is None else grad for grad, value in ((grad_u, u), (grad_s, s), (grad_v, v))
         )
-        saved, turn = _resolved(saved, (grad_u != 0).any(-2) | (grad_v != 0).any(-2))
-        if turn is not None:
-            (u, s, v), grad_u, grad_v = saved[3:6], grad_u @ turn, grad_v @ turn
+        # Inside the subspace by the vectors that the loss is of, where nothing then cancels that a loss does not feel.
         core = _inside(u, s, v, grad_u, grad_s, grad_v)
-        left, right = complement(*saved[1:7], grad_u, grad_v)
-        return torch.cat([u @ core + left, u], -1) @ torch.cat([v, right], -1).mT
+        found, anew, turns = _resolved(saved, (grad_u != 0).any(-2) | (grad_v != 0).any(-2))
+        if anew:
+            grad_u, grad_v = grad_u.clone(), grad_v.clone()
+        for i, turn in zip(anew, turns, strict=True):
+            grad_u[i], grad_v[i] = grad_u[i] @ turn, grad_v[i] @ turn
+        left, right = complement(*found[1:7], grad_u, grad_v)
+        return torch.cat([u @ core, left, found.u], -1) @ torch.cat([v, found.v, right], -1).mT
 
 
 class LowRankPart(torch.autograd.Function):
@@ -122,7 +125,7 @@ class LowRankPart(torch.autograd.Function):
             return grad
         if not saved.s.shape[-1]:
             return torch.zeros_like(grad)
-        saved, _ = _resolved(saved, torch.ones_like(saved.s, dtype=torch.bool))
+        saved, *_ = _resolved(saved, (grad != 0).any(-1).any(-1, keepdim=True).expand_as(saved.s))
         u, s, v = saved[3:6]
         across, down = grad @ v, grad.mT @ u
         # ḡU = ḠVΣ and ḡV = ḠᵀUΣ. Every triplet is solved for by itself, so Σ may come last: dependence on what is
@@ -147,39 +150,45 @@ def _oriented(
     return _Saved(tall, x, base[0] if base else [], u, s, v, rest, residual, rounding, settings)
 
 
-def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, Tensor | None]:
+def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, list[int], list[Tensor]]:
     """The same with triplets of which those that are ``used`` (B, K) are told from what is beyond the rank, as far as
-    that can be had, and where they are others the rotation (B, K, K) that takes what comes for the former to them.
+    that can be had; which matrices were factored anew for it, and of each the rotation (K, K) that takes what comes for
+    the former triplets to the latter.
 
     Raises RuntimeError where the gap is too small for it.
     """
-    found, settings = saved, saved.settings
+    found, settings, anew = saved, saved.settings._replace(oversample=None), set()
     further = [{"tol": min(settings.tol or CLOSER, CLOSER)}]
     if saved.v.shape[-2] <= FULL_SIDE:
         further.append({"route": "exact"})
     for how in further:
-        lacking = _unresolved(found, used, RESOLVED).nonzero()[:, 0].tolist()
-        if not lacking:
-            break
-        found = _factored_anew(found, lacking, settings._replace(**how))
-    if found is saved:
-        return saved, None
+        if lacking := _unresolved(found, used, RESOLVED).nonzero()[:, 0].tolist():
+            found = _factored_anew(found, lacking, settings._replace(**how))
+            anew.update(lacking)
     if (lost := _unresolved(found, used, 10 * RESOLVED).nonzero()[:, 0]).numel():
         i = int(lost[0])
         raise RuntimeError(
             f"the {saved.s.shape[-1]} leading triplets of matrix {i} of the batch are not told from those beyond (σ = "
-            f"{found.s[i, -1]:.6g} and {found.rest.s[i, :1].tolist()}), so their gradient is not known: choose a rank "
-            "at a gap of the spectrum."
+            f"{found.s[i, -1]:.6g} and {found.rest.s[i, 0]:.6g}), so their gradient is not known: choose a rank at a "
+            "gap of the spectrum, or route='exact'."
         )
-    # What the vectors were, as combinations of what they are; the nearest rotation to it.
-    turn = saved.u.mT @ found.u + saved.v.mT @ found.v
-    left, _, right = torch.linalg.svd(turn.double())
-    return found, (left @ right).to(turn.dtype)
+    return found, sorted(anew), [_turn(saved, found, i) for i in sorted(anew)]
+
+
+def _turn(before: _Saved, now: _Saved, i: int) -> Tensor:
+    """The rotation nearest to the former vectors as combinations of the latter."""
+    both = before.u[i].mT @ now.u[i] + before.v[i].mT @ now.v[i]
+    left, _, right = torch.linalg.svd(both.double())
+    return (left @ right).to(both.dtype)
 
 
 def _unresolved(saved: _Saved, used: Tensor, share: float) -> Tensor:
-    """(B,): whether the residual of one that is used is more than a ``share`` of the gap, and not only rounding."""
-    gap = (saved.s - saved.rest.s[:, :1] if saved.rest.s.shape[-1] else saved.s).double()
+    """(B,): whether the residual of one that is used is more than a ``share`` of the gap, and not only rounding. Where
+    nothing is known of what is beyond the rank, the gap counts as none.
+    """
+    known = saved.rest.s.shape[-1] > 0 or saved.s.shape[-1] == saved.v.shape[-2]
+    beyond = saved.rest.s[:, :1] if saved.rest.s.shape[-1] else torch.zeros_like(saved.s[:, :1])
+    gap = (saved.s - beyond).double() if known else 0.0
     return (used & (saved.residual > share * gap) & (saved.residual > saved.rounding)).any(-1)
 
 
@@ -192,7 +201,12 @@ def _factored_anew(saved: _Saved, which: list[int], settings: Settings) -> _Save
         found = {"u": svd.U, "s": svd.S, "v": svd.Vh.mT, "residual": svd.triplet_residual}
         for name, value in found.items():
             fields[name][i] = value[0]
-        rest.s[i], rest.v[i] = beyond.s[0], beyond.v[0]
+        if rest.s.shape[-1] < beyond.s.shape[-1]:  # of the others nothing is known there, as zeros say
+            more = beyond.s.shape[-1] - rest.s.shape[-1]
+            rest = Rest(*(torch.nn.functional.pad(t, (0, more)) for t in rest))
+        for t, value in zip(rest, beyond, strict=True):
+            t[i] = 0
+            t[i, ..., : value.shape[-1]] = value[0]
     return saved._replace(**fields, rest=rest)
 
 

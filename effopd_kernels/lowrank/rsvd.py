@@ -86,7 +86,8 @@ def low_rank_part(
 
     It has a gradient wherever σ_k > σ_{k+1}, clusters of equal σ inside the rank included, where one through
     ``reconstruct(batched_rsvd(a, k))`` does not exist. Elsewhere, as for a matrix of a rank below k, backward raises
-    RuntimeError. Where σ_k and σ_{k+1} are close, as those of noise, backward takes the time of a full decomposition.
+    RuntimeError. Where σ_k and σ_{k+1} are close, as those of noise, backward takes the time of a full decomposition,
+    or, where the short side is above 2048, may raise: ask for ``route="exact"`` there.
     """
     check_pair(a, base)
     settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)

@@ -32,7 +32,7 @@ def save(svds: Mapping[str, RSVD], path: str | Path) -> None:
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata={"format": _FORMAT, "names": json.dumps(list(svds))})
+        save_file(tensors, partial, metadata={"format": _FORMAT, "names": json.dumps([f"{name}" for name in svds])})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def load(path: str | Path) -> dict[str, RSVD]:
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 name, _, field = key.rpartition("/")
                 fields.setdefault(name, {})[field] = file.get_tensor(key)
-        names = json.loads(about.get("names", "null")) or fields  # safetensors sorts them
-        return {name: RSVD(**fields[name]) for name in names}
+        names = json.loads(about.get("names", "[]"))  # safetensors sorts them
+        return {name: RSVD(**fields[name]) for name in dict.fromkeys([*names, *fields])}
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: damaged or truncated: {error}") from error

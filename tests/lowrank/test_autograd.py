@@ -364,3 +364,74 @@ def test_transforms_of_torch_func_are_refused(function):
     for transformed in (torch.func.grad(lambda a: function(a).sum()), torch.func.vmap(function)):
         with pytest.raises(RuntimeError, match=r"no rules for the transforms of torch\.func"):
             transformed(random(3, 6, 5))
+
+
+def decaying(*sigma, m=300, n=256):
+    """With these leading singular values, and a slow tail."""
+    tail = 0.9 * min(sigma) * torch.arange(1, n + 1 - len(sigma), dtype=torch.float64) ** -0.3
+    return with_spectrum(m, n, torch.cat([torch.tensor(sigma, dtype=torch.float64), tail])).float()
+
+
+def test_matrices_that_need_no_other_triplets_keep_their_gradient():
+    """To the last bit, whatever else is in the batch, not finite matrices included."""
+    easy = with_spectrum(300, 256, torch.exp(-torch.arange(256) / 2.0).double()).float()
+    w = random(300, 16, seed=3).float()
+
+    def grad(*matrices):
+        batch = torch.stack(matrices).requires_grad_()
+        (batched_rsvd(batch, 16, route="subspace").U * w).sum().backward()
+        return batch.grad[0]
+
+    alone = grad(easy)
+    assert torch.equal(alone, grad(easy, SLOW["slow"]())) and torch.equal(
+        alone, grad(easy, torch.full_like(easy, torch.nan))
+    )
+    batch = torch.stack([SLOW["slow"](), torch.full_like(easy, torch.nan)]).requires_grad_()
+    low_rank_part(batch, 16, route="subspace")[0].square().sum().backward()
+    assert batch.grad[0].isfinite().all()
+
+
+def test_a_matrix_that_the_loss_does_not_use_is_not_factored_anew(monkeypatch):
+    monkeypatch.setattr(autograd, "_factored_anew", lambda *_: pytest.fail("factored anew"))
+    easy = with_spectrum(300, 256, torch.exp(-torch.arange(256) / 2.0).double()).float()
+    batch = torch.stack([easy, SLOW["noise"]()]).requires_grad_()
+    low_rank_part(batch, 16, route="subspace")[0].square().sum().backward()
+    assert not batch.grad[1].any()
+
+
+@pytest.mark.parametrize("oversample", [0, 1, None])
+def test_what_is_beyond_the_rank_is_found_whatever_the_sketch(oversample):
+    sigma = torch.cat([torch.linspace(2, 1.04, 8), torch.linspace(1, 0.2, 248)]).double()
+    a, target = with_spectrum(300, 256, sigma).float(), random(300, 256, seed=1)
+    x = a.clone().requires_grad_()
+    (low_rank_part(x, 8, route="subspace", oversample=oversample) * target.float()).sum().backward()
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: ((u[:, :8] * s[:8]) @ vh[:8] * target).sum())
+    assert error(x.grad, exact) < 5e-3
+
+
+def test_incoming_gradients_are_turned_to_the_triplets_that_they_meet():
+    """In a cluster the vectors of one decomposition are not those of another; the complement's part follows."""
+    a, k = decaying(1.0, 1.0, 1.0, 1.0), 4
+    near = torch.linalg.qr(torch.linalg.svd(a)[0][:, :k] + 0.05 * random(300, k).float())[0]
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: subspace_overlap(u[:, :k], near.double()))
+    x = a.clone().requires_grad_()
+    subspace_overlap(batched_rsvd(x, k, route="subspace", power_iters=1).U, near).backward()
+    assert error(x.grad, exact) < 0.05
+
+
+def test_a_pair_of_a_slow_spectrum():
+    a, base, target = SLOW["slow"](), random(300, 256, seed=5).float(), random(300, 256, seed=1)
+    x, y = (a + base).requires_grad_(), base.clone().requires_grad_()
+    (low_rank_part(x, 16, base=y, route="subspace") * target.float()).sum().backward()
+    exact = gradient_of_the_full_svd(
+        (a + base).double() - base, lambda u, s, vh: ((u[:, :16] * s[:16]) @ vh[:16] * target).sum()
+    )
+    assert error(x.grad, exact) < 1e-2 and torch.equal(y.grad, -x.grad)
+
+
+def test_triplets_that_cannot_be_told_from_the_rest_are_an_error(monkeypatch):
+    monkeypatch.setattr(autograd, "FULL_SIDE", 100)
+    monkeypatch.setattr(autograd, "CLOSER", 0.5)
+    x = SLOW["noise"]().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"16 leading triplets of matrix 0 .* route='exact'"):
+        low_rank_part(x, 16, route="subspace").square().sum().backward()

@@ -277,5 +277,12 @@ def test_names_keep_their_order(tmp_path):
     names = ["layers.2", "layers.10", "a/b", ""]
     save({name: batched_rsvd(a, 1) for name in names}, tmp_path / "svd.safetensors")
     assert list(load(tmp_path / "svd.safetensors")) == names
+    save({1: batched_rsvd(a, 1)}, tmp_path / "number.safetensors")
+    assert list(load(tmp_path / "number.safetensors")) == ["1"]
+    tensors = {f"{name}/{f}": t for name in "ba" for f, t in batched_rsvd(a, 1)._asdict().items()}
+    for names, found in ((None, ["a", "b"]), ('["b"]', ["b", "a"])):  # as written before names were kept
+        about = {"format": "effopd_kernels.lowrank.RSVD/1"} | ({} if names is None else {"names": names})
+        save_file({k: t.clone() for k, t in tensors.items()}, tmp_path / "old.safetensors", metadata=about)
+        assert list(load(tmp_path / "old.safetensors")) == found
     save({}, tmp_path / "none.safetensors")
     assert load(tmp_path / "none.safetensors") == {}
