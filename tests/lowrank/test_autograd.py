@@ -404,7 +404,7 @@ def test_what_is_beyond_the_rank_is_found_whatever_the_sketch(oversample):
     sigma = torch.cat([torch.linspace(2, 1.04, 8), torch.linspace(1, 0.2, 248)]).double()
     a, target = with_spectrum(300, 256, sigma).float(), random(300, 256, seed=1)
     x = a.clone().requires_grad_()
-    (low_rank_part(x, 8, route="subspace", oversample=oversample) * target.float()).sum().backward()
+    (low_rank_part(x, 8, route="subspace", oversample=oversample, tol=9e-3) * target.float()).sum().backward()
     exact = gradient_of_the_full_svd(a, lambda u, s, vh: ((u[:, :8] * s[:8]) @ vh[:8] * target).sum())
     assert error(x.grad, exact) < 5e-3
 
