@@ -17,7 +17,7 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured from the device's current stream."""
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():  # the last: fakes
         return False
     with on_device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -43,6 +43,7 @@ def on_stream(monkeypatch):
     def switch(stream, capturing=False):
         capturing_on = OnDevice.device if capturing else None
         monkeypatch.setattr(torch.cuda, "device", guard)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == capturing_on)
 

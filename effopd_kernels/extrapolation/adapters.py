@@ -6,7 +6,7 @@ A layer's product is P = s·B·A (s scaling, A (r, in), B (out, r)). E experts i
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -272,33 +272,36 @@ def _key(name: str, layer: nn.Module) -> str:
 
 def refuse_curved(model: nn.Module, chosen: Collection[str]) -> None:
     """Raises ValueError for adapters among `chosen` that are neither LoRA nor `LINEAR`."""
-    peft_model = _within(model)
-    for name, config in {} if peft_model is None else peft_model.peft_config.items():
+    adapters = [name for name in chosen if ".modules_to_save." not in name]
+    for name, config in _configs(model).items():
         own = re.compile(rf"\.{re.escape(name)}(\.|$)")
-        if config.peft_type not in ("LORA", *LINEAR) and any(map(own.search, chosen)):
+        if config.peft_type not in ("LORA", *LINEAR) and any(map(own.search, adapters)):
             raise ValueError(
                 f"EffOPD moves weights along a line, on which the parameters of {name!r} ({type(config).__name__}) do "
                 "not lie with the weights that they make: use a LoraConfig"
             )
 
 
-def _within(model: nn.Module) -> nn.Module | None:
-    """The `PeftModel` in wrappers; None where there is none."""
-    try:
-        from peft import PeftModel
-    except ImportError:
-        return None
-    while not isinstance(model, PeftModel):
-        wrapper = next((name for name in ("_orig_mod", "module") if isinstance(getattr(model, name, 0), nn.Module)), "")
-        if not wrapper:
-            return None
-        model = getattr(model, wrapper)
-    return model
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what wrappers hold."""
+    while isinstance(model, nn.Module):
+        yield model
+        model = getattr(model, "_orig_mod", getattr(model, "module", None))
+
+
+def _configs(model: nn.Module) -> dict:
+    """Of a `PeftModel`, or of a model that transformers' own `add_adapter` gave adapters."""
+    every = (getattr(each, "peft_config", None) for each in _unwrapped(model))
+    return next((configs for configs in every if isinstance(configs, dict)), {})
 
 
 def _peft_model(model: nn.Module) -> nn.Module:
     """What is in the wrappers: the `PeftModel`, of LoRA adapters."""
-    peft_model = _within(model)
+    try:
+        from peft import PeftModel
+    except ImportError:
+        PeftModel = ()
+    peft_model = next((each for each in _unwrapped(model) if isinstance(each, PeftModel)), None)
     if peft_model is None:
         raise ValueError(
             f"LoRA parameters in a {type(model).__name__}, outside a peft.PeftModel: pass the PeftModel itself as "

@@ -79,7 +79,7 @@ def extrapolate_(
     """
     params, anchors, currents = listed("params", params), listed("anchors", anchors), listed("currents", currents)
     masters = [None] * len(params) if masters is None else listed("masters", masters)
-    alphas = _one_alpha_per_tensor(alpha, len(params), getattr(params[0], "device", "cpu") if params else "cpu")
+    alphas = _one_alpha_per_tensor(alpha, len(params))
     columns = [params, anchors, currents, masters]
     alike = cpu.alike(*columns)
     if not alike:
@@ -184,10 +184,8 @@ def _check_real(alpha: Tensor) -> None:
         raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
 
 
-def _one_alpha_per_tensor(alpha, count: int, device: torch.device | str) -> Tensor:
-    """(count,) fp64; numbers are checked, a tensor on an accelerator is not (that would synchronise). One number is
-    filled in on the device: a copy would wait for it.
-    """
+def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
+    """(count,) fp64; numbers are checked, a tensor on an accelerator is not (that would synchronise)."""
     if isinstance(alpha, Tensor):
         _check_real(alpha)
         if alpha.ndim > 1 or (alpha.ndim == 1 and len(alpha) != count):
@@ -196,7 +194,7 @@ def _one_alpha_per_tensor(alpha, count: int, device: torch.device | str) -> Tens
             raise ValueError(f"alpha must be finite, got {alpha}")
         return alpha.detach().to(torch.float64).expand(count)
     if not _is_one_each(alpha):
-        return torch.full((count,), _number(alpha, ONE_OR_EACH), dtype=torch.float64, device=device)
+        return torch.full((count,), _number(alpha, ONE_OR_EACH), dtype=torch.float64, device="cpu")
     alphas = [_number(x, ONE_OR_EACH) for x in alpha]
     if len(alphas) != count:
         raise ValueError(f"{len(alphas)} alphas for {count} tensors")
@@ -205,7 +203,10 @@ def _one_alpha_per_tensor(alpha, count: int, device: torch.device | str) -> Tens
 
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:
     masters = [] if masters[0] is None else masters
-    alphas = uploaded(alphas, params[0].device)
+    device = params[0].device
+    if device.type == "cuda" and readable(alphas) and (alphas == alphas[0]).all():
+        alphas = torch.full_like(alphas, alphas[0].item(), device=device)  # a copy would wait
+    alphas = uploaded(alphas, device)
     result = torch.ops.effopd.extrapolate_(params, anchors, currents, alphas, masters, stats)
     # Kernels write through addresses: autograd must hear that tensors it may have saved have changed.
     torch.autograd.graph.increment_version([t for t in (*params, *masters) if not t.is_inference()])

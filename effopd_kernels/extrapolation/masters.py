@@ -46,17 +46,28 @@ def refuse_copies_of_weights(optimizer) -> None:
 @torch.no_grad()
 def copy_of_weights(params: list[Tensor], optimizer) -> str | None:
     """Where an optimizer keeps what is nearly a parameter and no master of it, by its class and the key; None where it
-    does not. Moments are nothing like the weights, so the first parameter with a state tells.
+    does not. Moments are nothing like the weights, so a few rows of the first parameter with a state tell.
     """
     for each in unwrapped(optimizer):
-        states = _stepper(each).state
-        param = next((p for p in params if states.get(p)), None)
-        for key, value in {} if param is None else states[param].items():
-            if isinstance(value, Tensor) and value.shape == param.shape and not is_master(value, param):
-                weight, other = local(param).double(), local(value).double()
-                if (other - weight).norm() < 0.1 * weight.norm():
-                    return f"{type(each).__name__}'s {key!r}"
+        states = getattr(_stepper(each), "state", {})
+        stepped = ((p, states.get(p)) for p in params if (_some_rows(p) != 0).any())
+        param, state = next(((p, s) for p, s in stepped if isinstance(s, Mapping) and s), (None, {}))
+        for key, value in state.items():
+            if isinstance(each, torch.optim.ASGD) or not _comparable(value, param) or is_master(value, param):
+                continue  # ASGD's average is read by nobody but its user
+            weight, other = _some_rows(param), _some_rows(value)
+            if (other - weight).norm() < 0.1 * weight.norm():
+                return f"{type(each).__name__}'s {key!r}"
     return None
+
+
+def _comparable(value: Any, param: Tensor) -> bool:
+    alike = isinstance(value, Tensor) and (value.shape, value.device) == (param.shape, param.device)
+    return alike and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+
+
+def _some_rows(tensor: Tensor) -> Tensor:
+    return torch.atleast_1d(local(tensor).detach())[:16].float()
 
 
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
@@ -100,17 +111,17 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
 
 
 class _ByRounding:
-    """Tensors by what their first rows round to: a model of many small experts would be compared pair by pair."""
+    """Tensors by what their first and last rows round to: those of many small experts would be compared pair by pair."""
 
     def __init__(self, tensors: list[Tensor]):
-        self.tensors, self.found = tensors, {}  # dtype → shape, device, rounded first row → tensors, in order
+        self.tensors, self.found = tensors, {}  # dtype → shape, device, rounded rows → tensors, in order
 
     def take_master_of(self, param: Tensor) -> Tensor | None:
         """The first that is one, and no other parameter's then: equal ones have masters of their own, in order."""
         if param.dtype not in self.found:
             of_dtype = self.found[param.dtype] = {}
             for t in self.tensors:
-                if t.is_floating_point() and t.element_size() > param.element_size():
+                if t.is_floating_point() and t.element_size() > param.element_size() and not t.is_meta:
                     of_dtype.setdefault(self._key(t, param.dtype), []).append(t)
         alike = self.found[param.dtype].get(self._key(param, param.dtype), [])
         master = next((t for t in alike if is_master(t, param)), None)
@@ -119,8 +130,9 @@ class _ByRounding:
         return master
 
     def _key(self, tensor: Tensor, dtype: torch.dtype) -> tuple:
-        row = _first_row(local(tensor).detach()).to(dtype).double() + 0.0  # −0 is 0
-        return tensor.shape, tensor.device, row.nan_to_num(torch.inf, torch.inf, -torch.inf).cpu().numpy().tobytes()
+        whole = torch.atleast_1d(local(tensor).detach())
+        rows = torch.cat([whole[:1], whole[-1:]]).to(dtype).double() + 0.0  # −0 is 0
+        return tensor.shape, tensor.device, rows.nan_to_num(torch.inf, torch.inf, -torch.inf).cpu().numpy().tobytes()
 
 
 def _masters_beside_groups(optimizer) -> dict[int, Any]:
@@ -205,7 +217,10 @@ def reset_state(params: list[Tensor], optimizer) -> None:
     """
     for each in unwrapped(optimizer):
         if isinstance(each, torch.optim.LBFGS):
-            each.state.clear()
+            named, own = dict(enumerate(params)), {id(p) for group in each.param_groups for p in group["params"]}
+            masters, _ = _masters_in(each, named)
+            if masters or any(id(p) in own for p in params):
+                each.state.clear()
         else:
             _reset_states(params, _stepper(each))
 

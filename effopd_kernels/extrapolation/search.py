@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..checks import overlaps_itself
+
 TOLERANCE = 0.1  # of the slope at 1: where the line counts as flat
 # DDP's (compiled), Trainer's and tensor parallelism's of transformers; FSDP2 has none of its own.
 REDUCES_GRADIENTS = (
@@ -110,12 +112,16 @@ def gradients_aside(params: Iterable[Tensor]):
     params = list(params)
     kept = [p.grad for p in params]
     # Into views of DDP's buckets (gradient_as_bucket_view) other backward passes write, too.
-    values = [None if g is None or hasattr(g, "to_local") or not g._is_view() else g.clone() for g in kept]
+    values = [g.clone() if g is not None and _in_a_bucket(g) else None for g in kept]
     try:
         yield
     finally:
         for p, grad, value in zip(params, kept, values, strict=True):
             p.grad = grad if value is None else grad.copy_(value)
+
+
+def _in_a_bucket(gradient: Tensor) -> bool:
+    return not hasattr(gradient, "to_local") and gradient._is_view() and not overlaps_itself(gradient)
 
 
 def summed(losses: Tensor | Iterable[Tensor], backward: bool) -> tuple[float, int]:

@@ -473,3 +473,9 @@ def test_opcheck(dtype):
     strided = (anchor.detach().t(), current.detach().t(), leaves[2].detach())
     torch.library.opcheck(ops.extrapolate.default, strided)
     torch.library.opcheck(ops.extrapolate_backward.default, tuple(x.detach() for x in (anchor, current, leaves[2])))
+
+
+def test_one_number_for_tensors_here_and_nowhere():
+    params = [torch.zeros(3, device="meta"), torch.zeros(3)]
+    extrapolate_(params, [torch.zeros_like(t) for t in params], [torch.ones_like(t) for t in params], 2.0)
+    assert torch.equal(params[1], torch.full((3,), 2.0))

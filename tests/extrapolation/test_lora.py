@@ -754,3 +754,20 @@ def test_merged_adapters_are_refused():
         controller.step(1)
     net.unmerge_adapter()
     assert controller.step(1).alpha == 5
+
+
+def test_adapters_that_transformers_adds_are_looked_at_too():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    net = Qwen3ForCausalLM(Qwen3Config(vocab_size=9, num_hidden_layers=1, **sizes))
+    net.add_adapter(peft.LoHaConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match="LoHaConfig"):
+        EffOPDController(net, lambda: 0.0)
+
+
+def test_modules_that_are_trained_whole_beside_other_adapters_move():
+    config = peft.VeraConfig(r=2, target_modules=["down_proj"], modules_to_save=["up_proj"])
+    net = peft.get_peft_model(Net(), config)
+    controller = EffOPDController(net, lambda: 0.0, include="modules_to_save", exclude=())
+    assert all("modules_to_save" in name for name in controller.weights.names)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effopd_kernels.extrapolation import EffOPDController, Losses, Scores
-from effopd_kernels.extrapolation.search import Point, line_minimum
+from effopd_kernels.extrapolation.search import Point, gradients_aside, line_minimum
 
 
 def parabola(minimum, curvature=1.0):
@@ -429,8 +429,9 @@ def test_gradients_in_the_buckets_of_ddp_come_back(tmp_path):
         controller = EffOPDController(
             net, None, loss_fn=lambda: loss(held_out), search="gradient", alphas=(3, 9), schedule=[1]
         )
-        loss(batch).backward()
-        torch.optim.SGD(net.parameters(), 0.1).step()
+        for _ in range(2):  # after the first backward pass DDP makes its buckets anew
+            loss(batch).backward()
+            torch.optim.SGD(net.parameters(), 0.1).step()
         assert all(p.grad._is_view() for p in net.parameters())
         grads = [p.grad for p in net.parameters()]
         before = [g.clone() for g in grads]
@@ -438,3 +439,14 @@ def test_gradients_in_the_buckets_of_ddp_come_back(tmp_path):
         assert all(p.grad is g and torch.equal(g, b) for p, g, b in zip(net.parameters(), grads, before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_gradients_that_share_memory_come_back():
+    shared, params = torch.zeros(4), [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    params[0].grad, params[1].grad = shared[:2], shared[2:]
+    params[2].grad = torch.ones(1).expand(2)
+    with gradients_aside(params):
+        shared.fill_(5.0)
+        for p in params:
+            p.grad = None
+    assert not shared.any() and params[0].grad.data_ptr() == shared.data_ptr() and params[2].grad.sum() == 2

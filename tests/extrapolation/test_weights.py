@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 import re
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -696,15 +697,19 @@ class Averaging(torch.optim.SGD):
 
 
 def test_an_optimizer_that_holds_a_copy_of_the_weights_is_told_of(caplog):
-    for kind, policy, told in ((Averaging, "keep", 1), (Averaging, "reset", 0), (torch.optim.AdamW, "keep", 0)):
+    kinds = [(Averaging, "keep", 1), (Averaging, "reset", 0)]
+    kinds += [(kind, "keep", 0) for kind in (torch.optim.AdamW, torch.optim.ASGD, torch.optim.Adagrad)]
+    for kind, policy, told in kinds:
         net, scores = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 4)}), iter(range(99))
+        torch.nn.init.zeros_(net["mlp"].bias)
         optimizer = kind(net.parameters(), lr=1e-3)
         controller = EffOPDController(net, lambda s=scores: next(s), optimizer=optimizer, optimizer_policy=policy)
         for step in (1, 2):
             net["mlp"](torch.ones(4)).sum().backward()
             optimizer.step()
             controller.step(step)
-        assert sum("Averaging's 'z' is nearly the weights" in r.getMessage() for r in caplog.records) == told
+        assert sum("'s 'z' is nearly the weights" in r.getMessage() for r in caplog.records) == told, kind
+        assert len(caplog.records) == told
         caplog.clear()
 
 
@@ -715,3 +720,45 @@ def test_a_state_of_another_kind_of_numbers_is_refused():
     state["anchor"] = {name: t.long() for name, t in state["anchor"].items()}
     with pytest.raises(TypeError, match=r"mlp.*int64"):
         controller.load_state_dict(state)
+
+
+@pytest.mark.parametrize("state", ["elsewhere", "sparse"])
+def test_a_state_that_cannot_be_compared_stops_no_event(state):
+    """As that of an optimizer that is moved off the device between steps."""
+    net, scores = torch.nn.ModuleDict({"mlp": torch.nn.Linear(4, 4)}), iter(range(9))
+    optimizer = torch.optim.AdamW(net.parameters())
+    controller = EffOPDController(net, lambda: next(scores), optimizer=optimizer, alphas=(3,))
+    for p in net.parameters():
+        p.data.add_(0.1)
+        moment = torch.empty_like(p, device="meta") if state == "elsewhere" else torch.zeros_like(p).to_sparse()
+        optimizer.state[p] = {"exp_avg": moment}
+    assert controller.step(1).alpha == 3
+
+
+@pytest.mark.parametrize("state", [[torch.ones(3)], torch.ones(3), None])
+def test_states_of_other_kinds_hold_no_copy(state):
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = types.SimpleNamespace(param_groups=[{"params": [param]}])
+    if state is not None:
+        optimizer.state = {param: state}
+    assert masters_module.copy_of_weights([param], optimizer) is None
+
+
+def test_lbfgs_keeps_its_memory_of_others():
+    net = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 4), "mlp": torch.nn.Linear(4, 4)})
+    optimizer = torch.optim.LBFGS(net["head"].parameters())
+    optimizer.state[net["head"].weight] = {"n_iter": 3}
+    reset_state([*net["mlp"].parameters()], optimizer)
+    assert optimizer.state[net["head"].weight] == {"n_iter": 3}
+    reset_state([net["head"].bias], optimizer)
+    assert not optimizer.state
+
+
+def test_masters_beside_tensors_without_data_and_of_equal_first_rows():
+    params = [
+        torch.nn.Parameter(torch.cat([torch.zeros(1, 3), torch.full((2, 3), float(i))]).bfloat16()) for i in range(9)
+    ]
+    wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+    others = [torch.nn.Parameter(torch.empty(3, 3, device="meta"))]
+    found, _ = find_masters(dict(enumerate(params)), torch.optim.SGD([*others, *wide[::-1]], lr=1.0))
+    assert all(found[i] is w for i, w in enumerate(wide))
