@@ -5,7 +5,6 @@ import gc
 import itertools
 import math
 import re
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -738,7 +737,7 @@ def test_a_state_that_cannot_be_compared_stops_no_event(state):
 @pytest.mark.parametrize("state", [[torch.ones(3)], torch.ones(3), None])
 def test_states_of_other_kinds_hold_no_copy(state):
     param = torch.nn.Parameter(torch.ones(3))
-    optimizer = types.SimpleNamespace(param_groups=[{"params": [param]}])
+    optimizer = SimpleNamespace(param_groups=[{"params": [param]}])
     if state is not None:
         optimizer.state = {param: state}
     assert masters_module.copy_of_weights([param], optimizer) is None
