@@ -19,7 +19,9 @@ from .native import native
 
 EVERY = slice(None)
 _MAPPED_FROM = 1 << 20  # bytes
+_POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(.*-)(\d+)-of-(\d+)\.safetensors")
+_FEW_BITS = re.compile(r"[FIU][1-8](_\w+)?")  # such as F4 and F6_E2M3, which PyTorch has no whole entries of
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,6 +60,10 @@ class Entry(NamedTuple):
         return self._replace(
             shape=(stop - start, *self.shape[1:]), start=self.start + start * each, stop=self.start + stop * each
         )
+
+
+class _Unsupported(ValueError):
+    """A file that is not damaged, but not one that is read either."""
 
 
 class FileCheckpoint:
@@ -144,6 +150,9 @@ def _header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise _Unsupported(f"{path}: a Git LFS pointer, not the file it stands for; run `git lfs pull` there")
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"its header would take {length} of {size} bytes")
@@ -159,6 +168,8 @@ def _header(path: Path) -> dict[str, Entry]:
             end = entry.stop
         if end != size:
             raise ValueError(f"its tensors end at byte {end}, the file at {size}")
+    except _Unsupported:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "damaged or truncated" if path.suffix == ".safetensors" else "not a"
         raise ValueError(f"{path}: {what} safetensors file: {error}") from error
@@ -168,6 +179,10 @@ def _header(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, name: str, about: dict, offset: int) -> Entry:
     name.encode()  # half of a surrogate pair, which JSON allows and no table takes, is a ValueError
     if about["dtype"] not in _DTYPES:
+        if _FEW_BITS.fullmatch(about["dtype"]):
+            raise _Unsupported(
+                f"{path}: tensor {name!r} is quantised ({about['dtype']}); dequantise the checkpoint first"
+            )
         raise ValueError(f"tensor {name!r} has unknown dtype {about['dtype']!r}")
     dtype, shape, offsets = _DTYPES[about["dtype"]], tuple(about["shape"]), tuple(about["data_offsets"])
     if any(type(size) is not int or not 0 <= size < 2**63 for size in (*shape, *offsets)):

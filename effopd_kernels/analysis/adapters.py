@@ -23,6 +23,8 @@ _VARIANTS = {
     "use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
     "alora_invocation_tokens": "aLoRA",
 }  # fmt: skip
+# Settings of LoRA that may put more into an adapter than factors of whole weights.
+_MORE = ("lora_bias", "trainable_token_indices", "target_parameters")
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?$")
 # Families of transformers with Conv1D layers, whose weights are (in, out), and the names of these layers.
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -68,6 +70,11 @@ class Adapter(Checkpoint):
         base.lengthen_names([*self._factors, *self._whole])  # an adapter's are the model's
         unknown = [name for name in dict.fromkeys((*self._factors, *self._whole)) if name not in base.shapes]
         if unknown:
+            config = read_json(self.path / CONFIG)
+            if more := [key for key in _MORE if config.get(key)]:
+                raise UserError(
+                    f"{path} was trained with {more[0]}, which is not W + s·B·A: merge it into the model first"
+                )
             raise UserError(
                 f"{path} adapts tensors that the base {base.path} does not have: {listed(unknown)}; give the base that "
                 "it was trained from, with a head of its own where that is adapted, or merge it into its model first"

@@ -6,7 +6,7 @@ from typing import Any
 from . import figures
 from .comparison import CHECKPOINT
 from .figures import Picture
-from .findings import Findings, Row, fraction, grouped, norms
+from .findings import Findings, Row, finite, fraction, grouped, norms
 from .report import Headline, Part, Section, shown
 
 THIRDS = ("outside", "whole", "bottom", "middle", "top")
@@ -73,7 +73,9 @@ def _headlines(found: Findings, totals: list[Row], by_third: dict[str, dict[str,
 
 def _why_unchanged(found: Findings) -> str:
     """Frozen modules are one thing, updates below the precision another: the share in what moved tells them apart."""
-    ends = found.last(found.rows)
+    ends = found.last(r for r in found.rows if finite(r))
+    if not any(ends.values()):
+        return "No tensor is finite."
     if all(r["update_norm"] for rows in ends.values() for r in rows):
         return "Updates too small for the weights' precision, or none."
     moved = {t: [r for r in rows if r["update_norm"]] for t, rows in ends.items()}

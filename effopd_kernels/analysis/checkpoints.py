@@ -1,5 +1,6 @@
 """A checkpoint on disk as the analyses see it: names, shapes, and for each tensor the pair whose difference is ΔW."""
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -41,7 +42,7 @@ class Checkpoint:
     """The weights in a folder or safetensors file.
 
     Attributes:
-        path, label: where it is, and its folder's name. config: its config.json, or {}.
+        path, label: where it is, and its folder's name, of `.` too. config: its config.json, or {}.
         shapes: name → (shape, dtype), without what wrappers (DDP, compile) put into names.
         step: optimizer steps taken, from trainer_state.json or a name such as checkpoint-500; None if neither says.
 
@@ -50,7 +51,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path):
-        self.path, self.label = Path(path), printable(Path(path).name or path)
+        self.path, self.label = Path(path), printable(Path(os.path.abspath(path)).name or path)
         if not self.path.exists():
             raise UserError(f"{path}: no such file or folder; give a local folder, hub ids are not downloaded")
         self.config = read_json(self.path / "config.json")

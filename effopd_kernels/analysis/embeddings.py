@@ -35,7 +35,8 @@ def embeddings(found: Findings) -> Part:
             | {key: values[token].item() for key, values in measured.items()}
             for place, token in enumerate(order, 1)
         ]
-        leads.append(f"{moved:,} of {len(shift):,} tokens moved in {trajectory}")
+        broken = " that are finite" * (not finite.all())
+        leads.append(f"{moved:,} of {int(finite.sum()):,} tokens{broken} moved in {trajectory}")
     # As arrays: lists of numbers would take a second.
     tables = {"embedding_tokens": {key: np.concatenate([own[key] for own in tokens]) for key in tokens[0]}}
     if top:

@@ -172,16 +172,16 @@ def rows_of(trials: Iterable[Trial], evaluations: Evaluations, metric: str) -> l
         for name in METRICS:
             if (values := getattr(found, name)) is not None:
                 row |= {name: mean(values), f"{name}_se": standard_error(values)}
-                row[f"{name}_low"], row[f"{name}_high"] = bounds(values)
+                row[f"{name}_low"], row[f"{name}_high"] = bounds(values, name == "accuracy")
         rows.append(row | {"tokens": found.tokens, "seconds": found.seconds})
     return rows
 
 
 def ratio(values: list[float], reference: list[float] | None) -> tuple[float | None, float | None]:
     """mean(values) / mean(reference) and its standard error, both to first order (delta method); None where the
-    reference is not positive, or its interval of 95 % reaches 0: a share of that could be any number.
+    reference is not positive, its interval of 95 % reaches 0, or either is NaN: a share of that could be any number.
     """
-    if not reference or mean(reference) <= 0 or mean(reference) <= Z * standard_error(reference):
+    if not (reference and mean(reference) > Z * standard_error(reference)):  # so asked, NaN is refused
         return None, None
     share = mean(values) / mean(reference)
     return share, standard_error([v - share * r for v, r in zip(values, reference, strict=True)]) / mean(reference)
@@ -199,15 +199,15 @@ def standard_error(values: list[float]) -> float:
     return math.sqrt(sum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def bounds(values: list[float]) -> tuple[float, float]:
-    """The interval of 95 % around their mean. Wilson's for what is only ever 0 or 1, so that it stays between them and
-    keeps a width where all are equal (Brown, Cai & DasGupta 2001).
+def bounds(values: list[float], proportion: bool) -> tuple[float, float]:
+    """The interval of 95 % around their mean; NaN for one prompt. Wilson's for a proportion, values that can only be 0
+    or 1, so that it stays between them and keeps a width where all are equal (Brown, Cai & DasGupta 2001).
     """
     centre, n = mean(values), len(values)
-    if set(values) <= {0, 1}:
+    if proportion and set(values) <= {0, 1}:  # NaN is neither
         shrunk = 1 + Z * Z / n
         middle = (centre + Z * Z / (2 * n)) / shrunk
         spread = Z / shrunk * math.sqrt(centre * (1 - centre) / n + (Z / (2 * n)) ** 2)
         return max(middle - spread, 0.0), min(middle + spread, 1.0)
-    spread = Z * standard_error(values) if n > 1 else 0.0
+    spread = Z * standard_error(values)
     return centre - spread, centre + spread

@@ -4,6 +4,7 @@ A trajectory keeps its colour, marker and dash in every figure, so that print wi
 colours can follow it.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,8 @@ def lines(
         axes.plot(x, y, label=name, **style)
         if ends:
             axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0)
+    if not any(math.isfinite(v) for line in axes.lines for v in line.get_ydata()):
+        axes_properties.pop("xscale", None)  # matplotlib has no ticks for a logarithmic axis with no point
     for height, colour in levels:
         axes.axhline(height, color=colour, linestyle=":", linewidth=1.1)
     axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)

@@ -50,7 +50,8 @@ class Findings:
         for row in self.rows:
             row["third"] = third(row["layer"], self.layers)
         broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))
-        notes = [f"NaN or infinite in the base, so left out of all numbers: {listed(list(broken))}."] if broken else []
+        notes = [f"NaN or infinite in the base, so left out of all sums and averages: {listed(list(broken))}."]
+        notes = notes if broken else []
         self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
         self.middle = any(row["third"] == "middle" for row in self.rows)
 

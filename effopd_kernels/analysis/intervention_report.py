@@ -77,8 +77,7 @@ class View:
 
     def interval(self, row: Row, column: str | None = None) -> Interval:
         column = column or self.metric
-        value, error = row[column], row[f"{column}_se"]
-        spread = 0.0 if math.isnan(error) else Z * error
+        value, spread = row[column], Z * row[f"{column}_se"]
         return Interval(value, row.get(f"{column}_low", value - spread), row.get(f"{column}_high", value + spread))
 
     def scores(self) -> Headline:
@@ -90,17 +89,31 @@ class View:
         )
 
     def losses(self) -> list[str]:
-        """A sentence for every final model that gained nothing, or no more than the choice of prompts explains."""
+        """A sentence for every final model that gained nothing, no number, or no more than other prompts explain."""
         out = []
         for t, row in self.finals.items():
+            if row["recovered"] is not None:
+                continue
             scores = f"{LABELS[self.metric]}: {shown(row[self.metric])}, the base's {shown(self.base[self.metric])}"
             gain = self.interval(row, MEASURED)
-            if row["recovered"] is None and gain.value <= 0:
+            if not math.isfinite(gain.value):
+                whose = f"the final model of {t}" if math.isfinite(self.base[self.metric]) else "the base"
+                out.append(
+                    f"The score of {whose} is not a finite number ({scores}), as where weights have diverged: there is "
+                    f"no gain, so none of the edits of {t} recovers a share."
+                )
+            elif gain.value <= 0:
                 out.append(
                     f"The final model of {t} scores no better than the base ({scores}): there is no gain, so none of "
                     "its edits recovers a share."
                 )
-            elif row["recovered"] is None:
+            elif math.isnan(gain.low):
+                out.append(
+                    f"The final model of {t} scores better than the base ({scores}) on one prompt, which does not tell "
+                    "what others would give: what its edits recover of that has no meaning and is left out; score on "
+                    "more prompts."
+                )
+            else:
                 out.append(
                     f"The final model of {t} scores better than the base ({scores}) by no more than the choice of "
                     f"prompts explains, {shown(gain)}: what its edits recover of that has no meaning and is left out; "
@@ -129,7 +142,7 @@ class View:
 
     def limits(self, rows: Sequence[Row]) -> tuple[float, float]:
         """One range for several figures."""
-        ends = [v for row in (self.base, *self.finals.values(), *rows) for v in self.interval(row)[1:]]
+        ends = [v for row in (self.base, *self.finals.values(), *rows) for v in self.interval(row)]
         ends = [v for v in ends if math.isfinite(v)] or [0.0]  # a model whose logits overflow has a KL of NaN
         margin = 0.04 * (max(ends) - min(ends)) or 0.05
         return min(ends) - margin, max(ends) + margin
@@ -182,7 +195,8 @@ def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Each trajectory's row that gained most."""
+    """Each trajectory's row that gained most, of those whose gain is a number."""
+    rows = [row for row in rows if math.isfinite(row[MEASURED])]
     return [max(own, key=lambda row: row[MEASURED]) for own in by_trajectory(rows).values()]
 
 
@@ -198,7 +212,8 @@ def tenth(part: str) -> Callable[[Sequence[Row]], tuple[str, list[Row]]]:
 
 
 def first_at_final_norm(rows: Sequence[Row]) -> list[Row]:
-    at_final = by_trajectory([row for row in rows if row["norm"] == FINAL])
+    early = [row for row in rows if row["norm"] == FINAL and row["progress"] < 1]  # the last is the final model
+    at_final = by_trajectory(early)
     return [min(own, key=lambda row: row["step"]) for own in at_final.values()]
 
 
@@ -219,7 +234,10 @@ def said(what: str, rows: Sequence[Row]) -> str:
             return f" ({BLOCK_NAMES[row['block']]} of layers {row['first_layer']} to {row['last_layer']})"
         return ""
 
-    shares = ", ".join(f"{row['trajectory']} {row['recovered']:.0%}{where(row)}" for row in rows)
+    def share(value: float) -> str:
+        return f"{value:.0%}" if math.isfinite(value) else shown(value)
+
+    shares = ", ".join(f"{row['trajectory']} {share(row['recovered'])}{where(row)}" for row in rows)
     return f"Of the final model's gain the {what} recovers: {shares}." if shares else ""
 
 

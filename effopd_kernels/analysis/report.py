@@ -66,6 +66,8 @@ def shown(value: Any) -> str:
     """A value as the report prints it: three significant digits, more below 1 where they would make it 1, thousands
     separated, a dash for what is not there."""
     if isinstance(value, Interval):
+        if math.isnan(value.low):
+            return shown(value.value)
         return f"{shown(value.value)} [{shown(value.low)}, {shown(value.high)}]"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
@@ -173,9 +175,9 @@ def _bar(name: str, interval: Interval, full: float | None, index: int) -> str:
 
 
 def _bounds(interval: Interval) -> str:
-    """The error bars, where they are wider than what is printed of the number."""
+    """The error bars, where there are any and they are wider than what is printed of the number."""
     ends = [shown(interval.low), shown(interval.high)]
-    return "" if set(ends) == {shown(interval.value)} else f"<small>{' – '.join(ends)}</small>"
+    return "" if set(ends) <= {shown(interval.value), shown(None)} else f"<small>{' – '.join(ends)}</small>"
 
 
 def _section(section: Section, folder: Path) -> str:

@@ -111,7 +111,7 @@ def _masters_in(optimizer, named: Mapping[Any, Tensor]) -> tuple[dict[Any, Tenso
 
 
 class _ByRounding:
-    """Tensors by what their first and last rows round to: those of many small experts would be compared pair by pair."""
+    """Tensors by what their first and last rows round to: many small experts would be compared pair by pair."""
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors, self.found = tensors, {}  # dtype → shape, device, rounded rows → tensors, in order

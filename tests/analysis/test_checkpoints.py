@@ -266,6 +266,12 @@ def test_which_names_tell_a_step(tmp_path, name, step):
     assert compare(folder, {"run": [folder]}).trajectories["run"][0].step == step
 
 
+def test_the_folder_one_is_in_has_its_name(tmp_path, monkeypatch):
+    folder = planted.write(tmp_path / "checkpoint-5", {Q: torch.ones(2, 2)})
+    monkeypatch.chdir(folder)
+    assert [c.label for c in compare("../checkpoint-5", {"run": ["."]}).trajectories["run"]] == ["checkpoint-5"]
+
+
 def test_a_step_that_no_table_holds_is_none(tmp_path):
     folder = planted.write(tmp_path / "checkpoint-5", {Q: torch.ones(2, 2)}, step=1e30)
     assert compare(folder, {"run": [folder]}).trajectories["run"][0].step is None
@@ -337,6 +343,9 @@ def broken(base, tmp):
     shared, noted = (raw(tmp / name, about) for name, about in (
         ("shared", {"a": (0, 8), "b": (0, 8)}), ("noted", {"__metadata__": [1], "a": (0, 8)}),
     ))  # fmt: skip
+    fp4 = raw(tmp / "fp4", {"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}})
+    pointer = stored("pointer", weights)
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     whole_numbers = stored("whole_numbers", {"steps": torch.ones(2, dtype=torch.int64)})
     twofold = stored("twofold", weights | {f"module.{Q}": weights[Q] + 1})
     cut = stored("cut", weights)
@@ -357,6 +366,17 @@ def broken(base, tmp):
     adapter = lora(tmp / "adapter", pair | whole)
     own, _ = factors(Q.removesuffix(".weight"), 64, 64)
     dora, kasa = lora(tmp / "dora", own, use_dora=True), lora(tmp / "kasa", own, kasa_config={"beta": 1e-4})
+    module, more = Q.removesuffix(".weight"), {}
+    for key, value, held in (
+        ("lora_bias", True, {f"{module}.lora_B.bias": torch.ones(64)}),
+        (
+            "trainable_token_indices",
+            [3, 5],
+            {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 64)},
+        ),
+        ("target_parameters", ["mlp.experts.down_proj"], factors("model.layers.0.mlp.experts", 64, 64)[0]),
+    ):
+        more[key] = lora(tmp / key, own | held, **{key: value})
     pissa = [lora(tmp / start, own, init_lora_weights=start) for start in ("pissa_niter_4", "olora")]
     thin = lora(tmp / "thin", factors(Q.removesuffix(".weight"), 32, 64)[0])
     rows = torch.cat([weights[EMBEDDING], torch.ones(2, weights[EMBEDDING].shape[1])])
@@ -388,6 +408,8 @@ def broken(base, tmp):
         "deep index": (case(deep.parent), "not a safetensors index (maximum recursion depth"),
         "one place for two": (case(shared), "tensor 'b' begins at byte"),
         "metadata a list": (case(noted), "its __metadata__ is no object"),
+        "fp4": (case(fp4), "fp4/model.safetensors: tensor 'a' is quantised (F4); dequantise the"),
+        "Git LFS": (case(pointer), "pointer/model.safetensors: a Git LFS pointer, not the file it stands for; run `"),
         "config an array": (case(array), "array/config.json' is unreadable: it holds no JSON object"),
         "deep config": (case(nested), "nested/config.json' is unreadable: maximum recursion depth"),
         "no floats": (case(whole_numbers, start=whole_numbers), "has no floating tensor with entries"),
@@ -415,6 +437,7 @@ def broken(base, tmp):
         "adapter of no rank": (case(empty), "a matrix has (r, in) and (out, r)"),
         "no alpha": (case(null), "is None, not a number"),
         "no pattern": (case(patterns), "alpha_pattern in"),
+        **{key: (case(path), f"{key} was trained with {key}, which is not") for key, path in more.items()},
         "DoRA": (case(dora), "is a DoRA adapter"),
         "KaSA": (case(kasa), "is a KaSA adapter"),
         "PiSSA": (case(pissa[0]), "began with init_lora_weights=pissa_niter_4, which changed the base"),

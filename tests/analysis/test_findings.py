@@ -125,11 +125,34 @@ def test_the_base_is_blamed_for_its_own_nan(report):
     current = moved(base, "")
     current[norm][0] = math.inf
     read, page = report(base, moved(base, ""), current)
-    assert f"NaN or infinite in the base, so left out of all numbers: {up}." in page
+    assert f"NaN or infinite in the base, so left out of all sums and averages: {up}." in page
     assert page.count("NaN or infinite in") == 2 and re.search(f"in [^ ]*checkpoint-2, [^|]*: {norm}\\.", page)
     assert {r["tensor"] for r in read("tensors") if math.isnan(r["relative_update"])} == {up, norm}
     assert all(math.isfinite(r["relative_update"]) for r in read("totals"))
     assert {r["group"]: r["matrices"] for r in read("spectra")}["up"] == 2
+
+
+def test_what_is_not_finite_neither_moved_nor_stayed(report):
+    """Nor is it a reason why entries did not change."""
+    base = planted.base_weights(shapes=layers(3))
+    broken = {name: torch.full_like(w, math.nan) for name, w in base.items()}
+    _, page = report(base, broken)
+    assert "0 of 0 tokens that are finite moved in training." in page
+    assert "No tensor is finite." in page and "too small" not in page
+
+
+def test_tokens_that_are_not_finite_in_the_base_are_not_counted(report):
+    base = planted.base_weights(shapes=layers(3))
+    base["model.embed_tokens.weight"][4] = math.nan
+    _, page = report(base, moved(base, ""))
+    assert "49 of 49 tokens that are finite moved in training." in page
+    assert "left out of all sums and averages: model.embed_tokens.weight." in page
+
+
+def test_a_tensor_that_is_not_finite_did_not_move(report):
+    base = planted.base_weights(shapes=layers(3))
+    _, page = report(base, base | {"model.norm.weight": base["model.norm.weight"] * math.nan})
+    assert "No tensor moved." in page and "In the tensors that moved" not in page
 
 
 def test_the_map_has_the_layers_there_are(tmp_path):
@@ -194,16 +217,20 @@ def test_the_first_tokenizer_that_can_be_read_speaks(tmp_path):
 # ---- of interventions -----------------------------------------------------------------------------------------------
 
 
-def scored(folder, score):
-    """Rows and the page of a report on trials that `score` gives their prompts' accuracies, by trajectory."""
+TWO = ((1, 0.5), (2, 1.0))
+
+
+def scored(folder, score, metric="accuracy", **steps):
+    """Rows and the page of a report on trials that `score` gives their prompts' values, by trajectory."""
     names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"]
-    steps = {t: [(1, 0.5), (2, 1.0)] for t in ("a", "b")}
+    steps = {"a": TWO, "b": TWO} | steps
     trials = Plan(names, steps, {(t, i): 1.0 for t in steps for i in range(2)}).trials(list(INTERVENTIONS))
     evaluations = Evaluations(folder, {})
     for trial in pending(trials, evaluations).values():
-        evaluations.add(trial.edit.key(), Evaluation(score(trial.edit), None, 4, 1.0), write=False)
-    rows = rows_of(trials, evaluations, "accuracy")
-    intervention_report.write(folder, rows, "accuracy", {}, "")
+        values = {"accuracy": None, "teacher_kl": None, metric: score(trial.edit)}
+        evaluations.add(trial.edit.key(), Evaluation(**values, tokens=4, seconds=1.0), write=False)
+    rows = rows_of(trials, evaluations, metric)
+    intervention_report.write(folder, rows, metric, {}, "")
     return rows, html.unescape(re.sub(r"(<[^>]+>)+", "|", (folder / "report.html").read_text()))
 
 
@@ -238,6 +265,47 @@ def test_a_base_whose_logits_overflow_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save", planted.save_blank)
     rows, page = scored(tmp_path, lambda edit: [1.0 if edit.trajectory else math.nan, 0.5])
     assert math.isnan(rows[0]["accuracy"]) and "|A few layers at a time|" in page
+    assert "The score of the base is not a finite number (accuracy: 0.75, the base's –)" in page
+
+
+def test_a_final_model_that_diverged_has_no_shares(tmp_path):
+    """Nor, drawn for real, a point in some figures; the other's edits have theirs, where they are numbers."""
+
+    def score(edit):
+        if edit.alpha == 2 or edit.part == "top" or (edit.trajectory == "a" and edit.alpha):
+            return [math.nan] * 4
+        return [2.0, 2.1, 2.2, 2.1] if edit.trajectory is None else [1.0, 1.1, 1.0, 1.1]
+
+    rows, page = scored(tmp_path, score, "teacher_kl")
+    assert all(row["recovered"] is None for row in rows if row["trajectory"] == "a")
+    assert "The score of the final model of a is not a finite number (KL to the teacher, nats per token: –, the" in page
+    assert "nan" not in page and "best α recovers: b 100% (α = 0.25)." in page
+    assert "top 10% of the rank recovers: b –." in page and (tmp_path / "figures/top_0_as_it_falls.png").is_file()
+
+
+def test_an_edit_that_diverged_is_not_the_best():
+    rows = [{"trajectory": "a", "gain": gain} for gain in (math.nan, 1.0, 2.0, math.nan)]
+    assert intervention_report.best(rows) == [rows[2]]
+    assert intervention_report.best(rows[:1]) == []
+
+
+def test_one_prompt_has_no_shares(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+    rows, page = scored(tmp_path, lambda edit: [1.0 if edit.trajectory else 2.0], "teacher_kl")
+    assert all(row["recovered"] is None and math.isnan(row["teacher_kl_low"]) for row in rows)
+    assert (
+        "The final model of a scores better than the base (KL to the teacher, nats per token: 1, the base's 2)" in page
+    )
+    assert "on one prompt, which" in page and "|a|1|b|1|base|2|" in page  # no error bars
+    low, high = intervention_report.View(rows, "teacher_kl").limits([])
+    assert low < 1 and high > 2
+
+
+def test_one_checkpoint_is_no_early_one(tmp_path, monkeypatch):
+    """At its own norm it recovers all of its gain, which says nothing."""
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+    _, page = scored(tmp_path, lambda edit: [float(edit.trajectory is not None)] * 4, a=((2, 1.0),))
+    assert "first checkpoint at the final norm recovers: b 100%." in page
 
 
 def test_nothing_is_a_share_of_noise(tmp_path, monkeypatch):
@@ -258,9 +326,16 @@ def test_intervals_of_right_and_wrong_answers():
     """Wilson's, which lie in [0, 1] and say something of 0 in 24 too; other scores are as good as normal."""
     for k in (0, 1, 12, 24):
         expected = binomtest(k, 24).proportion_ci(method="wilson")
-        assert bounds([1.0] * k + [0.0] * (24 - k)) == pytest.approx((expected.low, expected.high), abs=1e-5)
-    assert bounds([1.0, 2.0, 3.0]) == pytest.approx((2 - 1.96 / math.sqrt(3), 2 + 1.96 / math.sqrt(3)))
-    assert bounds([0.5]) == (0.5, 0.5)
+        assert bounds([1.0] * k + [0.0] * (24 - k), True) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert bounds([1.0, 2.0, 3.0], False) == pytest.approx((2 - 1.96 / math.sqrt(3), 2 + 1.96 / math.sqrt(3)))
+    assert bounds([0.0] * 24, False) == (0, 0)  # a KL of exactly 0 is no proportion
+    assert all(map(math.isnan, bounds([0.5], False)))  # one prompt tells nothing of others
+
+
+def test_a_kl_of_exactly_nothing_is_no_proportion(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "save", planted.save_blank)
+    rows, _ = scored(tmp_path, lambda edit: [0.0 if edit.trajectory else 1.0] * 4, "teacher_kl")
+    assert all(row["teacher_kl_low"] == row["teacher_kl"] == row["teacher_kl_high"] for row in rows)
 
 
 def test_bars_of_an_untied_model_can_be_told_apart(tmp_path, monkeypatch):
