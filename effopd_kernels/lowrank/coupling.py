@@ -60,6 +60,9 @@ def _solve(
     if not active.any():
         return torch.zeros_like(u), torch.zeros_like(v)
 
+    if v.shape[-1] == v.shape[-2]:  # of rows nothing is outside, and what follows would solve for rounding
+        return grad_u / torch.where(active, s, 1.0).unsqueeze(-2) * active.unsqueeze(-2), torch.zeros_like(v)
+
     squares = s.square()
     safe = torch.where(active, s, 1.0).unsqueeze(-2)
 

@@ -201,7 +201,8 @@ def check_open(dataset: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> 
     prompt, end = next(iter(dataset))["prompt"], tokenizer.eos_token
     if end is None or not isinstance(prompt, str) or prompt.rstrip().endswith(end):  # where it is written, it is meant
         return
-    if tokenizer(text=prompt)["input_ids"][-1:] == [tokenizer.eos_token_id]:
+    last, of_text = (tokenizer(text=prompt, add_special_tokens=own)["input_ids"][-1:] for own in (True, False))
+    if last == [tokenizer.eos_token_id] != of_text:
         raise UserError(
             f"the tokenizer ends the prompts in {where} with {end!r}, beyond which nothing is to be "
             "completed: load and save it with add_eos_token=False, or take that out of tokenizer.json's post_processor"

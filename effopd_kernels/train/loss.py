@@ -353,7 +353,9 @@ class _Joint:
 
         def differs(positions_of: torch.Tensor | None = None) -> bool:
             hidden = self.hidden_states(_Backbone(model, whole, positions_of), *padded, keep)
-            return bool((hidden.float() - alone).norm() > most * alone.norm())  # NaN is for others to report
+            # Of most tokens: rounding sends one or another to other experts. NaN is for others to report.
+            share = (hidden.float() - alone).norm(dim=-1) / alone.norm(dim=-1)
+            return bool(share.median() > most)
 
         takes = all("position_ids" in inspect.signature(m.forward).parameters for m in (model, model.base_model))
         mended = takes and not differs(padded[1])  # asked whatever the next finds: sharded models run on all ranks
@@ -411,4 +413,5 @@ class _Backbone(torch.nn.Module):
 
 
 def _within_peft(model: torch.nn.Module) -> torch.nn.Module:
+    model = getattr(model, "_orig_mod", model)  # of a compiled teacher, whose forward has no arguments to look at
     return model.base_model.model if is_peft_model(model) else model

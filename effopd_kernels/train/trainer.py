@@ -7,6 +7,7 @@ interfaces is in private_api.py.
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -114,7 +115,9 @@ class OPDTrainer(trl.DistillationTrainer):
         for where, dataset in prompts.items():
             check_prompts(dataset, where)
         if isinstance(eval_dataset, dict) and args.metric_for_best_model is not None:
-            raise UserError("metric_for_best_model needs one eval_dataset, got a dict of them")
+            raise UserError(
+                "metric_for_best_model (and load_best_model_at_end) needs one eval_dataset, got a dict of them"
+            )
         if args.effopd_enabled and val_dataset is None:
             raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
         check_shared(Path(args.output_dir))
@@ -136,8 +139,7 @@ class OPDTrainer(trl.DistillationTrainer):
         check_private_api(self)
         for where, dataset in prompts.items():
             check_open(dataset, self._tokenizer, where)
-        if args.disable_dropout:
-            disable_dropout(self.model)
+        self._dropout = disable_dropout(self.model) if args.disable_dropout else []
         # Of what training does not set, transformers takes the student's own, whose completions TRL does not know.
         self.generation_kwargs.setdefault("num_beams", 1)
         self.generation_config.num_beams = self.generation_kwargs["num_beams"]
@@ -311,6 +313,8 @@ class OPDTrainer(trl.DistillationTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if given is None:
             raise UserError("nothing to evaluate on: pass eval_dataset to evaluate() or to OPDTrainer")
+        if isinstance(given, str) and isinstance(self.eval_dataset, dict) and given in self.eval_dataset:
+            given = self.eval_dataset[given]
         if isinstance(given, dict):
             each = (self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in given.items())
             return {metric: value for metrics in each for metric, value in metrics.items()}
@@ -436,6 +440,16 @@ class OPDTrainer(trl.DistillationTrainer):
     def _get_output_dir(self, trial) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
+    def save_model(self, *args, **kwargs) -> None:
+        """As transformers' Trainer; config.json has the dropout that the student came with."""
+        for config, name, value in self._dropout:
+            setattr(config, name, value)
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            for config, name, _ in self._dropout:
+                setattr(config, name, 0.0)
+
     def _save_checkpoint(self, model, trial) -> None:
         """As transformers writes it, with EffOPD's state and the ledger, published when complete. One that the disk
         has no room for leaves it what it had taken, and the checkpoints before it as they are."""
@@ -481,19 +495,28 @@ class OPDTrainer(trl.DistillationTrainer):
             )
 
 
+_DROPOUT = re.compile(r"(drop|dropout|pdrop)(_path)?(_p|_prob|_rate|_ratio)?$")  # names of probabilities
+
+
 def _named(eval_dataset: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
     if isinstance(eval_dataset, dict):
         return {f"eval_dataset['{name}']": dataset for name, dataset in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
 
 
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Also that of functions, with a probability that a module or its config holds, as OPT's; TRL's is of modules."""
+def disable_dropout(model: torch.nn.Module) -> list[tuple[PreTrainedConfig, str, float]]:
+    """Also that of functions, with a probability that a module or its config holds, as OPT's; TRL's is of modules.
+    Returns what the configs said, for the model that is saved is to say it again.
+    """
+    said = []
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):
             for name, value in vars(owner).items() if isinstance(owner, (torch.nn.Module, PreTrainedConfig)) else ():
-                if "drop" in name and isinstance(value, float):
+                if _DROPOUT.search(name) and isinstance(value, float) and 0 < value <= 1:
                     setattr(owner, name, 0.0)
+                    if isinstance(owner, PreTrainedConfig):
+                        said.append((owner, name, value))
+    return said
 
 
 @contextmanager

@@ -261,7 +261,7 @@ def test_a_base_made_in_inference_mode_is_a_constant(of):
 
 
 def gradient_of_the_full_svd(a, function):
-    x = a.double().requires_grad_()
+    x = a.double().clone().requires_grad_()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     return torch.autograd.grad(function(u, s, vh), x)[0]
 
@@ -435,3 +435,13 @@ def test_triplets_that_cannot_be_told_from_the_rest_are_an_error(monkeypatch):
     x = SLOW["noise"]().requires_grad_()
     with pytest.raises(RuntimeError, match=r"16 leading triplets of matrix 0 .* route='exact'"):
         low_rank_part(x, 16, route="subspace").square().sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vectors_of_the_whole_short_side(seed):
+    """Nothing is beyond the rank, and nothing outside of V to solve for: what is left there is rounding."""
+    a, near = random(40, 8, seed=seed).float(), torch.linalg.qr(random(40, 8, seed=9))[0]
+    exact = gradient_of_the_full_svd(a, lambda u, s, vh: subspace_overlap(u, near))
+    x = a.clone().requires_grad_()
+    subspace_overlap(batched_rsvd(x, 8).U, near.float()).backward()
+    assert error(x.grad, exact) < 1e-4

@@ -23,7 +23,7 @@ from transformers import (
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
 from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
 from effopd_kernels.train.config import parse_divergence, parse_schedule
-from effopd_kernels.train.loss import _explained
+from effopd_kernels.train.loss import _explained, _within_peft
 from effopd_kernels.train.validation import Validator
 from train import world as tiny
 
@@ -455,3 +455,9 @@ def test_options_as_yaml_types_them():
         assert config.controller_args()["alphas"] == (2, 3, 4, 5, 6, 7)[:tried]
     with pytest.raises(UserError, match="--divergence 3 is not one of"):
         OPDConfig(divergence=3)
+
+
+def test_a_compiled_model_is_looked_at_within():
+    """Its own forward names no arguments, such as positions."""
+    model = torch.nn.Linear(2, 2)
+    assert _within_peft(torch.compile(model)) is model
