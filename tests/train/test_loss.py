@@ -457,6 +457,7 @@ def test_options_as_yaml_types_them():
         OPDConfig(divergence=3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch.compile imports
 def test_a_compiled_model_is_looked_at_within():
     """Its own forward names no arguments, such as positions."""
     model = torch.nn.Linear(2, 2)
