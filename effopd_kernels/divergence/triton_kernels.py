@@ -427,10 +427,7 @@ def _gradient(
                 tl.store(g_row + cols, g, eviction_policy="evict_first")  # the L2 is for rows yet to be read again
 
 
-SIZES = ["N", "T", "skew"]  # N changes at every step, and a compilation takes seconds
-
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["N", "T", "skew"])  # N changes at every step, and a compilation takes seconds
 def _divergence_kernel(
     student_ptr, teacher_ptr, grad_ptr, mask_ptr, row_scale_ptr, loss_ptr, stats_ptr,
     partial_ptr, record_ptr, count_ptr,
@@ -545,7 +542,8 @@ def for_any_strides(kernel):
     and pass their elements between threads.
     """
     strides = [name for name in kernel.arg_names if name.endswith(("_stride", "_sequence"))]
-    return triton.jit(do_not_specialize=[*SIZES, *strides])(kernel.fn)
+    own = getattr(kernel, "do_not_specialize", None) or []  # the interpreter's kernels have none
+    return triton.jit(do_not_specialize=[*own, *strides])(kernel.fn)
 
 
 _any_divergence_kernel = for_any_strides(_divergence_kernel)

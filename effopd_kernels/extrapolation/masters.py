@@ -50,8 +50,8 @@ def copy_of_weights(params: list[Tensor], optimizer) -> str | None:
     """
     for each in unwrapped(optimizer):
         states = getattr(_stepper(each), "state", {})
-        stepped = ((p, states.get(p)) for p in params if (_some_rows(p) != 0).any())
-        param, state = next(((p, s) for p, s in stepped if isinstance(s, Mapping) and s), (None, {}))
+        stepped = ((p, s) for p in params if isinstance(s := states.get(p), Mapping) and s)
+        param, state = next(((p, s) for p, s in stepped if (_some_rows(p) != 0).any()), (None, {}))
         for key, value in state.items():
             if isinstance(each, torch.optim.ASGD) or not _comparable(value, param) or is_master(value, param):
                 continue  # ASGD's average is read by nobody but its user
@@ -184,11 +184,7 @@ def is_master(master: Tensor, param: Tensor) -> bool:
         return False
     master, param = local(master), local(param)
     # most candidates are moments: one row tells them apart
-    return _rounds_to(_first_row(master), _first_row(param)) and _rounds_to(master, param)
-
-
-def _first_row(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 0 else tensor[:1]
+    return _rounds_to(*(torch.atleast_1d(t)[:1] for t in (master, param))) and _rounds_to(master, param)
 
 
 def reset_before_next_step(optimizer, reset: Callable[[], None]) -> None:
