@@ -92,21 +92,25 @@ def low_rank_part(
     check_pair(a, base)
     settings = settings_for(a.shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
     pair = as_batch(a), None if base is None else as_batch(base)
-    _wants_gradient(*pair)
+    _refuse_transforms(*pair)
     return LowRankPart.apply(*pair, settings).reshape(a.shape)
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    """Raises RuntimeError for tensors within a transform of `torch.func`."""
+    _refuse_transforms(*tensors)
     given = [t for t in tensors if t is not None]
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)):
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+        return True  # PyTorch then refuses what `TruncatedSVD` has no rule for; else it would go unsaid
+    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError for tensors within a transform of `torch.func`."""
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise RuntimeError(
             "singular value decompositions have no rules for the transforms of torch.func (grad, vmap, jvp, ...): "
             "differentiate them by torch.autograd, and give batches as (..., m, n)"
         )
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
-        return True  # PyTorch then refuses what `TruncatedSVD` has no rule for; else it would go unsaid
-    return torch.is_grad_enabled() and any(t.requires_grad for t in given)
 
 
 def as_batch(a: Tensor) -> Tensor:
