@@ -99,12 +99,12 @@ class TruncatedSVD(torch.autograd.Function):
         )
         # Inside the subspace by the vectors that the loss is of, where nothing then cancels that a loss does not feel.
         core = _inside(u, s, v, grad_u, grad_s, grad_v)
-        found, anew, turns = _resolved(saved, (grad_u != 0).any(-2) | (grad_v != 0).any(-2))
-        if anew:
+        found, turns = _resolved(saved, (grad_u != 0).any(-2) | (grad_v != 0).any(-2))
+        if turns:
             grad_u, grad_v = grad_u.clone(), grad_v.clone()
-        for i, turn in zip(anew, turns, strict=True):
+        for i, turn in turns.items():
             grad_u[i], grad_v[i] = grad_u[i] @ turn, grad_v[i] @ turn
-        left, right = complement(*found[1:7], grad_u, grad_v)
+        left, right = _complement(found, grad_u, grad_v)
         return torch.cat([u @ core, left, found.u], -1) @ torch.cat([v, found.v, right], -1).mT
 
 
@@ -125,12 +125,12 @@ class LowRankPart(torch.autograd.Function):
             return grad
         if not saved.s.shape[-1]:
             return torch.zeros_like(grad)
-        saved, *_ = _resolved(saved, (grad != 0).any(-1).any(-1, keepdim=True).expand_as(saved.s))
-        u, s, v = saved[3:6]
+        saved, _ = _resolved(saved, (grad != 0).any(-1).any(-1, keepdim=True).expand_as(saved.s))
+        u, s, v = saved.u, saved.s, saved.v
         across, down = grad @ v, grad.mT @ u
         # ḡU = ḠVΣ and ḡV = ḠᵀUΣ. Every triplet is solved for by itself, so Σ may come last: dependence on what is
         # beyond the rank then shows for zero σ, too.
-        left, right = (side * s.unsqueeze(-2) for side in complement(*saved[1:7], across, down))
+        left, right = (side * s.unsqueeze(-2) for side in _complement(saved, across, down))
         return torch.cat([u @ (u.mT @ across) + left, u], -1) @ torch.cat([v, right], -1).mT
 
 
@@ -150,10 +150,14 @@ def _oriented(
     return _Saved(tall, x, base[0] if base else [], u, s, v, rest, residual, rounding, settings)
 
 
-def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, list[int], list[Tensor]]:
+def _complement(saved: _Saved, grad_u: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor]:
+    return complement(saved.x, saved.base, saved.u, saved.s, saved.v, saved.rest, grad_u, grad_v)
+
+
+def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, dict[int, Tensor]]:
     """The same with triplets of which those that are ``used`` (B, K) are told from what is beyond the rank, as far as
-    that can be had; which matrices were factored anew for it, and of each the rotation (K, K) that takes what comes for
-    the former triplets to the latter.
+    that can be had; and by the index of each matrix that was factored anew for it, the rotation (K, K) that takes what
+    comes for the former triplets to the latter.
 
     Raises RuntimeError where the gap is too small for it.
     """
@@ -172,7 +176,7 @@ def _resolved(saved: _Saved, used: Tensor) -> tuple[_Saved, list[int], list[Tens
             f"{found.s[i, -1]:.6g} and {found.rest.s[i, 0]:.6g}), so their gradient is not known: choose a rank at a "
             "gap of the spectrum, or route='exact'."
         )
-    return found, sorted(anew), [_turn(saved, found, i) for i in sorted(anew)]
+    return found, {i: _turn(saved, found, i) for i in sorted(anew)}
 
 
 def _turn(before: _Saved, now: _Saved, i: int) -> Tensor:
