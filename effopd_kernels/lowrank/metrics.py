@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..checks import is_integer, is_number, shown
 from . import ops
+from .arguments import as_batch, check_pair, check_seed
 from .decompose import oriented, power_of_two
 from .difference import Difference
-from .rsvd import as_batch, check_pair, check_seed
 from .slq import Sampling, Spectrum, sampled_spectrum
 from .types import RSVD, triplets
 from .workers import without_autocast

@@ -5,10 +5,11 @@ shapes as a group, in the caller's thread, whose device and stream no other has.
 are held at a time.
 """
 
+import itertools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from ..checks import FLOATS
 from ..tensor_files import FileCheckpoint
+from .arguments import as_batch, check_align_to, check_pair, settings_for
 from .decompose import Settings, decompose_group
-from .rsvd import aligned, as_batch, check_align_to, check_pair, settings_for
-from .types import RSVD, Flag
+from .rsvd import finished
+from .types import RSVD
 from .workers import side_by_side, submitted, without_autocast
 
 HELD_BYTES = 2 << 30  # of pairs: waiting for their like on a GPU, in work on the CPU
@@ -86,11 +88,12 @@ def update_svd(
     sides = _opened(current, "current"), _opened(anchor, "anchor")
     if not isinstance(align_to, Mapping | None):
         raise TypeError(f"align_to must be a mapping of names to earlier results, got {type(align_to).__name__}")
+    align_to = {} if align_to is None else align_to
     names, settings = _matching_names(*sides, include, strict), {}
     for name in names:
         shape = torch.Size(sides[0].shapes[name][0])
         settings[name] = settings_for(shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
-        check_align_to((align_to or {}).get(name), shape, f"align_to[{name!r}]")
+        check_align_to(align_to.get(name), shape, f"align_to[{name!r}]")
 
     from tqdm import tqdm
 
@@ -112,14 +115,15 @@ def update_svd(
         for group, svds in factored:
             parts = iter(svds)
             for name, a, _ in group:
-                batch = [next(parts) for _ in range(a.shape[:-2].numel())]
-                svd = RSVD(*(torch.stack(f).reshape((*a.shape[:-2], *f[0].shape)) for f in zip(*batch, strict=True)))
-                if rank > svd.S.shape[-1]:
-                    svd = svd._replace(flags=svd.flags | Flag.CLIPPED)
-                towards = None if align_to is None else align_to.get(name)
-                found[name] = svd if towards is None else aligned(svd, towards)
+                own = itertools.islice(parts, a.shape[:-2].numel())
+                found[name] = finished(_stacked(own, a.shape[:-2]), rank, align_to.get(name))
             bar.update(len(group))
     return {name: found[name] for name in names}
+
+
+def _stacked(svds: Iterable[RSVD], batch: torch.Size) -> RSVD:
+    """Those of single matrices as one of a batch of that shape."""
+    return RSVD(*(torch.stack(field).reshape((*batch, *field[0].shape)) for field in zip(*svds, strict=True)))
 
 
 def _usable(device: torch.device | str) -> torch.device:
