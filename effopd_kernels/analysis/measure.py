@@ -20,9 +20,10 @@ from torch import Tensor
 from ..lowrank import RSVD, Flag, ops, principal_cosines, subspace_alignment
 from ..lowrank.decompose import Settings, decompose_group, oriented
 from ..lowrank.metrics import SAMPLED, measured
-from ..lowrank.panels import add_statistics, exact_gram, row_squares, squares_of_rows
+from ..lowrank.panels import exact_gram, row_squares, squares_of_rows
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
+from ..lowrank.statistics import add_statistics
 from ..lowrank.types import least_rounding, triplets
 from ..tensor_files import EVERY
 from .checkpoints import Checkpoint

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import ops, orth, panels, routes, signs
 from .difference import Difference, resolves
+from .statistics import MAX_ABS, NON_FINITE, SUM_SQUARES
 from .types import BIASED, ROUNDING, RSVD, Flag, least_rounding
 from .workers import side_by_side
 
@@ -113,8 +114,8 @@ def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) ->
         statistics = ops.stats(x.x, x.base, full)
     if full:
         wanted.copy_(statistics)
-    frobenius, largest = statistics[:, ops.SUM_SQUARES].sqrt(), statistics[:, ops.MAX_ABS]
-    bad = (statistics[:, ops.NON_FINITE] > 0) | ~largest.isfinite()
+    frobenius, largest = statistics[:, SUM_SQUARES].sqrt(), statistics[:, MAX_ABS]
+    bad = (statistics[:, NON_FINITE] > 0) | ~largest.isfinite()
     zero = ~bad & (largest == 0)
     if k and not (bad | zero).any():
         return _factor(x, start, frobenius, largest, route, settings)

@@ -24,6 +24,7 @@ from .arguments import as_batch, check_pair, check_seed
 from .decompose import oriented, power_of_two
 from .difference import Difference
 from .slq import Sampling, Spectrum, sampled_spectrum
+from .statistics import MAX_ABS, NON_FINITE, SUM_SQUARES, SUM_ULP_SQUARES, UNCHANGED
 from .types import RSVD, triplets
 from .workers import without_autocast
 
@@ -133,17 +134,17 @@ def measured(
     difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)], known=known)
     if statistics is None:
         statistics = ops.stats(difference.x, difference.base, True)[0]
-    usable = 0 < statistics[ops.MAX_ABS] < math.inf and statistics[ops.NON_FINITE] == 0
+    usable = 0 < statistics[MAX_ABS] < math.inf and statistics[NON_FINITE] == 0
     if not usable:
         spectrum = Spectrum(statistics.new_zeros(0))
     elif sampling is None:
-        spectrum = exact_spectrum(difference, statistics[ops.MAX_ABS])
+        spectrum = exact_spectrum(difference, statistics[MAX_ABS])
     else:
         oriented_svd = svd if tall or svd is None else svd.mT
         spectrum = sampled_spectrum(difference, max(top, 16), sampling, oriented_svd)
     values = _metrics(spectrum, statistics, x.shape, top, sampling is not None)
-    if usable and known is not None and power_of_two(statistics[ops.MAX_ABS].unsqueeze(0)) == 1:  # squares in range
-        squares = statistics[ops.SUM_SQUARES] / torch.linalg.vector_norm(known, dtype=torch.float64)
+    if usable and known is not None and power_of_two(statistics[MAX_ABS].unsqueeze(0)) == 1:  # squares in range
+        squares = statistics[SUM_SQUARES] / torch.linalg.vector_norm(known, dtype=torch.float64)
         values |= {"participation_ratio": squares**2, "participation_ratio error": torch.zeros_like(squares)}
     return spectrum, values
 
@@ -167,20 +168,20 @@ def _metrics(spectrum: Spectrum, statistics: Tensor, shape: torch.Size, top: int
     s = spectrum.leading
     first = s[0] if len(s) else edge.new_zeros(())
     unit = torch.where(first > 0, first, 1.0)
-    squares = statistics[ops.SUM_SQUARES] / unit**2
+    squares = statistics[SUM_SQUARES] / unit**2
     sums = _sums(spectrum, unit, threshold)
     values = {
         "spectral_norm": first,
-        "frobenius_norm": statistics[ops.SUM_SQUARES].sqrt(),
+        "frobenius_norm": statistics[SUM_SQUARES].sqrt(),
         # 0/0 = NaN for a zero matrix
         "spectral_to_frobenius": first / unit / squares.sqrt(),
         "top_fraction_norm_ratio": torch.linalg.vector_norm(s[:top] / unit) / squares.sqrt(),
         "stable_rank": squares,
         "noise_edge": edge,
-        "unchanged_fraction": statistics[ops.UNCHANGED] / (m * n),
+        "unchanged_fraction": statistics[UNCHANGED] / (m * n),
     } | _from_sums(sums.mean(0), squares)
     values["rank_above_noise"] = values["rank_above_noise"].round().long()
-    if statistics[ops.NON_FINITE] > 0 or not statistics[ops.MAX_ABS].isfinite():
+    if statistics[NON_FINITE] > 0 or not statistics[MAX_ABS].isfinite():
         keep = ("rank_above_noise", "quantisation_limited", "unchanged_fraction", "noise_edge")
         values |= {name: squares.new_full((), math.nan) for name in values if name not in keep}
     if sampled:
@@ -201,7 +202,7 @@ def _noise(statistics: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
     lies in the limit; of finite noise it passes it now and then.
     """
     roots = math.sqrt(m) + math.sqrt(n)
-    edge = (statistics[ops.SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * roots
+    edge = (statistics[SUM_ULP_SQUARES] / (12 * m * n)).sqrt() * roots
     return edge, edge * math.sqrt(1 + TRACY_WIDOM * (1 / math.sqrt(m) + 1 / math.sqrt(n)) ** (1 / 3) / roots)
 
 

@@ -21,7 +21,6 @@ from . import reference
 from .panels import arithmetic
 
 LIBRARY = torch.library.Library("effopd", "FRAGMENT")
-SUM_SQUARES, MAX_ABS, UNCHANGED, SUM_ULP_SQUARES, NON_FINITE = range(5)
 
 
 def _operator(function: Callable) -> torch._ops.OpOverload:

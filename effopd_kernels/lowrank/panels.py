@@ -16,17 +16,10 @@ from torch import Tensor
 
 from ..native import DTYPES, has_products, native
 from . import signs
+from .statistics import add_statistics, fill_statistics
 from .workers import shared_out
 
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
-
-# The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
-_EXPONENT = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
-    torch.float64: (torch.int64, 0x7FF0000000000000),
-}
 
 _mine = threading.local()  # buffers of this thread, by dtype
 
@@ -63,12 +56,6 @@ def over_rows(
         if found is not None:
             add_statistics(statistics, found)
     return total
-
-
-def add_statistics(to: Tensor, found: Tensor) -> None:
-    """Those of further rows (5,) to those of the rows before."""
-    largest = torch.maximum(to[1], found[1])
-    to.add_(found)[1] = largest
 
 
 def split(x: Tensor) -> list[slice]:
@@ -233,7 +220,8 @@ def _in_torch(a, b, scale, dtype, statistics, full) -> Tensor:
     if b is not None:
         out.sub_(b)
     if statistics is not None:
-        _count(statistics, out, a, full)
+        by_column = _by_column(out)  # in the order of memory
+        fill_statistics(statistics, out.mT if by_column else out, a.mT if by_column else a, full)
     if scale is not None:
         out.mul_(scale)
     return out if out.dtype == dtype else _buffer(a, dtype).copy_(out)
@@ -259,46 +247,3 @@ def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
                 flat = _mine.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype, device="cpu")
     out = flat[: lines * pitch].view(lines, pitch)[:, :length]
     return out.mT if _by_column(like) else out
-
-
-# ---- statistics in PyTorch
-
-
-def ulp(x: Tensor) -> Tensor:
-    """Distance from |x| to the next larger number of x's dtype; 0 for zeros and denormals, which no weight of interest
-    is.
-    """
-    integer, mask = _EXPONENT[x.dtype]
-    return (
-        (x.view(integer) & mask)
-        .view(x.dtype)
-        .to(torch.promote_types(x.dtype, torch.float32))
-        .mul_(torch.finfo(x.dtype).eps)
-    )
-
-
-def _count(row: Tensor, delta: Tensor, values: Tensor, full: bool) -> None:
-    """Statistics of one panel into ``row``; ``values`` are the entries of x it was made from."""
-    if delta.numel() == 0:
-        return
-    if _by_column(delta):  # the order of memory
-        delta, values = delta.mT, values.mT
-    largest = torch.maximum(-delta.amin(), delta.amax())  # aminmax would copy a panel whose rows lie apart
-    row[0] = _sum_squares(delta, largest)
-    row[1] = largest
-    if delta.device.type != "cpu" or not largest.isfinite():
-        row[4] = (~delta.isfinite()).sum()
-    if full:
-        # Of the bits, without the sign of −0: counting floats that are not zero takes ten times as long.
-        row[2] = delta.numel() - torch.count_nonzero(delta.abs().view(_EXPONENT[delta.dtype][0]))
-        steps = ulp(values)
-        row[3] = _sum_squares(steps, steps.amax())
-
-
-def _sum_squares(x: Tensor, largest: Tensor) -> Tensor:
-    """Σ x² in fp64. Row norms in fp32 are exact enough (their errors average out) and eight times faster, while squares
-    stay in range.
-    """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and not 1e-12 < float(largest) < 1e12:
-        x = x.double()
-    return torch.linalg.vector_norm(x, dim=1).double().square_().sum()

@@ -12,6 +12,7 @@ from effopd_kernels.lowrank.decompose import Settings, decompose_group, oriented
 from effopd_kernels.lowrank.difference import Difference
 from effopd_kernels.lowrank.panels import exact_gram
 from effopd_kernels.lowrank.slq import Sampling, _in_cpp, _outside, _step, sampled_spectrum, step_in_cpp
+from effopd_kernels.lowrank.statistics import NON_FINITE
 from effopd_kernels.lowrank.types import least_rounding
 from effopd_kernels.native import native
 
@@ -112,7 +113,7 @@ def test_non_finite_entries_are_counted(poison):
     x = base.clone()
     x[7, 5] = poison
     svd, statistics, _ = of_pair(x, base, Settings(8))
-    assert statistics[0, ops.NON_FINITE] == 1 and svd.flags == int(Flag.NON_FINITE) and svd.U.isnan().all()
+    assert statistics[0, NON_FINITE] == 1 and svd.flags == int(Flag.NON_FINITE) and svd.U.isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(1400, 640), (640, 1400), (600, 600)])
@@ -137,7 +138,7 @@ def test_what_rounding_would_swamp_is_taken_from_the_pair():
     u, v = (torch.randint(-3, 4, shape, generator=generator).float() for shape in ((700, 4), (4, 520)))
     a = (u @ v).bfloat16()  # whole numbers, exactly
     svd, statistics, g = of_pair(a, b, Settings(16))
-    assert g is not None and statistics[0, ops.NON_FINITE] == 0
+    assert g is not None and statistics[0, NON_FINITE] == 0
     usual = decompose_group([a], [b], Settings(16))[0]
     for field, same in zip(svd, usual, strict=True):
         assert torch.equal(field, same[0])

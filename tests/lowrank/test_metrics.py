@@ -73,7 +73,7 @@ def test_noise_edge_tells_rounding_from_learning():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_ulp(dtype):
     """Against the distance to the next number."""
-    from effopd_kernels.lowrank.panels import ulp
+    from effopd_kernels.lowrank.statistics import ulp
 
     x = torch.tensor([1.0, 1.5, 2.0, -3.75, 0.02, 1000.0]).to(dtype)
     if dtype in (torch.float32, torch.float64):

@@ -8,6 +8,7 @@ from lowrank.matrices import orthogonality, with_spectrum
 
 from effopd_kernels.lowrank import ops, orth, panels, reference, signs, types
 from effopd_kernels.lowrank.decompose import Settings, decompose_group
+from effopd_kernels.lowrank.statistics import MAX_ABS, NON_FINITE, SUM_SQUARES, SUM_ULP_SQUARES, UNCHANGED, ulp
 from effopd_kernels.native import native
 
 
@@ -54,9 +55,9 @@ def test_products(dtype, transposed, pair, in_cpp, monkeypatch):
         assert distance(y[i], c * a @ qi) < bar
         assert distance(projected[i], c**2 * a.mT @ (a @ qi)) < bar
         assert distance(ops.gram(x, base, scale, True)[i], c**2 * a.mT @ a) < 1e-13
-        assert abs(statistics[i, ops.SUM_SQUARES] / a.square().sum() - 1) < 1e-6
-        assert abs(statistics[i, ops.MAX_ABS] / a.abs().max() - 1) < bar
-        assert statistics[i, ops.UNCHANGED] == (a == 0).sum()
+        assert abs(statistics[i, SUM_SQUARES] / a.square().sum() - 1) < 1e-6
+        assert abs(statistics[i, MAX_ABS] / a.abs().max() - 1) < bar
+        assert statistics[i, UNCHANGED] == (a == 0).sum()
     g = ops.gram(x, base, None, False)
     assert torch.equal(g, g.mT)
     # Operands of 16 bits, where the processor multiplies them faster: the error of rounding, no more.
@@ -181,7 +182,7 @@ def test_a_decomposition_brings_the_statistics(route, shape, zero):
     found = torch.full((1, 5), torch.nan, dtype=torch.float64)
     decompose_group([x], [base], Settings(4, route=route), found)
     torch.testing.assert_close(found, ops.stats([x], [base], True), rtol=1e-6, atol=0)
-    assert found[0, ops.SUM_ULP_SQUARES] > 0 and (found[0, ops.UNCHANGED] == x.numel()) == zero
+    assert found[0, SUM_ULP_SQUARES] > 0 and (found[0, UNCHANGED] == x.numel()) == zero
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8, 9, 96])
@@ -199,7 +200,7 @@ def test_signs_of_a_sketch(columns):
 def test_non_finite_entries_are_counted():
     x, base, _ = difference(torch.float32)
     x[1][3, 4], base[1][5, 6] = torch.nan, -torch.inf
-    assert ops.stats(x, base, False)[:, ops.NON_FINITE].tolist() == [0, 2]
+    assert ops.stats(x, base, False)[:, NON_FINITE].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("columns", [1, 3, 17])
@@ -207,14 +208,14 @@ def test_small_squares_of_narrow_matrices_add_up(columns):
     """Each is less than half of the first one's last place."""
     x = torch.full((1024, columns), 0.999 * 2**-12.5)
     x[0] = 1
-    found = ops.stats([x], [], True)[0, ops.SUM_SQUARES]
+    found = ops.stats([x], [], True)[0, SUM_SQUARES]
     torch.testing.assert_close(found, x.double().square().sum(), rtol=2e-6, atol=0)
 
 
 def test_sums_of_squares_out_of_range_of_fp32():
     for scale in (1e-25, 1e30):
         a = scale * torch.ones(4, 5)
-        assert abs(ops.stats([a], [], False)[0, ops.SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
+        assert abs(ops.stats([a], [], False)[0, SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
 
 
 @pytest.mark.skipif(not native(), reason="needs the C++ extension")
@@ -247,7 +248,7 @@ def test_panels_in_cpp_are_those_of_torch(dtype, pair, transposed, fast):
                 )  # fmt: skip
                 found.append((panel.clone(), statistics))
             exact = a[3:].double() - (b[3:].double() if pair else 0)
-            sums = torch.stack([exact.square().sum(), panels.ulp(a[3:]).double().square().sum()])
+            sums = torch.stack([exact.square().sum(), ulp(a[3:]).double().square().sum()])
             for panel, statistics in found[1:]:
                 torch.testing.assert_close(panel, found[0][0], rtol=0, atol=0, equal_nan=True)
                 told = [1, 2, 4] if poison == 0 else [2, 4]  # a matrix with NaN may have any norms

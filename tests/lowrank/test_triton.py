@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
 
 from effopd_kernels.device_cache import captured
-from effopd_kernels.lowrank import ops, signs
+from effopd_kernels.lowrank import signs
 from effopd_kernels.lowrank import triton_kernels as kernels
+from effopd_kernels.lowrank.statistics import NON_FINITE, SUM_SQUARES
 
 N, M, L = (100, 70, 20) if not ON_GPU else (1000, 5000, 72)
 LONG = N + 1500 if ON_GPU else N + 200  # columns of two spans
@@ -158,7 +159,7 @@ def test_batches_beyond_the_grid_are_left_to_the_reference(monkeypatch):
 @pytest.mark.parametrize("size", [1e-25, 1e30])
 def test_sums_of_squares_beyond_fp32(size):
     a = torch.full((40, 50), size, device=DEVICE)
-    assert abs(kernels.launch_stats([a], [], False)[0, ops.SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
+    assert abs(kernels.launch_stats([a], [], False)[0, SUM_SQUARES] / a.double().square().sum() - 1) < 1e-12
 
 
 @needs_kernels
@@ -166,8 +167,8 @@ def test_non_finite_entries_are_counted_and_stay_in_their_matrix():
     x, base, _ = batch(torch.float32)
     x[1][3, 4], base[1][5, 6] = torch.nan, -torch.inf
     z, found = kernels.launch_sketch(x, base, L, 0, False)
-    assert found[:, ops.NON_FINITE].tolist() == [0, 2]
-    assert kernels.launch_stats(x, base, False)[:, ops.NON_FINITE].tolist() == [0, 2]
+    assert found[:, NON_FINITE].tolist() == [0, 2]
+    assert kernels.launch_stats(x, base, False)[:, NON_FINITE].tolist() == [0, 2]
     assert torch.equal(z[:1], kernels.launch_sketch(x[:1], base[:1], L, 0, False)[0])
 
 
