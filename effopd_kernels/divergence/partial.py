@@ -271,7 +271,7 @@ def sampled_kl(student_logprobs: Tensor, teacher_logprobs: Tensor, estimator: st
         raise ValueError(
             f"log-probabilities differ in shape: {tuple(student_logprobs.shape)}, {tuple(teacher_logprobs.shape)}"
         )
-    d = student_logprobs.to(torch.promote_types(student_logprobs.dtype, torch.float32)) - teacher_logprobs.detach()
+    d = student_logprobs.to(wide(student_logprobs)) - teacher_logprobs.detach()
     if estimator == "k1":
         return d
     if estimator == "k2":

@@ -7,7 +7,7 @@ Shape legend: D rows of a basis, K columns.
 import torch
 from torch import Tensor
 
-from ..checks import check_float, is_integer, shown
+from ..checks import check_float, is_integer, shown, wide
 from .types import RSVD, check_svd
 from .workers import without_autocast
 
@@ -84,5 +84,5 @@ def _leading(u: Tensor, v: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _promoted(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(u.dtype, v.dtype), torch.float32)
+    dtype = wide(u, v)
     return u.to(dtype), v.to(dtype)

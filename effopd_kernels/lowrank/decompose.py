@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from . import ops, orth, panels, routes, signs
 from .difference import Difference, resolves
 from .statistics import MAX_ABS, NON_FINITE, SUM_SQUARES
@@ -64,8 +65,7 @@ def decompose(a: Tensor, base: Tensor | None, settings: Settings) -> tuple[RSVD,
     """Factor a (B, m, n) − base. On CPU side by side, such that none depends on its batch; elsewhere as one group."""
     if not len(a):
         m, n = a.shape[-2:]
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        svd, rest = _blank(0, max(m, n), min(m, n), settings, dtype, a.device)
+        svd, rest = _blank(0, max(m, n), min(m, n), settings, wide(a), a.device)
         return svd if m >= n else svd.mT, rest
     x, y = a.detach(), None if base is None else base.detach()
     size = len(a)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from . import ops
 from .panels import over_panels
 from .types import least_rounding
@@ -31,7 +32,7 @@ class Difference:
     @property
     def dtype(self) -> torch.dtype:
         """Of the arithmetic and of the results: fp64 for fp64 input, else fp32."""
-        return torch.promote_types(self.x[0].dtype, torch.float32)
+        return wide(self.x[0])
 
     @property
     def mT(self) -> "Difference":

@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import wide
 from ..native import TRITON
 from . import reference
-from .panels import arithmetic
 
 LIBRARY = torch.library.Library("effopd", "FRAGMENT")
 
@@ -55,7 +55,7 @@ def _(x, base, full):
 
 @torch.library.register_fake("effopd::lowrank_sketch", lib=LIBRARY)
 def _(x, base, columns, seed, full):
-    z = x[0].new_empty((len(x), x[0].shape[1], columns), dtype=arithmetic(x[0]))
+    z = x[0].new_empty((len(x), x[0].shape[1], columns), dtype=wide(x[0]))
     return z, x[0].new_empty((len(x), 5), dtype=torch.float64)
 
 
@@ -77,7 +77,7 @@ def _(x, base, q, scale):
 @torch.library.register_fake("effopd::lowrank_gram", lib=LIBRARY)
 def _(x, base, scale, double):
     m = x[0].shape[1]
-    return x[0].new_empty((len(x), m, m), dtype=torch.float64 if double else arithmetic(x[0]))
+    return x[0].new_empty((len(x), m, m), dtype=torch.float64 if double else wide(x[0]))
 
 
 @torch.library.register_fake("effopd::lowrank_eigh", lib=LIBRARY)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from ..native import DTYPES, has_products, native
 from . import signs
 from .statistics import add_statistics, fill_statistics
@@ -101,12 +102,12 @@ def row_squares(x: Tensor, base: Tensor, instruction_set: int | None = -1) -> Te
         out = torch.empty(len(x), 3, dtype=torch.float64, device="cpu")
         native().line_squares(*_sources(x, base), *_lines(x), out.data_ptr(), instruction_set)
         return out
-    return squares_of_rows(x.to(arithmetic(x)) - base, x, base)
+    return squares_of_rows(x.to(wide(x)) - base, x, base)
 
 
 def squares_of_rows(*matrices: Tensor) -> Tensor:
     """Σ v² of every row of each, (N, …) fp64."""
-    norms = (torch.linalg.vector_norm(v.to(arithmetic(v)), dim=1) for v in matrices)
+    norms = (torch.linalg.vector_norm(v.to(wide(v)), dim=1) for v in matrices)
     return torch.stack([norm.double().square() for norm in norms], 1)
 
 
@@ -216,7 +217,7 @@ def _in_cpp(a: Tensor, b: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 def _in_torch(a, b, scale, dtype, statistics, full) -> Tensor:
-    out = _buffer(a, arithmetic(a, dtype)).copy_(a)
+    out = _buffer(a, torch.promote_types(wide(a), dtype)).copy_(a)
     if b is not None:
         out.sub_(b)
     if statistics is not None:
@@ -225,11 +226,6 @@ def _in_torch(a, b, scale, dtype, statistics, full) -> Tensor:
     if scale is not None:
         out.mul_(scale)
     return out if out.dtype == dtype else _buffer(a, dtype).copy_(out)
-
-
-def arithmetic(x: Tensor, dtype: torch.dtype = torch.float32) -> torch.dtype:
-    """Of the subtraction: fp64 where x or the result is, else fp32."""
-    return torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
 
 
 def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..checks import wide
 from . import panels, signs
-from .panels import arithmetic, over_panels, over_rows, panel, split
+from .panels import over_panels, over_rows, panel, split
 from .workers import shared_out
 
 GRAM_BLOCK = 128  # columns of a block row of a Gram; only blocks at or below the diagonal are computed
@@ -31,7 +32,7 @@ def stats(x: list[Tensor], base: list[Tensor], full: bool) -> Tensor:
     """
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=x[0].device)
     for row, matrix in zip(result, _each(x, base, None), strict=True):
-        over_panels(lambda rows, p: None, *matrix, arithmetic(matrix[0]), row, full)
+        over_panels(lambda rows, p: None, *matrix, wide(matrix[0]), row, full)
     return result
 
 
@@ -40,7 +41,7 @@ def sketch(x: list[Tensor], base: list[Tensor], columns: int, seed: int, full: b
     :func:`stats`), the second from the same reading.
     """
     rows = x[0].shape[1]
-    z = x[0].new_empty(len(x), rows, columns, dtype=arithmetic(x[0]))
+    z = x[0].new_empty(len(x), rows, columns, dtype=wide(x[0]))
     result = torch.zeros(len(x), 5, dtype=torch.float64, device=z.device)
     omega = signs.dense(seed, rows, columns, z.device, z.dtype)
     places = signs.sparse(seed, rows, columns)
@@ -89,7 +90,7 @@ def gram(x: list[Tensor], base: list[Tensor], scale: Tensor | None, double: bool
     result.
     """
     m = x[0].shape[1]
-    g = torch.zeros(len(x), m, m, dtype=torch.float64 if double else arithmetic(x[0]), device=x[0].device)
+    g = torch.zeros(len(x), m, m, dtype=torch.float64 if double else wide(x[0]), device=x[0].device)
     share = shared_out if g.device.type == "cpu" else map
     for i, matrix in enumerate(_each(x, base, scale)):
         for rows in split(matrix[0]):

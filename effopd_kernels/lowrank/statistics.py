@@ -8,6 +8,8 @@ Kernels fill them in themselves; this is what PyTorch does in their place.
 import torch
 from torch import Tensor
 
+from ..checks import wide
+
 SUM_SQUARES, MAX_ABS, UNCHANGED, SUM_ULP_SQUARES, NON_FINITE = range(5)
 
 # The exponent field alone, read as a float, is the power of two at or below |x|; times eps, its unit in the last place.
@@ -24,12 +26,7 @@ def ulp(x: Tensor) -> Tensor:
     is.
     """
     integer, mask = _EXPONENT[x.dtype]
-    return (
-        (x.view(integer) & mask)
-        .view(x.dtype)
-        .to(torch.promote_types(x.dtype, torch.float32))
-        .mul_(torch.finfo(x.dtype).eps)
-    )
+    return (x.view(integer) & mask).view(x.dtype).to(wide(x)).mul_(torch.finfo(x.dtype).eps)
 
 
 def fill_statistics(row: Tensor, delta: Tensor, x: Tensor, full: bool) -> None:
