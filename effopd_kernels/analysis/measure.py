@@ -95,9 +95,9 @@ def _spectra(comparison: Comparison, name: str, role: Role, options: Options) ->
             where = comparison.about(trajectory, position)
             for i, (label, place, w, x, y) in enumerate(_matrices(name, role, base, a, b)):
                 named = _named(label, place, x)
-                svd, spectrum, row, subtracted = _spectrum(x, y, options, effort)
+                svd, spectrum, row, base_norm = _spectrum(x, y, options, effort)
                 if i not in weights:  # only a bf16 checkpoint, no adapter, has a Gram: its b is the base
-                    weights[i] = _norms(_statistics(w, None), w)["update_norm"] if subtracted is None else subtracted
+                    weights[i] = _norms(_statistics(w, None), w)["update_norm"] if base_norm is None else base_norm
                 found.rows.append({**where, **named, **row, "weight_norm": weights[i]})
                 if position == last:
                     finals.append(svd)
@@ -205,15 +205,17 @@ def _spectrum(
     settings = Settings(rank, *effort, seed=options.seed)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
     exact = options.exact or choose(a, rank, settings.width(m)) in ("direct", "exact")
-    known = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
-    subtracted = None if known is None else math.sqrt(statistics[5]) if statistics[5].isfinite() else math.nan
-    statistics, group = statistics[:5], ([a], [] if b is None else [b])
-    grams = None if known is None else known.unsqueeze(0)
-    found, _ = decompose_group(*group, settings, statistics.unsqueeze(0), grams)
+    gram = None if exact or m > GRAM_SIDE else exact_gram(*_tall(a, b), statistics)
+    statistics, base_square = statistics[:5], statistics[5]
+    base_norm = None
+    if gram is not None:
+        base_norm = math.sqrt(base_square) if base_square.isfinite() else math.nan
+    grams = None if gram is None else gram.unsqueeze(0)
+    found, _ = decompose_group([a], [] if b is None else [b], settings, statistics.unsqueeze(0), grams)
     svd = RSVD(*(field[0] for field in found))
     steps = STEPS if n >= 2 * m and rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
-    spectrum, metrics = measured(a, b, top, sampling, svd, statistics, known)
+    spectrum, metrics = measured(a, b, top, sampling, svd, statistics, gram)
     row = {name: value.item() for name, value in metrics.items()}
     # Entries or σ that fp32 does not hold are not finite, though the factors of a narrow matrix are taken in fp64.
     bad = not (math.isfinite(row["frobenius_norm"]) and spectrum.leading.isfinite().all())
@@ -242,7 +244,7 @@ def _spectrum(
         spread = 2 * row["rank_above_noise_error"]
         ends = max(count - spread, 0.0), min(count + spread, float(m))
         row["rank_above_noise_low"], row["rank_above_noise_high"] = ends
-    return svd, spectrum, row, subtracted
+    return svd, spectrum, row, base_norm
 
 
 def _tall(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -82,16 +82,16 @@ def decompose_group(
     base: list[Tensor],
     settings: Settings,
     statistics: Tensor | None = None,
-    known: Tensor | None = None,
+    known_gram: Tensor | None = None,
 ) -> tuple[RSVD, Rest]:
     """Factor x_b − base_b, all (m, n), without stacking them. Fields lead with (B,).
 
     Args:
         statistics: (B, 5) fp64, where those of `ops.stats` are put, in full, from the same reading as the first pass.
-        known: (B, M, M), the Gram on the short side, from a reading that has filled in ``statistics``.
+        known_gram: (B, M, M), the Gram on the short side, from a reading that has filled in ``statistics``.
     """
     tall = x[0].shape[0] >= x[0].shape[1]
-    pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base], known=known)
+    pair = Difference([oriented(v, tall) for v in x], [oriented(v, tall) for v in base], known_gram=known_gram)
     if settings.route is None:  # by the dtype given: what is narrow goes on in fp64
         settings = settings._replace(route=routes.choose(x[0], settings.rank, settings.width(min(x[0].shape))))
     if min(x[0].shape) < NARROW and x[0].dtype != torch.float64:
@@ -104,21 +104,13 @@ def decompose_group(
 
 def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) -> tuple[RSVD, Rest]:
     """As `decompose_group`; those that are zero or not finite are set apart."""
-    (n, m), k, full, route = x.x[0].shape, settings.rank, wanted is not None, settings.route
-    start = None
-    if x.known is not None:
-        statistics = wanted
-    elif k and route == "subspace" and settings.power_iters:
-        start, statistics = ops.sketch(x.x, x.base, settings.width(m), settings.seed, full)
-    else:
-        statistics = ops.stats(x.x, x.base, full)
-    if full:
-        wanted.copy_(statistics)
+    (n, m), k = x.x[0].shape, settings.rank
+    start, statistics = _first_pass(x, settings, wanted)
     frobenius, largest = statistics[:, SUM_SQUARES].sqrt(), statistics[:, MAX_ABS]
     bad = (statistics[:, NON_FINITE] > 0) | ~largest.isfinite()
     zero = ~bad & (largest == 0)
     if k and not (bad | zero).any():
-        return _factor(x, start, frobenius, largest, route, settings)
+        return _factor(x, start, frobenius, largest, settings)
 
     svd, rest = _blank(len(x.x), n, m, settings, x.dtype, frobenius.device)
     svd.frobenius_norm.copy_(frobenius)
@@ -132,31 +124,47 @@ def _decompose_tall(x: Difference, settings: Settings, wanted: Tensor | None) ->
     if k and len(index):
         some = Difference(*([group[i] for i in index.tolist() if group] for group in (x.x, x.base)))
         start = None if start is None else start[index]
-        found = _factor(some, start, frobenius[index], largest[index], route, settings)
+        found = _factor(some, start, frobenius[index], largest[index], settings)
         for fields, values in zip((svd, rest), found, strict=True):
             for field, value in zip(fields, values, strict=True):
                 field[index] = value
     return svd, rest
 
 
+def _first_pass(x: Difference, settings: Settings, wanted: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(XᵀX Ω of the unscaled X where iterations start from it, statistics (B, 5)), from one reading of the pair or,
+    with its Gram, none. The statistics are in full, and put into ``wanted`` too, where that is given.
+    """
+    if x.known_gram is not None:
+        return None, wanted
+    start, full = None, wanted is not None
+    if settings.rank and settings.route == "subspace" and settings.power_iters:
+        start, statistics = ops.sketch(x.x, x.base, settings.width(x.x[0].shape[1]), settings.seed, full)
+    else:
+        statistics = ops.stats(x.x, x.base, full)
+    if full:
+        wanted.copy_(statistics)
+    return start, statistics
+
+
 def _factor(
-    x: Difference, start: Tensor | None, frobenius: Tensor, largest: Tensor, route: str, settings: Settings
+    x: Difference, start: Tensor | None, frobenius: Tensor, largest: Tensor, settings: Settings
 ) -> tuple[RSVD, Rest]:
     """The SVD of nonzero, finite x, scaled to where fp32 can square entries."""
     scale = power_of_two(largest)
     if (scale != 1).any():
-        start, x = None, replace(x, known=None)  # were taken of the unscaled ones
+        start, x = None, replace(x, known_gram=None)  # were taken of the unscaled ones
     x = replace(x, scale=scale)
-    if x.known is not None and settings.tol is None:
+    if x.known_gram is not None and settings.tol is None:
         found = _from_gram(x, frobenius, settings)
         if found is not None:
             return found
-        x = replace(x, known=None)
-    if route == "direct":
+        x = replace(x, known_gram=None)
+    if settings.route == "direct":
         svd, rest = _direct(x, frobenius * scale, settings)
     else:
-        q = _first_basis(x, start, route, settings)
-        svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=route != "exact")
+        q = _first_basis(x, start, settings)
+        svd, rest = _triplets(x, q, frobenius * scale, settings, may_iterate=settings.route != "exact")
     return _unscaled(svd, rest, scale, settings.kept(settings.width(x.x[0].shape[1])) - settings.rank)
 
 
@@ -166,7 +174,7 @@ def _from_gram(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RS
     not even whether σ_k is clustered.
     """
     k, width, scale = settings.rank, settings.width(x.x[0].shape[1]), frobenius.unsqueeze(-1)
-    q = orth.basis(torch.stack([panels.times_signs(g, width, settings.seed) for g in x.known]))
+    q = orth.basis(torch.stack([panels.times_signs(g, width, settings.seed) for g in x.known_gram]))
     q = orth.orthonormal(routes.iterate(x.gram_apply, q, settings.power_iters, k, settings.kept(width)))[..., :k]
     u, s, w = orth.svd_of_tall(x.apply(q), k)
     if not resolves(frobenius, s[:, -1]).all():
@@ -213,13 +221,14 @@ def power_of_two(largest: Tensor) -> Tensor:
     return torch.where(exponent.abs() > _SCALE_BEYOND, torch.exp2(-exponent), 1.0)
 
 
-def _first_basis(x: Difference, start: Tensor | None, route: str, settings: Settings) -> Tensor:
+def _first_basis(x: Difference, start: Tensor | None, settings: Settings) -> Tensor:
+    """Q (B, M, L), by the route that was chosen; ``start`` is XᵀX Ω where that was taken."""
     width = settings.width(x.x[0].shape[1])
     kept, iterations = settings.kept(width), settings.power_iters
-    if route == "exact":
+    if settings.route == "exact":
         return routes.exact(x, kept)
     omega = _omega(x, width, settings)
-    if route == "gram":
+    if settings.route == "gram":
         return routes.gram(x, omega, iterations, settings.rank, kept)
     if iterations == 0:
         return omega

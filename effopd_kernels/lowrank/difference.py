@@ -20,14 +20,14 @@ def resolves(frobenius: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """B differences of N × M views. ``scale`` is a (B,) tensor of powers of two, or None for 1. ``known`` (B, M, M) is
-    (x − base)ᵀ(x − base) where it was taken, and stands for two products with the pair.
+    """B differences of N × M views. ``scale`` is a (B,) tensor of powers of two, or None for 1. ``known_gram``
+    (B, M, M) is (x − base)ᵀ(x − base) where it was taken, and stands for two products with the pair.
     """
 
     x: list[Tensor]
     base: list[Tensor]
     scale: Tensor | None = None
-    known: Tensor | None = None
+    known_gram: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def mT(self) -> "Difference":
-        return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base], known=None)
+        return replace(self, x=[v.mT for v in self.x], base=[v.mT for v in self.base], known_gram=None)
 
     def apply(self, q: Tensor) -> Tensor:
         """X Q, (B, N, L)."""
@@ -44,8 +44,8 @@ class Difference:
 
     def gram_apply(self, q: Tensor, fast: bool = False) -> Tensor:
         """XᵀX Q, (B, M, L)."""
-        if self.known is not None:
-            z = ops.skinny(list(self.known), [], q, None)
+        if self.known_gram is not None:
+            z = ops.skinny(list(self.known_gram), [], q, None)
             return z if self.scale is None else z.mul_(self.scale.square().to(z.dtype)[:, None, None])
         return ops.gram_apply(self.x, self.base, q, self.scale, fast)
 

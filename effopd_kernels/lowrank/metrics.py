@@ -121,17 +121,20 @@ def measured(
     sampling: Sampling | None = None,
     svd: RSVD | None = None,
     statistics: Tensor | None = None,
-    known: Tensor | None = None,
+    known_gram: Tensor | None = None,
 ) -> tuple[Spectrum, dict[str, Tensor]]:
     """The spectrum of one x − y (m, n), empty where that is zero or not finite, and its metrics by name.
 
     With ``sampling`` the leading triplets are those of ``svd`` if given, and "<name> error" stands beside what was
-    sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, and ``known`` (M, M) the Gram
-    on the short side, where they were taken; with the latter the participation ratio is exact too.
+    sampled; without, every σ is exact. ``statistics`` (5,): those of `ops.stats` in full, and ``known_gram`` (M, M)
+    that on the short side, where they were taken; with the latter the participation ratio is exact too.
     """
     tall = x.shape[0] >= x.shape[1]
-    known = None if known is None else known.unsqueeze(0)
-    difference = Difference([oriented(x, tall)], [] if y is None else [oriented(y, tall)], known=known)
+    difference = Difference(
+        [oriented(x, tall)],
+        [] if y is None else [oriented(y, tall)],
+        known_gram=None if known_gram is None else known_gram.unsqueeze(0),
+    )
     if statistics is None:
         statistics = ops.stats(difference.x, difference.base, True)[0]
     usable = 0 < statistics[MAX_ABS] < math.inf and statistics[NON_FINITE] == 0
@@ -143,8 +146,8 @@ def measured(
         oriented_svd = svd if tall or svd is None else svd.mT
         spectrum = sampled_spectrum(difference, max(top, 16), sampling, oriented_svd)
     values = _metrics(spectrum, statistics, x.shape, top, sampling is not None)
-    if usable and known is not None and power_of_two(statistics[MAX_ABS].unsqueeze(0)) == 1:  # squares in range
-        squares = statistics[SUM_SQUARES] / torch.linalg.vector_norm(known, dtype=torch.float64)
+    if usable and known_gram is not None and power_of_two(statistics[MAX_ABS].unsqueeze(0)) == 1:  # squares in range
+        squares = statistics[SUM_SQUARES] / torch.linalg.vector_norm(known_gram, dtype=torch.float64)
         values |= {"participation_ratio": squares**2, "participation_ratio error": torch.zeros_like(squares)}
     return spectrum, values
 

@@ -113,7 +113,7 @@ def sampled_spectrum(x: Difference, k: int, sampling: Sampling, svd: RSVD | None
         return Spectrum(s)
     scale = torch.exp2(-s[:1].log2().floor())
     mean_rest = ((svd.frobenius_norm.square() - s.square().sum()).clamp_min(0) / (m - k)).sqrt()
-    x = replace(x, scale=scale, known=x.known if resolves(svd.frobenius_norm, mean_rest) else None)
+    x = replace(x, scale=scale, known_gram=x.known_gram if resolves(svd.frobenius_norm, mean_rest) else None)
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(m, probes, generator=generator, dtype=torch.float32, device="cpu").to(v.device, v.dtype)
     rules, squares = _lanczos(x, v, z, least, min(most, m - k))
@@ -165,7 +165,7 @@ def _step(x: Difference, v: Tensor, q: Tensor, t: int, diagonal: Tensor, off: Te
 def _in_cpp(x: Difference, q: Tensor, v: Tensor) -> bool:
     """Whether `step_in_cpp` can do it: from a Gram, for 16 probes and even sizes."""
     return (
-        x.known is not None
+        x.known_gram is not None
         and q.device.type == "cpu"
         and q.dtype == torch.float32
         and q.shape[2] == 16
@@ -178,7 +178,7 @@ def step_in_cpp(x: Difference, v: Tensor, q: Tensor, t: int, diagonal, off, inst
     """As :func:`_step`, of contiguous tensors, in one kernel. instruction_set: the multiplier's, −1 the best."""
     scale = 1.0 if x.scale is None else x.scale.item() ** 2
     native().lanczos_step(
-        x.known.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
+        x.known_gram.data_ptr(), q.shape[1], scale, v.data_ptr(), v.shape[1], q.data_ptr(), t,
         diagonal.data_ptr(), off.data_ptr(), instruction_set,
     )  # fmt: skip
 

@@ -151,7 +151,7 @@ def test_a_sampled_spectrum(m, k):
     svd, _, g = of_pair(a, b, Settings(k))
     pair = Difference([a], [b])
     usual, found = (
-        sampled_spectrum(x, k, Sampling(16, 8, 8, 0), svd) for x in (pair, replace(pair, known=g.unsqueeze(0)))
+        sampled_spectrum(x, k, Sampling(16, 8, 8, 0), svd) for x in (pair, replace(pair, known_gram=g.unsqueeze(0)))
     )
     torch.testing.assert_close(found.nodes, usual.nodes, rtol=1e-3, atol=1e-5 * float(svd.S[0]))
     assert found.rest_norm() == pytest.approx(usual.rest_norm(), rel=1e-4)
