@@ -21,7 +21,7 @@ from ..checks import wide
 from ..extrapolation import buffers, extrapolate, extrapolate_
 from ..extrapolation.interrupts import Deferred
 from ..lowrank import RSVD, batched_rsvd, low_rank_update
-from ..lowrank.types import triplets
+from ..lowrank.types import triplet_count
 from .checkpoints import Checkpoint
 from .roles import is_matrix
 
@@ -156,7 +156,7 @@ class EditableModel:
 
     @staticmethod
     def _rank(matrix: Tensor, fraction: float) -> int:
-        return triplets(fraction, min(matrix.shape[-2:]))
+        return triplet_count(fraction, min(matrix.shape[-2:]))
 
     def _pair(self, place: tuple[str, int], name: str, base: Tensor) -> tuple[Tensor, Tensor | None]:
         """(a, b) with ΔW = a − b, b None for zero, on the device of the base's tensor."""

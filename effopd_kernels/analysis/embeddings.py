@@ -22,7 +22,7 @@ def embeddings(found: Findings) -> Part:
     """The tables embedding_tokens and embedding_top, and what they say."""
     if not found.tokens:
         return Part()
-    spoken = speaker([found.comparison.base.path, *(c[-1].path for c in found.comparison.trajectories.values())])
+    text_of = token_reader([found.comparison.base.path, *(c[-1].path for c in found.comparison.trajectories.values())])
     tokens, top, leads = [], [], []
     for trajectory, measured in found.tokens.items():
         finite = measured["shift"].isfinite()  # the relative one is not where the base's row is zero
@@ -31,7 +31,7 @@ def embeddings(found: Findings) -> Part:
         moved = int((finite & (measured["shift"] > 0)).sum())
         order = torch.argsort(shift, descending=True, stable=True)[: min(MOST, moved)].tolist()
         top += [
-            {"trajectory": trajectory, "place": place, "token": token, "text": spoken(token)}
+            {"trajectory": trajectory, "place": place, "token": token, "text": text_of(token)}
             | {key: values[token].item() for key, values in measured.items()}
             for place, token in enumerate(order, 1)
         ]
@@ -86,17 +86,17 @@ def _histogram(values: dict[str, Tensor], label: str) -> Picture | None:
     )  # fmt: skip
 
 
-def speaker(folders: list[Path]) -> Callable[[int], str]:
+def token_reader(folders: list[Path]) -> Callable[[int], str]:
     """A function from a token's id to its text, through the first tokenizer in these folders that can be read; without
     one, to "".
     """
-    decode = next((d for folder in folders if (d := _tried(_decoder, folder))), lambda _: "")
-    return lambda token: _visible(_tried(decode, token) or "")
+    decode = next((d for folder in folders if (d := _none_if_it_fails(_decoder, folder))), lambda _: "")
+    return lambda token: _visible(_none_if_it_fails(decode, token) or "")
 
 
-def _tried(function: Callable, argument: Any) -> Any:
-    """None where it fails: tokenizers may be damaged, need a package that is not installed, or not know an id, and
-    raise what they like; the numbers do not depend on them.
+def _none_if_it_fails(function: Callable, argument: Any) -> Any:
+    """Tokenizers may be damaged, need a package that is not installed, or not know an id, and raise what they like; the
+    numbers do not depend on them.
     """
     try:
         return function(argument)

@@ -20,22 +20,22 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Told:
-    """How one intervention is told.
+class Presentation:
+    """How one intervention is presented.
 
     Attributes:
         title, lead, how_to_read: as in `report.Section`.
         draw: its figures by name.
-        look: what to look at first, and each trajectory's row of it, from the rows that have a share to recover.
+        highlight: what to look at first, and each trajectory's row of it, from the rows that have a share to recover.
         across: the column whose values become the table's columns; None where the metric is the only one.
-        headline: whether what is looked at first is also a number at the top.
+        headline: whether the highlight is also a number at the top.
     """
 
     title: str
     lead: str
     how_to_read: str
     draw: "Callable[[View, Sequence[Row]], Iterator[tuple[str, Picture]]]"
-    look: Callable[[Sequence[Row]], tuple[str, list[Row]]] = lambda rows: ("", [])
+    highlight: Callable[[Sequence[Row]], tuple[str, list[Row]]] = lambda rows: ("", [])
     across: str | None = "trajectory"
     headline: bool = False
 
@@ -49,20 +49,21 @@ def write(folder: Path, rows: Sequence[Row], metric: str, settings: Row, lead: s
     view = View(rows, metric)
     tables = {"models": [r for r in rows if r["intervention"] in ("base", "final")]}
     sections, headlines = [], [view.scores()]
-    for name, told in TOLD.items():
+    for name, presentation in PRESENTATIONS.items():
         own = [{k: v for k, v in row.items() if k != "intervention"} for row in rows if row["intervention"] == name]
         if not own:
             continue
         tables[name] = own
-        what, looked = told.look([row for row in own if row["recovered"] is not None])
-        if looked and told.headline:
-            shares = {row["trajectory"]: view.interval(row, "recovered") for row in looked}
+        what, highlighted = presentation.highlight([row for row in own if row["recovered"] is not None])
+        if highlighted and presentation.headline:
+            shares = {row["trajectory"]: view.interval(row, "recovered") for row in highlighted}
             explained = "Share of the final model's gain over the base."
             headlines.append(Headline(what[0].upper() + what[1:], shares, explained, 1.0))
         note = f"{LABELS[metric]}; tables/{name}.csv has gains over the base, what they recover, and standard errors."
-        table = view.table(own, told.across)
-        about, drawn = f"{told.lead} {said(what, looked)}", dict(told.draw(view, own))
-        sections.append(Section(told.title, about, drawn, told.how_to_read, table, note))
+        table = view.table(own, presentation.across)
+        about = f"{presentation.lead} {highlight_sentence(what, highlighted)}"
+        drawn = dict(presentation.draw(view, own))
+        sections.append(Section(presentation.title, about, drawn, presentation.how_to_read, table, note))
     part = Part(sections, headlines, tables)
     write_report(folder, "What edited models score", [part], settings, lead=lead, notes=[*notes, *view.losses()])
 
@@ -194,21 +195,21 @@ def rescale(view: View, rows: Sequence[Row]) -> Iterator[tuple[str, Picture]]:
             yield f"rescale_{stem}" + ("" if of is view else f"_{of.metric}"), figure
 
 
-def best(rows: Sequence[Row]) -> list[Row]:
+def best_of_each(rows: Sequence[Row]) -> list[Row]:
     """Each trajectory's row that gained most, of those whose gain is a number."""
     rows = [row for row in rows if math.isfinite(row[MEASURED])]
     return [max(own, key=lambda row: row[MEASURED]) for own in by_trajectory(rows).values()]
 
 
-def tenth(part: str) -> Callable[[Sequence[Row]], tuple[str, list[Row]]]:
+def tenth_of_the_rank(part: str) -> Callable[[Sequence[Row]], tuple[str, list[Row]]]:
     """The share of the rank nearest to 10 %, its norm as it falls."""
 
-    def look(rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    def highlight(rows: Sequence[Row]) -> tuple[str, list[Row]]:
         share = min((row[KEPT[part]] for row in rows), key=lambda f: abs(f - 0.1), default=0.1)
         what = "top {:.0%} of the rank" if part == "top" else "rank without its top {:.0%}"
         return what.format(share), [row for row in rows if row[KEPT[part]] == share and row["norm"] == UNMATCHED]
 
-    return look
+    return highlight
 
 
 def first_at_final_norm(rows: Sequence[Row]) -> list[Row]:
@@ -224,8 +225,8 @@ def by_trajectory(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return own
 
 
-def said(what: str, rows: Sequence[Row]) -> str:
-    """A sentence of it."""
+def highlight_sentence(what: str, rows: Sequence[Row]) -> str:
+    """What the rows of a highlight recover, as a sentence; nothing where there are none."""
 
     def where(row: Row) -> str:
         if "alpha" in row:
@@ -245,23 +246,23 @@ MATCHED = (
     "vectors keep their final values. Norm that of NAME: rescaled, tensor by tensor, to the norm of NAME's whole "
     "update."
 )
-TOLD = {
-    "scale": Told(
+PRESENTATIONS = {
+    "scale": Presentation(
         "Scaling the final update",
         "W0 + α·ΔW of the final checkpoint on every tensor: α = 0 is the base, α = 1 the trained model.",
         "A best value beyond α = 1 means that going on along the update would have paid; a flat stretch, that its "
         f"length does not matter. {LINES}",
         scale,
-        lambda rows: ("best α", best(rows)),
+        lambda rows: ("best α", best_of_each(rows)),
     ),
-    "norm": Told(
+    "norm": Presentation(
         "Score against update norm",
         "Every checkpoint as it is, placed by the Frobenius norm of its whole update.",
         f"The trajectory whose curve leaves the base's line sooner gets more out of each unit of movement. {LINES}",
         norm,
         across=None,
     ),
-    "embeddings": Told(
+    "embeddings": Presentation(
         "Embeddings of the base",
         "The final model with the base's embeddings, and head where that is a tensor of its own.",
         "Equal bars for nothing and embeddings mean that training moved the embeddings to no effect. "
@@ -273,32 +274,32 @@ TOLD = {
         ),
         headline=True,
     ),
-    "window": Told(
+    "window": Presentation(
         "A few layers at a time",
         "The base with a window of layers taken from the final checkpoint: their MLPs, their attention, both.",
         "A point is a window, placed at its middle layer; the further from the base's line, the more of what was "
         f"learned sits there. {LINES}",
         window,
-        lambda rows: ("best window", best(rows)),
+        lambda rows: ("best window", best_of_each(rows)),
     ),
-    "top": Told(
+    "top": Presentation(
         "The leading part of the rank",
         f"Every matrix's final update truncated to its leading singular triplets; {MATCHED}",
         f"A curve that reaches its final model's line early has its gain in few directions. {LINES}",
         truncation("top"),
-        tenth("top"),
+        tenth_of_the_rank("top"),
         across="norm",
         headline=True,
     ),
-    "bottom": Told(
+    "bottom": Presentation(
         "The rank without its leading part",
         f"Every matrix's final update without its leading singular triplets; {MATCHED}",
         f"A curve that stays at the base's line has nothing in the directions that are left. {LINES}",
         truncation("bottom"),
-        tenth("bottom"),
+        tenth_of_the_rank("bottom"),
         across="norm",
     ),
-    "rescale": Told(
+    "rescale": Presentation(
         "Early checkpoints at the final norm",
         "Every checkpoint, and the same with each tensor's update rescaled to that tensor's final norm.",
         "Where the right panel is near the final model's line from the start, the direction was there early and "

@@ -24,7 +24,7 @@ from ..lowrank.panels import exact_gram, row_squares, squares_of_rows
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
 from ..lowrank.statistics import add_statistics
-from ..lowrank.types import least_rounding, triplets
+from ..lowrank.types import least_rounding, triplet_count
 from ..tensor_files import EVERY
 from .checkpoints import Checkpoint
 from .comparison import Comparison
@@ -200,7 +200,7 @@ def _spectrum(
     not move. ‖b‖ is None unless the reading that took the Gram gave it, too.
     """
     n, m = max(a.shape), min(a.shape)
-    top = triplets(TOP_FRACTION, m)
+    top = triplet_count(TOP_FRACTION, m)
     rank = min(max(options.rank, top), m)  # the top are known one by one
     settings = Settings(rank, *effort, seed=options.seed)
     statistics = torch.zeros(6, dtype=torch.float64, device=a.device)
@@ -284,7 +284,7 @@ def _energy(spectrum: Spectrum, m: int, row: dict[str, Any]) -> list[float]:
         squares = torch.cat([squares, rest * (left / float(rest.sum()) if rest.any() else 0.0)])
     reached = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     reached = (reached / reached[-1]).clamp_max(1)
-    return reached[[triplets(fraction, m) for fraction in GRID]].sqrt().tolist()
+    return reached[[triplet_count(fraction, m) for fraction in GRID]].sqrt().tolist()
 
 
 def _alignment(svd: RSVD, final: RSVD, ks: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from .decompose import oriented, power_of_two
 from .difference import Difference
 from .slq import Sampling, Spectrum, sampled_spectrum
 from .statistics import MAX_ABS, NON_FINITE, SUM_SQUARES, SUM_ULP_SQUARES, UNCHANGED
-from .types import RSVD, triplets
+from .types import RSVD, triplet_count
 from .workers import without_autocast
 
 TRACY_WIDOM = 3.27  # 99.9 % quantile of the law of the largest eigenvalue of noise (Johnstone 2001)
@@ -106,7 +106,7 @@ def spectral_metrics(
         if not is_integer(value) or value < least:
             raise ValueError(f"{name} must be an integer ≥ {least}, got {shown(value)}")
     check_seed(seed)
-    top = triplets(top_fraction, min(a.shape[-2:]))
+    top = triplet_count(top_fraction, min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     sampling = Sampling(int(probes), min(LEAST_STEPS, int(steps)), int(steps), int(seed)) if method == "slq" else None
     rows = [measured(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]

@@ -19,7 +19,7 @@ def least_rounding(norm: Tensor, dtype: torch.dtype) -> Tensor:
     return (4 if dtype == torch.float64 else 1) * ROUNDING * torch.finfo(dtype).eps * norm
 
 
-def triplets(fraction: float, rank: int) -> int:
+def triplet_count(fraction: float, rank: int) -> int:
     """⌈fraction · rank⌉, as exact numbers: 28 for 0.28 of 100, whose product is a little above 28 in floating point."""
     return math.ceil(fraction * rank - 1e-9)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from effopd_kernels.analysis import cli, figures, intervention_report
 from effopd_kernels.analysis.allocation import _maps
-from effopd_kernels.analysis.embeddings import _histogram, speaker
+from effopd_kernels.analysis.embeddings import _histogram, token_reader
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
 from effopd_kernels.analysis.findings import _roundings
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
@@ -207,11 +207,11 @@ def test_the_first_tokenizer_that_can_be_read_speaks(tmp_path):
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text(text)
-    assert speaker(sorted(tmp_path.iterdir()))(0) == ""
+    assert token_reader(sorted(tmp_path.iterdir()))(0) == ""
     (tmp_path / "whole").mkdir()
     Tokenizer(models.WordLevel({"a b": 0}, unk_token="?")).save(str(tmp_path / "whole/tokenizer.json"))
-    spoken = speaker(sorted(tmp_path.iterdir()))
-    assert spoken(0) == "a␣b" and spoken(99) == ""
+    text_of = token_reader(sorted(tmp_path.iterdir()))
+    assert text_of(0) == "a␣b" and text_of(99) == ""
 
 
 # ---- of interventions -----------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ def test_a_final_model_that_diverged_has_no_shares(tmp_path):
 
 def test_an_edit_that_diverged_is_not_the_best():
     rows = [{"trajectory": "a", "gain": gain} for gain in (math.nan, 1.0, 2.0, math.nan)]
-    assert intervention_report.best(rows) == [rows[2]]
-    assert intervention_report.best(rows[:1]) == []
+    assert intervention_report.best_of_each(rows) == [rows[2]]
+    assert intervention_report.best_of_each(rows[:1]) == []
 
 
 def test_one_prompt_has_no_shares(tmp_path, monkeypatch):

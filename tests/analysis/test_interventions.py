@@ -26,7 +26,7 @@ from effopd_kernels.analysis.cli import main
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
-from effopd_kernels.analysis.intervention_report import TOLD
+from effopd_kernels.analysis.intervention_report import PRESENTATIONS
 from effopd_kernels.analysis.interventions import InterventionArguments, _identity, check, named_edits, plan_of
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
@@ -276,7 +276,7 @@ def test_tables_figures_and_report(finished, trained):
     images = sorted(p.stem for p in (finished / "figures").glob("*.svg"))
     assert report.count("<img ") == len(images) == 14
     for name in INTERVENTIONS:  # every number of the tables is in its section of the report
-        section = report.split(f"<h2>{TOLD[name].title}</h2>")[1].split("</section>")[0]
+        section = report.split(f"<h2>{PRESENTATIONS[name].title}</h2>")[1].split("</section>")[0]
         assert all(f">{shown(row['teacher_kl'])}<" in section for row in tables[name]), name
     assert {p.name for p in finished.iterdir()} == {"evaluations.jsonl", "figures", "report.html", "tables"}
 
