@@ -16,7 +16,8 @@ import torch
 from ..extrapolation.distributed import Ranks
 from .comparison import Comparison
 from .findings import Findings
-from .measure import Measured, Options, measure
+from .matrix import Options
+from .measure import Measured, measure
 from .roles import role_of, token_embedding
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from .checkpoints import listed
 from .comparison import Comparison
 from .figures import Interval
-from .measure import Measured, Options, relative
+from .matrix import Options
+from .measure import Measured, relative
 from .roles import TYPES, depth, third
 
 Row = Mapping[str, Any]

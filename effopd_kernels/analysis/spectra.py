@@ -9,7 +9,7 @@ from . import figures
 from .comparison import CHECKPOINT
 from .figures import Interval
 from .findings import GROUPS, WHOLE, Findings, Row, finite, grouped, interval, mean, norms
-from .measure import GRID, TOP_FRACTION
+from .matrix import GRID, TOP_FRACTION
 from .report import Headline, Part, Section
 
 AVERAGED = (

@@ -22,7 +22,7 @@ from .analyse import analyse, estimate
 from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
-from .measure import Options
+from .matrix import Options
 from .output import answer, check_free, say, terminated_as_interrupted, whole_folder
 from .painter import Painter
 from .report import PARTS, REPORT_NAME, Section, write_report

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from effopd_kernels import tensor_files as files
 from effopd_kernels.analysis import cli, measure
 from effopd_kernels.analysis.comparison import compare
+from effopd_kernels.analysis.matrix import Options
 from effopd_kernels.analysis.output import check_free
 from effopd_kernels.errors import UserError
 
@@ -146,7 +147,7 @@ def test_blocks_of_rows_are_the_whole(base, tmp_path, monkeypatch):
     found = []
     for block in (measure.BLOCK, 7 * hidden):
         monkeypatch.setattr(measure, "BLOCK", block)
-        found.append([measure.measure(comparison, n, measure.Options(), True) for n in (EMBEDDING, "lm_head.weight")])
+        found.append([measure.measure(comparison, n, Options(), True) for n in (EMBEDDING, "lm_head.weight")])
     for whole, blocks in zip(*found, strict=True):
         numbers = ([v for row in m.rows for v in row.values() if isinstance(v, float)] for m in (blocks, whole))
         torch.testing.assert_close(*numbers, rtol=1e-6, atol=0)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from analysis import planted
 
+from effopd_kernels.analysis import matrix as measured_matrix
 from effopd_kernels.analysis import measure
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.findings import interval
-from effopd_kernels.analysis.measure import GRID, PROBES, Options, _alignment, _bounds, _energy, _spectrum, _tokens
+from effopd_kernels.analysis.matrix import GRID, PROBES, Options, _bounds, alignment_rows, energy_curve, spectrum_of
+from effopd_kernels.analysis.measure import _tokens
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.lowrank import RSVD
 from effopd_kernels.lowrank.metrics import measured
@@ -40,7 +42,7 @@ def matrix(kind):
 def case(request):
     a, b = matrix(request.param)
     exact = torch.linalg.svdvals(a.double() - b.double())
-    return request.param, a, b, exact, *_spectrum(a, b, Options(RANK))[1:3]
+    return request.param, a, b, exact, *spectrum_of(a, b, Options(RANK))[1:3]
 
 
 def assert_bounds(row, exact):
@@ -72,7 +74,7 @@ def test_bounds_of_exact_spectra_leave_room_for_rounding():
     generator = torch.Generator().manual_seed(0)
     for shape in [(2, 64), (17, 2), (200, 5), (64, 96)] * 5:
         a = torch.randn(shape, generator=generator)
-        row = _spectrum(a, None, Options(4, exact=True))[2]
+        row = spectrum_of(a, None, Options(4, exact=True))[2]
         assert row["spectrum"] == "exact"
         assert_bounds(row, torch.linalg.svdvals(a.double()))
 
@@ -97,15 +99,15 @@ def test_the_rank_above_noise_is_given_between_bounds_it_can_have(monkeypatch):
         told = {"rank_above_noise": torch.tensor(600), "rank_above_noise error": torch.tensor(304.0)}
         return spectrum, metrics | told
 
-    monkeypatch.setattr(measure, "measured", uncertain)
-    row = _spectrum(*matrix("rounded"), Options(RANK))[2]
+    monkeypatch.setattr(measured_matrix, "measured", uncertain)
+    row = spectrum_of(*matrix("rounded"), Options(RANK))[2]
     assert shown(interval(row, "rank_above_noise")) == "600 [0, 640]"
     assert interval({"x": 1.0, "x_error": 0.25}, "x") == (1.0, 0.5, 1.5)  # elsewhere two standard errors
 
 
 def test_energy_curves_follow_the_exact_ones(case):
     _, _, _, exact, spectrum, row = case
-    curve = torch.tensor(_energy(spectrum, M, row), dtype=torch.float64)
+    curve = torch.tensor(energy_curve(spectrum, M, row), dtype=torch.float64)
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), exact.square().cumsum(0)]) / exact.square().sum()
     expected = reached[(torch.tensor(GRID, dtype=torch.float64) * M - 1e-9).ceil().long()].sqrt()
     assert curve[0] == 0 and curve[-1] == pytest.approx(1)
@@ -116,7 +118,7 @@ def test_the_rest_is_bounded_over_seeds():
     """A bound that holds at one seed only would not be one: the same flat matrix, other probes."""
     a, b = matrix("flat")
     for seed in range(8):
-        svd, spectrum, row, _ = _spectrum(a, b, Options(16, seed=seed))
+        svd, spectrum, row, _ = spectrum_of(a, b, Options(16, seed=seed))
         rest = torch.linalg.matrix_norm(
             (a.double() - b.double()) @ (torch.eye(N).double() - svd.Vh.double().T @ svd.Vh.double()), 2
         )
@@ -127,12 +129,12 @@ def test_the_rest_is_bounded_over_seeds():
 
 def test_equal_and_broken_matrices():
     a = torch.randn(20, 30)
-    row = _spectrum(a, a.clone(), Options(8))[2]
+    row = spectrum_of(a, a.clone(), Options(8))[2]
     assert row["update_norm"] == 0 and row["effective_rank"] == 0 and row["non_finite"] == 0
     assert not any(isinstance(v, float) and math.isnan(v) for v in row.values())
     broken = a.clone()
     broken[3, 4] = math.nan
-    row = _spectrum(broken, a, Options(8))[2]
+    row = spectrum_of(broken, a, Options(8))[2]
     assert row["non_finite"] == 1 and row["rank_above_noise"] is None and row["quantisation_limited"] is None
 
 
@@ -140,9 +142,9 @@ def test_equal_and_broken_matrices():
 def test_an_update_beyond_fp32_is_not_finite(shape, a, b):
     """Its entries, though a narrow matrix is factored in fp64, and its leading σ."""
     a, b = (torch.full(shape, value, dtype=torch.bfloat16) for value in (a, b))
-    svd, _, row, _ = _spectrum(a, b, Options(8))
+    svd, _, row, _ = spectrum_of(a, b, Options(8))
     assert row["non_finite"] == 1 and math.isnan(row["update_norm"]) and math.isnan(row["spectral_norm_high"])
-    assert _alignment(svd, svd, (1,)) == []
+    assert alignment_rows(svd, svd, (1,)) == []
 
 
 def test_the_top_is_known_whatever_the_rank():
@@ -151,7 +153,7 @@ def test_the_top_is_known_whatever_the_rank():
     base = torch.randn(1300, 1100, generator=generator).bfloat16()
     a = (base.float() + 0.05 * torch.randn(1300, 1100, generator=generator)).bfloat16()
     s = torch.linalg.svdvals(a.double() - base.double())
-    row = _spectrum(a, base, Options(1))[2]
+    row = spectrum_of(a, base, Options(1))[2]
     assert row["top_fraction_norm_ratio"] == pytest.approx(float(s[:11].norm() / s.norm()), rel=0.05)
     exact = float((s**2).sum() ** 2 / (s**4).sum())
     assert abs(row["participation_ratio"] - exact) <= 1e-5 * exact + 4 * row["participation_ratio_error"]
@@ -168,12 +170,12 @@ def test_the_norm_of_the_base_that_comes_with_the_gram(tmp_path):
 def test_subspaces_are_compared_up_to_the_rank():
     """Beyond it vectors are arbitrary: an adapter of rank 4 would seem to turn to the end."""
     b, a = torch.randn(80, 4), torch.randn(4, 90)
-    early, last = (_spectrum(scale * b @ a, None, Options(16))[0] for scale in (0.5, 1.0))
-    rows = _alignment(early, last, (1, 4, 8, 16))
+    early, last = (spectrum_of(scale * b @ a, None, Options(16))[0] for scale in (0.5, 1.0))
+    rows = alignment_rows(early, last, (1, 4, 8, 16))
     assert [row["k"] for row in rows] == [1, 4]
     assert all(row["mean_cosine"] == pytest.approx(1, abs=1e-5) for row in rows)
-    svd = _spectrum(torch.randn(8, 90), None, Options(8))[0]  # of which more than half fills its space
-    rows = _alignment(svd, svd, (1, 4, 5, 8))
+    svd = spectrum_of(torch.randn(8, 90), None, Options(8))[0]  # of which more than half fills its space
+    rows = alignment_rows(svd, svd, (1, 4, 5, 8))
     assert [row["k"] for row in rows] == [1, 4]
     assert rows[0]["chance_cosine"] == pytest.approx(math.sqrt(2 / (8 * math.pi)))
 
@@ -186,8 +188,8 @@ def test_angles_between_subspaces(degrees):
     turned = basis[:, :4].clone()
     turned[:, 3] = math.cos(angle) * basis[:, 3] + math.sin(angle) * basis[:, 4]
     s = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
-    early, last = (_spectrum(((u * s) @ v).float(), None, Options(4))[0] for u in (turned, basis[:, :4]))
-    (row,) = _alignment(early, last, (4,))
+    early, last = (spectrum_of(((u * s) @ v).float(), None, Options(4))[0] for u in (turned, basis[:, :4]))
+    (row,) = alignment_rows(early, last, (4,))
     assert row["largest_angle_degrees"] == pytest.approx(degrees, abs=2e-5, rel=1e-5)
 
 
@@ -197,7 +199,7 @@ def test_bounds_of_a_constant_row_along_a_long_side():
     for x in (a, a.bfloat16()):
         exact = x.double()
         largest = torch.linalg.eigvalsh(exact @ exact.mT)[-1].sqrt()
-        row = _spectrum(x, torch.zeros_like(x), Options(16))[2]
+        row = spectrum_of(x, torch.zeros_like(x), Options(16))[2]
         assert row["spectral_norm_low"] <= largest <= row["spectral_norm_high"]
 
 
