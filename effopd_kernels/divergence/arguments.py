@@ -186,15 +186,17 @@ def check_tokens(tokens: Tensor, mask: Tensor | None, weight: Tensor | None, red
         if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
             raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
     for name, tensor in (("mask", mask), ("weight", weight)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor is weight is not None and weight.is_complex():
-            raise TypeError(f"weight must be real, got {weight.dtype}")
-        if tensor is mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool with True for tokens that count, got {mask.dtype}")
-        if tensor is not None and tensor.shape != shape:
+        if name == "weight" and tensor.is_complex():
+            raise TypeError(f"weight must be real, got {tensor.dtype}")
+        if name == "mask" and tensor.dtype != torch.bool:
+            raise TypeError(f"mask must be bool with True for tokens that count, got {tensor.dtype}")
+        if tensor.shape != shape:
             raise ValueError(f"{name} must have the tokens' shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != device:
+        if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the tokens are on {device}")
 
 
