@@ -157,11 +157,12 @@ class _PerToken(torch.autograd.Function):
 def reduced_loss(
     run: Any,
     tensors: tuple,
-    num_inputs: int,
     spec: tuple,
     scale_N: Tensor | None,
+    *,
+    num_inputs: int,
     per_row: bool,
-    stats: bool,
+    with_stats: bool,
     dtype: torch.dtype,
     keep: bool | None = None,
 ):
@@ -175,17 +176,17 @@ def reduced_loss(
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     if per_row:
         if keep is None:
-            rows, stats_3N = apply(_PerRow, run, spec, needs, stats, *map(keepable, tensors))
+            rows, stats_3N = apply(_PerRow, run, spec, needs, with_stats, *map(keepable, tensors))
         else:
-            rows, stats_3N, *_ = apply(_PerToken, run, spec, needs, stats, keep, dtype, *map(keepable, tensors))
+            rows, stats_3N, *_ = apply(_PerToken, run, spec, needs, with_stats, keep, dtype, *map(keepable, tensors))
         # A copy for the statistics: the loss may be written to, as by `loss *= advantages`.
-        return rows if scale_N is None else rows * scale_N, rows.detach().clone() if stats else rows, stats_3N
+        return rows if scale_N is None else rows * scale_N, rows.detach().clone() if with_stats else rows, stats_3N
     detached = tuple(t if t is None else t.detach() for t in tensors)
     unit, row_scale = None, scale_N
     if dtype == torch.float16 and scale_N is not None and scale_N.numel():
         unit = scale_N.abs().amax()
         unit = unit.masked_fill(unit == 0, 1)
         row_scale = scale_N / unit
-    rows, grads, stats_3N, *_ = run(detached, row_scale, spec, needs, stats)
+    rows, grads, stats_3N, *_ = run(detached, row_scale, spec, needs, with_stats)
     loss = (rows if scale_N is None else rows * scale_N).sum()
     return apply(_WithGradients, loss, unit, anchor_of(inputs), *grads, *inputs), rows, stats_3N

@@ -157,13 +157,13 @@ def linear_divergence_loss(
     loss, rows, stats = reduced_loss(
         _rows,
         (*student, *teacher, mask_N),
-        3,
         (*spec, *dtypes, logits_dtype, chunk_bytes, num_valid),
         scale_N,
-        reduction == "none",
-        return_stats,
-        dtypes[0],
-        keep,
+        num_inputs=3,
+        per_row=reduction == "none",
+        with_stats=return_stats,
+        dtype=dtypes[0],
+        keep=keep,
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

@@ -149,12 +149,12 @@ def divergence_loss(
     loss, rows, stats = reduced_loss(
         _rows_inplace if inplace else _rows,
         (*as_rows(student_logits, teacher_logits.detach()), mask_N),
-        1,
         spec,
         scale_N,
-        reduction == "none",
-        return_stats,
-        student_logits.dtype if inplace else torch.float32,
+        num_inputs=1,
+        per_row=reduction == "none",
+        with_stats=return_stats,
+        dtype=student_logits.dtype if inplace else torch.float32,
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)
 

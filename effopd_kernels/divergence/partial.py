@@ -153,14 +153,45 @@ def topk_divergence_loss(
     student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
     mask_N, scale_N = row_factor(student, student, mask, weight, reduction, num_tokens)
     check_num_valid(mask_N, num_valid)
-    k = teacher_logprobs.shape[-1]
-    tail = tail and k < V
-    known, ids = (x.detach().reshape(-1, k) for x in (teacher_logprobs, teacher_ids))
-    absent = known == -torch.inf if k < V else torch.zeros_like(ids, dtype=torch.bool)
-    absent = absent if mask_N is None else absent | ~mask_N[:, None]
+    tail = tail and teacher_logprobs.shape[-1] < V
     hint = "; what the student lacks has log-probability −inf"
     if student_weight is None:
         hint += "; if the student is hidden states, give student_weight too"
+    ids, known = _known_entries(teacher_ids, teacher_logprobs, mask_N, V, tail, hint)
+    known = known.to(wide(student))
+    numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
+    if student_weight is None:
+        run, rows, dtype, keep = _rows, as_rows(student), torch.float32, None
+    else:
+        run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
+        rows = _head(student, student_weight, student_bias)
+        numbers = (*numbers, dtype, chunk_bytes, num_valid)
+        keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes) if reduction == "none" else None
+    loss, per_row, stats = reduced_loss(
+        run,
+        (*rows, ids, known, mask_N),
+        numbers,
+        scale_N,
+        num_inputs=len(rows),
+        per_row=reduction == "none",
+        with_stats=return_stats,
+        dtype=dtype,
+        keep=keep,
+    )
+    return answer(loss, per_row, stats, shape, reduction, return_stats)
+
+
+def _known_entries(
+    ids: Tensor, logprobs: Tensor, mask_N: Tensor | None, V: int, tail: bool, hint: str
+) -> tuple[Tensor, Tensor]:
+    """ids (N, k) int64, −1 for an entry that is none, and the teacher's log-probabilities of these and, with a tail, of
+    all others together, (N, k + tail). Raises ValueError, where it can look, for ids and log-probabilities that no
+    teacher gives; `hint` is added to what is said of ids out of range.
+    """
+    k = ids.shape[-1]
+    known, ids = (x.detach().reshape(-1, k) for x in (logprobs, ids))
+    absent = known == -torch.inf if k < V else torch.zeros_like(ids, dtype=torch.bool)
+    absent = absent if mask_N is None else absent | ~mask_N[:, None]
     if not tail and readable(absent):
         nothing = absent.all(-1) if mask_N is None else absent.all(-1) & mask_N
         if nothing.any():
@@ -174,19 +205,7 @@ def topk_divergence_loss(
         known = known.double()
         rest = (-torch.expm1(known.logsumexp(-1, keepdim=True))).clamp(min=2.0**-24)
         known = torch.cat([known, rest.log()], -1)
-    known = known.to(wide(student))
-    numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
-    run, rows, dtype, keep = _rows, as_rows(student), torch.float32, None
-    if student_weight is not None:
-        run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
-        rows = _head(student, student_weight, student_bias)
-        numbers = (*numbers, dtype, chunk_bytes, num_valid)
-        if reduction == "none":
-            keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes)
-    loss, per_row, stats = reduced_loss(
-        run, (*rows, ids, known, mask_N), len(rows), numbers, scale_N, reduction == "none", return_stats, dtype, keep
-    )
-    return answer(loss, per_row, stats, shape, reduction, return_stats)
+    return ids, known
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -249,7 +268,17 @@ def linear_token_logprobs(
     numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
     tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
     keep = may_keep(tensors[0], num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
-    rows, _, stats = reduced_loss(_linear_rows, tensors, 3, numbers, None, True, return_entropy, dtype, keep)
+    rows, _, stats = reduced_loss(
+        _linear_rows,
+        tensors,
+        numbers,
+        None,
+        num_inputs=3,
+        per_row=True,
+        with_stats=return_entropy,
+        dtype=dtype,
+        keep=keep,
+    )
     rows = rows.reshape(hidden.shape[:-1])
     return (rows, stats[0].reshape(rows.shape)) if return_entropy else rows
 
