@@ -50,6 +50,24 @@ def low_rank_update(
             and ``tail``, or either outside 0 … k, ``alpha`` or ``match_norm`` that is not finite, the latter below 0
             (on a GPU these are not looked at).
     """
+    _check(w0, svd, rank, tail, alpha, match_norm, out)
+    part = slice(tail, None) if tail is not None else slice(0, rank)
+    u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
+    if match_norm is not None:
+        s = _of_norm(s, match_norm)
+    us = u * ((alpha if isinstance(alpha, Tensor) else float(alpha)) * s).unsqueeze(-2)
+    wide = torch.promote_types(w0.dtype, us.dtype)
+    us, vh = us.to(wide), vh.to(wide)
+    if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
+        return (w0.to(wide) + us @ vh).to(w0.dtype)
+    if out is None:
+        return _added(w0, us, vh, torch.empty_like(w0))
+    w0, vh = (t.clone() if _is_another_view(t, out) else t for t in (w0, vh))
+    return _added(w0, us, vh, out)
+
+
+def _check(w0: Tensor, svd: RSVD, rank, tail, alpha, match_norm, out) -> None:
+    """Raises as `low_rank_update`."""
     check_float(w0=w0, **({} if out is None else {"out": out}))
     check_svd(svd)
     check_float(w0=w0, U=svd.U, S=svd.S, Vh=svd.Vh)
@@ -83,23 +101,14 @@ def low_rank_update(
     if match_norm is not None and not _usable(match_norm, 0):
         raise ValueError(f"match_norm must be finite and ≥ 0, got {shown(match_norm)}")
 
-    part = slice(tail, None) if tail is not None else slice(0, rank)
-    u, s, vh = svd.U[..., part], svd.S[..., part], svd.Vh[..., part, :]
-    if match_norm is not None:
-        norm = torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64)
-        match_norm = match_norm if isinstance(match_norm, Tensor) else float(match_norm)
-        wanted = torch.as_tensor(match_norm, dtype=torch.float64, device=s.device)
-        norm, wanted = norm.masked_fill(zero := norm == 0, 1), wanted.expand_as(norm).masked_fill(zero, 0)
-        s = s * (wanted / norm).to(s.dtype).unsqueeze(-1)
-    us = u * ((alpha if isinstance(alpha, Tensor) else float(alpha)) * s).unsqueeze(-2)
-    wide = torch.promote_types(w0.dtype, us.dtype)
-    us, vh = us.to(wide), vh.to(wide)
-    if out is None and torch.is_grad_enabled() and any(t.requires_grad for t in (w0, us, vh)):
-        return (w0.to(wide) + us @ vh).to(w0.dtype)
-    if out is None:
-        return _added(w0, us, vh, torch.empty_like(w0))
-    w0, vh = (t.clone() if _is_another_view(t, out) else t for t in (w0, vh))
-    return _added(w0, us, vh, out)
+
+def _of_norm(s: Tensor, wanted: float | Tensor) -> Tensor:
+    """Singular values (..., K) scaled such that their sum of triplets has this Frobenius norm; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(s, dim=-1, dtype=torch.float64)
+    wanted = wanted if isinstance(wanted, Tensor) else float(wanted)
+    wanted = torch.as_tensor(wanted, dtype=torch.float64, device=s.device)
+    norm, wanted = norm.masked_fill(zero := norm == 0, 1), wanted.expand_as(norm).masked_fill(zero, 0)
+    return s * (wanted / norm).to(s.dtype).unsqueeze(-1)
 
 
 def _is_another_view(a: Tensor, b: Tensor) -> bool:
