@@ -35,8 +35,7 @@ for name, args in (("divergence_rows", f"Tensor teacher, {ARGS}"), ("topk_rows",
 torch.library.define("effopd::scale_", "(Tensor(a!) x, Tensor factor) -> ()")
 
 _DLPACK_DTYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}
-_BLOCKS = {"cpu": 1 << 20}  # bytes of logits in fp64 that the reference takes at a time, by device
-_BLOCK = 256 << 20  # elsewhere
+_CPU_BLOCK, _BLOCK = 1 << 20, 256 << 20  # bytes of logits in fp64 that the reference takes at a time, elsewhere
 _KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
@@ -44,7 +43,8 @@ def _by_blocks(definition, logits, per_row, numbers, grad_out, with_stats):
     """`definition` of a few rows at a time, of which it holds a dozen copies."""
     *logits, out = (x if x is None or x.ndim == 3 else x.unsqueeze(0) for x in (*logits, grad_out))
     B, T, V = logits[0].shape
-    step, found = max(_BLOCKS.get(logits[0].device.type, _BLOCK) // (8 * max(V, 1)), 1), []
+    block = _CPU_BLOCK if logits[0].device.type == "cpu" else _BLOCK
+    step, found = max(block // (8 * max(V, 1)), 1), []
     for sequence, start in itertools.product(range(B), range(0, max(T, 1), step)):
         rows, at = slice(start, min(start + step, T)), sequence * T
         own = (x if x is None else x[at + rows.start : at + rows.stop] for x in per_row)
@@ -164,11 +164,9 @@ def _register(name: str, device: str, launch):
     @torch.library.impl(f"effopd::{name}", device)
     def rows(student, *args):
         *args, with_grad, with_stats = args
-        grad = (
-            empty_rows(student.shape[:-1].numel(), student.shape[-1], student).view(student.shape)
-            if with_grad
-            else None
-        )
+        grad = None
+        if with_grad:
+            grad = empty_rows(student.shape[:-1].numel(), student.shape[-1], student).view(student.shape)
         loss, stats = launch(student, *args, grad_out=grad, with_stats=with_stats)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
