@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..extrapolation.adapters import BASE, CHANGES_BASE, COMPANION
 from ..tensor_files import EVERY
-from .checkpoints import Checkpoint, listed, read_json
+from .checkpoints import Checkpoint, read_json
+from .wording import listed
 
 CONFIG = "adapter_config.json"
 # Variants of peft's LoraConfig whose weight is not W + s·B·A.

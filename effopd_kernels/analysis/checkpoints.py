@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from ..commands import json_object
 from ..errors import UserError
 from ..extrapolation.selection import plain_name
 from ..tensor_files import EVERY, FileCheckpoint
+from .wording import printable
 
-LISTED = 10  # names in an error message
 # Hugging Face's checkpoint-500, and what other trainers write; an epoch is no step, bf16 or final-v3 no number of them.
 _STEPS = re.compile(r"(?:^|[-_.])(?:checkpoint|ckpt|step|iter|iteration)[-_=]?(\d+)$")
 _STATE_DICT = (
@@ -94,22 +94,6 @@ class Checkpoint:
         if not set(longer.values()).isdisjoint(others):
             self._stored = {longer[name]: stored for name, stored in self._stored.items()}
             self.shapes = {longer[name]: about for name, about in self.shapes.items()}
-
-
-def counted(names: Collection, kind: str) -> str:
-    """How many there are of a kind of thing."""
-    return f"{len(names)} {kind}{'s' * (len(names) != 1)}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first ten, and how many more there are."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
-
-
-def printable(text: str | Path) -> str:
-    """With bytes of a path or argument that are no text, which no table, figure or terminal takes, as \\udcff."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

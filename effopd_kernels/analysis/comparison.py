@@ -15,8 +15,9 @@ from typing import Any
 from ..checks import FLOATS
 from ..errors import UserError
 from .adapters import Adapter, is_adapter
-from .checkpoints import Checkpoint, counted, listed
+from .checkpoints import Checkpoint
 from .roles import role_of, token_embedding
+from .wording import counted, listed
 
 CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")
 # bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import listed
 from .comparison import Comparison
 from .figures import Interval
 from .matrix import Options
 from .measure import Measured, relative
 from .roles import TYPES, depth, third
+from .wording import listed
 
 Row = Mapping[str, Any]
 WHOLE = "MLP and attention"
@@ -51,9 +51,10 @@ class Findings:
         for row in self.rows:
             row["third"] = third(row["layer"], self.layers)
         broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))
-        notes = [f"NaN or infinite in the base, so left out of all sums and averages: {listed(list(broken))}."]
-        notes = notes if broken else []
-        self.comparison = replace(comparison, notes=[*comparison.notes, *notes, *_roundings(comparison)])
+        notes = list(comparison.notes)
+        if broken:
+            notes.append(f"NaN or infinite in the base, so left out of all sums and averages: {listed(list(broken))}.")
+        self.comparison = replace(comparison, notes=[*notes, *_roundings(comparison)])
         self.middle = any(row["third"] == "middle" for row in self.rows)
 
     def each(self, rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -24,7 +24,6 @@ from ..train.options import DataArguments, options_help, parse_options
 from ..train.run import build_trainer as build_opd_trainer
 from . import intervention_report
 from .adapters import CONFIG
-from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .edits import Edit, EditableModel, live_tensors
 from .evaluations import FILE, Evaluations, evaluate_trials, pending, rows_of
@@ -35,6 +34,7 @@ from .report import PARTS
 from .roles import depth
 from .scoring import Validate, estimate
 from .updates import trajectories_of
+from .wording import counted, listed, printable
 
 
 @dataclass

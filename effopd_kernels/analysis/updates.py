@@ -19,13 +19,13 @@ from ..commands import EXIT_USER_ERROR, leave_process_group
 from ..errors import UserError
 from ..extrapolation.distributed import RankFailed, Ranks
 from .analyse import analyse, estimate
-from .checkpoints import counted, listed, printable
 from .comparison import Comparison, compare
 from .findings import Findings
 from .matrix import Options
 from .output import answer, check_free, say, terminated_as_interrupted, whole_folder
 from .painter import Painter
 from .report import PARTS, REPORT_NAME, Section, write_report
+from .wording import counted, listed, printable
 
 ALONE = "training"  # the name of the only trajectory
 
