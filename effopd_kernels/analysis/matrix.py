@@ -115,7 +115,8 @@ def _bounds(svd: RSVD, spectrum: Spectrum, first: float, top: int, exact: bool) 
         return first, first, norm
     if exact:
         return first - rounding, first + rounding, float(torch.linalg.vector_norm(spectrum.leading[:top])) + rounding
-    s, gap, rest = svd.S.double(), float(svd.triplet_residual.square().sum()), spectrum.rest_norm() ** 2
+    s = svd.S.double()
+    gap, rest = float(svd.triplet_residual.square().sum()), spectrum.rest_norm() ** 2
     beyond = float(svd.residual_norm) ** 2  # Weyl with the Frobenius norm of the rest holds too
 
     def upper(count: int) -> float:

@@ -152,7 +152,8 @@ def linear_divergence_loss(
     teacher = tuple(t if t is None else t.detach() for t in teacher)
     keep = None
     if reduction == "none":
-        V, s_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or dtypes[0]
+        V = min(student_weight.shape[0], teacher_weight.shape[0])
+        s_dtype = logits_dtype or dtypes[0]
         keep = may_keep(student[0], num_valid, V, dtypes[0], s_dtype, student_bytes(chunk_bytes))
     loss, rows, stats = reduced_loss(
         _rows,

@@ -168,7 +168,8 @@ def hidden_gradient(grad_NV: Tensor, weight_VD: Tensor) -> Tensor:
     if dtype == grad_NV.dtype:
         return grad_NV @ weight_VD
     (N, V), D = grad_NV.shape, weight_VD.shape[1]
-    result, grad_in, weight_in = grad_NV.new_zeros(N, D, dtype=dtype), _caster(dtype, device), _caster(dtype, device)
+    result = grad_NV.new_zeros(N, D, dtype=dtype)
+    grad_in, weight_in = _caster(dtype, device), _caster(dtype, device)
     for cols in pieces(V, WIDE_BLOCK // dtype.itemsize // max(N + D, 1)):
         result.addmm_(grad_in(grad_NV[:, cols]), weight_in(weight_VD[cols]))
     return result
@@ -184,7 +185,8 @@ def add_product(acc_VD: Tensor, grad_NV: Tensor, hidden_ND: Tensor, first: bool)
     elif device.type == "cuda":
         torch.addmm(acc_VD, grad_NV.T, hidden_ND, out_dtype=acc_VD.dtype, beta=beta, out=acc_VD)
     else:  # gradᵀ at hand too
-        hidden, cast, product = hidden_ND.to(dtype), _caster(dtype, device), hidden_ND.new_empty(0, dtype=dtype)
+        hidden, cast = hidden_ND.to(dtype), _caster(dtype, device)
+        product = hidden_ND.new_empty(0, dtype=dtype)
         for cols, block in _blocks(len(grad_NV), acc_VD, grad_NV, dtype):
             ops.transpose(grad_NV[:, cols], block)
             if acc_VD.dtype == dtype:
@@ -238,8 +240,10 @@ def linear_divergence_rows(
     *args,
 ):  # fmt: skip
     *spec, dtype, teacher_dtype, logits_dtype, chunk_bytes, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
-    needs, teacher = (grad_h, grad_w, grad_b), (teacher_hidden, teacher_weight, teacher_bias)
-    V, t_dtype = min(student_weight.shape[0], teacher_weight.shape[0]), logits_dtype or teacher_dtype
+    needs = grad_h, grad_w, grad_b
+    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    V = min(student_weight.shape[0], teacher_weight.shape[0])
+    t_dtype = logits_dtype or teacher_dtype
     with without_autocast(student_hidden.device.type):
         tokens = _tokens(len(student_hidden), mask, num_valid)
         teacher, row_scale = tokens.operands(*teacher, V, teacher_dtype), tokens.kept(row_scale)
@@ -250,7 +254,8 @@ def linear_divergence_rows(
 
             def tiles(chunk: slice, logits: Tensor):
                 for tile in pieces(len(logits), tile_rows):
-                    rows, t = slice(chunk.start + tile.start, chunk.start + tile.stop), buffer[: tile.stop - tile.start]
+                    rows = slice(chunk.start + tile.start, chunk.start + tile.stop)
+                    t = buffer[: tile.stop - tile.start]
                     project(t, teacher[0][rows], *teacher[1:])
                     mask, scale = (None if x is None else x[rows] for x in (tokens.valid, row_scale))
                     found = torch.ops.effopd.divergence_rows_(
@@ -260,8 +265,7 @@ def linear_divergence_rows(
 
             return tiles
 
-        student, budgets = (student_hidden, student_weight, student_bias), (student_bytes(chunk_bytes), chunk_bytes)
-        dtypes = dtype, logits_dtype or dtype, t_dtype
+        dtypes, budgets = (dtype, logits_dtype or dtype, t_dtype), (student_bytes(chunk_bytes), chunk_bytes)
         return _linear_rows(student, V, tokens, compare, dtypes, budgets, needs, with_stats, keep)
 
 
@@ -276,8 +280,8 @@ def linear_topk_rows(hidden, weight, bias, ids, known, mask, row_scale, *args):
             per_token = (None if x is None else x[chunk] for x in (ids, known, tokens.valid, row_scale))
             yield chunk, *torch.ops.effopd.topk_rows_(logits, *per_token, *spec, any(needs) or keep, with_stats)
 
-        student, budgets = (hidden, weight, bias), (chunk_bytes, chunk_bytes)
-        dtypes = dtype, dtype, dtype
+        dtypes, budgets = (dtype, dtype, dtype), (chunk_bytes, chunk_bytes)
+        student = hidden, weight, bias
         return _linear_rows(student, V, tokens, lambda *_: whole, dtypes, budgets, needs, with_stats, keep)
 
 
@@ -430,7 +434,8 @@ def _fake(student, V, dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, kee
 @torch.library.register_fake("effopd::linear_divergence_rows")
 def _(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, *args):
     *_, dtype, teacher_dtype, logits_dtype, _, num_valid, grad_h, grad_w, grad_b, with_stats, keep = args
-    student, V = (student_hidden, student_weight, student_bias), min(student_weight.shape[0], teacher_weight.shape[0])
+    student = student_hidden, student_weight, student_bias
+    V = min(student_weight.shape[0], teacher_weight.shape[0])
     dtypes = dtype, logits_dtype or dtype, logits_dtype or teacher_dtype
     return _fake(student, V, dtypes, num_valid, grad_h, grad_w, grad_b, with_stats, keep)
 

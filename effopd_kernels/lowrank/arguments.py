@@ -65,8 +65,14 @@ def settings_for(shape: torch.Size, rank, oversample, power_iters, tol, seed, ro
     check_seed(seed)
     if route not in (None, *routes.ROUTES):
         raise ValueError(f"route must be one of {', '.join(routes.ROUTES)} or None, got {shown(route)}")
-    oversample, tol = None if oversample is None else int(oversample), None if tol is None else float(tol)
-    return Settings(int(min(rank, m, n)), oversample, int(power_iters), tol, int(seed), route)
+    return Settings(
+        rank=int(min(rank, m, n)),
+        oversample=None if oversample is None else int(oversample),
+        power_iters=int(power_iters),
+        tol=None if tol is None else float(tol),
+        seed=int(seed),
+        route=route,
+    )
 
 
 def check_seed(seed: int) -> None:

@@ -29,8 +29,8 @@ def complement(
     unit = power_of_two(torch.maximum(grad_u.abs().amax((-2, -1)), grad_v.abs().amax((-2, -1))).double())
     factor = (scale / unit)[:, None, None]
     scale, unit = scale.to(s.dtype), unit.to(s.dtype)[:, None, None]
-    scaled = s * scale.unsqueeze(-1), Rest(rest.s * scale.unsqueeze(-1), rest.v)
-    left, right = _solve(Difference(x, base, scale), u, scaled[0], v, scaled[1], grad_u * unit, grad_v * unit)
+    s, rest = s * scale.unsqueeze(-1), Rest(rest.s * scale.unsqueeze(-1), rest.v)
+    left, right = _solve(Difference(x, base, scale), u, s, v, rest, grad_u * unit, grad_v * unit)
     return (left * factor).to(s.dtype), (right * factor).to(s.dtype)
 
 

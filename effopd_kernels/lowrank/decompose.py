@@ -153,7 +153,7 @@ def _factor(
     """The SVD of nonzero, finite x, scaled to where fp32 can square entries."""
     scale = power_of_two(largest)
     if (scale != 1).any():
-        start, x = None, replace(x, known_gram=None)  # were taken of the unscaled ones
+        start, x = None, replace(x, known_gram=None)  # both were taken of the unscaled X
     x = replace(x, scale=scale)
     if x.known_gram is not None and settings.tol is None:
         found = _from_gram(x, frobenius, settings)
@@ -201,10 +201,15 @@ def with_signs(svd: RSVD) -> RSVD:
 def _in_double(x: list[Tensor], base: list[Tensor], settings: Settings) -> tuple[RSVD, Rest]:
     """Products with a handful of columns sum thousands of entries one by one, which fp32 does not bear."""
     svd, rest = decompose_group([v.double() for v in x], [v.double() for v in base], settings)
-    svd, rest = svd._replace(U=svd.U.float(), S=svd.S.float(), Vh=svd.Vh.float()), Rest(*(v.float() for v in rest))
     rounding = least_rounding(svd.frobenius_norm, torch.float32)
-    triplets = svd.triplet_residual + rounding.unsqueeze(-1)
-    return svd._replace(residual_norm=svd.residual_norm + rounding, triplet_residual=triplets), rest
+    svd = svd._replace(
+        U=svd.U.float(),
+        S=svd.S.float(),
+        Vh=svd.Vh.float(),
+        residual_norm=svd.residual_norm + rounding,
+        triplet_residual=svd.triplet_residual + rounding.unsqueeze(-1),
+    )
+    return svd, Rest(*(v.float() for v in rest))
 
 
 def oriented(v: Tensor, tall: bool) -> Tensor:
@@ -250,7 +255,8 @@ def _direct(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD,
     alone = (torch.linalg.svd(x.dense(i).double(), full_matrices=False) for i in range(len(x.x)))
     u, s, vh = map(torch.stack, zip(*alone, strict=True))
     rounding = least_rounding(frobenius, dtype)
-    residual, triplets = torch.linalg.vector_norm(s[:, k:], dim=-1) + rounding, rounding.unsqueeze(-1).repeat(1, k)
+    residual = torch.linalg.vector_norm(s[:, k:], dim=-1) + rounding
+    triplets = rounding.unsqueeze(-1).repeat(1, k)
     flags = _flags(s[:, :kept], k, rounding.unsqueeze(-1), torch.ones_like(frobenius, dtype=torch.bool))
     u, s, vh = u[..., :k].to(dtype), s[:, :kept].to(dtype), vh[:, :kept].to(dtype)
     return RSVD(u, s[:, :k], vh[:, :k], residual, frobenius, triplets, flags), Rest(s[:, k:], vh[:, k:].mT)
@@ -331,7 +337,8 @@ def _blank(
 ) -> tuple[RSVD, Rest]:
     """The answer for zero matrices (n, m), n ≥ m: columns of the identity and zeros."""
     k, further = settings.rank, settings.kept(settings.width(m)) - settings.rank
-    like, norm = torch.empty(0, dtype=dtype, device=device), torch.zeros(count, dtype=torch.float64, device=device)
+    like = torch.empty(0, dtype=dtype, device=device)
+    norm = torch.zeros(count, dtype=torch.float64, device=device)
     svd = RSVD(
         torch.eye(n, k, dtype=dtype, device=device).repeat(count, 1, 1),
         like.new_zeros(count, k),

@@ -127,7 +127,9 @@ def _lanczos(x: Difference, v: Tensor, z: Tensor, least: int, most: int) -> tupl
     """
     z = _outside(v, _outside(v, z))
     length = torch.linalg.vector_norm(z, dim=0)
-    q, (diagonal, off), rules = z.new_empty(most + 1, *z.shape), z.new_empty(2, most, len(length)), []
+    q = z.new_empty(most + 1, *z.shape)
+    diagonal, off = z.new_empty(2, most, len(length))
+    rules = []
     torch.div(z, length, out=q[0])
     step = step_in_cpp if _in_cpp(x, q, v) else _step
     for t in range(most):

@@ -89,7 +89,8 @@ def update_svd(
     if not isinstance(align_to, Mapping | None):
         raise TypeError(f"align_to must be a mapping of names to earlier results, got {type(align_to).__name__}")
     align_to = {} if align_to is None else align_to
-    names, settings = _matching_names(*sides, include, strict), {}
+    names = _matching_names(*sides, include, strict)
+    settings: dict[str, Settings] = {}
     for name in names:
         shape = torch.Size(sides[0].shapes[name][0])
         settings[name] = settings_for(shape, rank, oversample, power_iters, tol, seed, route, clip_rank)
@@ -104,7 +105,8 @@ def update_svd(
     with tqdm(total=len(names), desc="update_svd", unit="matrix", disable=hidden) as bar:
 
         def factor(group: list[tuple[str, Tensor, Tensor]]) -> tuple[list, list[RSVD]]:
-            x, y = [v for _, a, _ in group for v in as_batch(a)], [v for _, _, b in group for v in as_batch(b)]
+            x = [matrix for _, a, _ in group for matrix in as_batch(a)]
+            y = [matrix for _, _, b in group for matrix in as_batch(b)]
             return group, _factor(x, y, settings[group[0][0]])  # of one shape, so of one rank
 
         groups = _groups(_pairs(*sides, names, device))
