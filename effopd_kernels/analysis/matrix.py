@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..lowrank import RSVD, Flag, principal_cosines, subspace_alignment
 from ..lowrank.decompose import Settings, decompose_group, oriented
-from ..lowrank.metrics import SAMPLED, measured
+from ..lowrank.metrics import SAMPLED, spectrum_and_metrics
 from ..lowrank.panels import exact_gram
 from ..lowrank.routes import choose
 from ..lowrank.slq import Sampling, Spectrum
@@ -64,7 +64,7 @@ def spectrum_of(
     svd = RSVD(*(field[0] for field in found))
     steps = STEPS if n >= 2 * m and rank >= 64 else MORE_STEPS
     sampling = None if exact else Sampling(PROBES, steps, MOST_STEPS, options.seed)
-    spectrum, metrics = measured(a, b, top, sampling, svd, statistics, gram)
+    spectrum, metrics = spectrum_and_metrics(a, b, top, sampling, svd, statistics, gram)
     # Entries or σ that fp32 does not hold are not finite, though the factors of a narrow matrix are taken in fp64.
     if not (metrics["frobenius_norm"].isfinite() and spectrum.leading.isfinite().all()):
         svd = svd._replace(flags=svd.flags | Flag.NON_FINITE)

@@ -156,6 +156,7 @@ def make_spec(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> Spec:
+    """The numbers of a row op. Raises as `as_floats`, and TypeError for what is no `Divergence`."""
     if not isinstance(divergence, Divergence):
         raise TypeError(f"divergence must be a Divergence such as REVERSE_KL or jsd(0.5), got {divergence!r}")
     numbers = as_floats(
@@ -232,6 +233,7 @@ def row_factor(
 
 
 def answer(loss: Tensor, rows: Tensor, stats: Tensor, shape: torch.Size, reduction: str, return_stats: bool):
+    """What a public function returns: the loss, by itself or with its `DivergenceStats`, in the tokens\' shape."""
     loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
         return loss

@@ -10,6 +10,7 @@ from .types import RSVD
 
 
 def as_batch(a: Tensor) -> Tensor:
+    """(..., m, n) as (B, m, n)."""
     return a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
 
 

@@ -109,12 +109,12 @@ def spectral_metrics(
     top = triplet_count(top_fraction, min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
     sampling = Sampling(int(probes), min(LEAST_STEPS, int(steps)), int(steps), int(seed)) if method == "slq" else None
-    rows = [measured(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]
+    rows = [spectrum_and_metrics(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]
     return _stacked(rows, a, sampling is not None)
 
 
 @without_autocast
-def measured(
+def spectrum_and_metrics(
     x: Tensor,
     y: Tensor | None,
     top: int,

@@ -22,7 +22,7 @@ from .workers import shared_out
 
 PANEL = 1 << 20  # entries of a panel, 4 MiB of fp32; a quarter or twice as many take as long
 
-_mine = threading.local()  # buffers of this thread, by dtype
+_local = threading.local()  # buffers of this thread, by dtype
 
 
 def over_panels(
@@ -237,9 +237,9 @@ def _buffer(like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.device.type != "cpu":
         flat = torch.empty(lines * pitch, dtype=dtype, device=like.device)
     else:
-        flat = _mine.__dict__.get(dtype)
+        flat = _local.__dict__.get(dtype)
         if flat is None or flat.numel() < lines * pitch:
             with torch.inference_mode(False):  # it outlives the mode, if one is on
-                flat = _mine.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype, device="cpu")
+                flat = _local.__dict__[dtype] = torch.empty(max(lines * pitch, PANEL), dtype=dtype, device="cpu")
     out = flat[: lines * pitch].view(lines, pitch)[:, :length]
     return out.mT if _by_column(like) else out

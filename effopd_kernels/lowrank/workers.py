@@ -62,7 +62,7 @@ def _set_own_threads(count: int) -> bool:
     return False
 
 
-_mine = threading.local()  # team: the one this thread belongs to; shares: it takes panels of other threads' matrices
+_local = threading.local()  # team: the one this thread belongs to; shares: it takes panels of other threads' matrices
 
 
 class _Team:
@@ -95,7 +95,7 @@ class _Team:
         with self.lock:
             if not ready.broken and not _set_own_threads(1):
                 self.default_changed = True
-        _mine.team, _mine.shares = self, shares
+        _local.team, _local.shares = self, shares
 
     def drive(self, function: Callable[[Item], Result], item: Item) -> Result:
         with self.lock:
@@ -128,13 +128,13 @@ def side_by_side(
 
 def shared_out(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """function(item) of every panel of a matrix, in order."""
-    team = getattr(_mine, "team", None)
+    team = getattr(_local, "team", None)
     if team is None:
         threads = torch.get_num_threads()
         if threads == 1:
             return map(function, items)
         team = _team(threads)
-    elif _mine.shares or team.matrices >= team.threads:
+    elif _local.shares or team.matrices >= team.threads:
         return map(function, items)
     return _in_order(team.sharers, function, items, team.threads)
 

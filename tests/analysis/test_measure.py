@@ -7,7 +7,7 @@ import pytest
 import torch
 from analysis import planted
 
-from effopd_kernels.analysis import matrix as measured_matrix
+from effopd_kernels.analysis import matrix as matrix_module
 from effopd_kernels.analysis import measure
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.findings import interval
@@ -15,7 +15,7 @@ from effopd_kernels.analysis.matrix import GRID, PROBES, Options, _bounds, align
 from effopd_kernels.analysis.measure import _tokens
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.lowrank import RSVD
-from effopd_kernels.lowrank.metrics import measured
+from effopd_kernels.lowrank.metrics import spectrum_and_metrics
 
 M, N, RANK = 640, 1408, 64  # short side beyond what is done exactly
 
@@ -95,11 +95,11 @@ def test_the_rank_above_noise_is_given_between_bounds_it_can_have(monkeypatch):
     """A count that is known to a few hundred only is not printed alone."""
 
     def uncertain(*given):
-        spectrum, metrics = measured(*given)
+        spectrum, metrics = spectrum_and_metrics(*given)
         told = {"rank_above_noise": torch.tensor(600), "rank_above_noise error": torch.tensor(304.0)}
         return spectrum, metrics | told
 
-    monkeypatch.setattr(measured_matrix, "measured", uncertain)
+    monkeypatch.setattr(matrix_module, "spectrum_and_metrics", uncertain)
     row = spectrum_of(*matrix("rounded"), Options(RANK))[2]
     assert shown(interval(row, "rank_above_noise")) == "600 [0, 640]"
     assert interval({"x": 1.0, "x_error": 0.25}, "x") == (1.0, 0.5, 1.5)  # elsewhere two standard errors

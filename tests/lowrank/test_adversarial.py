@@ -337,7 +337,7 @@ def test_threads_that_outlive_the_main_one(monkeypatch, closed):
 def test_inference_mode_and_autocast_change_nothing(threads):
     """Neither inside them nor afterwards, though buffers made inside are used again; in backward too."""
     torch.set_num_threads(threads)
-    panels._mine.__dict__.clear()
+    panels._local.__dict__.clear()
     a = spectrum("polynomial", 60, 80).float()
 
     def found():
