@@ -2,11 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from .distributed import RankFailed
+from .distributed import RankFailed, T
 from .interrupts import Deferred
 from .randomness import SameRandomness, modes_kept
 from .records import Candidate, EffOPDEvent, Losses, Scores
@@ -123,9 +124,8 @@ class Event:
 
     def _score(self) -> Scores:
         start = time.perf_counter()
-        with self.randomness.rewound(), modes_kept(self.controller.module), self.signals.open():
-            score_fn = self.controller.score_fn or self._negative_loss
-            scores = Scores.of(score_fn())
+        score_fn = self.controller.score_fn or self._negative_loss
+        scores = self._call(lambda: Scores.of(score_fn()))
         seconds = time.perf_counter() - start if scores.seconds is None else scores.seconds
         merged = self.ranks.merge(Scores(scores.values, scores.tokens, seconds))
         if not merged.values:
@@ -135,8 +135,13 @@ class Event:
 
     def _changed(self) -> None:
         if self.controller.on_weights_changed is not None:
-            with self.randomness.rewound(), modes_kept(self.controller.module), self.signals.open():
-                self.controller.on_weights_changed()
+            self._call(self.controller.on_weights_changed)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """function(), which runs the user's code: always on the same random numbers, leaving every module in the mode
+        that it was in, and open to signals."""
+        with self.randomness.rewound(), modes_kept(self.controller.module), self.signals.open():
+            return function()
 
     def _affordable(self, next_cost: int) -> bool:
         limit = self.controller.max_val_tokens
@@ -193,19 +198,18 @@ class Event:
         self.weights.write_for_slope(alpha)
         for param in self.weights.trained():
             param.grad = None
-        with (
-            self.randomness.rewound(),
-            modes_kept(self.controller.module),
-            torch.enable_grad(),
-            self.signals.open(),
-        ):
-            losses = Losses.of(self.controller.loss_fn())
-            loss, count = summed(losses.values, backward=True)
+        total, count, tokens = self._call(self._backpropagated_loss)
         slope = self.weights.slope(self.ranks.size)
-        loss, slope, tokens = self.ranks.sum([loss / count / self.ranks.size, slope / count, losses.tokens])
+        loss, slope, tokens = self.ranks.sum([total / count / self.ranks.size, slope / count, tokens])
         self.point_tokens = int(tokens)
         self.tokens += self.point_tokens
         return Point(alpha, loss, slope)
+
+    @torch.enable_grad()
+    def _backpropagated_loss(self) -> tuple[float, int, int]:
+        """The sum of loss_fn's losses, how many they are, and tokens generated for them."""
+        losses = Losses.of(self.controller.loss_fn())
+        return *summed(losses.values, backward=True), losses.tokens
 
     @torch.no_grad()
     def _negative_loss(self) -> Scores:
