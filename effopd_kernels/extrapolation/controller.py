@@ -27,7 +27,8 @@ from .acceptance import acceptance_rule
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import copy_of_weights, refuse_copies_of_weights, reset_before_next_step, reset_state, unwrapped
+from .masters import unwrapped
+from .optimizer_policy import copy_of_weights, refuse_copies_of_weights, reset_before_next_step, reset_state
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
 from .search import refuse_steps_in_backward

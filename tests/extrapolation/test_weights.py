@@ -14,7 +14,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from effopd_kernels.extrapolation import EffOPDController, buffers, weights
 from effopd_kernels.extrapolation import masters as masters_module
-from effopd_kernels.extrapolation.masters import find_masters, is_master, reset_state
+from effopd_kernels.extrapolation.masters import find_masters, is_master
+from effopd_kernels.extrapolation.optimizer_policy import copy_of_weights, reset_state
 from effopd_kernels.extrapolation.shards import checksum
 
 
@@ -740,7 +741,7 @@ def test_states_of_other_kinds_hold_no_copy(state):
     optimizer = SimpleNamespace(param_groups=[{"params": [param]}])
     if state is not None:
         optimizer.state = {param: state}
-    assert masters_module.copy_of_weights([param], optimizer) is None
+    assert copy_of_weights([param], optimizer) is None
 
 
 def test_lbfgs_keeps_its_memory_of_others():
