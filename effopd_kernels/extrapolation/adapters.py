@@ -1,20 +1,18 @@
 """The two adapters of a LoRA student in peft: the products of the trained one, read; sums of products, written.
 
-A layer's product is P = s·B·A (s scaling, A (r, in), B (out, r)). E experts in one parameter (peft's
-`target_parameters`) have E products: factors are (E, r, in) and (E, out, r) here, E = 1 for a linear layer. A sum
-Σ coefficient·P is one adapter again, of concatenated ranks.
+A sum Σ coefficient·P of products (see products.py) is one adapter again, of concatenated ranks.
 """
 
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .products import Factors, Term, is_nonzero, rank_of
 from .selection import plain_name
 
 COMPANION = "effopd"
@@ -24,15 +22,6 @@ BASE = "base_model.model."  # where a PeftModel holds the model that its configs
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Kinds of adapters that change a weight in proportion to their parameters: what is extrapolated is the weight, too.
 LINEAR = ("C3A", "FOURIERFT", "IA3", "LN_TUNING", "MISS", "SHIRA", "TRAINABLE_TOKENS", "WAVEFT")
-TOLERANCE = 2.0**-12  # an eighth of what a product is rounded by in bf16
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer → (A (E, r, in), s·B (E, out, r)), fp32
-
-
-@dataclass
-class Term:
-    coefficient: float
-    factors: Factors
 
 
 class Adapters:
@@ -136,7 +125,7 @@ class Adapters:
         """Make the companion Σ coefficient·P, ranks concatenated and filled up with zeros to a power of two;
         no companion if that is nothing. It has gradients only while a slope is measured; what else is trained stays so.
         """
-        terms = terms if slope else list(filter(counts, terms))
+        terms = terms if slope else list(filter(is_nonzero, terms))
         with _trainability_kept(self.model):
             if not terms:
                 if self.has_companion():
@@ -144,7 +133,7 @@ class Adapters:
                         vars(layer).pop("set_adapter", None)
                     self.model.delete_adapter(COMPANION)
                 return
-            rank = 1 << (_rank(terms) - 1).bit_length()  # few sizes: a compiled student is compiled anew for each
+            rank = 1 << (rank_of(terms) - 1).bit_length()  # few sizes: a compiled student is compiled anew for each
             if not self.has_companion():
                 self._add_companion(rank)
             self._activate_companion(slope)
@@ -170,7 +159,7 @@ class Adapters:
                 f"an adapter with init_lora_weights={config.init_lora_weights!r} must keep its rank, so the jumps stay "
                 f"in the adapter {COMPANION!r}: load both, from the folder and from its subfolder of that name"
             )
-        rank = _rank(terms)
+        rank = rank_of(terms)
         alpha = rank**0.5 if config.use_rslora else rank  # scaling 1
         self.install([])
         # peft keeps the very LoraConfig that the model was made with, and others may be made with it
@@ -326,37 +315,6 @@ def _set_adapter(layer, configs, trained: str, slope: bool, adapter_names: str |
     if COMPANION in layer.lora_A:
         layer.lora_A[COMPANION].requires_grad_(False)
         layer.lora_B[COMPANION].requires_grad_(slope)
-
-
-def counts(term: Term) -> bool:
-    """Whether it adds anything."""
-    return term.coefficient != 0.0 and any(b.any() for _, b in term.factors.values())
-
-
-@torch.no_grad()
-def shortened(terms: list[Term]) -> Term:
-    """Their sum as one product of the least rank that is within `TOLERANCE` of its norm, layer by layer.
-
-    Products of a trained adapter at different steps have much in common: 24 of rank 8 came to ranks below 40. Of
-    Σ c·B·A = (Q_b R_b)(Q_a R_a)ᵀ nothing larger than the factors is formed; fp64, for they are nearly dependent.
-    """
-    factors = {}
-    for name in terms[0].factors:
-        a = torch.cat([t.factors[name][0] for t in terms], 1).double()
-        b = torch.cat([t.coefficient * t.factors[name][1] for t in terms], 2).double()
-        (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a.mT), torch.linalg.qr(b)
-        u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-        tails = s.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # the norm of all from here on
-        rank = max(1, int((tails > TOLERANCE * tails[..., :1]).sum(-1).max()))
-        root = s[..., :rank].sqrt()
-        shorter_a, shorter_b = vh[..., :rank, :] @ q_a.mT * root.unsqueeze(-1), q_b @ u[..., :rank] * root.unsqueeze(-2)
-        factors[name] = shorter_a.float(), shorter_b.float()
-    return Term(1.0, factors)
-
-
-def _rank(terms: list[Term]) -> int:
-    """Of the concatenated factors, the same for all layers."""
-    return max(sum(t.factors[name][0].shape[1] for t in terms) for name in terms[0].factors)
 
 
 def _experts(layer: nn.Module) -> int:

@@ -21,7 +21,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .adapters import COMPANION, Adapters, Factors, Term, as_in_peft, counts, shortened
+from .adapters import COMPANION, Adapters, as_in_peft
+from .products import Factors, Term, is_nonzero, shortened, square_of_product
 
 MOST_TERMS = 8  # of the companion, before they become one
 
@@ -102,9 +103,12 @@ class LoraWeights:
 
     def settle(self) -> None:
         """The anchor becomes the current weights: the companion keeps F, and δ counts from P_t."""
-        coefficient = 0.0 if self.offered is self.settled else self.offered[-1].coefficient
-        others = self.offered if self.offered is self.settled else self.offered[:-1]
-        others = list(filter(counts, others))
+        if self.offered is self.settled:  # no jump: P_t adds nothing
+            others, coefficient = self.settled, 0.0
+        else:
+            *others, jump = self.offered
+            coefficient = jump.coefficient
+        others = list(filter(is_nonzero, others))
         if len(others) > MOST_TERMS:
             others = [shortened(others)]
         self.settled = [*others, Term(coefficient, self.held)]
@@ -114,7 +118,7 @@ class LoraWeights:
     def fold(self) -> bool:
         """Make the trained adapter the whole product and delete the companion; False if there is nothing to fold.
         Raises as `Adapters.lengthen`."""
-        terms = list(filter(counts, self.settled))
+        terms = list(filter(is_nonzero, self.settled))
         if not terms:
             return False
         self.adapters.lengthen([Term(1.0, self._product()), *terms])
@@ -165,15 +169,10 @@ class LoraWeights:
         return [torch.tensor([x], dtype=torch.float32, device="cpu") for x in values]
 
     def _squares(self) -> tuple[float, float]:
-        """‖P_t − P_anchor‖² and ‖P_t‖² from Gram matrices of the factors, in fp64: nothing of size out × in."""
+        """‖P_t − P_anchor‖² and ‖P_t‖²."""
         delta = weight = 0.0
         for name, (a, b) in self.held.items():
             a0, b0 = self.settled[-1].factors[name]
-            delta += _square_of_product(torch.cat([b, -b0], 2), torch.cat([a, a0], 1))
-            weight += _square_of_product(b, a)
+            delta += square_of_product(torch.cat([b, -b0], 2), torch.cat([a, a0], 1))
+            weight += square_of_product(b, a)
         return delta, weight
-
-
-def _square_of_product(b: Tensor, a: Tensor) -> float:
-    a, b = a.double(), b.double()
-    return max(float(((b.mT @ b) * (a @ a.mT)).sum()), 0.0)

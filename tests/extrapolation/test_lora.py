@@ -9,8 +9,9 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from effopd_kernels.extrapolation import EffOPDController
-from effopd_kernels.extrapolation.adapters import TOLERANCE, Adapters, Term, shortened
+from effopd_kernels.extrapolation.adapters import Adapters
 from effopd_kernels.extrapolation.lora import COMPANION, MOST_TERMS
+from effopd_kernels.extrapolation.products import TOLERANCE, Term, shortened
 
 peft = pytest.importorskip("peft")
 
