@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..checks import is_integer
 from . import checkpoint
 from .acceptance import acceptance_rule
+from .dense import DenseWeights
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
@@ -34,7 +35,7 @@ from .schedules import alphas_of, budget_of, schedule_of
 from .search import refuse_steps_in_backward
 from .selection import DEFAULT_EXCLUDE, DEFAULT_INCLUDE, compiled
 from .shards import checksum
-from .weights import DenseWeights, weights_of
+from .weights import weights_of
 
 logger = logging.getLogger(__name__)
 

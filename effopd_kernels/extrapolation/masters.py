@@ -36,6 +36,11 @@ def state_owner(optimizer):
     return getattr(optimizer, "optim", optimizer)
 
 
+def no_masters() -> tuple[dict[Any, Tensor], list[Any]]:
+    """As `find_masters`, where nothing is known of an optimizer."""
+    return {}, []
+
+
 def find_masters(named: Mapping[Any, Tensor], optimizer) -> tuple[dict[Any, Tensor], list[Any]]:
     """name → master for the parameters that have one, and the names no optimizer has anything to do with.
 

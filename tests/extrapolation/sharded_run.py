@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effopd_kernels.extrapolation import EffOPDController, Scores, checkpoint, extrapolate_, share
-from effopd_kernels.extrapolation.weights import DenseWeights
+from effopd_kernels.extrapolation.dense import DenseWeights
 
 STEPS, PROMPTS, WIDTH = 8, 16, 6
 

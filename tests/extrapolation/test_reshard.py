@@ -11,8 +11,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from effopd_kernels.extrapolation import CheckpointError, checkpoint
+from effopd_kernels.extrapolation.dense import DenseWeights
 from effopd_kernels.extrapolation.distributed import Ranks
-from effopd_kernels.extrapolation.weights import DenseWeights
 
 WHOLE = {
     "weight": torch.randn(5, 6),

@@ -374,7 +374,7 @@ def test_a_slope_needs_no_temporary_of_the_size_of_the_weights(monkeypatch):
                 sizes.append(out.numel())
             return out
 
-    monkeypatch.setattr("effopd_kernels.extrapolation.weights.BLOCK", 4)
+    monkeypatch.setattr("effopd_kernels.extrapolation.dense.BLOCK", 4)
     with Sizes():
         assert weights.slope(1) == pytest.approx(expected, rel=1e-5)
     assert max(sizes) == 4

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from effopd_kernels.extrapolation import EffOPDController, buffers, weights
+from effopd_kernels.extrapolation import EffOPDController, buffers, dense, weights
 from effopd_kernels.extrapolation import masters as masters_module
 from effopd_kernels.extrapolation.masters import find_masters, is_master
 from effopd_kernels.extrapolation.optimizer_policy import copy_of_weights, reset_state
@@ -89,13 +89,13 @@ def test_a_disk_without_room_is_an_error_when_the_buffers_are_made(tmp_path, mon
 
 def test_staging_in_parts(monkeypatch):
     net = model()
-    dense = weights.DenseWeights(dict(net.named_parameters()))
+    buffered = dense.DenseWeights(dict(net.named_parameters()))
     # As if the buffers were on another device, and only two small tensors fit at a time.
-    monkeypatch.setattr(weights, "STAGED_BYTES", 40)
-    dense.anchors = [torch.empty_like(a, device="meta") for a in dense.anchors]
-    parts = list(dense._staged())
-    assert [i for part in parts for i in part] == list(range(len(dense.tensors))) and len(parts) > 2
-    assert all(len(p) == 1 or sum(dense.anchors[i].nbytes for i in p) <= 40 for p in parts)
+    monkeypatch.setattr(dense, "STAGED_BYTES", 40)
+    buffered.anchors = [torch.empty_like(a, device="meta") for a in buffered.anchors]
+    parts = list(buffered._staged())
+    assert [i for part in parts for i in part] == list(range(len(buffered.tensors))) and len(parts) > 2
+    assert all(len(p) == 1 or sum(buffered.anchors[i].nbytes for i in p) <= 40 for p in parts)
 
 
 @pytest.mark.parametrize("options", [dict(anchor_device="gpu"), dict(anchor_device="disk")], ids=str)
