@@ -85,26 +85,14 @@ def extrapolate_(
     if not alike:
         columns = [[None if t is None else local(t) for t in ts] for ts in columns]
         _check(*columns)
-    firsts = range(len(params))  # by row, the first one that writes the same memory
     apart = _plainly_apart(*columns)
     if not apart:
         _check_memory(*columns)
-        firsts = _firsts(columns[0], columns[3])
-    groups = [firsts] if alike and apart else _groups(columns[0], columns[3], sorted(set(firsts)))
-    if len(groups) == 1 and len(groups[0]) == len(params):
+    if alike and apart:
         out = _call(*columns, alphas, stats)
     else:
-        device = columns[0][0].device if params else "cpu"
-        out = torch.empty((len(params), 3), dtype=torch.float32, device=device)
-        for index in groups:
-            some = torch.stack([alphas[i] for i in index])  # a list as an index is copied to the device, which waits
-            part = _call(*([column[i] for i in index] for column in columns), some, stats)
-            if stats:
-                for i, row in zip(index, part.to(out.device), strict=True):
-                    out[i] = row
-        for i, first in enumerate(firsts):
-            if first != i:
-                out[i] = out[first]
+        firsts = range(len(params)) if apart else _firsts(columns[0], columns[3])
+        out = _call_by_group(columns, firsts, alphas, stats)
     return ExtrapolationStats(*out.unbind(1)) if stats else None
 
 
@@ -133,25 +121,7 @@ def extrapolate(w0, delta, alpha):
             floating, alpha not real.
     """
     if isinstance(w0, Tensor):
-        if not isinstance(delta, Tensor):
-            raise TypeError(f"delta must be a tensor, as w0 is, got a {type(delta).__name__}")
-        for name, tensor in (("w0", w0), ("delta", delta)):
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
-        if w0.shape != delta.shape:
-            raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
-        if w0.device != delta.device:
-            raise ValueError(f"w0 is on {w0.device} but delta is on {delta.device}")
-        if not isinstance(alpha, Tensor):  # filled in on the device: a copy would wait for it
-            number = _number(alpha, "a number or a scalar tensor")
-            alpha = torch.full((), number, dtype=torch.float64, device=w0.device)
-        _check_real(alpha)
-        if alpha.numel() != 1:
-            raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
-        alpha = alpha.reshape(()).to(w0.device)
-        # The op has rules for a plain backward pass alone; what it is composed of has them all.
-        run = reference.extrapolate_forward if transformed(w0, delta, alpha) else torch.ops.effopd.extrapolate
-        return run(w0, delta, alpha)
+        return _extrapolate_one(w0, delta, alpha)
     w0, delta = listed("w0", w0), listed("delta", delta)
     if len(w0) != len(delta):
         raise ValueError(f"{len(w0)} tensors in w0 but {len(delta)} in delta")
@@ -161,6 +131,28 @@ def extrapolate(w0, delta, alpha):
     if one_each and len(alpha) != len(w0):
         raise ValueError(f"{len(alpha)} alphas for {len(w0)} tensors")
     return [extrapolate(w, d, alpha[i] if one_each else alpha) for i, (w, d) in enumerate(zip(w0, delta, strict=True))]
+
+
+def _extrapolate_one(w0: Tensor, delta, alpha) -> Tensor:
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"delta must be a tensor, as w0 is, got a {type(delta).__name__}")
+    for name, tensor in (("w0", w0), ("delta", delta)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: only floating tensors can be extrapolated")
+    if w0.shape != delta.shape:
+        raise ValueError(f"w0 has shape {tuple(w0.shape)} but delta has {tuple(delta.shape)}")
+    if w0.device != delta.device:
+        raise ValueError(f"w0 is on {w0.device} but delta is on {delta.device}")
+    if not isinstance(alpha, Tensor):  # filled in on the device: a copy would wait for it
+        number = _number(alpha, "a number or a scalar tensor")
+        alpha = torch.full((), number, dtype=torch.float64, device=w0.device)
+    _check_real(alpha)
+    if alpha.numel() != 1:
+        raise ValueError(f"alpha must be a scalar for one tensor, got shape {tuple(alpha.shape)}")
+    alpha = alpha.reshape(()).to(w0.device)
+    # The op has rules for a plain backward pass alone; what it is composed of has them all.
+    run = reference.extrapolate_forward if transformed(w0, delta, alpha) else torch.ops.effopd.extrapolate
+    return run(w0, delta, alpha)
 
 
 def _is_one_each(alpha) -> bool:
@@ -199,6 +191,28 @@ def _one_alpha_per_tensor(alpha, count: int) -> Tensor:
     if len(alphas) != count:
         raise ValueError(f"{len(alphas)} alphas for {count} tensors")
     return torch.tensor(alphas, dtype=torch.float64, device="cpu")
+
+
+def _call_by_group(columns, firsts: Sequence[int], alphas: Tensor, stats: bool) -> Tensor:
+    """One call of the op for each device, and for rows with masters and without. firsts: by row, the first one that
+    writes the same memory; the others are not written, and have its statistics."""
+    params, _, _, masters = columns
+    groups: dict[tuple, list[int]] = {}
+    for i in sorted(set(firsts)):
+        groups.setdefault((params[i].device, masters[i] is None), []).append(i)
+    if any(len(rows) == len(params) for rows in groups.values()):
+        return _call(*columns, alphas, stats)
+    out = torch.empty((len(params), 3), dtype=torch.float32, device=params[0].device if params else "cpu")
+    for rows in groups.values():
+        some = torch.stack([alphas[i] for i in rows])  # a list as an index is copied to the device, which waits
+        part = _call(*([column[i] for i in rows] for column in columns), some, stats)
+        if stats:
+            for i, row in zip(rows, part.to(out.device), strict=True):
+                out[i] = row
+    for i, first in enumerate(firsts):
+        if first != i:
+            out[i] = out[first]
+    return out
 
 
 def _call(params, anchors, currents, masters, alphas: Tensor, stats: bool) -> Tensor:
@@ -263,14 +277,6 @@ def _check_memory(params, anchors, currents, masters) -> None:
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.data_ptr() == param.data_ptr() and tensor.numel() and _memory(tensor) != _memory(param):
                 raise ValueError(f"{name}[{i}] is the memory of params[{i}] in another order: clone one of them")
-
-
-def _groups(params, masters, rows: Iterable[int]) -> list[list[int]]:
-    """Those of the rows that one op call can serve: one device, all with masters or all without."""
-    groups: dict[tuple, list[int]] = {}
-    for i in rows:
-        groups.setdefault((params[i].device, masters[i] is None), []).append(i)
-    return list(groups.values())
 
 
 def _memory(tensor: Tensor) -> tuple:
