@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import trl
 from accelerate import PartialState
+from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import written
@@ -57,6 +59,46 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     Raises:
         UserError: see `data.py`, `OPDConfig` and the checks here.
     """
+    _check_names(data, args, model_args)
+    check_trackers(args.report_to)
+    held_out = _held_out(data, args)
+    with PartialState().main_process_first():  # the others read what the first has downloaded
+        sets = _load_sets(data, held_out)
+        tokenizer, configs = _load_tokenizer_and_configs(args, model_args)
+    limit, chat, dropped = _most_prompt_tokens(configs, args), args.chat_template_kwargs or {}, 0
+    for kind, dataset in sets.items():
+        name = data.dataset_name if kind == "train" else held_out[kind].name
+        sets[kind], n = fit_context(dataset, tokenizer, limit, args.overlong_prompts, name, **chat)
+        dropped += n
+    for kind, wanted in held_out.items():
+        if wanted.name is None:
+            sets["train"], sets[kind] = split_off(sets["train"], wanted.size, args.seed, wanted.purpose)
+    if dropped:
+        logger.warning("dropped %d prompts longer than %d tokens", dropped, limit)
+
+    quantization = trl.get_quantization_config(model_args)
+    shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
+    args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
+    try:
+        return OPDTrainer(
+            model_args.model_name_or_path,
+            args.teacher_model_name_or_path,
+            args,
+            train_dataset=sets["train"],
+            eval_dataset=sets.get("eval"),
+            val_dataset=sets.get("val"),
+            processing_class=tokenizer,
+            callbacks=[MetricsFile()],
+            quantization_config=quantization,
+            peft_config=trl.get_peft_config(model_args),
+        )
+    except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
+        raise UserError(one_line(e, 400)) from e
+
+
+def _check_names(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> None:
+    """Raises UserError for a name that is missing, or two of prompts that must differ."""
     for name, value in {
         "model_name_or_path": model_args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
@@ -75,74 +117,66 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             "--eval_dataset_name and --dataset_name are both '%s': the student is trained on what is called held out",
             data.dataset_name,
         )
-    check_trackers(args.report_to)
+
+
+class HeldOut(NamedTuple):
+    """Prompts that are not trained on: those of a name, or else so many of the training set."""
+
+    name: str | None
+    size: int
+    purpose: str
+    answers: bool  # each must have one
+
+
+def _held_out(data: DataArguments, args: OPDConfig) -> dict[str, HeldOut]:
+    """By "eval" and "val", as far as the run needs them."""
+    accuracy, sets = args.eval_metric == "accuracy", {}
+    if args.do_eval or data.eval_dataset_name:
+        sets["eval"] = HeldOut(data.eval_dataset_name, data.eval_size, "evaluation (--eval_size)", accuracy)
+    if args.effopd_enabled:
+        purpose = "EffOPD's candidates (--effopd_val_size)"
+        answers = accuracy and args.effopd_score == "eval_metric"  # else completions are made, and their loss taken
+        sets["val"] = HeldOut(data.val_dataset_name, args.effopd_val_size, purpose, answers)
+    return sets
+
+
+def _load_sets(data: DataArguments, held_out: dict[str, HeldOut]) -> dict[str, Dataset]:
+    """The training set, and what is held out under a name of its own."""
+    answers = any(wanted.answers for wanted in held_out.values() if wanted.name is None)
+    train = load_prompts(data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, answers=answers)
+    others = {
+        kind: load_prompts(
+            wanted.name, config=data.dataset_config, split=data.dataset_test_split, answers=wanted.answers
+        )
+        for kind, wanted in held_out.items()
+        if wanted.name is not None
+    }
+    return {"train": train, **others}
+
+
+def _load_tokenizer_and_configs(args: OPDConfig, model_args: trl.ModelConfig):
+    """The student's tokenizer, which has to be the teacher's too, and the configs of both models."""
     student, teacher = model_args.model_name_or_path, args.teacher_model_name_or_path
-    with PartialState().main_process_first():  # the others read what the first has downloaded
-        held_out = {}
-        if args.do_eval or data.eval_dataset_name:
-            held_out["eval"] = (data.eval_dataset_name, data.eval_size, "evaluation (--eval_size)")
-        if args.effopd_enabled:
-            held_out["val"] = (data.val_dataset_name, args.effopd_val_size, "EffOPD's candidates (--effopd_val_size)")
-        answers = {kind: args.eval_metric == "accuracy" for kind in held_out}
-        if args.effopd_score != "eval_metric":
-            answers["val"] = False  # its prompts are completed, and the completions' loss taken
-        train = load_prompts(
-            data.dataset_name,
-            config=data.dataset_config,
-            split=data.dataset_train_split,
-            answers=any(answers[kind] for kind, (name, *_) in held_out.items() if name is None),
-        )
-        sets = {
-            kind: load_prompts(name, config=data.dataset_config, split=data.dataset_test_split, answers=answers[kind])
-            for kind, (name, *_) in held_out.items()
-            if name is not None
-        }
-        trust = {"trust_remote_code": args.trust_remote_code}
-        for model in (student, teacher):
-            check_no_adapter(model)
-        tokenizer = load_tokenizer(student, revision=model_args.model_revision, **trust)
-        configs = [load_config(student, revision=model_args.model_revision, **trust)]
-        configs.append(load_config(teacher, revision=args.teacher_model_revision, **trust))
-        check_tokenizers(
-            tokenizer,
-            load_tokenizer(teacher, revision=args.teacher_model_revision, **trust),
-            shared=min(c.vocab_size for c in configs),
-        )
-    contexts = [n for c in configs if (n := getattr(c, "max_position_embeddings", None))]
+    of_student = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
+    of_teacher = {"revision": args.teacher_model_revision, "trust_remote_code": args.trust_remote_code}
+    for name in (student, teacher):
+        check_no_adapter(name)
+    tokenizer = load_tokenizer(student, **of_student)
+    configs = [load_config(student, **of_student), load_config(teacher, **of_teacher)]
+    check_tokenizers(
+        tokenizer, load_tokenizer(teacher, **of_teacher), shared=min(config.vocab_size for config in configs)
+    )
+    return tokenizer, configs
+
+
+def _most_prompt_tokens(configs: list, args: OPDConfig) -> int | None:
+    """What both contexts leave beside a completion; None where neither has a limit."""
+    contexts = [n for config in configs if (n := getattr(config, "max_position_embeddings", None))]
+    if not contexts:
+        return None
     multiple = args.pad_to_multiple_of or 1  # to which prompts and completions are padded, each
     completion = -(-args.max_completion_length // multiple) * multiple
-    limit = (min(contexts) - completion) // multiple * multiple if contexts else None
-    chat = args.chat_template_kwargs or {}
-    train, dropped = fit_context(train, tokenizer, limit, args.overlong_prompts, data.dataset_name, **chat)
-    for kind, dataset in sets.items():
-        name = held_out[kind][0]
-        sets[kind], n = fit_context(dataset, tokenizer, limit, args.overlong_prompts, name, **chat)
-        dropped += n
-    for kind, (name, size, what) in held_out.items():
-        if name is None:
-            train, sets[kind] = split_off(train, size, args.seed, what)
-    if dropped:
-        logger.warning("dropped %d prompts longer than %d tokens", dropped, limit)
-
-    quantization = trl.get_quantization_config(model_args)
-    shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
-    args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
-    args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
-    try:
-        return OPDTrainer(
-            student,
-            teacher,
-            args,
-            train_dataset=train,
-            eval_dataset=sets.get("eval"),
-            val_dataset=sets.get("val"),
-            processing_class=tokenizer,
-            callbacks=[MetricsFile()],
-            quantization_config=quantization,
-            peft_config=trl.get_peft_config(model_args),
-        )
-    except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
-        raise UserError(one_line(e, 400)) from e
+    return (min(contexts) - completion) // multiple * multiple
 
 
 def run(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
