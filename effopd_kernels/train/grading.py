@@ -72,6 +72,10 @@ def _marked(text: str) -> str | None:
     return rest.strip()
 
 
+def _marked_or_all(text: str) -> str:
+    return text if (marked := _marked(text)) is None else marked
+
+
 def _numbers(text: str) -> list[re.Match]:
     return [found for found in _NUMBER.finditer(text) if not _FACTOR_FOLLOWS.match(text, found.end())]
 
@@ -113,6 +117,10 @@ def _values(number: re.Match) -> list[Decimal]:
         return []
 
 
+def _equal(given: re.Match, gold: re.Match, rel_tol: float) -> bool:
+    return any(_close(a, b, rel_tol) for a in _values(given) for b in _values(gold))
+
+
 def _close(given: Decimal, gold: Decimal, rel_tol: float) -> bool:
     if given == given.to_integral_value() and gold == gold.to_integral_value():
         return given == gold
@@ -135,10 +143,9 @@ def _says(stated: str, gold: str) -> bool:
 def _is_value(stated: str, answer: str, rel_tol: float) -> bool:
     """Whether the statement is a number and nothing else, and the answer that number with a symbol or a unit: 5 is what
     x = 5 and 5\\text{ cm} say."""
-    answer = answer if (marked := _marked(answer)) is None else marked
-    bare = _SYMBOL.sub("", _plain(_UNIT.sub("", answer)).strip())
+    bare = _SYMBOL.sub("", _plain(_UNIT.sub("", _marked_or_all(answer))).strip())
     given, gold = (_NUMBER.fullmatch(_ungrouped(text.rstrip("."))) for text in (stated, bare))
-    return bool(given and gold) and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(gold))
+    return bool(given and gold) and _equal(given, gold, rel_tol)
 
 
 def _math_verify(completion: str, answer: str) -> bool:
@@ -161,15 +168,13 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     """
     if isinstance(answer, list):
         return any(is_correct(completion, one, rel_tol) for one in answer)
-    gold = _plain(str(answer)).strip()
-    gold = gold if (marked := _marked(gold)) is None else marked
+    gold = _marked_or_all(_plain(str(answer)).strip())
     if number := _NUMBER.fullmatch(gold.rstrip(".")):
         stated = extract_answer(completion)
         term = r"\boxed{" in completion and "=" not in stated and _TERM.search(stated)
         given = None if term else _result(stated)
-        right = given is not None and any(_close(a, b, rel_tol) for a in _values(given) for b in _values(number))
+        right = given is not None and _equal(given, number, rel_tol)
     else:
-        text = _plain(completion)
-        stated = text if (marked := _marked(text)) is None else marked
+        stated = _marked_or_all(_plain(completion))
         right = _says(stated, gold) or _is_value(stated, str(answer), rel_tol)
     return right or _math_verify(completion, gold)
