@@ -23,7 +23,7 @@ from transformers import (
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd
 from effopd_kernels.train import FusedLoss, OPDConfig, UserError, restore_trl_loss, use_fused_loss
 from effopd_kernels.train.config import parse_divergence, parse_schedule
-from effopd_kernels.train.loss import _explained, _within_peft
+from effopd_kernels.train.model_reading import explained, within_peft
 from effopd_kernels.train.validation import Validator
 from train import world as tiny
 
@@ -292,9 +292,9 @@ def test_a_state_that_runs_through_padding_is_refused(world, tmp_path):
 def test_tokens_that_a_model_rules_out_are_seen(ruled_out):
     hidden, weight = torch.randn(8, 4), torch.randn(10, 4)
     logits = hidden @ weight.T
-    assert _explained(logits, 1.0, hidden, weight, None, 1.0, None)
+    assert explained(logits, 1.0, hidden, weight, None, 1.0, None)
     logits[:, 3] = ruled_out
-    assert not _explained(logits, 1.0, hidden, weight, None, 1.0, None)
+    assert not explained(logits, 1.0, hidden, weight, None, 1.0, None)
 
 
 def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
@@ -461,4 +461,4 @@ def test_options_as_yaml_types_them():
 def test_a_compiled_model_is_looked_at_within():
     """Its own forward names no arguments, such as positions."""
     model = torch.nn.Linear(2, 2)
-    assert _within_peft(torch.compile(model)) is model
+    assert within_peft(torch.compile(model)) is model
