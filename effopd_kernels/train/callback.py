@@ -85,9 +85,8 @@ class EffOPDCallback(TrainerCallback):
             raise UserError(
                 "in a hyperparameter search EffOPDCallback needs log=trainer.log: its trainer names the trial's folder"
             )
-        given = Path(args.resume_from_checkpoint or "")
-        known = args.resume_from_checkpoint and (given / TRAINER_STATE_NAME).is_file()
-        resumed = None if state.global_step == 0 else given if known else self._checkpoint(args, state)
+        given = _given_checkpoint(args)
+        resumed = None if state.global_step == 0 else given or self._checkpoint(args, state)
         if resumed is not None:
             load_trained_adapter(model, resumed)
         try:
@@ -95,26 +94,31 @@ class EffOPDCallback(TrainerCallback):
         except (ValueError, TypeError, OSError) as e:  # OSError: anchor_dir
             raise UserError(str(e)) from e
         if resumed is not None:
-            folder = resumed / STATE_DIR
-            if not folder.is_dir():
-                raise UserError(
-                    f"checkpoint '{resumed}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without, or "
-                    "its saving cut short; resume from an earlier one, with EffOPD disabled, or start afresh"
-                    + ("" if known else "; if another folder is resumed from, set args.resume_from_checkpoint to it")
-                )
-            try:
-                self.controller.load(folder)
-            except (ValueError, CheckpointError) as e:  # of other weights, or not intact
-                raise UserError(f"the EffOPD state in '{folder}' cannot be resumed from: {e}") from e
-            # Absent where an older version wrote the checkpoint.
-            if state.stateful_callbacks.get(STATE_KEY) not in (None, self._history()):
-                raise UserError(
-                    f"the EffOPD state in '{folder}' is of another run than the one resumed: set "
-                    "args.resume_from_checkpoint to the checkpoint that is resumed from"
-                )
+            self._load(resumed, guessed=given is None)
             # A no-op, unless the run was interrupted inside this step's event or has another schedule now.
             self._step(state, control)
         self._note_history()
+
+    def _load(self, checkpoint: Path, guessed: bool) -> None:
+        """The controller's state in a checkpoint of the run that is resumed. `guessed`: callbacks are not told which
+        that is, and this one is by its step."""
+        folder = checkpoint / STATE_DIR
+        if not folder.is_dir():
+            raise UserError(
+                f"checkpoint '{checkpoint}' holds no EffOPD state ('{STATE_DIR}/'), so it was saved without, or "
+                "its saving cut short; resume from an earlier one, with EffOPD disabled, or start afresh"
+                + ("; if another folder is resumed from, set args.resume_from_checkpoint to it" if guessed else "")
+            )
+        try:
+            self.controller.load(folder)
+        except (ValueError, CheckpointError) as e:  # of other weights, or not intact
+            raise UserError(f"the EffOPD state in '{folder}' cannot be resumed from: {e}") from e
+        # Absent where an older version wrote the checkpoint.
+        if self.state.stateful_callbacks.get(STATE_KEY) not in (None, self._history()):
+            raise UserError(
+                f"the EffOPD state in '{folder}' is of another run than the one resumed: set "
+                "args.resume_from_checkpoint to the checkpoint that is resumed from"
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.controller is None:
@@ -194,6 +198,12 @@ class EffOPDCallback(TrainerCallback):
         """A checksum of what the events decided: the same on every rank, and of every version."""
         events = [(e.step, e.alpha, e.score_initial, e.score_best, e.delta_norm) for e in self.controller.events]
         return {"events": zlib.crc32(json.dumps(events).encode())}
+
+
+def _given_checkpoint(args) -> Path | None:
+    """What args.resume_from_checkpoint names, where that is a checkpoint."""
+    folder = Path(args.resume_from_checkpoint or "")
+    return folder if args.resume_from_checkpoint and (folder / TRAINER_STATE_NAME).is_file() else None
 
 
 def load_trained_adapter(model, checkpoint: Path) -> None:
