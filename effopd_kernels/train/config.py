@@ -22,6 +22,23 @@ EVAL_METRICS = ("accuracy", "teacher_kl")
 _FAMILY = {"jsd": jsd, "skew_forward_kl": skew_forward_kl, "skew_reverse_kl": skew_reverse_kl}
 _MEMBERS = {"reverse_kl": REVERSE_KL, "forward_kl": FORWARD_KL}
 
+_CHOICES = {
+    "eval_metric": EVAL_METRICS,
+    "overlong_prompts": ("error", "drop"),
+    "effopd_acceptance": ("mean", "paired"),
+    "effopd_anchor_device": ("device", "host", "disk"),
+    "effopd_optimizer": ("keep", "reset"),
+    "effopd_search": ("candidates", "gradient"),
+    "effopd_score": ("eval_metric", "loss"),
+}
+_POSITIVE = (
+    "temperature", "loss_temperature", "max_completion_length", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
+)  # fmt: skip
+_MAPPINGS = (
+    "model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs",
+    "lr_scheduler_kwargs", "gradient_checkpointing_kwargs",
+)  # fmt: skip
 # What an option must be, also as an entry of generation_kwargs, where libraries refuse it late or compute nonsense.
 _DOMAINS = {
     "temperature": (lambda v: v >= COLDEST, f"at least {COLDEST}"),
@@ -250,21 +267,17 @@ class OPDConfig(trl.DistillationConfig):
             self.greater_is_better = metric == "accuracy" if greater is None else greater
             if metric not in EVAL_METRICS:
                 raise UserError(f"--metric_for_best_model {metric!r} is not one of {', '.join(EVAL_METRICS)}")
-        for name, allowed in {
-            "eval_metric": EVAL_METRICS,
-            "overlong_prompts": ("error", "drop"),
-            "effopd_acceptance": ("mean", "paired"),
-            "effopd_anchor_device": ("device", "host", "disk"),
-            "effopd_optimizer": ("keep", "reset"),
-            "effopd_search": ("candidates", "gradient"),
-            "effopd_score": ("eval_metric", "loss"),
-        }.items():
+        if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
+            self.effopd_alphas = [self.effopd_alphas]
+        self._check_values()
+        self._check_effopd()
+        self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
+
+    def _check_values(self) -> None:
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in (
-            "temperature", "loss_temperature", "max_completion_length", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "per_device_eval_batch_size", "effopd_val_size", "effopd_max_candidates",
-        ):  # fmt: skip
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is None and name == "effopd_max_candidates":
                 continue
@@ -272,10 +285,7 @@ class OPDConfig(trl.DistillationConfig):
                 raise UserError(f"--{name} must be positive{' and finite' * (value == math.inf)}, got {value}")
         if self.eval_steps is not None and not self.eval_steps >= 0:
             raise UserError(f"--eval_steps must not be negative, got {self.eval_steps}")
-        for name in (
-            "model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs",
-            "lr_scheduler_kwargs", "gradient_checkpointing_kwargs",
-        ):  # fmt: skip
+        for name in _MAPPINGS:
             if not isinstance(value := getattr(self, name), (dict, type(None))):
                 raise UserError(f"--{name} must be a mapping, in JSON where it is a flag, got {value!r}")
         _check_domains(vars(self), "--{}")
@@ -284,8 +294,8 @@ class OPDConfig(trl.DistillationConfig):
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
-        if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
-            self.effopd_alphas = [self.effopd_alphas]
+
+    def _check_effopd(self) -> None:
         if self.effopd_score == "loss" and self.effopd_search != "gradient":
             raise UserError("--effopd_score loss needs --effopd_search gradient, whose loss it is")
         if self.effopd_score == "loss" and self.effopd_acceptance == "paired":
@@ -305,7 +315,6 @@ class OPDConfig(trl.DistillationConfig):
                 compiled(f"--{name}", getattr(self, name) or [])
             except ValueError as e:
                 raise UserError(str(e)) from e
-        self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
 
     @property
     def _alphas(self) -> list[float]:
