@@ -7,11 +7,9 @@ interfaces is in private_api.py.
 
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +17,7 @@ import torch
 import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import AutoProcessor, PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl.models import prepare_deepspeed
@@ -52,6 +50,7 @@ from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
+from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
 
 LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
@@ -110,16 +109,7 @@ class OPDTrainer(trl.DistillationTrainer):
             raise UserError(f"OPDTrainer needs args, an OPDConfig, got {args if args is None else type(args).__name__}")
         if teacher_model is None:
             raise UserError("OPDTrainer needs teacher_model: a model, a folder or a hub id")
-        prompts = {"train_dataset": train_dataset, "val_dataset": val_dataset}
-        prompts = {where: d for where, d in prompts.items() if d is not None} | _named(eval_dataset)
-        for where, dataset in prompts.items():
-            check_prompts(dataset, where)
-        if isinstance(eval_dataset, dict) and args.metric_for_best_model is not None:
-            raise UserError(
-                "metric_for_best_model (and load_best_model_at_end) needs one eval_dataset, got a dict of them"
-            )
-        if args.effopd_enabled and val_dataset is None:
-            raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
+        prompts = _checked(train_dataset, eval_dataset, val_dataset, args)
         check_shared(Path(args.output_dir))
         if isinstance(teacher_model, str):
             teacher_model = load_teacher(teacher_model, args)
@@ -140,14 +130,7 @@ class OPDTrainer(trl.DistillationTrainer):
         for where, dataset in prompts.items():
             check_open(dataset, self._tokenizer, where)
         self._dropout = disable_dropout(self.model) if args.disable_dropout else []
-        # Of what training does not set, transformers takes the student's own, whose completions TRL does not know.
-        self.generation_kwargs.setdefault("num_beams", 1)
-        self.generation_config.num_beams = self.generation_kwargs["num_beams"]
-        # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
-        # read them: they are never sampled.
-        if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
-            suppressed = [*(self.generation_kwargs.get("suppress_tokens") or ()), *beyond]
-            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+        self._restrict_sampling(teacher_model)
         if self.is_deepspeed_enabled:
             self.teacher_model = prepare_deepspeed(teacher_model, self.accelerator)
         else:
@@ -166,7 +149,24 @@ class OPDTrainer(trl.DistillationTrainer):
         self.add_callback(self.guard)
         self._staging: Path | None = None
         self.effopd: EffOPDCallback | None = None
-        self._validators = {}
+        self._validators: dict[str, Validator] = {}
+        self._add_validation(eval_dataset, val_dataset)
+        self.add_callback(EvaluationDue(self))  # after the event of its step
+
+    def _restrict_sampling(self, teacher_model: PreTrainedModel) -> None:
+        """To what training reads: one sequence of a prompt, in ids that the teacher knows."""
+        # Of what training does not set, transformers takes the student's own, whose completions TRL does not know.
+        self.generation_kwargs.setdefault("num_beams", 1)
+        self.generation_config.num_beams = self.generation_kwargs["num_beams"]
+        # Ids beyond the teacher's embeddings are outside the prefix that the loss compares, and the teacher could not
+        # read them: they are never sampled.
+        if beyond := range(_vocab_size(teacher_model), _vocab_size(self.model)):
+            suppressed = [*(self.generation_kwargs.get("suppress_tokens") or ()), *beyond]
+            self.generation_kwargs["suppress_tokens"] = self.generation_config.suppress_tokens = suppressed
+
+    def _add_validation(self, eval_dataset: Dataset | dict[str, Dataset] | None, val_dataset: Dataset | None) -> None:
+        """A validator of each set, and EffOPD with that of its candidates."""
+        args = self.args
         for where, dataset in _named(eval_dataset).items():
             self._validators[where.removesuffix("_dataset")] = self._evaluator(dataset)
         if args.effopd_enabled:
@@ -182,7 +182,6 @@ class OPDTrainer(trl.DistillationTrainer):
                 **args.controller_args(),
             )
             self.add_callback(self.effopd)
-        self.add_callback(EvaluationDue(self))  # after the event of its step
 
     # ---- the loss -----------------------------------------------------------------------------------------------
 
@@ -254,7 +253,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         student = self.accelerator.unwrap_model(self.model_wrapped)
-        with _finite_logits(student), _input_hooks_kept(student):
+        with finite_logits(student), input_hooks_kept(student):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate(self, prompts: list):
@@ -442,13 +441,8 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def save_model(self, *args, **kwargs) -> None:
         """As transformers' Trainer; config.json has the dropout that the student came with."""
-        for config, name, value in self._dropout:
-            setattr(config, name, value)
-        try:
+        with dropout_told(self._dropout):
             super().save_model(*args, **kwargs)
-        finally:
-            for config, name, _ in self._dropout:
-                setattr(config, name, 0.0)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As transformers writes it, with EffOPD's state and the ledger, published when complete. One that the disk
@@ -495,61 +489,23 @@ class OPDTrainer(trl.DistillationTrainer):
             )
 
 
-_DROPOUT = re.compile(r"(drop|dropout|pdrop)(_path)?(_p|_prob|_rate|_ratio)?$")  # names of probabilities
+def _checked(train_dataset, eval_dataset, val_dataset, args: OPDConfig) -> dict[str, Dataset]:
+    """The sets that there are, by the name of the argument."""
+    given = {"train_dataset": train_dataset, "val_dataset": val_dataset}
+    given = {where: dataset for where, dataset in given.items() if dataset is not None} | _named(eval_dataset)
+    for where, dataset in given.items():
+        check_prompts(dataset, where)
+    if isinstance(eval_dataset, dict) and args.metric_for_best_model is not None:
+        raise UserError("metric_for_best_model (and load_best_model_at_end) needs one eval_dataset, got a dict of them")
+    if args.effopd_enabled and val_dataset is None:
+        raise UserError("effopd_enabled needs val_dataset, the prompts that score candidates; False is plain OPD")
+    return given
 
 
 def _named(eval_dataset: Dataset | dict[str, Dataset] | None) -> dict[str, Dataset]:
     if isinstance(eval_dataset, dict):
         return {f"eval_dataset['{name}']": dataset for name, dataset in eval_dataset.items()}
     return {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-
-
-def disable_dropout(model: torch.nn.Module) -> list[tuple[PreTrainedConfig, str, float]]:
-    """Also that of functions, with a probability that a module or its config holds, as OPT's; TRL's is of modules.
-    Returns what the configs said, for the model that is saved is to say it again.
-    """
-    said = []
-    for module in model.modules():
-        for owner in (module, getattr(module, "config", None)):
-            for name, value in vars(owner).items() if isinstance(owner, (torch.nn.Module, PreTrainedConfig)) else ():
-                if _DROPOUT.search(name) and isinstance(value, float) and 0 < value <= 1:
-                    setattr(owner, name, 0.0)
-                    if isinstance(owner, PreTrainedConfig):
-                        said.append((owner, name, value))
-    return said
-
-
-@contextmanager
-def _finite_logits(student: torch.nn.Module):
-    """While generating, NaN and infinite logits are finite ones: sampling from them raises, and on a GPU ends CUDA. A
-    student that has any is told by the loss of what it sampled, where it is an error, or a candidate not to accept."""
-    head = student.get_output_embeddings()
-    if head is None:
-        yield
-        return
-
-    def bounded(head, args, logits):
-        most = min(torch.finfo(logits.dtype).max, 1e30)  # finite when divided by a temperature, too
-        return logits.nan_to_num(nan=0.0).clamp(-most, most)
-
-    hook = head.register_forward_hook(bounded)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _input_hooks_kept(student: torch.nn.Module):
-    """TRL turns gradient checkpointing off to generate and on again, and transformers then hooks the input embeddings
-    anew and forgets the hook that was there: one more at each batch, unless the old one is removed."""
-    before = getattr(student, "_require_grads_hooks", None)
-    try:
-        yield
-    finally:
-        if before is not None and student._require_grads_hooks is not before:
-            for hook in before:
-                hook.remove()
 
 
 def _fitting(checkpoint: str | None):
