@@ -18,8 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import UserError
 from ..extrapolation import CheckpointError, EffOPDController, EffOPDEvent, checkpoint
-from ..extrapolation.adapters import COMPANION
 from ..extrapolation.lora import LoraWeights
+from .checkpoint_weights import load_trained_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +204,3 @@ def _given_checkpoint(args) -> Path | None:
     """What args.resume_from_checkpoint names, where that is a checkpoint."""
     folder = Path(args.resume_from_checkpoint or "")
     return folder if args.resume_from_checkpoint and (folder / TRAINER_STATE_NAME).is_file() else None
-
-
-def load_trained_adapter(model, checkpoint: Path) -> None:
-    """Beside EffOPD's adapter, which lies in a folder of its own, transformers before 5.23 passes over the trained one,
-    and training would go on from a fresh one.
-    """
-    if COMPANION in getattr(model, "peft_config", {}) and (checkpoint / "adapter_model.safetensors").is_file():
-        model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)

@@ -7,69 +7,22 @@ process killed at any moment leaves the folder it was writing unpublished, and o
 
 import json
 import logging
-import math
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..commands import json_object
 from ..errors import UserError
 from ..extrapolation.checkpoint import crc32
-from ..tensor_files import FileCheckpoint
-from .config import OPDConfig
 
 MANIFEST = "manifest.json"
 STAGING = ".saving-"
 REPLACED = ".replaced"
-SETTINGS_NAME = "settings.json"  # inside each checkpoint folder
-# What a run keeps to its end: whether it extrapolates, what held-out prompts are drawn and scored with, and what comes
-# back with the optimizer's state, whatever is given.
-KEPT = (
-    "effopd_enabled", "seed", "eval_metric", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "optim", "optim_args",
-)  # fmt: skip
-PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in the data is counted in steps
 logger = logging.getLogger(__name__)
-
-
-def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
-    """Load a checkpoint whose tensors have other names than the model's, as those of mixtures of experts, GPT-NeoX and
-    Nemotron-H have; False, and nothing done, where all names are alike.
-
-    transformers' Trainer reads by name alone (5.23), and leaves tensors of other names as they were: the base's.
-    """
-    try:
-        saved = FileCheckpoint(folder).shapes.keys()
-    except FileNotFoundError:
-        return False
-    own = model.state_dict()
-    read = {t.data_ptr() for name, t in own.items() if name in saved}  # under one of their names, where they are tied
-    if all(t.data_ptr() in read for t in own.values()):
-        return False
-    wide = torch.promote_types(model.dtype, torch.float32)  # rounds nothing, should dtypes be mixed
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=wide).state_dict())
-    return True
-
-
-def check_rank(checkpoint: str | Path, student: torch.nn.Module) -> None:
-    """Raises UserError where the student's adapter is not as long as the checkpoint's: when training ends, it takes up
-    its jumps (`EffOPDController.fold_`), and what was saved before does not fit any more."""
-    config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
-    if not adapters or not config.is_file():
-        return
-    there, here = json_object(config).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
-    if there != here:
-        raise UserError(
-            f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
-            "it longer when training ended, resume with model and trainer constructed anew"
-        )
 
 
 def checkpoint_name(step: int | str) -> str:
@@ -119,48 +72,6 @@ def damage(checkpoint: Path) -> str | None:
         if crc32(file) != crc:
             return f"'{file}' was altered"
     return None
-
-
-def write_settings(folder: Path, args: OPDConfig) -> None:
-    given = _settings(args)
-    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in (*KEPT, PROMPTS)}))
-
-
-def check_settings(checkpoint: Path, args: OPDConfig) -> None:
-    """Raises UserError where a run cannot go on from `checkpoint` with what `args` ask for. Another learning rate, say,
-    would not be used, but be what the run's summary says; nor from one of the weights alone, which would go on with
-    another optimizer and other random numbers."""
-    if not any(checkpoint.glob("rng_state*.pth")):
-        raise UserError(
-            f"checkpoint '{checkpoint}' was saved with --save_only_model, without the optimizer's state that a resumed "
-            "run goes on with: begin another run with the checkpoint as its student"
-        )
-    file = checkpoint / SETTINGS_NAME
-    given = _settings(args)
-    for name, was in json_object(file).items() if file.is_file() else ():
-        if (got := given.get(name, was)) == was:  # another version may keep what this one does not know
-            continue
-        made = keep = f"--{name} {was}"
-        if name == PROMPTS:
-            batch, steps, processes = _factors(args)
-            made = f"{was} prompts a step"
-            got = f"{got} (--per_device_train_batch_size {batch} × --gradient_accumulation_steps {steps} × processes: "
-            got += f"{processes})"
-            more, rest = divmod(was, batch * processes)
-            keep = f"--gradient_accumulation_steps {more}" if rest == 0 else f"factors that make {was}"
-        raise UserError(
-            f"checkpoint '{checkpoint}' was made with {made}, which a resumed run keeps, got {got}: resume with "
-            f"{keep}, or begin another run with the checkpoint as its student"
-        )
-
-
-def _settings(args: OPDConfig) -> dict[str, Any]:
-    return {**args.to_dict(), PROMPTS: math.prod(_factors(args))}
-
-
-def _factors(args: OPDConfig) -> tuple[int, int, int]:
-    """Of the prompts that a step takes, as TRL counts them."""
-    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
 
 
 def _found(output_dir: Path) -> dict[Path, tuple[int, bool]]:

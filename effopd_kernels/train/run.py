@@ -11,13 +11,14 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..commands import written
 from ..errors import UserError, one_line
-from .checkpoint import check_settings, damage, newest_intact
+from .checkpoint import damage, newest_intact
 from .config import OPDConfig
 from .data import check_tokenizers, fit_context, load_prompts, split_off
 from .loading import check_no_adapter, load_config, load_tokenizer
 from .options import DataArguments
 from .output_dir import WriteOver, check_inputs_stay, check_output_dir, check_shared, sole_run
 from .report import MetricsFile, run_summary, saved_step, write_report
+from .settings import check_settings
 from .trainer import OPDTrainer
 
 logger = logging.getLogger(__name__)

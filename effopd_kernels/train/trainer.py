@@ -27,20 +27,9 @@ from ..commands import written
 from ..divergence import REVERSE_KL, DivergenceStats
 from ..errors import UserError
 from ..extrapolation import Scores
-from .callback import EffOPDCallback, load_trained_adapter
-from .checkpoint import (
-    STAGING,
-    check_rank,
-    check_settings,
-    checkpoint_name,
-    load_renamed,
-    newest_intact,
-    publish,
-    remove,
-    saved_steps,
-    unpublished,
-    write_settings,
-)
+from .callback import EffOPDCallback
+from .checkpoint import STAGING, checkpoint_name, newest_intact, publish, remove, saved_steps, unpublished
+from .checkpoint_weights import check_rank, load_renamed, load_trained_adapter
 from .config import OPDConfig
 from .data import check_open, check_prompts, require_answers
 from .errors import NonFiniteLossError, as_user_error
@@ -50,6 +39,7 @@ from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
+from .settings import check_settings, write_settings
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from effopd_kernels.train import OPDConfig, UserError, cli, output_dir, run
-from effopd_kernels.train.checkpoint import KEPT, check_settings, damage, newest_intact, publish
+from effopd_kernels.train.checkpoint import damage, newest_intact, publish
 from effopd_kernels.train.output_dir import LOCK_NAME, acquire, release
+from effopd_kernels.train.settings import KEPT, check_settings
 from train import checkpoint_run
 from train import world as tiny
 from train.world import make_trainer
