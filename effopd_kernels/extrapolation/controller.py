@@ -232,9 +232,12 @@ class EffOPDController:
     def state_dict(self) -> dict[str, Any]:
         """{"anchor": name → this rank's part of A (not a copy), "scalars": JSON-able}. A sharded student's fits only
         the same rank of as many ranks; what `save` wrote fits any."""
-        events = [event.to_dict() for event in self.events]
-        scalars = {"last_step": self.last_step, "val_tokens": self.val_tokens, "events": events}
-        scalars["reset_due"] = self.reset_due
+        scalars = {
+            "last_step": self.last_step,
+            "val_tokens": self.val_tokens,
+            "events": [event.to_dict() for event in self.events],
+            "reset_due": self.reset_due,
+        }
         return {"anchor": self.weights.state(), "scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from numbers import Integral
 
+from ..checks import is_integer
 from .arguments import as_float
 from .records import EffOPDEvent
 
@@ -20,7 +21,7 @@ def schedule_of(schedule: str | int | Collection[int]) -> Callable[[int, Sequenc
         return lambda step, events: step > 0 and step & (step - 1) == 0
     if isinstance(schedule, str) and schedule == "adaptive":
         return _adaptive
-    if isinstance(schedule, Integral) and not isinstance(schedule, bool) and schedule > 0:
+    if is_integer(schedule) and schedule > 0:
         return lambda step, events: step > 0 and step % schedule == 0
     if isinstance(schedule, Collection) and not isinstance(schedule, str):
         steps = list(schedule)
@@ -57,7 +58,6 @@ def alphas_of(alphas: Sequence[float], search: str) -> tuple[float, ...]:
 
 def budget_of(max_val_tokens: int | None) -> int | None:
     """Tokens of the whole run, None for no limit. Raises ValueError for anything else but a positive int."""
-    whole = isinstance(max_val_tokens, Integral) and not isinstance(max_val_tokens, bool)
-    if max_val_tokens is None or (whole and max_val_tokens > 0):
+    if max_val_tokens is None or (is_integer(max_val_tokens) and max_val_tokens > 0):
         return max_val_tokens
     raise ValueError(f"max_val_tokens must be a positive int, or None for no limit, got {max_val_tokens!r}")
