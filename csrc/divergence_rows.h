@@ -264,12 +264,16 @@ static void rebase(Sums& s, float x0, float y0) {
     const double dx = double(s.x0) - x0, dy = double(s.y0) - y0;
     // Before the first finite logit the reference is 0, and the step from it may be up, and huge.
     const double fx = s.x == 0 ? 0 : std::exp2(dx), fy = s.y == 0 ? 0 : std::exp2(dy);
-    s.gap = fx * (s.gap + dx * s.x - dy * (s.x - s.hole));
-    s.xu = fx * (s.xu + dx * s.x);
-    s.yv = fy * (s.yv + dy * s.y);
-    s.x *= fx;
-    s.hole *= fx;
-    s.y *= fy;
+    if (fx == 0) {  // sums of logits as far below as 1e10 are overrun by the rounding of their reference
+        s.gap = s.xu = s.x = s.hole = 0;
+    } else {
+        s.gap = fx * (s.gap + dx * s.x - dy * (s.x - s.hole));
+        s.xu = fx * (s.xu + dx * s.x);
+        s.x *= fx;
+        s.hole *= fx;
+    }
+    s.yv = fy == 0 ? 0 : fy * (s.yv + dy * s.y);
+    s.y = fy == 0 ? 0 : fy * s.y;
     s.x0 = x0;
     s.y0 = y0;
 }

@@ -32,6 +32,19 @@ if INTERPRETING:
     if hasattr(InterpretedFunction, "rewrite"):
         InterpretedFunction.__call__ = call_from_a_kernel  # half of the time of the row kernel's tests
 
+
+def round_once(monkeypatch) -> None:
+    """Lets tl.fma round once in the interpreter too, as it does on a device."""
+    if INTERPRETING:
+        from triton.runtime import interpreter
+
+        def fma(self, x, y, z):
+            exact = x.data.astype(numpy.float64) * y.data + z.data
+            return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
 needs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETING), reason="runs in the interpreter's process")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 

@@ -47,7 +47,9 @@ from ..launch import on_device, options
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e4 * 1.4426950408889634)  # log2-probability of an entry that only the other side supports
-NOTHING = tl.constexpr(-1e30)  # reference before any finite entry: finite, so that no −inf − (−inf) appears
+# Reference before any finite entry: finite, so that no −inf − (−inf) appears, and no further from 0 than u bears: the
+# largest x·c less its rounding to fp32 is up to 2⁻²⁵ of it, and 2^u overflows from 128.
+NOTHING = tl.constexpr(-(2.0**31))
 NEVER = tl.constexpr(-1e5)  # any u below it has 2^u = 0: clamping there only keeps 0·inf away
 
 REVERSE, FORWARD, MIXTURE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

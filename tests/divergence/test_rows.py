@@ -112,6 +112,20 @@ def test_rows_that_rise(implementation, member, spread):
 
 @every_implementation
 @every_member
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("low", [-1e10, -1e20, torch.finfo(torch.bfloat16).min])
+def test_rows_that_begin_far_below(implementation, member, dtype, low):
+    """As masked entries do: so far that a reference's own rounding is hundreds of bits, and 2^u overflows."""
+    student, teacher = logits(2, 2500, dtype), logits(2, 2500, dtype, seed=1)
+    student[0, :2048] = teacher[0, :2048] = low
+    student[1, :1024] = teacher[1, :1200] = low
+    student[1, 1024:1200] = -1e3
+    for temperature in (1.0, 2.0, 3.0):
+        check(implementation, student, teacher, member, (temperature, temperature, *PLAIN[2:]))
+
+
+@every_implementation
+@every_member
 def test_student_near_teacher(implementation, member):
     """Where distillation ends: the value is tiny and every digit of it is a difference."""
     teacher = logits(4, 4097)

@@ -69,6 +69,18 @@ def test_dtypes_temperature_scale_softcap(implementation, dtype, knobs):
 
 
 @every_implementation
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("low", [-1e10, -1e20, torch.finfo(torch.bfloat16).min])
+def test_others_that_begin_far_below(implementation, temperature, low):
+    """See test_rows.py."""
+    student, (known, ids) = logits(3, 2500), teacher(3, 2500, 8)
+    student[:, :2048] = low
+    ids = 2048 + torch.arange(8) + 0 * ids
+    check(implementation, student, ids, known, knobs=(temperature, 1.0, 0.0))
+    check(implementation, student, ids[:, :1], None, None, knobs=(temperature, 1.0, 0.0))
+
+
+@every_implementation
 @pytest.mark.parametrize("temperature", [0.01, 100.0])
 @every_route
 def test_extreme_temperatures(implementation, member, temperature):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from divergence.criterion import MEMBERS, assert_entropy_accurate, assert_topk_accurate, in_buckets
-from interpreted import DEVICE, ON_GPU, needs_kernels, run_in_interpreter
+from interpreted import DEVICE, ON_GPU, needs_kernels, round_once, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels, triton_topk
 
@@ -89,6 +89,17 @@ def test_in_place_in_sequences():
         over, _, _ = run(student, ids, known, knobs=knobs, out=student)
         torch.testing.assert_close((over, student.reshape(4, 1100)), (loss, grad))
         assert torch.equal(whole[:, 2], logits(2, 3, 1104)[:, 2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("low", [-1e10, -1e20])
+def test_others_far_below(monkeypatch, low):
+    """See test_triton.py."""
+    round_once(monkeypatch)
+    student, (known, ids) = logits(2, 3072), teacher(2, 3072, 5)
+    student[:, :2048] = low
+    for temperature in (1.0, 3.0):
+        check(student, 2048 + torch.arange(5, device=DEVICE) + 0 * ids, known, knobs=(temperature, 1.0, 0.0))
 
 
 @needs_kernels

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from divergence.criterion import PLAIN, assert_accurate, assert_sharp, definition
-from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, run_in_interpreter
+from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, round_once, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels
 from effopd_kernels.divergence.triton_kernels import launch_divergence_rows
@@ -125,6 +125,18 @@ def test_rows_that_rise(member):
     rising = logits(2, 4097, spread=300.0).sort().values
     check(rising, logits(2, 4097, seed=1), member)
     check(logits(2, 4097, seed=1), rising, member)
+
+
+@needs_kernels
+@every_route
+@pytest.mark.parametrize("low", [-1e10, -1e20])
+def test_entries_far_below(monkeypatch, member, low):
+    """As masked entries are: so far that a reference's own rounding is hundreds of bits, and 2^u overflows."""
+    round_once(monkeypatch)
+    student, teacher = logits(2, 3072), logits(2, 3072, seed=1)
+    student[:, :2048] = teacher[:, :2048] = low
+    for temperature in (1.0, 3.0):
+        check(student, teacher, member, (temperature, temperature, *PLAIN[2:]))
 
 
 @needs_kernels
