@@ -17,7 +17,7 @@ from .arguments import (
 )
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
-from .linear_rows import may_keep, student_bytes  # and defines effopd::linear_divergence_rows
+from .linear_rows import held_in, may_keep, student_bytes  # and defines effopd::linear_divergence_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -150,10 +150,9 @@ def linear_divergence_loss(
     student = student_hidden.reshape(-1, student_hidden.shape[-1]), student_weight, student_bias
     teacher = teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias
     teacher = tuple(t if t is None else t.detach() for t in teacher)
-    keep = None
+    keep, s_dtype = None, logits_dtype or dtypes[0]
     if reduction == "none":
         V = min(student_weight.shape[0], teacher_weight.shape[0])
-        s_dtype = logits_dtype or dtypes[0]
         keep = may_keep(student[0], num_valid, V, dtypes[0], s_dtype, student_bytes(chunk_bytes))
     loss, rows, stats = reduced_loss(
         _rows,
@@ -163,7 +162,7 @@ def linear_divergence_loss(
         num_inputs=3,
         per_row=reduction == "none",
         with_stats=return_stats,
-        dtype=dtypes[0],
+        dtype=held_in(student[0], dtypes[0], s_dtype),
         keep=keep,
     )
     return answer(loss, rows, stats, shape, reduction, return_stats)

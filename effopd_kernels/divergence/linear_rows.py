@@ -301,7 +301,7 @@ def may_keep(
 
     None: fp16 takes part, whose gradients all wait for backward, where a loss scale lifts them into its range.
     """
-    if torch.float16 in (hidden_ND.dtype, dtype, s_dtype):
+    if held_in(hidden_ND, dtype, s_dtype) == torch.float16:
         return None
     fit = _kept_rows(hidden_ND.shape[0], num_valid) <= budget // _row_bytes(V, dtype, s_dtype)
     if not torch.compiler.is_compiling():
@@ -309,6 +309,11 @@ def may_keep(
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # which takes a third of a second to import
 
     return guard_or_false(fit)  # no, where the data decides how many there are
+
+
+def held_in(hidden_ND: Tensor, dtype: torch.dtype, s_dtype: torch.dtype) -> torch.dtype:
+    """What gradients per logit or per token are held in, for `reduced_loss`: fp16 wherever that takes part."""
+    return torch.float16 if torch.float16 in (hidden_ND.dtype, s_dtype) else dtype
 
 
 def _kept_rows(N: int, num_valid: int | None) -> int:

@@ -26,7 +26,7 @@ from .arguments import (
 from .autograd import DivergenceStats, reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear import check_side, compute_dtype, run_linear_rows
-from .linear_rows import may_keep
+from .linear_rows import held_in, may_keep
 from .logits import as_rows, run_rows
 from .ops import repeated_id
 
@@ -167,6 +167,7 @@ def topk_divergence_loss(
         rows = _head(student, student_weight, student_bias)
         numbers = (*numbers, dtype, chunk_bytes, num_valid)
         keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes) if reduction == "none" else None
+        dtype = held_in(rows[0], dtype, dtype)
     loss, per_row, stats = reduced_loss(
         run,
         (*rows, ids, known, mask_N),

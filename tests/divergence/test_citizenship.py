@@ -849,23 +849,27 @@ def test_no_host_synchronisation(call, allowed, monkeypatch):
 # ---- loss scaling
 
 
-@pytest.mark.parametrize("kind", ["logits", "in place", "hidden", "autocast"])
+@pytest.mark.parametrize("kind", ["logits", "in place", "hidden", "autocast", "logits alone"])
 def test_a_loss_scale_lifts_gradients_of_fp16(kind):
     """1/tokens and 1/V together are below fp16's range: the gradient is as good as eager PyTorch's under the scale."""
     tokens, V, D, scale = 8, 4000, 16, 65536.0
     h, w, ht, wt = random(tokens, D), random(V, D), random(tokens, D, seed=2), random(V, D, seed=3)
-    dtype = torch.float32 if kind == "autocast" else torch.float16
+    dtype = torch.float32 if kind in ("autocast", "logits alone") else torch.float16
     h, w, ht, wt = (x.to(dtype) for x in (h, w, ht, wt))
     options = {"num_tokens": 8192, "inplace": True} if kind == "in place" else {"num_tokens": 8192}
 
     def eager(h, w, ht, wt):
-        s, t = (x.float() if x.dtype == torch.float16 else x for x in (h @ w.T, ht @ wt.T))
+        s, t = h @ w.T, ht @ wt.T
+        if kind == "logits alone" and s.dtype == torch.float32:
+            s, t = s.half(), t.half()
+        s, t = (x.float() if x.dtype == torch.float16 else x for x in (s, t))
         q, p = s.log_softmax(-1), t.log_softmax(-1)
         return (q.exp() * (q - p)).sum() / 8192
 
     def ours(h, w, ht, wt):
-        if kind in ("hidden", "autocast"):
-            return linear_divergence_loss(h, w, ht, wt, **options)
+        if kind in ("hidden", "autocast", "logits alone"):
+            logits_dtype = torch.float16 if kind == "logits alone" else None
+            return linear_divergence_loss(h, w, ht, wt, **options, logits_dtype=logits_dtype)
         return divergence_loss(h @ w.T, ht @ wt.T, **options)
 
     def gradients(loss, dtype, scale):
@@ -879,6 +883,23 @@ def test_a_loss_scale_lifts_gradients_of_fp16(kind):
         gradients(ours, dtype, scale), gradients(eager, dtype, scale), gradients(eager, torch.float64, 1.0), strict=True
     ):
         assert (found - exact).norm() <= 1.05 * (same - exact).norm() + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_hidden_states_in_fp16_wait_for_a_loss_scale_under_autocast_to_bf16(k):
+    h, w, wt = random(8, 16).half().requires_grad_(), random(4000, 16, seed=1), random(4000, 16, seed=3)
+
+    def gradient(num_tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            if k is None:
+                loss = linear_divergence_loss(h, w, h.detach(), wt, num_tokens=num_tokens)
+            else:
+                known = (h.detach().float() @ wt.T).log_softmax(-1).topk(k)
+                loss = topk_divergence_loss(h, *known, student_weight=w, num_tokens=num_tokens)
+        return torch.autograd.grad(loss * num_tokens, h)[0]
+
+    found, true = gradient(2**26).float(), gradient(1).float()
+    assert (found - true).norm() <= 1e-2 * true.norm() > 0
 
 
 def test_weights_of_zero_make_gradients_of_zero_in_fp16():
