@@ -4,6 +4,7 @@ The options are listed once more for type checkers: whether a loss comes alone o
 `return_entropy`), and that takes an overload for each case.
 """
 
+import math
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -220,7 +221,7 @@ def row_factor(
     if reduction != "mean":
         return mask, weight
     if weight is None:
-        weight = torch.ones(shape.numel(), device=device, dtype=dtype) if mask is None else mask.to(dtype)
+        weight = torch.ones(math.prod(shape), device=device, dtype=dtype) if mask is None else mask.to(dtype)
     if num_tokens is None:
         total = weight.sum()
     elif isinstance(num_tokens, Tensor):

@@ -774,6 +774,22 @@ def test_logits_of_another_dtype_than_the_products_are_not_rounded_where_gradien
     assert torch.equal(linear_divergence_loss(h, w.requires_grad_(), ht, wt, **options), expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_export_with_any_number_of_tokens(reduction, masked):
+    class Losses(torch.nn.Module):
+        def forward(self, s, t, w, mask):
+            options = {"reduction": reduction, "mask": mask if masked else None}
+            return divergence_loss(s, t, **options), linear_divergence_loss(s, w, t, w, **options)
+
+    w, tokens = random(11, 8), torch.export.Dim("tokens", min=2, max=64)
+    examples = [(random(n, 8), random(n, 8, seed=1), w, torch.arange(n) % 3 > 0) for n in (12, 5)]
+    dynamic = {0: tokens}, {0: tokens}, None, {0: tokens}
+    exported = torch.export.export(Losses(), examples[0], dynamic_shapes=dynamic, strict=False)
+    for example in examples:
+        torch.testing.assert_close(exported.module()(*example), Losses()(*example))
+
+
 def test_exports_with_any_number_of_tokens():
     class Loss(torch.nn.Module):
         def forward(self, h, w, ids):
