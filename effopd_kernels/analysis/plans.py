@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from .edits import Edit
-from .roles import BIASES, Role, depth, role_of
+from .roles import Role, block_of, depth, role_of
 
-_MLP = ("mlp", "router", BIASES)
-BLOCKS = {"mlp": _MLP, "attention": ("attention",), "both": (*_MLP, "attention")}
+BLOCKS = {"mlp": ("mlp",), "attention": ("attention",), "both": ("mlp", "attention")}
 KEPT = {"top": "rank_kept", "bottom": "rank_dropped"}  # what tables call a fraction
 UNMATCHED = "as it falls"  # what tables say of a part's norm
 OWN, FINAL = "its own", "the final one's"  # and of a checkpoint's
@@ -101,7 +100,7 @@ def window(plan: Plan, trajectory: str) -> Iterator[Trial]:
     for block, parts in BLOCKS.items():
         for first in starts:
             layers = range(first, first + width)
-            names = tuple(n for n, role in plan.roles.items() if role.layer in layers and role.part in parts)
+            names = tuple(n for n, role in plan.roles.items() if role.layer in layers and block_of(n) in parts)
             about = {"block": block, "first_layer": first, "last_layer": layers[-1]}
             yield Trial("window", plan.final(trajectory, names=names), about)
 

@@ -26,6 +26,7 @@ _FOREIGN = re.compile(r"(?:^|\.)(?:vision|visual|video|audio|image|qformer|perce
 # The innermost block decides: of Idefics' gated_cross_attn_layers each holds an mlp.
 _ATTENTION_BLOCK = re.compile(r"(?:^|\.)\w*att(?:n|entions?)?(?:_layers)?\.(?!(?:.*\.)?mlp\.)")
 _MIXER_BLOCK = re.compile(r"(?:^|\.)(?:mamba|mixer|mlstm_layer|temporal_block|\d+\.conv)\.")  # Nemotron-H: any block
+_MLP_BLOCK = re.compile(r"(?:^|\.)(?:(?:\w+_)?(?:mlps?|mlp_block|ffns?|ff|feed_?forward|moe|experts?)|gate|router)\.")
 # Granite and JetMoe have the stacks of experts in the block itself.
 _EXPERT_BLOCK = re.compile(r"(?:^|\.)(?:experts?|shared_experts?)\.|\.(?:block_sparse_moe|mlp)\.(?:in|out)put_linear$")
 _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
@@ -90,6 +91,22 @@ def role_of(name: str) -> Role:
         if kind in MLP and _EXPERT_BLOCK.search(path):
             kind = BIASES if path.endswith("_bias") else f"expert {kind}"
     return Role(kind or "other", layer, expert)
+
+
+def block_of(name: str) -> str | None:
+    """attention or mlp, whose block in its layer holds the tensor: what is no projection there, as a router, sinks, a
+    short convolution or what makes the decay of a state, too. None for norms and what is in neither.
+    """
+    role, path = role_of(name), name.lower()
+    if role.part in ("attention", "mlp"):
+        return role.part
+    if role.layer is None or role.type not in ("router", BIASES, "other"):
+        return None
+    if _ATTENTION_BLOCK.search(path):
+        return "attention"
+    if role.type != "other" or _MLP_BLOCK.search(path):
+        return "mlp"
+    return "attention" if _MIXER_BLOCK.search(path) else None
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

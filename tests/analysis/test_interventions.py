@@ -85,6 +85,14 @@ def test_the_mlp_of_a_window_has_its_experts_biases():
     assert blocks == {"mlp", "both"}
 
 
+def test_a_window_of_attention_is_whole_blocks():
+    """Half a mixer of the final model in the base's other half would be a model that neither ever was."""
+    mixer = [f"model.layers.0.mixer.{part}" for part in ("in_proj.weight", "x_proj.weight", "conv1d.weight", "A_log")]
+    p = Plan([*mixer, "model.layers.0.norm.weight"], {"opd": [(1, 1.0)]}, {("opd", 0): 1.0}, window=1)
+    edits = {t.about["block"]: t.edit.names for t in p.trials(["window"])[2:]}
+    assert edits == {"mlp": (), "attention": tuple(mixer), "both": tuple(mixer)}
+
+
 def test_truncation_is_matched_to_every_trajectory():
     for part in ("top", "bottom"):
         trials = [t for t in plan(fractions=(0.1, 0.5)).trials([part])[3:] if t.edit.trajectory == "opd"]

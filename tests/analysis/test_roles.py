@@ -2,7 +2,7 @@
 
 import pytest
 
-from effopd_kernels.analysis.roles import TYPES, Role, is_matrix, role_of, third, token_embedding
+from effopd_kernels.analysis.roles import TYPES, Role, block_of, is_matrix, role_of, third, token_embedding
 
 NAMES = {
     "model.embed_tokens.weight": Role("embedding"),
@@ -138,6 +138,26 @@ def test_parts():
         "norm": "norm",
     }
     assert {kind: Role(kind).part for kind in parts} == parts
+
+
+@pytest.mark.parametrize(
+    "block, names",
+    {
+        "attention": "mixer.x_proj.weight mixer.A_log mixer.conv1d.weight self_attn.sinks linear_attn.dt_bias "
+        "self_attn.forget_gate.A_log conv.conv.weight temporal_block.rg_lru.input_gate_weight mixer.in_proj.weight",
+        "mlp": "mlp.gate.weight mlp.gate.e_score_correction_bias mixer.gate.e_score_correction_bias mlp.expert_bias "
+        "feed_forward.time_mix_key mlp.experts.down_proj_bias mlp.experts.3.up_proj.weight",
+        None: "self_attn.q_norm.weight per_layer_input_gate.weight",
+    }.items(),
+    ids=str,
+)  # fmt: skip
+def test_a_block_is_more_than_its_projections(block, names):
+    for name in names.split():
+        assert block_of(f"model.layers.3.{name}") == block, name
+
+
+def test_what_is_in_no_layer_is_in_no_block():
+    assert {block_of(n) for n in ("lm_head.weight", "visual.blocks.3.attn.qkv.weight", "mtp.layers.0.mlp.x")} == {None}
 
 
 def test_thirds_of_the_depth():
