@@ -110,8 +110,8 @@ def block_of(name: str) -> str | None:
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix or a stack of them."""
-    return len(shape) >= 2 and role_of(name).type != BIASES
+    """Whether a tensor is a matrix or a stack of them; the kernels (1, k) of a short convolution are vectors."""
+    return len(shape) >= 2 and min(shape[-2:]) > 1 and role_of(name).type != BIASES
 
 
 def token_embedding(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -170,6 +170,7 @@ def test_thirds_of_the_depth():
 def test_a_stack_of_biases_is_no_matrix():
     experts = "model.layers.3.mlp.experts."
     assert is_matrix(f"{experts}down_proj", (4, 8, 6)) and not is_matrix(f"{experts}down_proj_bias", (4, 8))
+    assert not is_matrix("model.layers.3.linear_attn.conv1d.weight", (8, 1, 4))
     assert is_matrix("lm_head.weight", (9, 8)) and not is_matrix("model.norm.weight", (8,))
     assert Role("expert bias").part not in ("mlp", "attention")  # whose matrices have a spectrum
 
