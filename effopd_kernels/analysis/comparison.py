@@ -1,7 +1,7 @@
 """A base, the checkpoints that were trained from it, and whether they fit.
 
-Nothing but headers is read until a tensor is asked for, so everything that can be wrong with a set of folders is found
-before any work.
+Nothing but headers, and heads that a config says are tied, is read until a tensor is asked for, so everything that can
+be wrong with a set of folders is found before any work.
 """
 
 import itertools
@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..checks import FLOATS
 from ..errors import UserError
@@ -126,19 +128,34 @@ def _order(trajectory: str, checkpoints: list[Checkpoint]) -> list[str]:
 
 def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     """A head that is the embedding may be stored or not. Stored on one side only, the other side's is its embedding;
-    tied on all sides, it counts once.
+    tied on all sides, it counts once. What a config says of a head that is stored has to be true: transformers, too,
+    leaves weights that differ untied.
     """
     every = [base, *others]
     heads = dict.fromkeys(name for c in every for name in c.shapes if role_of(name).type == "head")
     dropped = []
     for head in heads:
-        weight = head.endswith("weight")  # a bias is its own
-        tied = [c for c in every if _alias_missing(c, head) or (weight and c.config.get("tie_word_embeddings"))]
+        files = [base if isinstance(c, Adapter) else c for c in every]
+        tied = [c for c, f in zip(every, files, strict=True) if _alias_missing(c, head) or _is_embedding(f, head)]
         if len(tied) == len(every):
             dropped.append(head)
             for checkpoint in every:
                 checkpoint.shapes.pop(head, None)
     return [f"Tied to the embedding, so counted once: {listed(dropped)}."] if dropped else []
+
+
+def _is_embedding(checkpoint: Checkpoint, head: str) -> bool:
+    """Whether the config ties a head, and it is, bit for bit, the embedding where both are stored."""
+    if not (head.endswith("weight") and checkpoint.config.get("tie_word_embeddings")):  # a bias is its own
+        return False
+    embedding = token_embedding({name: shape for name, (shape, _) in checkpoint.shapes.items()})
+    if embedding is None or head not in checkpoint.shapes:
+        return True
+    if checkpoint.shapes[head] != checkpoint.shapes[embedding]:
+        return False
+    blocks = (slice(i, i + 4096) for i in range(0, checkpoint.shapes[head][0][0], 4096))
+    pairs = ([checkpoint.read(name, rows).view(torch.uint8) for name in (head, embedding)] for rows in blocks)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def _alias_missing(checkpoint: Checkpoint, head: str) -> bool:

@@ -218,6 +218,21 @@ def test_a_head_untied_in_training_is_held_against_the_embedding(tmp_path):
     torch.testing.assert_close(update(comparison, "lm_head.weight", "lora").float(), 2 * product.mT)  # still tied
 
 
+def test_a_head_that_is_not_the_embedding_is_measured_whatever_the_config_says(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    weights, rows = planted.base_weights(), planted.VOCABULARY - 1
+    same = weights | {"lm_head.weight": weights[EMBEDDING].clone()}
+    own = same | {"lm_head.weight": same["lm_head.weight"].clone()}
+    own["lm_head.weight"][rows, 0] += 1
+    start, other = planted.write(tmp_path / "base", same, tied), planted.write(tmp_path / "own", own, tied)
+    adapter = lora(tmp_path / "adapter", factors(Q.removesuffix(".weight"), *planted.SHAPES[Q])[0])
+    for base, run in ((start, other), (other, start), (other, other)):
+        comparison = compare(base, {"run": [run], "lora": [adapter]})
+        assert "lm_head.weight" in comparison.names and not comparison.notes
+        assert update(comparison, "lm_head.weight").any() == (base is not run)
+    assert "lm_head.weight" not in compare(start, {"run": [start], "lora": [adapter]}).names
+
+
 def test_names_and_buffers_that_transformers_forgives(tmp_path):
     """GPT-2's on the hub have no `transformer.` and hold their masks; Llama 2's hold rotary frequencies."""
     names = ("wte.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias")
