@@ -5,9 +5,10 @@ be wrong with a set of folders is found before any work.
 """
 
 import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")
 _PACKED = re.compile(r"weight(_packed)?$|_blocks$")
 # What transformers once stored and now computes: rotary frequencies, causal masks and the number that masks.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_PREDICTS = re.compile(r"(^|\.)mtp(_\w+)?\.")  # further tokens: transformers does not load it, so it saves none
 _MASK = re.compile(r"(^|\.)att(n|ention)\.(masked_)?bias$")
 
 
@@ -66,7 +68,8 @@ def compare(base: str | Path, trajectories: Mapping[str, Sequence[str | Path]]) 
     opened = _opened(start, trajectories)
     notes = [note for name, checkpoints in opened.items() for note in _order(name, checkpoints)]
     every = [c for checkpoints in opened.values() for c in checkpoints]
-    notes += _leave_out_computed([start, *every])
+    notes += _leave_out([start, *every], "Computed by transformers", _computed)
+    notes += _leave_out([start, *every], "For further tokens, not loaded by transformers", _predicts([start, *every]))
     notes += _tie(start, every)
     for checkpoint in every:
         _check(start, checkpoint)
@@ -94,14 +97,22 @@ def _opened(base: Checkpoint, trajectories: Mapping[str, Sequence[str | Path]]) 
     return opened
 
 
-def _leave_out_computed(every: Sequence[Checkpoint]) -> list[str]:
-    """Drop what transformers computes, so that a file may hold it or not, where not all do."""
-    found = dict.fromkeys(name for c in every for name, (shape, _) in c.shapes.items() if _computed(name, shape))
+def _leave_out(every: Sequence[Checkpoint], what: str, chosen: Callable[[str, tuple[int, ...]], bool]) -> list[str]:
+    """Drop what a file may hold or not, where not all do."""
+    found = dict.fromkeys(name for c in every for name, (shape, _) in c.shapes.items() if chosen(name, shape))
     left = [name for name in found if not all(name in c.shapes for c in every)]
     for checkpoint in every:
         for name in left:
             checkpoint.shapes.pop(name, None)
-    return [f"Computed by transformers and not in every file, so left out: {listed(left)}."] if left else []
+    return [f"{what} and not in every file, so left out: {listed(left)}."] if left else []
+
+
+def _predicts(every: Sequence[Checkpoint]) -> Callable[[str, tuple[int, ...]], bool]:
+    """Whether a tensor predicts further tokens: by its name or, as DeepSeek's and GLM's, behind the last layer."""
+    texts = [c.config.get("text_config") or c.config for c in every]
+    layers = [text.get("num_hidden_layers") for text in texts if text.get("num_nextn_predict_layers")]
+    last = max((n for n in layers if isinstance(n, int)), default=math.inf)
+    return lambda name, _: bool(_PREDICTS.search(name)) or (role_of(name).layer or 0) >= last
 
 
 def _computed(name: str, shape: tuple[int, ...]) -> bool:

@@ -233,6 +233,27 @@ def test_a_head_that_is_not_the_embedding_is_measured_whatever_the_config_says(t
     assert "lm_head.weight" not in compare(start, {"run": [start], "lora": [adapter]}).names
 
 
+@pytest.mark.parametrize(
+    "prefix, config",
+    [("mtp.layers.0", {}), ("model.mtp.layers.0", {}),
+     (f"model.layers.{planted.LAYERS}", {"num_hidden_layers": planted.LAYERS, "num_nextn_predict_layers": 1}),
+     (f"model.layers.{planted.LAYERS}",
+      {"text_config": {"num_hidden_layers": planted.LAYERS, "num_nextn_predict_layers": 1}})],
+)  # fmt: skip
+def test_layers_for_further_tokens_are_not_in_what_transformers_saves(tmp_path, prefix, config):
+    weights = planted.base_weights()
+    more = {f"{prefix}.self_attn.q_proj.weight": torch.ones(8, 8), f"{prefix}.eh_proj.weight": torch.ones(8, 16)}
+    hub, saved = planted.write(tmp_path / "hub", weights | more, config), planted.write(tmp_path / "saved", weights)
+    for base, run in ((hub, saved), (saved, hub)):
+        comparison = compare(base, {"run": [run]})
+        assert set(comparison.names) == set(weights)
+        assert any(note.startswith("For further tokens, not loaded by transformers") for note in comparison.notes)
+    assert set(compare(hub, {"run": [hub]}).names) == set(weights | more)
+    with pytest.raises(UserError, match="lacks 1 tensor of"):
+        less = {n: t for n, t in weights.items() if n != Q}
+        compare(hub, {"run": [planted.write(tmp_path / "less", less)]})
+
+
 def test_names_and_buffers_that_transformers_forgives(tmp_path):
     """GPT-2's on the hub have no `transformer.` and hold their masks; Llama 2's hold rotary frequencies."""
     names = ("wte.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias")
