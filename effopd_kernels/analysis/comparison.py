@@ -204,6 +204,8 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
         if all(role_of(n).type in ("embedding", "head") and s[1:] == base.shapes[n][0][1:] for n, s in unequal.items()):
             rows = max(shape[0] for shape in unequal.values())
             todo = f"; resize the base's vocabulary first, with resize_token_embeddings({rows})"
+        elif all(len(s) > 2 and s == base.shapes[n][0][:-2] + base.shapes[n][0][:-3:-1] for n, s in unequal.items()):
+            todo = "; they lie turned, as transformers saves some: load the base with it, save it again and give that"
         raise UserError(
             f"{other.path} has {counted(unequal, 'tensor')} of another shape than the base's{why}: {listed(each)}{todo}"
         )

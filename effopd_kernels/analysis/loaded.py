@@ -1,4 +1,4 @@
-"""Checkpoints read through transformers, for architectures whose tensors it renames or fuses as it loads them.
+"""Checkpoints read through transformers, for architectures whose tensors it renames, fuses or turns as it loads them.
 
 A folder of a mixture of experts has three matrices per expert; the model has two tensors per layer. An edit is of what
 the model has, so such folders are loaded whole, and the last one stays in memory.
@@ -49,8 +49,8 @@ class Loader:
 def as_the_model_names_them(
     trajectories: Mapping[str, Sequence[Checkpoint]], base: Checkpoint, live: Mapping[str, Tensor], **options
 ) -> tuple[Mapping[str, Sequence[Checkpoint | LoadedCheckpoint]], Checkpoint | LoadedCheckpoint | None]:
-    """The trajectories and the base as the model names their tensors: themselves where their names are the model's,
-    else loaded. The base is None where the model holds it exactly.
+    """The trajectories and the base as the model names their tensors: themselves where their names and shapes are the
+    model's, else loaded. The base is None where the model holds it exactly.
 
     Args:
         live: the model's tensors by name. options: of `from_pretrained`.
@@ -60,7 +60,7 @@ def as_the_model_names_them(
     """
     stored = {name: {base.shapes[name][1]} if name in base.shapes else _matrix_dtypes(base) for name in live}
     exact = all(torch.promote_types(t.dtype, dtype) == t.dtype for name, t in live.items() for dtype in stored[name])
-    if set(live) <= set(base.shapes):
+    if all(name in base.shapes and base.shapes[name][0] == tensor.shape for name, tensor in live.items()):
         return trajectories, None if exact else base
     for checkpoint in (c for many in trajectories.values() for c in many):
         if isinstance(checkpoint, Adapter):

@@ -254,6 +254,13 @@ def test_layers_for_further_tokens_are_not_in_what_transformers_saves(tmp_path, 
         compare(hub, {"run": [planted.write(tmp_path / "less", less)]})
 
 
+def test_experts_that_lie_turned_are_told(tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    hub, saved = (planted.write(tmp_path / d, {name: torch.ones(2, *s)}) for d, s in (("a", (8, 6)), ("b", (6, 8))))
+    with pytest.raises(UserError, match=r"down_proj \[2, 6, 8\], the base's \[2, 8, 6\]; they lie turned"):
+        compare(hub, {"run": [saved]})
+
+
 def test_names_and_buffers_that_transformers_forgives(tmp_path):
     """GPT-2's on the hub have no `transformer.` and hold their masks; Llama 2's hold rotary frequencies."""
     names = ("wte.weight", "h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias")

@@ -7,8 +7,13 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from effopd_kernels.analysis import edits
 from effopd_kernels.analysis.comparison import compare
@@ -18,6 +23,7 @@ from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
 SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
 LAYERS = 4
+WEIGHTS = "model.safetensors"
 
 
 class Net(torch.nn.Module):
@@ -333,3 +339,37 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
     assert rounded.norms("run") == model.norms("run")
     with rounded.edited(Edit("run", 1, tuple(rounded.live))):
         assert all(torch.equal(p, weights["two"][n].bfloat16()) for n, p in half.named_parameters())
+
+
+def test_experts_that_transformers_turns_are_edited_as_the_model_has_them(tmp_path):
+    """Files of Qwen3-VL's mixtures on the hub have the model's names, and their stacks of experts lie (in, out)."""
+    text = dict(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    )  # fmt: skip
+    vision = dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, patch_size=2,
+        num_position_embeddings=4, deepstack_visual_indexes=[],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    before, weights = bits(net), {}
+    for folder in ("base", "hub"):
+        net.save_pretrained(tmp_path / folder)
+        weights[folder] = {n: p.detach().clone() for n, p in net.named_parameters()}
+        turned = {n: t.mT if ".experts." in n else t for n, t in load_file(tmp_path / folder / WEIGHTS).items()}
+        save_file({n: t.contiguous() for n, t in turned.items()}, tmp_path / folder / WEIGHTS, {"format": "pt"})
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1.5)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(weights["base"][name])
+    comparison, live = compare(tmp_path / "base", {"run": [tmp_path / "hub"]}), live_tensors(net)
+    assert set(live) <= set(comparison.base.shapes)
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live)
+    model = EditableModel(net, trajectories, files=files)
+    with model.edited(Edit("run", 0, tuple(model.live))):
+        assert all(torch.equal(p, weights["hub"][n]) for n, p in net.named_parameters())
+    assert same(bits(net), before)
