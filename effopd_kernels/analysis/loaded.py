@@ -32,7 +32,8 @@ class LoadedCheckpoint:
 
 
 class Loader:
-    """Holds one model's tensors at a time, in the widest dtype of its files' matrices."""
+    """Holds one model's tensors at a time, in the widest dtype of its files' matrices; unrounded vectors that the files
+    have in a wider one under the model's names, as the decay of a state may be."""
 
     def __init__(self, **options):
         self._file, self._tensors, self._options = None, {}, options
@@ -42,7 +43,7 @@ class Loader:
             self._file, self._tensors = None, {}  # before the next is loaded beside it
             dtype = reduce(torch.promote_types, _matrix_dtypes(file))
             model = load_model(str(file.path), dtype=dtype, device_map="cpu", **self._options)
-            self._file, self._tensors = file, {n: t.detach() for n, t in live_tensors(model).items()}
+            self._file, self._tensors = file, {n: _unrounded(file, n, t) for n, t in live_tensors(model).items()}
         return self._tensors
 
 
@@ -68,6 +69,12 @@ def as_the_model_names_them(
     loader = Loader(**options)
     loaded = {name: [LoadedCheckpoint(c, loader) for c in many] for name, many in trajectories.items()}
     return loaded, None if exact else LoadedCheckpoint(base, Loader(**options))  # which stays beside the other
+
+
+def _unrounded(file: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    shape, dtype = file.shapes.get(name, (None, tensor.dtype))
+    wider = tensor.ndim < 2 and shape == tensor.shape and torch.promote_types(dtype, tensor.dtype) != tensor.dtype
+    return file.read(name) if wider else tensor.detach()
 
 
 def _matrix_dtypes(file: Checkpoint) -> set[torch.dtype]:

@@ -341,6 +341,22 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
         assert all(torch.equal(p, weights["two"][n].bfloat16()) for n, p in half.named_parameters())
 
 
+def test_wider_vectors_beside_fused_experts_are_not_rounded(tmp_path):
+    """Else the base itself, scored in fp32, would be another model than its own checkpoint."""
+    config = dict(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).bfloat16().save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / WEIGHTS)
+    tensors = {n: t + torch.rand(t.shape) if t.ndim == 1 else t for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "base" / WEIGHTS, {"format": "pt"})
+    net = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    comparison = compare(tmp_path / "base", {"run": [tmp_path / "base"]})
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
+    assert files is None and not any(EditableModel(net, trajectories).norms("run").values())
+
+
 def test_experts_that_transformers_turns_are_edited_as_the_model_has_them(tmp_path):
     """Files of Qwen3-VL's mixtures on the hub have the model's names, and their stacks of experts lie (in, out)."""
     text = dict(
