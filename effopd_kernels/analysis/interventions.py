@@ -146,7 +146,7 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     left = pending(trials, evaluations)
     validate = Validate(trainer, args, ours.max_prompts)
     cost = estimate(model, trials, left, validate)
-    notes = notes_on(comparison, plan)
+    notes = notes_on(comparison, plan, loaded=trajectories is not comparison.trajectories)
     if first:
         say(notes)
         answer(cost)
@@ -239,7 +239,7 @@ def build_trainer(ours, data, args: OPDConfig, model_args: ModelConfig) -> OPDTr
     without_teacher = args.teacher_model_name_or_path is None
     if without_teacher:
         args.teacher_model_name_or_path = ours.base  # it insists on one
-    trainer = build_opd_trainer(data, args, model_args)
+    trainer = build_opd_trainer(data, args, model_args, trains=False)
     if without_teacher:
         trainer.teacher_model = args.teacher_model_name_or_path = None
     return trainer
@@ -269,11 +269,13 @@ def plan_of(ours: InterventionArguments, comparison: Comparison, model: Editable
     )
 
 
-def notes_on(comparison: Comparison, plan: Plan) -> list[str]:
+def notes_on(comparison: Comparison, plan: Plan, loaded: bool) -> list[str]:
     """What a reader must know."""
     notes = list(comparison.notes)
-    if tied := [name for name in comparison.names if name not in plan.names]:
-        notes.append(f"In files only, or tied in the model, so not edited by this name: {listed(tied)}.")
+    if other := [name for name in comparison.names if name not in plan.names]:
+        why = "Renamed or fused by transformers, or tied, so edited under the names that the model has"
+        why = why if loaded else "In files only, or tied in the model, so not edited by this name"
+        notes.append(f"{why}: {listed(other)}.")
     places = [(c.path, plan.update_norms[name, i]) for name, i, c in comparison.checkpoints()]
     return list(dict.fromkeys([*notes, *(f"{path} equals the base." for path, norm in places if norm == 0)]))
 

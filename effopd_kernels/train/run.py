@@ -54,13 +54,21 @@ def _same_prompts(data: DataArguments) -> bool:
     )
 
 
-def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig) -> OPDTrainer:
+def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelConfig, trains: bool = True) -> OPDTrainer:
     """Check everything that can be checked without a model, then load the models.
+
+    Args:
+        trains: false for a trainer that evaluates alone.
 
     Raises:
         UserError: see `data.py`, `OPDConfig` and the checks here.
     """
     _check_names(data, args, model_args)
+    if trains and data.eval_dataset_name and _same_prompts(data):
+        logger.warning(
+            "--eval_dataset_name and --dataset_name are both '%s': the student is trained on what is called held out",
+            data.dataset_name,
+        )
     check_trackers(args.report_to)
     held_out = _held_out(data, args)
     with PartialState().main_process_first():  # the others read what the first has downloaded
@@ -112,11 +120,6 @@ def _check_names(data: DataArguments, args: OPDConfig, model_args: trl.ModelConf
         raise UserError(
             f"--eval_dataset_name and --val_dataset_name are both '{given[0]}': prompts that score EffOPD's candidates "
             "are not held out"
-        )
-    if data.eval_dataset_name and _same_prompts(data):
-        logger.warning(
-            "--eval_dataset_name and --dataset_name are both '%s': the student is trained on what is called held out",
-            data.dataset_name,
         )
 
 

@@ -27,7 +27,14 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import PRESENTATIONS
-from effopd_kernels.analysis.interventions import InterventionArguments, _identity, check, named_edits, plan_of
+from effopd_kernels.analysis.interventions import (
+    InterventionArguments,
+    _identity,
+    check,
+    named_edits,
+    notes_on,
+    plan_of,
+)
 from effopd_kernels.analysis.plans import FINAL, INTERVENTIONS, UNMATCHED, Plan, Trial
 from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
@@ -255,6 +262,21 @@ def measured(out):
         name: [{k: v for k, v in row.items() if k != "seconds"} for row in read_table(out / "tables", name)]
         for name in (*INTERVENTIONS, "models")
     }
+
+
+def test_nobody_is_told_that_the_prompts_are_trained_on(trained, tmp_path, caplog):
+    assert main(arguments(trained, tmp_path / "out", "--estimate_only")) == 0
+    assert "trained on" not in caplog.text
+
+
+def test_fused_experts_are_not_said_to_stay(tmp_path):
+    experts = "model.layers.0.mlp.experts."
+    save_file({f"{experts}0.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    comparison, plan = compare(tmp_path, {"opd": [tmp_path]}), Plan([f"{experts}up_proj"], {}, {("opd", 0): 1.0})
+    (note,) = notes_on(comparison, plan, loaded=True)
+    assert note.startswith("Renamed or fused") and note.endswith(f": {experts}0.up_proj.weight.")
+    (note,) = notes_on(comparison, plan, loaded=False)
+    assert "not edited by this name" in note
 
 
 def test_tables_figures_and_report(finished, trained):
