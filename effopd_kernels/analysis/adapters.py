@@ -69,7 +69,7 @@ class Adapter(Checkpoint):
         super().__init__(path)
         self.config = base.config
         base.lengthen_names([*self._factors, *self._whole])  # an adapter's are the model's
-        unknown = [name for name in dict.fromkeys((*self._factors, *self._whole)) if name not in base.shapes]
+        unknown = [name for name in self.adapted if name not in base.shapes]
         if unknown:
             config = read_json(self.path / CONFIG)
             if more := [key for key in _MORE if config.get(key)]:
@@ -87,6 +87,11 @@ class Adapter(Checkpoint):
                 self.shapes[name] = (f.shape, base.shapes[name][1])
         for name, (file, stored) in self._whole.items():
             self.shapes[name] = (file.shapes[stored][0], base.shapes[name][1])
+
+    @property
+    def adapted(self) -> list[str]:
+        """The tensors that are not the base's."""
+        return list(dict.fromkeys((*self._factors, *self._whole)))
 
     def pair(self, name: str, base: Tensor, rows: slice = EVERY) -> tuple[Tensor, Tensor | None]:
         """As `Checkpoint.pair`; the product is fp32 on its own, without the base's rounding."""

@@ -14,7 +14,7 @@ from ..checks import FLOATS
 from ..errors import UserError
 from ..train.loading import load_model
 from .adapters import Adapter
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, listed
 from .edits import live_tensors
 
 
@@ -57,17 +57,24 @@ def as_the_model_names_them(
         live: the model's tensors by name. options: of `from_pretrained`.
 
     Raises:
-        UserError: a LoRA adapter whose base is renamed or fused.
+        UserError: a LoRA adapter of tensors that are renamed or fused.
     """
     stored = {name: {base.shapes[name][1]} if name in base.shapes else _matrix_dtypes(base) for name in live}
     exact = all(torch.promote_types(t.dtype, dtype) == t.dtype for name, t in live.items() for dtype in stored[name])
     if all(name in base.shapes and base.shapes[name][0] == tensor.shape for name, tensor in live.items()):
         return trajectories, None if exact else base
-    for checkpoint in (c for many in trajectories.values() for c in many):
-        if isinstance(checkpoint, Adapter):
-            raise UserError(f"{checkpoint.path} adapts tensors that transformers fuses; merge it into its model first")
+    for checkpoint in (c for many in trajectories.values() for c in many if isinstance(c, Adapter)):
+        lie = {name: checkpoint.shapes[name][0] for name in checkpoint.adapted if name in checkpoint.shapes}
+        if other := [name for name, shape in lie.items() if name not in live or live[name].shape != shape]:
+            raise UserError(
+                f"{checkpoint.path} adapts tensors that transformers renames or fuses, {listed(other)}; merge it into "
+                "its model first"
+            )
     loader = Loader(**options)
-    loaded = {name: [LoadedCheckpoint(c, loader) for c in many] for name, many in trajectories.items()}
+    loaded = {
+        name: [c if isinstance(c, Adapter) else LoadedCheckpoint(c, loader) for c in many]
+        for name, many in trajectories.items()
+    }
     return loaded, None if exact else LoadedCheckpoint(base, Loader(**options))  # which stays beside the other
 
 

@@ -20,6 +20,7 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel, live_tensors
 from effopd_kernels.analysis.loaded import as_the_model_names_them
 from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
+from effopd_kernels.errors import UserError
 
 SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
 LAYERS = 4
@@ -355,6 +356,33 @@ def test_wider_vectors_beside_fused_experts_are_not_rounded(tmp_path):
     comparison = compare(tmp_path / "base", {"run": [tmp_path / "base"]})
     trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
     assert files is None and not any(EditableModel(net, trajectories).norms("run").values())
+
+
+def test_adapters_beside_fused_experts(tmp_path):
+    config = dict(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    net = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
+    net.save_pretrained(tmp_path / "base")
+    base, a, b = {n: p.detach().clone() for n, p in net.named_parameters()}, torch.randn(2, 8), torch.randn(8, 2)
+    names = {"attention": "model.layers.0.self_attn.q_proj", "expert": "model.layers.0.mlp.experts.1.down_proj"}
+    for kind, name in names.items():
+        (folder := tmp_path / kind).mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
+        pair = {"A": a[:, : 8 if kind == "attention" else 4].contiguous(), "B": b}
+        named = {f"base_model.model.{name}.lora_{x}.weight": t for x, t in pair.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+    comparison = compare(tmp_path / "base", {"lora": [tmp_path / "attention"], "whole": [tmp_path / "base"]})
+    trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
+    model, name = EditableModel(net, trajectories, files=files), f"{names['attention']}.weight"
+    with model.edited(Edit("lora", 0, tuple(model.live))):
+        for n, p in net.named_parameters():
+            torch.testing.assert_close(p.detach(), base[n] + 2 * b @ a if n == name else base[n])
+    assert not any(model.norms("whole").values())
+    comparison = compare(tmp_path / "base", {"lora": [tmp_path / "expert"]})
+    with pytest.raises(UserError, match=r"fuses, model\.layers\.0\.mlp\.experts\.1\.down_proj\.weight; merge"):
+        as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
 
 
 def test_experts_that_transformers_turns_are_edited_as_the_model_has_them(tmp_path):
