@@ -54,12 +54,13 @@ class StepGuard(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self.step = self.first = 0
+        self.saved: int | None = None  # the step of the last checkpoint
         self.random_state, self.train_tokens, self.num_tokens = None, 0, 0
         self._update: Deferred | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._completed(state)
-        self.first = self.step
+        self.first, self.saved = self.step, None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         # An optimizer step is many small writes; interrupted between two of them, the weights would belong to no step.
@@ -70,13 +71,29 @@ class StepGuard(TrainerCallback):
         self._completed(state)
         if args.eval_at_powers_of_two and args.do_eval and state.global_step.bit_count() == 1:
             control.should_evaluate = True
+        self._stop_if_told(state, control)
+        self._update.__exit__()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The last step's event and evaluation come after its end, and no other step would stop for who is told there;
+        and with save_strategy="best" an evaluation takes back that a checkpoint is due."""
+        self._stop_if_told(state, control)
+
+    def _stop_if_told(self, state, control) -> None:
+        if self.anyone_told():
+            control.should_save = control.should_save or self.saved != state.global_step
+            control.should_training_stop = True
+
+    def anyone_told(self) -> bool:
+        """Whether a signal is pending, on any of several processes: they stop together or not at all."""
         interrupts, accelerator = self.trainer.interrupts, self.trainer.accelerator
-        if not interrupts.immediate:  # several processes: stop together or not at all
+        if not interrupts.immediate:
             told = torch.tensor(int(interrupts.pending), device=accelerator.device)
             interrupts.pending = bool(accelerator.reduce(told, "sum"))
-            control.should_save = control.should_save or interrupts.pending
-            control.should_training_stop = control.should_training_stop or interrupts.pending
-        self._update.__exit__()
+        return interrupts.pending
 
     def _completed(self, state) -> None:
         self.step, self.random_state = state.global_step, SameRandomness()

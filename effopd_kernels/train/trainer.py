@@ -354,7 +354,7 @@ class OPDTrainer(trl.DistillationTrainer):
                 raise
             finally:
                 self.args.eval_on_start = on_start
-            if self.interrupts.pending:
+            if self.guard.anyone_told():
                 raise KeyboardInterrupt
             self._check_last_update()
             return output

@@ -297,6 +297,29 @@ def test_told_to_stop_once_a_trainer_stops_once(world, tmp_path):
     assert trainer.state.global_step == 3
 
 
+@pytest.mark.parametrize("point", ["update", "validation", "evaluation"])
+def test_told_to_stop_in_the_last_step_several_processes_leave_a_checkpoint(whole, world, tmp_path, point):
+    trainer = make_trainer(world, tmp_path, config={"max_steps": 2, "eval_steps": 2})
+    trainer.interrupts.immediate = False
+    trainer.add_callback(SignalAt(trainer, point, step=2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = make_trainer(world, tmp_path, config=SIX_STEPS)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_told_to_stop_at_an_evaluation_without_gain_several_processes_leave_a_checkpoint(world, tmp_path):
+    """With save_strategy="best" transformers takes back that one is due."""
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_teacher_kl", "greater_is_better": True}
+    trainer = make_trainer(world, tmp_path, config=best | {"max_steps": 3, "eval_steps": 1, "effopd_enabled": False})
+    trainer.interrupts.immediate = False
+    trainer.add_callback(SignalAt(trainer, "loss", step=2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
 def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was(world, tmp_path):
     """Its random state is read after training has begun: what a second checkpoint of the step would hold is another."""
     config = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "effopd_enabled": False}
