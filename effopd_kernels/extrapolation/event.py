@@ -11,7 +11,7 @@ from .distributed import RankFailed, T
 from .interrupts import Deferred
 from .randomness import SameRandomness, modes_kept
 from .records import Candidate, EffOPDEvent, Losses, Scores
-from .search import Point, gradients_aside, line_minimum, refuse_steps_in_backward, summed
+from .search import Point, gradients_aside, gradients_reduced, line_minimum, refuse_steps_in_backward, summed
 
 if TYPE_CHECKING:
     from .controller import EffOPDController
@@ -179,7 +179,7 @@ class Event:
         """The α of least loss along the line; W_t is in place again afterwards."""
         alphas = [alpha for alpha in self.controller.alphas if alpha > 1]
         refuse_steps_in_backward(self.weights.trained())  # hooks may be newer than the controller
-        with gradients_aside(self.weights.trained()):
+        with gradients_aside(self.weights.trained()), gradients_reduced(self.controller.module):
             self.points = line_minimum(
                 self._point,
                 max(alphas),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import overlaps_itself
 
@@ -118,6 +118,24 @@ def gradients_aside(params: Iterable[Tensor]):
     finally:
         for p, grad, value in zip(params, kept, values, strict=True):
             p.grad = grad if value is None else grad.copy_(value)
+
+
+@contextmanager
+def gradients_reduced(module: nn.Module | None):
+    """FSDP2 reduces gradients, whatever `set_requires_gradient_sync` was last told: else they would reach no parameter,
+    but stay with FSDP2, which adds them to those of the next training step."""
+    parts = module.modules() if module is not None else ()
+    states = [part._get_fsdp_state() for part in parts if hasattr(part, "_get_fsdp_state")]
+    every = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    groups = [group for of_state in every for group in of_state if group is not None]
+    kept = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
+    try:
+        for group in groups:
+            group.reduce_grads = group.all_reduce_grads = True
+        yield
+    finally:
+        for group, flags in zip(groups, kept, strict=True):
+            group.reduce_grads, group.all_reduce_grads = flags
 
 
 def _in_a_bucket(gradient: Tensor) -> bool:

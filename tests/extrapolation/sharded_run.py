@@ -78,9 +78,13 @@ def errors(net, seed):
     return (net(x) - y).square().mean(1)
 
 
-def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", stop=None, resume=None, fail=None):
+def run(
+    folder, sharded=False, mixed=False, search="candidates", policy="keep", stop=None, resume=None, fail=None,
+    accumulating=False,
+):  # fmt: skip
     """Train; returns full weights, events, losses, what was communicated during events, and this rank's part of the
-    anchor that was saved (to folder, after the step `stop`) or loaded (from `resume`, on any number of ranks)."""
+    anchor that was saved (to folder, after the step `stop`) or loaded (from `resume`, on any number of ranks).
+    accumulating: gradients are not reduced after a step, as a loop leaves it for the first of several micro-batches."""
     net, optimizer = build(sharded, mixed)
     counter, calls = Collectives(), []
 
@@ -116,8 +120,12 @@ def run(folder, sharded=False, mixed=False, search="candidates", policy="keep", 
     for step in range(first + 1, (stop or STEPS) + 1):
         optimizer.zero_grad()
         loss = errors(net, step).mean()
+        if accumulating:
+            net.set_requires_gradient_sync(True)
         loss.backward()
         optimizer.step()
+        if accumulating:
+            net.set_requires_gradient_sync(False)
         if not fail:
             with torch.no_grad():  # as a loop that logs does: the root module keeps what FSDP2 gathered for it
                 net(data(step)[0])
@@ -259,6 +267,7 @@ def main(folder, case):
         results["full disk"] = save_on_a_full_disk(folder)
         results["plain"] = run(folder, sharded=True)
         results["gradient"] = run(folder, sharded=True, search="gradient")
+        results["accumulating"] = run(folder, sharded=True, search="gradient", accumulating=True)
         results["mixed"] = run(folder, sharded=True, mixed=True)
         results["stopped"] = run(folder / "two", sharded=True, stop=4)
         results["plain, resumed"] = run(folder, sharded=True, resume=folder / "two")

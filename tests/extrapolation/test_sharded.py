@@ -75,6 +75,15 @@ def test_ranks_decide_alike_and_communicate_only_scores(ranks):
         assert largest < 2000
 
 
+def test_a_slope_is_measured_where_accumulation_has_turned_reduction_off(ranks):
+    """Nor do validation's gradients go into the next training step's."""
+    for rank in ranks:
+        plain, accumulating = rank["gradient"], rank["accumulating"]
+        assert [e["alpha"] for e in accumulating["events"]] == [e["alpha"] for e in plain["events"]]
+        assert accumulating["losses"] == plain["losses"]
+        assert all(map(torch.equal, accumulating["weights"], plain["weights"]))
+
+
 def test_extrapolate_on_dtensors_writes_local_shards_and_communicates_nothing(ranks):
     for rank in ranks:
         right, weight_sq, expected = rank["dtensors"]
