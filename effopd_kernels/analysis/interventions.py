@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from trl import ModelConfig, TrlParser
 
@@ -21,6 +22,7 @@ from ..extrapolation.adapters import COMPANION
 from ..train import OPDTrainer
 from ..train.config import OPDConfig
 from ..train.options import DataArguments, options_help, parse_options
+from ..train.output_dir import LOCK_NAME, sole_run
 from ..train.run import build_trainer as build_opd_trainer
 from . import intervention_report
 from .adapters import CONFIG
@@ -121,8 +123,31 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     if ours.window is not None and ours.window > (layers := depth(comparison.names)):
         raise UserError(f"--window {ours.window} exceeds the model's {layers} layers")
     folder = Path(args.output_dir)
-    going_on = (folder / FILE).is_file()
-    check_free(folder, args.overwrite_output_dir or going_on, inputs_of(comparison, data, args))
+    going_on = check_output(folder, args.overwrite_output_dir, inputs_of(comparison, data, args))
+    with sole_run(folder):
+        evaluate(ours, data, args, model_args, comparison, over=args.overwrite_output_dir and going_on)
+
+
+def check_output(folder: Path, overwrite: bool, inputs: list[str | Path]) -> bool:
+    """Whether an interrupted command goes on in `folder`; raises, on every process, as `check_free`. One looks: what
+    another tries there is nothing that it holds."""
+    going_on = failure = None
+    if PartialState().is_main_process:
+        try:
+            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            going_on = FILE in names
+            check_free(folder, overwrite or going_on or names == {LOCK_NAME}, inputs)
+        except (UserError, OSError) as error:
+            failure = error
+    going_on, failure = broadcast_object_list([going_on, failure])
+    if failure is not None:
+        raise failure
+    return going_on
+
+
+def evaluate(ours, data, args: OPDConfig, model_args: ModelConfig, comparison: Comparison, over: bool) -> None:
+    """over: whether this writes over what an earlier command left."""
+    folder = Path(args.output_dir)
     settings = settings_of(comparison, ours, data, args, model_args)
     evaluations = Evaluations(folder, settings, fresh=args.overwrite_output_dir)
 
@@ -153,7 +178,7 @@ def run(ours: InterventionArguments, data: DataArguments, args: OPDConfig, model
     if ours.estimate_only:
         return
     models = folder / "models"
-    if first and args.overwrite_output_dir and going_on:  # else what is there is not ours
+    if first and over:  # else what is there is not ours
         clear(models)
     if ours.save_models:
         if first:

@@ -22,10 +22,11 @@ from torchrun import torchrun
 from train import world as tiny
 
 from effopd_kernels.analysis import cli as analysis_cli
+from effopd_kernels.analysis import interventions
 from effopd_kernels.analysis.cli import main
 from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.edits import Edit, EditableModel
-from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, pending, rows_of
+from effopd_kernels.analysis.evaluations import FILE, Evaluation, Evaluations, pending, rows_of
 from effopd_kernels.analysis.intervention_report import PRESENTATIONS
 from effopd_kernels.analysis.interventions import (
     InterventionArguments,
@@ -40,6 +41,7 @@ from effopd_kernels.analysis.report import shown
 from effopd_kernels.analysis.scoring import Validate
 from effopd_kernels.errors import UserError
 from effopd_kernels.train import OPDTrainer
+from effopd_kernels.train.output_dir import LOCK_NAME, acquire, release
 
 HERE = Path(__file__).parent
 STEPS, TRAJECTORIES = (2, 4), {"opd": 1, "rl": 2}
@@ -386,6 +388,33 @@ def test_two_processes_equal_one(finished, trained, tmp_path):
         for row, alone in zip(read_table(tmp_path / "tables", name), measured(finished)[name], strict=True):
             for key, value in alone.items():
                 assert row[key] == (pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value)
+
+
+def test_of_two_commands_in_one_folder_the_second_is_refused(finished, trained, tmp_path, capfd):
+    """Each would cut off what the other has noted down."""
+    shutil.copy(finished / FILE, tmp_path)
+    before, lock = (tmp_path / FILE).read_bytes(), acquire(tmp_path)
+    try:
+        assert main(arguments(trained, tmp_path)) == 2 and "another run is writing to" in capfd.readouterr().err
+        assert (tmp_path / FILE).read_bytes() == before
+    finally:
+        release(lock, tmp_path)
+    (tmp_path / FILE).unlink()
+    (tmp_path / LOCK_NAME).touch()  # of a command that was killed before it had anything to note
+    few = ("--interventions", "embeddings", "--max_prompts", "2")
+    assert main(arguments(trained, tmp_path, *few)) == 0 and not (tmp_path / LOCK_NAME).exists()
+
+
+def test_one_process_looks_at_the_folder_for_all(tmp_path, monkeypatch):
+    """The others would take what it tries there for something in the way."""
+    (tmp_path / "tried by the first").mkdir()
+    main_process = SimpleNamespace(is_main_process=False)
+    monkeypatch.setattr(interventions, "PartialState", lambda: main_process)
+    monkeypatch.setattr(interventions, "broadcast_object_list", lambda _: [True, None])
+    assert interventions.check_output(tmp_path, False, [])
+    monkeypatch.setattr(interventions, "broadcast_object_list", lambda _: [False, UserError("not empty")])
+    with pytest.raises(UserError, match="not empty"):
+        interventions.check_output(tmp_path, False, [])
 
 
 def test_edited_models_are_written_when_asked(trained, tmp_path):
