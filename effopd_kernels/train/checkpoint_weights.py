@@ -10,6 +10,11 @@ from ..errors import UserError
 from ..extrapolation.adapters import COMPANION
 from ..tensor_files import FileCheckpoint
 
+# Of an adapter, what says which weights it makes of its parameters.
+ADAPTER = (
+    "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
+)  # fmt: skip
+
 
 def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
     """Load a checkpoint whose tensors have other names than the model's, as those of mixtures of experts, GPT-NeoX and
@@ -30,17 +35,24 @@ def load_renamed(model: PreTrainedModel, folder: str | Path) -> bool:
     return True
 
 
-def check_rank(checkpoint: str | Path, student: torch.nn.Module) -> None:
-    """Raises UserError where the student's adapter is not as long as the checkpoint's: when training ends, it takes up
-    its jumps (`EffOPDController.fold_`), and what was saved before does not fit any more."""
+def check_adapter(checkpoint: str | Path, student: torch.nn.Module) -> None:
+    """Raises UserError where the student's adapter is not the checkpoint's: peft would load the parameters into it as
+    they are, whose product another scale makes another student. Nor is it as long when training ends and it takes up
+    its jumps (`EffOPDController.fold_`)."""
     config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
     if not adapters or not config.is_file():
         return
-    there, here = json_object(config).get("r"), getattr(adapters[student.active_adapters[0]], "r", None)
-    if there != here:
+    saved, own = json_object(config), vars(adapters[student.active_adapters[0]])
+    for name in ADAPTER:
+        there, here = (sorted(v) if isinstance(v, (list, set)) else v for v in (saved.get(name), own.get(name)))
+        if there == here or name not in saved.keys() & own.keys():  # of another kind, or of another version of peft
+            continue
+        what, how = name, "resume with the checkpoint's"
+        if name == "r":
+            what = "rank"
+            how = "if jumps made it longer when training ended, resume with model and trainer constructed anew"
         raise UserError(
-            f"checkpoint '{checkpoint}' has an adapter of rank {there}, the student's is of rank {here}; if jumps made "
-            "it longer when training ended, resume with model and trainer constructed anew"
+            f"checkpoint '{checkpoint}' has an adapter of {what} {there}, the student's is of {here}; {how}"
         )
 
 

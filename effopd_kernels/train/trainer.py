@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..extrapolation import Scores
 from .callback import EffOPDCallback
 from .checkpoint import STAGING, checkpoint_name, newest_intact, publish, remove, saved_steps, unpublished
-from .checkpoint_weights import check_rank, load_renamed, load_trained_adapter
+from .checkpoint_weights import check_adapter, load_renamed, load_trained_adapter
 from .config import OPDConfig
 from .data import check_open, check_prompts, require_answers
 from .errors import NonFiniteLossError, as_user_error
@@ -396,7 +396,7 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.model if model is None else model
-        check_rank(resume_from_checkpoint, student)
+        check_adapter(resume_from_checkpoint, student)
         with _fitting(resume_from_checkpoint):
             if self._load_renamed(student, resume_from_checkpoint):
                 return

@@ -623,6 +623,25 @@ def test_a_lora_student(world, tmp_path):
     assert_same_weights(weights(whole), after)
 
 
+def test_an_adapter_that_makes_other_weights_of_its_parameters_is_not_resumed(world, tmp_path):
+    config = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    given = {"r": 4, "task_type": "CAUSAL_LM", "target_modules": ["v_proj", "q_proj"]}
+
+    def trainer(**changed):
+        return make_trainer(world, tmp_path, config=config, peft_config=LoraConfig(**given | changed))
+
+    trainer().train()
+    for changed, says in (
+        ({"lora_alpha": 64}, "lora_alpha 8, the student's is of 64; resume with the checkpoint's"),
+        ({"use_rslora": True}, "use_rslora False, the student's is of True"),
+        ({"modules_to_save": ["up_proj"]}, r"modules_to_save None, the student's is of \['up_proj'\]"),
+        ({"target_modules": ["q_proj"]}, r"target_modules \['q_proj', 'v_proj'\], the student's is of \['q_proj'\]"),
+    ):
+        with pytest.raises(UserError, match=f"checkpoint-1' has an adapter of {says}"):
+            trainer(**changed).train(resume_from_checkpoint=True)
+    trainer().train(resume_from_checkpoint=True)
+
+
 def test_generating_adds_no_hooks_to_the_embeddings(world, tmp_path):
     trainer = make_trainer(world, tmp_path, config={"gradient_checkpointing": True})
     student = trainer.model
