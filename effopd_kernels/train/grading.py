@@ -3,13 +3,14 @@ r"""Is this completion right? Final answers are extracted from free text and com
 Typography is made plain first, in completion and answer alike: delimiters and spacing of LaTeX, ``\text``, ``\frac`` of
 numbers, bold, minus, currency and degree signs. A final answer is then, in order of preference: the last ``\boxed{…}``;
 the line after the last ``####`` (GSM8K), "answer is", "answer:" or "answer ="; otherwise the last number in the text;
-otherwise the whole text.
+otherwise the whole text. Of a completion that has thought, all this is of what follows ``</think>``.
 """
 
 import importlib.util
 import math
 import re
 from decimal import Decimal
+from itertools import product
 
 # In this order. Each pattern reads a text in linear time, as do all below: completions can be long and degenerate.
 _TYPOGRAPHY = tuple(
@@ -20,6 +21,7 @@ _TYPOGRAPHY = tuple(
         (r"\\[!,]|\\?[$£€¥]|\^\{?\\circ\}?|°|\\(?:left|right)(?![a-zA-Z])", ""),
         (r"\\%", "%"),
         (r"\{,\}", ","),
+        (r"\\(?:boxed|fbox)\s*\{", r"\\boxed{"),
         (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"),
         # 3 \times 10^5 is 3e5
         (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))", r"e\1\2"),
@@ -57,6 +59,12 @@ def _plain(text: str) -> str:
     for pattern, replacement in _TYPOGRAPHY:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _answered(completion: str) -> str:
+    """What follows the thoughts, where anything does: they weigh answers that are not given."""
+    answered = completion.rpartition("</think>")[2]
+    return answered if answered.strip() else completion
 
 
 def _marked(text: str) -> str | None:
@@ -118,7 +126,10 @@ def _values(number: re.Match) -> list[Decimal]:
 
 
 def _equal(given: re.Match, gold: re.Match, rel_tol: float) -> bool:
-    return any(_close(a, b, rel_tol) for a in _values(given) for b in _values(gold))
+    """Of two percentages like is compared with like: 50% is not 0.5%, though 0.5 is a meaning of both."""
+    both, numbers = given[5] and gold[5], (_values(given), _values(gold))
+    pairs = zip(*numbers, strict=False) if both else product(*numbers)
+    return any(_close(a, b, rel_tol) for a, b in pairs)
 
 
 def _close(given: Decimal, gold: Decimal, rel_tol: float) -> bool:
@@ -168,10 +179,11 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     """
     if isinstance(answer, list):
         return any(is_correct(completion, one, rel_tol) for one in answer)
+    completion = _answered(completion)
     gold = _marked_or_all(_plain(str(answer)).strip())
     if number := _NUMBER.fullmatch(gold.rstrip(".")):
         stated = extract_answer(completion)
-        term = r"\boxed{" in completion and "=" not in stated and _TERM.search(stated)
+        term = r"\boxed{" in _plain(completion) and "=" not in stated and _TERM.search(stated)
         given = None if term else _result(stated)
         right = given is not None and _equal(given, number, rel_tol)
     else:

@@ -103,6 +103,12 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         # strings
         ("(1,2)", "(1, 2)"),
         ("x=5", "x = 5"),
+        (r"\boxed {5}", "5"),
+        (r"\fbox{\frac{1}{2}}", "0.5"),
+        # thoughts
+        (r"<think>\boxed{3}</think> It is 4.", "4"),
+        ("<think>The answer is 3?</think>\n\nIt is 4.", "4"),
+        ("<think>So \\boxed{3}</think>\n", "3"),
         # numbers of all kinds
         ("it is ٤٢", "42"),
         ("答案是-5", "-5"),
@@ -147,6 +153,7 @@ def test_right(completion, answer):
         (r"\boxed{3 \times 10^5}", "3"),
         ("the answer is 6.02 x 10^23", "6.02"),
         (r"\boxed{5!}", "5"),
+        (r"\boxed {5!}", "5"),
         (r"\boxed{5x}", "5"),
         (r"\boxed{-\frac{1}{2}x}", "-1/2"),
         (r"\boxed{3+4i}", "4"),
@@ -159,6 +166,12 @@ def test_right(completion, answer):
         (r"\boxed{43}", r"42\text{ cm}"),
         (r"\boxed{3}", r"3\text{ or }4"),
         ("#### 10 00", "1000"),
+        # percentages
+        ("The answer is 50%", "0.5%"),
+        (r"\boxed{100\%}", r"1\%"),
+        # thoughts
+        (r"<think>\boxed{3}</think> It is 4.", "3"),
+        ("<think>The answer is 3?</think>\n\nIt is 4.", "3"),
         # what comes after the answer
         ("The answer is 10, not 9", "9"),
         ("The answer is 12 apples and 3 pears", "3"),
