@@ -227,7 +227,7 @@ def require_answers(dataset: datasets.Dataset, where: str, found: list[str]) -> 
         )
     for row, value in enumerate(dataset["answer"]):
         answers = value if isinstance(value, list) else [value]
-        if not answers or any(a is None or not str(a).strip() for a in answers):
+        if not answers or any(a is None or a != a or not str(a).strip() for a in answers):  # NaN: pandas' None
             raise UserError(f"dataset '{where}' has no answer in row {row}")
         if not all(isinstance(a, (str, int, float)) for a in answers):  # a bool is an int
             raise UserError(

@@ -177,6 +177,8 @@ def test_answers_are_required_for_accuracy():
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d", [])
     with pytest.raises(UserError, match="no answer in row 0"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [" "]}), "d", [])
+    with pytest.raises(UserError, match="no answer in row 1"):  # of json.dumps, where pandas had none
+        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": [1.0, float("nan")]}), "d", [])
     with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [datetime(2020, 1, 1)]}), "d", [])
     with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor a list of such"):
