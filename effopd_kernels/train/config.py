@@ -65,6 +65,14 @@ _NOT_GIVEN = {
     "return_dict_in_generate": "TRL reads what is generated as token ids",
     "disable_compile": "TRL sets it",
 }
+# What would do nothing, or not what it says, and why.
+_NO_EFFECT = {
+    "auto_find_batch_size": "a smaller batch would train on the same prompts again and again, beside a step count that "
+    "begins anew; set per_device_train_batch_size and gradient_accumulation_steps",
+    "data_seed": "prompts are drawn by --seed",
+    "train_sampling_strategy": "prompts are shuffled, or with --shuffle_dataset false taken as they come",
+    "label_smoothing_factor": "the teacher's probabilities are the labels",
+}
 
 
 def _check_domains(values: dict[str, Any], option: str) -> None:
@@ -270,6 +278,9 @@ class OPDConfig(trl.DistillationConfig):
         if not isinstance(self.effopd_alphas, (list, tuple)):  # one number in a YAML file
             self.effopd_alphas = [self.effopd_alphas]
         self._check_values()
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):  # else of losses, whatever is evaluated
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})
         self._check_effopd()
         self.loss_divergence  # noqa: B018  raises on a bad name now rather than at the first loss
 
@@ -294,6 +305,9 @@ class OPDConfig(trl.DistillationConfig):
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
+        for name, why in _NO_EFFECT.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} cannot be: {why}")
 
     def _check_effopd(self) -> None:
         if self.effopd_score == "loss" and self.effopd_search != "gradient":

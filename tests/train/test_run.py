@@ -123,6 +123,30 @@ def test_what_generation_does_not_take_is_refused(tmp_path, given, says):
         OPDConfig(str(tmp_path), generation_kwargs=given)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"auto_find_batch_size": True},
+        {"data_seed": 0},
+        {"train_sampling_strategy": "group_by_length"},
+        {"label_smoothing_factor": 0.1},
+    ],
+)
+def test_what_would_do_nothing_is_refused(tmp_path, given):
+    with pytest.raises(UserError, match=f"^--{next(iter(given))} cannot be: "):
+        OPDConfig(str(tmp_path), **given)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_looks_at_the_metric_knows_which_way_is_better(tmp_path, schedule):
+    def mode(**given):
+        config = OPDConfig(str(tmp_path), lr_scheduler_type=schedule, eval_steps=1, **given)
+        return config.lr_scheduler_kwargs["mode"]
+
+    assert mode(eval_metric="accuracy") == mode(metric_for_best_model="eval_accuracy") == "max"
+    assert mode(eval_metric="teacher_kl") == mode(lr_scheduler_kwargs={"mode": "min"}) == "min"
+
+
 def test_of_vllm_generation_has_options_of_other_names(tmp_path):
     OPDConfig(str(tmp_path), generation_kwargs={"presence_penalty": 0.1}, use_vllm=True)
 
