@@ -14,7 +14,7 @@ SETTINGS_NAME = "settings.json"  # inside each checkpoint folder
 # state, whatever is given.
 KEPT = (
     "effopd_enabled", "seed", "eval_metric", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "optim", "optim_args",
+    "adam_epsilon", "optim", "optim_args", "eval_temperature",
 )  # fmt: skip
 PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in the data is counted in steps
 
@@ -53,7 +53,7 @@ def check_settings(checkpoint: Path, args: OPDConfig) -> None:
 
 
 def _settings(args: OPDConfig) -> dict[str, Any]:
-    return {**args.to_dict(), PROMPTS: math.prod(_factors(args))}
+    return {**args.to_dict(), "eval_temperature": args.validation_temperature, PROMPTS: math.prod(_factors(args))}
 
 
 def _factors(args: OPDConfig) -> tuple[int, int, int]:

@@ -131,12 +131,15 @@ def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_pat
     checkpoint = two_checkpoints / "checkpoint-2"
     others = {"learning_rate": 1e-5, "weight_decay": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-6}
     others |= {"optim": "adafactor", "optim_args": "a=1"}
-    others |= {"effopd_enabled": False, "seed": 8, "eval_metric": "accuracy"}
+    others |= {"effopd_enabled": False, "seed": 8, "eval_metric": "accuracy", "eval_temperature": 0.5}
     assert set(others) == set(KEPT)
     for name, value in others.items():
         with pytest.raises(UserError, match=f"checkpoint-2' was made with --{name} .*, got {value}: resume with"):
             check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, name: value}))
-    check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "max_steps": 9, "effopd_alphas": [2]}))
+    with pytest.raises(UserError, match=r"--eval_temperature 1.0, .*, got 0.5: resume with --eval_temp"):
+        check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, "temperature": 0.5}))
+    changed = {"max_steps": 9, "effopd_alphas": [2], "temperature": 0.5, "eval_temperature": 1.0}
+    check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, **changed}))
 
 
 def test_a_checkpoint_of_weights_alone_is_no_one_to_resume_from(world, tmp_path):
