@@ -172,7 +172,7 @@ const Multiplier& multiplier(int instruction_set = -1) {
     return multipliers().at(instruction_set < 0 ? multipliers().size() - 1 : size_t(instruction_set));
 }
 
-// statistics: 5 doubles in the order of effopd_kernels/lowrank/ops.py, or 0; those of the unscaled difference.
+// statistics: 5 doubles in the order of effopd_kernels/lowrank/statistics.py, or 0; those of the unscaled difference.
 void difference_panel(uintptr_t x, int x_dtype, int64_t x_pitch, uintptr_t b, int b_dtype, int64_t b_pitch,
                       uintptr_t out, int out_dtype, int64_t out_pitch, int64_t lines, int64_t length, float scale,
                       uintptr_t statistics, bool full, int instruction_set) {
