@@ -14,12 +14,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 TESTS = Path(__file__).parent
+PYTHONPATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))  # of processes that tests start
 
 
 def torchrun(*script, timeout: float = 280) -> subprocess.CompletedProcess:
     """`script` with its arguments on two processes, one thread each, `tests` importable."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, *launcher, __file__, *map(str, script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 

@@ -125,9 +125,9 @@ def divergence_loss(
         by anything else; memory then does not grow at all, where rows do not overlap and their columns are adjacent.
 
     Computed in fp32 (fp64 for fp64 logits) whatever the logits' dtype; the gradient of fp16 logits is also held in fp32
-    until a loss scale reaches it, unless in place. An entry at −inf on both sides is outside the
-    support; where one side alone is −inf its log-probability counts as −1e4: large, but finite. Logits below about
-    −1e38, as finfo.min, may count as −inf; those above 1e9 times the temperature are beyond the kernels' range.
+    until a loss scale reaches it, unless in place. An entry at −inf on both sides is outside the support; where one
+    side alone is −inf its log-probability counts as −1e4: large, but finite. Logits below about −1e38, as finfo.min,
+    may count as −inf; rows whose largest is beyond ±1e9 times the temperature are out of the kernels' range.
     No tokens that count, or num_tokens of 0, make a normaliser of 1.
     Raises ValueError or TypeError, before any work, for shapes, dtypes, devices or options that do not fit.
     """

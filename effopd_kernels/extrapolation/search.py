@@ -126,8 +126,7 @@ def gradients_reduced(module: nn.Module | None):
     but stay with FSDP2, which adds them to those of the next training step."""
     parts = module.modules() if module is not None else ()
     states = [part._get_fsdp_state() for part in parts if hasattr(part, "_get_fsdp_state")]
-    every = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
-    groups = [group for of_state in every for group in of_state if group is not None]
+    groups = [group for state in states for group in _parameter_groups(state) if group is not None]
     kept = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
     try:
         for group in groups:
@@ -136,6 +135,11 @@ def gradients_reduced(module: nn.Module | None):
     finally:
         for group, flags in zip(groups, kept, strict=True):
             group.reduce_grads, group.all_reduce_grads = flags
+
+
+def _parameter_groups(fsdp_state) -> list:
+    several = getattr(fsdp_state, "_fsdp_param_groups", None)
+    return [fsdp_state._fsdp_param_group] if several is None else several  # before PyTorch had several
 
 
 def _in_a_bucket(gradient: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -305,8 +305,9 @@ class OPDConfig(trl.DistillationConfig):
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
+        defaults = {field.name: field.default for field in fields(self)}
         for name, why in _NO_EFFECT.items():
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            if name in defaults and getattr(self, name) != defaults[name]:  # some versions lack one or another
                 raise UserError(f"--{name} cannot be: {why}")
 
     def _check_effopd(self) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrun import PYTHONPATH
 from transformers import TrainerCallback
 
 from effopd_kernels.train import OPDConfig, UserError, cli, output_dir, run
@@ -28,7 +29,7 @@ from train.world import make_trainer
 def start(monkeypatch):
     """Starts runs, which a process forks that has imported once what all of them need: that takes longer than a run."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["effopd_kernels.train", checkpoint_run.__name__])
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torchrun import PYTHONPATH
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from effopd_kernels.analysis.checkpoints import Checkpoint
@@ -32,7 +33,7 @@ from effopd_kernels.train.report import MetricsFile
 from train import world as tiny
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
 
 
 def flags(world, out, **overrides):
