@@ -14,8 +14,9 @@ from ..checks import FLOATS
 from ..errors import UserError
 from ..train.loading import load_model
 from .adapters import Adapter
-from .checkpoints import Checkpoint, listed
+from .checkpoints import Checkpoint
 from .edits import live_tensors
+from .wording import listed
 
 
 class LoadedCheckpoint:
