@@ -234,7 +234,7 @@ def row_factor(
 
 
 def answer(loss: Tensor, rows: Tensor, stats: Tensor, shape: torch.Size, reduction: str, return_stats: bool):
-    """What a public function returns: the loss, by itself or with its `DivergenceStats`, in the tokens\' shape."""
+    """What a public function returns: the loss, by itself or with its `DivergenceStats`, in the tokens' shape."""
     loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
