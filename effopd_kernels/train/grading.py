@@ -12,6 +12,7 @@ import re
 from decimal import Decimal
 from itertools import product
 
+_BOX = r"\\(?:boxed|fbox)\s*\{", r"\\boxed{"  # a box by any name
 # In this order. Each pattern reads a text in linear time, as do all below: completions can be long and degenerate.
 _TYPOGRAPHY = tuple(
     (re.compile(pattern), replacement)
@@ -21,7 +22,7 @@ _TYPOGRAPHY = tuple(
         (r"\\[!,]|\\?[$£€¥]|\^\{?\\circ\}?|°|\\(?:left|right)(?![a-zA-Z])", ""),
         (r"\\%", "%"),
         (r"\{,\}", ","),
-        (r"\\(?:boxed|fbox)\s*\{", r"\\boxed{"),
+        _BOX,
         (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"),
         # 3 \times 10^5 is 3e5
         (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))", r"e\1\2"),
@@ -63,8 +64,7 @@ def _plain(text: str) -> str:
 
 def _answered(completion: str) -> str:
     """What follows the thoughts, where anything does: they weigh answers that are not given."""
-    answered = completion.rpartition("</think>")[2]
-    return answered if answered.strip() else completion
+    return next((part for part in reversed(completion.split("</think>")) if part.strip()), completion)
 
 
 def _marked(text: str) -> str | None:
@@ -154,7 +154,7 @@ def _says(stated: str, gold: str) -> bool:
 def _is_value(stated: str, answer: str, rel_tol: float) -> bool:
     """Whether the statement is a number and nothing else, and the answer that number with a symbol or a unit: 5 is what
     x = 5 and 5\\text{ cm} say."""
-    bare = _SYMBOL.sub("", _plain(_UNIT.sub("", _marked_or_all(answer))).strip())
+    bare = _SYMBOL.sub("", _plain(_UNIT.sub("", _marked_or_all(re.sub(*_BOX, answer)))).strip())
     given, gold = (_NUMBER.fullmatch(_ungrouped(text.rstrip("."))) for text in (stated, bare))
     return bool(given and gold) and _equal(given, gold, rel_tol)
 

@@ -104,11 +104,15 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("(1,2)", "(1, 2)"),
         ("x=5", "x = 5"),
         (r"\boxed {5}", "5"),
+        (r"\boxed{5}", r"\boxed {5\text{ cm}}"),
+        ("5", r"\fbox{5\text{ cm}}"),
         (r"\fbox{\frac{1}{2}}", "0.5"),
         # thoughts
         (r"<think>\boxed{3}</think> It is 4.", "4"),
         ("<think>The answer is 3?</think>\n\nIt is 4.", "4"),
         ("<think>So \\boxed{3}</think>\n", "3"),
+        ("<think>The answer is A</think>", "A"),
+        ("<think>3? The answer is B.</think> The answer is A</think>", "A"),
         # numbers of all kinds
         ("it is ٤٢", "42"),
         ("答案是-5", "-5"),
