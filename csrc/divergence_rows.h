@@ -260,12 +260,17 @@ static Part part_of(const Sums& s, const Block& x, const Block& y, int count, bo
                  : part_of<kBFloat16, holes, false>(s, x.z, y.z, count);
 }
 
+// What is left of a sum that lies too far below. Those of logits as far down as 1e10 may have overflowed, by the rounding
+// of their reference; NaN are what a logit was.
+static double vanished(double sum) { return sum != sum ? sum : 0; }
+
 static void rebase(Sums& s, float x0, float y0) {
     const double dx = double(s.x0) - x0, dy = double(s.y0) - y0;
     // Before the first finite logit the reference is 0, and the step from it may be up, and huge.
     const double fx = s.x == 0 ? 0 : std::exp2(dx), fy = s.y == 0 ? 0 : std::exp2(dy);
-    if (fx == 0) {  // sums of logits as far below as 1e10 are overrun by the rounding of their reference
-        s.gap = s.xu = s.x = s.hole = 0;
+    if (fx == 0) {
+        s.gap = s.xu = s.hole = 0;
+        s.x = vanished(s.x);
     } else {
         s.gap = fx * (s.gap + dx * s.x - dy * (s.x - s.hole));
         s.xu = fx * (s.xu + dx * s.x);
@@ -273,7 +278,7 @@ static void rebase(Sums& s, float x0, float y0) {
         s.hole *= fx;
     }
     s.yv = fy == 0 ? 0 : fy * (s.yv + dy * s.y);
-    s.y = fy == 0 ? 0 : fy * s.y;
+    s.y = fy == 0 ? vanished(s.y) : fy * s.y;
     s.x0 = x0;
     s.y0 = y0;
 }

@@ -93,8 +93,8 @@ static Others others_of(const Side& side, const char* row, const Known& known) {
             others.reference = reference(others.sum, old, top_of(b, count) * side.c);
             if (others.sum == 0) return;
             const double step = double(old) - others.reference, factor = std::exp2(step);
-            others.weighted = factor == 0 ? 0 : factor * (others.weighted + step * others.sum);  // see `rebase`
-            others.sum = factor == 0 ? 0 : factor * others.sum;
+            others.weighted = factor == 0 ? 0 : factor * (others.weighted + step * others.sum);
+            others.sum = factor == 0 ? vanished(others.sum) : factor * others.sum;
         };
         if (others.sum == 0) meet_top();
         Others part = sums_of<weighted>(b, count, side.c, others.reference);

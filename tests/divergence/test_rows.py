@@ -220,6 +220,17 @@ def test_nan_is_not_hidden(implementation, member):
 
 @every_implementation
 @every_member
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_among_what_lies_far_below_is_not_hidden(implementation, member, side):
+    pair = student, teacher = logits(3, 2500), logits(3, 2500, seed=1)
+    student[1, :1024] = teacher[1, :1024] = -1e10
+    pair[side][1, 100] = math.nan
+    loss, *_ = run(implementation, student, teacher, member)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
+@every_implementation
+@every_member
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_masked_rows_are_zero_whatever_they_hold(implementation, member, poison):
     student, teacher = logits(4, 300, torch.bfloat16), logits(4, 300, seed=1)
