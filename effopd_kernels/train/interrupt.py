@@ -71,21 +71,12 @@ class StepGuard(TrainerCallback):
         self._completed(state)
         if args.eval_at_powers_of_two and args.do_eval and state.global_step.bit_count() == 1:
             control.should_evaluate = True
-        self._stop_if_told(state, control)
+        if self.anyone_told():
+            control.should_save = control.should_training_stop = True
         self._update.__exit__()
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = state.global_step
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """The last step's event and evaluation come after its end, and no other step would stop for who is told there;
-        and with save_strategy="best" an evaluation takes back that a checkpoint is due."""
-        self._stop_if_told(state, control)
-
-    def _stop_if_told(self, state, control) -> None:
-        if self.anyone_told():
-            control.should_save = control.should_save or self.saved != state.global_step
-            control.should_training_stop = True
 
     def anyone_told(self) -> bool:
         """Whether a signal is pending, on any of several processes: they stop together or not at all."""

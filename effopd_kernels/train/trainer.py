@@ -388,11 +388,17 @@ class OPDTrainer(trl.DistillationTrainer):
             return super().create_scheduler(*args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        """Resumed at its end, a run is over: transformers would train one step more before it looks."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
+        """Resumed at its end, a run is over: transformers would train one step more before it looks. Several processes
+        that are told to stop in the last step's event or an epoch's evaluation have no other step to stop at."""
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self.guard.anyone_told():
+            self.control.should_training_stop = True
+            if self.guard.saved != self.state.global_step:  # with save_strategy="best" an evaluation decides
+                self._save_checkpoint(self.model_wrapped, kwargs.get("trial"))
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         student = self.model if model is None else model

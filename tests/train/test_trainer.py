@@ -297,9 +297,10 @@ def test_told_to_stop_once_a_trainer_stops_once(world, tmp_path):
     assert trainer.state.global_step == 3
 
 
-@pytest.mark.parametrize("point", ["update", "validation", "evaluation"])
+@pytest.mark.parametrize("point", ["update", "validation", "evaluation", "epoch's evaluation"])
 def test_told_to_stop_in_the_last_step_several_processes_leave_a_checkpoint(whole, world, tmp_path, point):
-    trainer = make_trainer(world, tmp_path, config={"max_steps": 2, "eval_steps": 2})
+    when, point = {"eval_strategy": "epoch"} if "epoch" in point else {"eval_steps": 2}, point.split()[-1]
+    trainer = make_trainer(world, tmp_path, config={"max_steps": 2, "eval_steps": None, **when})
     trainer.interrupts.immediate = False
     trainer.add_callback(SignalAt(trainer, point, step=2))
     with pytest.raises(KeyboardInterrupt):
@@ -309,10 +310,12 @@ def test_told_to_stop_in_the_last_step_several_processes_leave_a_checkpoint(whol
     assert_same_weights(weights(resumed), weights(whole))
 
 
-def test_told_to_stop_at_an_evaluation_without_gain_several_processes_leave_a_checkpoint(world, tmp_path):
+@pytest.mark.parametrize("when", ["steps", "epoch"])
+def test_told_to_stop_at_an_evaluation_without_gain_several_processes_leave_a_checkpoint(world, tmp_path, when):
     """With save_strategy="best" transformers takes back that one is due."""
     best = {"save_strategy": "best", "metric_for_best_model": "eval_teacher_kl", "greater_is_better": True}
-    trainer = make_trainer(world, tmp_path, config=best | {"max_steps": 3, "eval_steps": 1, "effopd_enabled": False})
+    best |= {"eval_strategy": when, "eval_steps": 3, "eval_at_powers_of_two": True}
+    trainer = make_trainer(world, tmp_path, config=best | {"max_steps": 3, "effopd_enabled": False})
     trainer.interrupts.immediate = False
     trainer.add_callback(SignalAt(trainer, "loss", step=2))
     with pytest.raises(KeyboardInterrupt):
