@@ -3,16 +3,18 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..commands import json_object
 from ..errors import UserError
-from ..extrapolation.adapters import COMPANION
+from ..extrapolation.adapters import CHANGES_BASE, COMPANION
 from ..tensor_files import FileCheckpoint
 
 # Of an adapter, what says which weights it makes of its parameters.
 ADAPTER = (
     "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "modules_to_save",
+    "init_lora_weights",
 )  # fmt: skip
 
 
@@ -42,10 +44,15 @@ def check_adapter(checkpoint: str | Path, student: torch.nn.Module) -> None:
     config, adapters = Path(checkpoint) / "adapter_config.json", getattr(student, "peft_config", None)
     if not adapters or not config.is_file():
         return
-    saved, own = json_object(config), vars(adapters[student.active_adapters[0]])
+    active = student.active_adapters[0]
+    saved, own = json_object(config), vars(adapters[active])
     for name in ADAPTER:
         there, here = (sorted(v) if isinstance(v, (list, set)) else v for v in (saved.get(name), own.get(name)))
-        if there == here or name not in saved.keys() & own.keys():  # of another kind, or of another version of peft
+        if (there or None) == (here or None) or name not in saved.keys() & own.keys():  # or of another version of peft
+            continue
+        if name == "target_modules" and _adapted_in(config.parent) == _adapted(student, active) != set():
+            continue  # by other words, as all-linear
+        if name == "init_lora_weights" and not any(str(v).startswith(CHANGES_BASE) for v in (there, here)):
             continue
         what, how = name, "resume with the checkpoint's"
         if name == "r":
@@ -54,6 +61,20 @@ def check_adapter(checkpoint: str | Path, student: torch.nn.Module) -> None:
         raise UserError(
             f"checkpoint '{checkpoint}' has an adapter of {what} {there}, the student's is of {here}; {how}"
         )
+
+
+def _adapted_in(folder: Path) -> set[str]:
+    """The layers that an adapter's file has LoRA's factors of."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return set()
+    with safe_open(file, "pt") as tensors:
+        return {name.partition(".lora_")[0] for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118
+
+
+def _adapted(student: torch.nn.Module, adapter: str) -> set[str]:
+    factors = ("lora_A", "lora_embedding_A")
+    return {n for n, m in student.named_modules() if any(adapter in getattr(m, f, ()) for f in factors)}
 
 
 def load_trained_adapter(model, checkpoint: Path) -> None:

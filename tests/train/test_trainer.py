@@ -638,11 +638,14 @@ def test_an_adapter_that_makes_other_weights_of_its_parameters_is_not_resumed(wo
         ({"lora_alpha": 64}, "lora_alpha 8, the student's is of 64; resume with the checkpoint's"),
         ({"use_rslora": True}, "use_rslora False, the student's is of True"),
         ({"modules_to_save": ["up_proj"]}, r"modules_to_save None, the student's is of \['up_proj'\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights True, the student's is of pissa"),
         ({"target_modules": ["q_proj"]}, r"target_modules \['q_proj', 'v_proj'\], the student's is of \['q_proj'\]"),
     ):
         with pytest.raises(UserError, match=f"checkpoint-1' has an adapter of {says}"):
             trainer(**changed).train(resume_from_checkpoint=True)
     trainer().train(resume_from_checkpoint=True)
+    same = {"target_modules": r".*\.[qv]_proj", "modules_to_save": [], "init_lora_weights": "gaussian"}
+    trainer(**same).train(resume_from_checkpoint=True)  # by other words
 
 
 def test_generating_adds_no_hooks_to_the_embeddings(world, tmp_path):
