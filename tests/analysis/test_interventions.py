@@ -410,6 +410,7 @@ def test_one_process_looks_at_the_folder_for_all(tmp_path, monkeypatch):
     (tmp_path / "tried by the first").mkdir()
     main_process = SimpleNamespace(is_main_process=False)
     monkeypatch.setattr(interventions, "PartialState", lambda: main_process)
+    monkeypatch.setattr(interventions, "check_free", lambda *_: pytest.fail("looked"))
     monkeypatch.setattr(interventions, "broadcast_object_list", lambda _: [True, None])
     assert interventions.check_output(tmp_path, False, [])
     monkeypatch.setattr(interventions, "broadcast_object_list", lambda _: [False, UserError("not empty")])
