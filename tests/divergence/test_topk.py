@@ -81,6 +81,18 @@ def test_others_that_begin_far_below(implementation, temperature, low):
 
 
 @every_implementation
+@pytest.mark.parametrize("member", ["reverse", "forward", "jsd(0.3)", None])
+def test_nan_far_below_is_not_hidden(implementation, member):
+    """See test_rows.py."""
+    student, (known, ids) = logits(3, 4097), teacher(3, 4097, 8)
+    student[:, :2048] -= 1e4
+    student[1, 5] = math.nan
+    ids = 2048 + torch.arange(8) + 0 * ids
+    loss, _, _ = run(implementation, student, ids[:, : 8 if member else 1], known if member else None, member)
+    assert loss.isnan().view(3, -1).any(1).tolist() == [False, True, False]
+
+
+@every_implementation
 @pytest.mark.parametrize("temperature", [0.01, 100.0])
 @every_route
 def test_extreme_temperatures(implementation, member, temperature):
