@@ -146,8 +146,8 @@ def _tie(base: Checkpoint, others: Sequence[Checkpoint]) -> list[str]:
     heads = dict.fromkeys(name for c in every for name in c.shapes if role_of(name).type == "head")
     dropped = []
     for head in heads:
-        files = [base if isinstance(c, Adapter) else c for c in every]
-        tied = [c for c, f in zip(every, files, strict=True) if _alias_missing(c, head) or _is_embedding(f, head)]
+        embeddings = [c for c in every if not isinstance(c, Adapter) and _is_embedding(c, head)]
+        tied = [c for c in every if _alias_missing(c, head) or (base if isinstance(c, Adapter) else c) in embeddings]
         if len(tied) == len(every):
             dropped.append(head)
             for checkpoint in every:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..commands import json_object
@@ -66,13 +65,12 @@ def check_adapter(checkpoint: str | Path, student: torch.nn.Module) -> None:
 def _adapted_in(folder: Path) -> set[str]:
     """The layers that an adapter's file has LoRA's factors of."""
     file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return set()
-    with safe_open(file, "pt") as tensors:
-        return {name.partition(".lora_")[0] for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118
+    names = FileCheckpoint(file).shapes if file.is_file() else ()
+    return {name.partition(".lora_")[0] for name in names if ".lora_" in name}
 
 
 def _adapted(student: torch.nn.Module, adapter: str) -> set[str]:
+    """Those of the student that have them."""
     factors = ("lora_A", "lora_embedding_A")
     return {n for n, m in student.named_modules() if any(adapter in getattr(m, f, ()) for f in factors)}
 

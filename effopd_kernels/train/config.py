@@ -305,7 +305,7 @@ class OPDConfig(trl.DistillationConfig):
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)}
         for name, why in _NO_EFFECT.items():
             if name in defaults and getattr(self, name) != defaults[name]:  # some versions lack one or another
                 raise UserError(f"--{name} cannot be: {why}")

@@ -127,8 +127,8 @@ def _values(number: re.Match) -> list[Decimal]:
 
 def _equal(given: re.Match, gold: re.Match, rel_tol: float) -> bool:
     """Of two percentages like is compared with like: 50% is not 0.5%, though 0.5 is a meaning of both."""
-    both, numbers = given[5] and gold[5], (_values(given), _values(gold))
-    pairs = zip(*numbers, strict=False) if both else product(*numbers)
+    meanings = _values(given), _values(gold)
+    pairs = zip(*meanings, strict=False) if given[5] and gold[5] else product(*meanings)
     return any(_close(a, b, rel_tol) for a, b in pairs)
 
 

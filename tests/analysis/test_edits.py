@@ -25,6 +25,10 @@ from effopd_kernels.errors import UserError
 SHAPES = {"mlp.up_proj": (24, 16), "mlp.down_proj": (16, 24), "self_attn.q_proj": (16, 16)}
 LAYERS = 4
 WEIGHTS = "model.safetensors"
+MIXTURE = dict(
+    vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+    num_key_value_heads=1, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
+)  # fmt: skip
 
 
 class Net(torch.nn.Module):
@@ -344,11 +348,7 @@ def test_tensors_that_transformers_fuses_are_read_through_it(tmp_path):
 
 def test_wider_vectors_beside_fused_experts_are_not_rounded(tmp_path):
     """Else the base itself, scored in fp32, would be another model than its own checkpoint."""
-    config = dict(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
-        num_key_value_heads=1, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).bfloat16().save_pretrained(tmp_path / "base")
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE)).bfloat16().save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "base" / WEIGHTS)
     tensors = {n: t + torch.rand(t.shape) if t.ndim == 1 else t for n, t in tensors.items()}
     save_file(tensors, tmp_path / "base" / WEIGHTS, {"format": "pt"})
@@ -359,11 +359,7 @@ def test_wider_vectors_beside_fused_experts_are_not_rounded(tmp_path):
 
 
 def test_adapters_beside_fused_experts(tmp_path):
-    config = dict(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
-        num_key_value_heads=1, moe_intermediate_size=4, num_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    net = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
+    net = Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE))
     net.save_pretrained(tmp_path / "base")
     base, a, b = {n: p.detach().clone() for n, p in net.named_parameters()}, torch.randn(2, 8), torch.randn(8, 2)
     names = {"attention": "model.layers.0.self_attn.q_proj", "expert": "model.layers.0.mlp.experts.1.down_proj"}
