@@ -14,7 +14,7 @@ import torch
 from common import DEVICE, copy_bandwidth, race, table
 
 from effopd_kernels.divergence import triton_kernels as kernels
-from effopd_kernels.divergence.autograd import Spec
+from effopd_kernels.divergence.family import Spec
 
 REGISTERS = 65536  # of a multiprocessor
 
@@ -45,7 +45,7 @@ def main() -> None:
     def run(launch):
         kernels.LAUNCH[arch] = launch
         kernels.launch_for.cache_clear()
-        kernels.launch_divergence_rows(student, teacher, None, None, *Spec(0.0, 1.0, 1.0), grad, False)
+        kernels.launch_divergence_rows(student, teacher, None, None, Spec(0.0, 1.0, 1.0), grad, False)
 
     times = race({name: lambda launch=launch: run(launch) for name, launch in launches.items()}, args.rounds)
     moved, bandwidth = 3 * student.nbytes, copy_bandwidth()

@@ -2,13 +2,17 @@
 // The row kernels are in divergence_rows.h and divergence_topk.h; here are their arguments, instruction sets, threads and
 // bindings.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -26,21 +30,27 @@ constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kFloor = -1e4 * kLog2e;              // FLOOR of effopd_kernels/divergence/reference.py, in bits
 constexpr int64_t kWorkPerThread = int64_t(1) << 16;  // logits worth starting a thread for
 
-// One side's logits. With a soft cap (pre != 0) the kernel reads tanh(pre·x) in their place; c takes either to base 2.
-struct Side {
-    const char* data;
+// Logits or their gradient.
+struct Rows {
+    char* data;                         // null for a gradient that nobody wants
     int64_t row_bytes, sequence_bytes;  // from one row to the next of a sequence, and from one sequence to the next
     int dtype;
+
+    char* row(int64_t n, int64_t T) const { return data + n / T * sequence_bytes + n % T * row_bytes; }
+};
+
+// One side's logits. With a soft cap (pre != 0) the kernel reads tanh(pre·x) in their place; c takes either to base 2.
+struct Side : Rows {
     float pre, c;
 };
 
 struct Job {
     Side student, teacher;
-    const uint8_t* mask;     // (N,) or null
-    const float* row_scale;  // (N,) or null
-    float *loss, *stats;     // (N,); (3, N) or null
-    char* grad;              // (N, grad_columns) in the student's dtype, or null
-    int64_t grad_row_bytes, grad_sequence_bytes, grad_columns, N, T, V, grain;  // N rows, T to a sequence
+    Rows grad;                        // (N, columns)
+    int64_t N, T, V, columns, grain;  // N rows, T to a sequence
+    const uint8_t* mask;              // (N,) or null
+    const float* row_scale;           // (N,) or null
+    float *loss, *stats;              // (N,); (3, N) or null
     Kind kind;
     float a, b, pi, rho, kappa;  // rho = 1 − pi, which fp32 keeps near pi = 1
     double chain;                // dz/dx of the student's logits at tanh = 0
@@ -58,8 +68,8 @@ struct TopkJob {
     float* buckets;  // (N, k + tail), and then their gradients
     Job job;         // of the buckets (N, k + tail) against the teacher's; its grad are the buckets. kToken: not the
                      // divergence, but the log-probability of the one entry
-    char* grad;      // (N, V) in the logits' dtype, or null
-    int64_t V, row_bytes, sequence_bytes, T;
+    Rows grad;       // (N, V)
+    int64_t T, V;
     double chain;  // dz/dx of the logits at tanh = 0
     bool stream;   // store past the caches
 };
@@ -70,15 +80,20 @@ struct TopkJob {
 const auto kRuns = supported(CLONES(run_rows));
 const auto kTopkRuns = supported(CLONES(run_topk_rows));
 
-Side make_side(uintptr_t data, int64_t row_stride, int64_t sequence_stride, int dtype, double temperature, double scale,
-               double softcap) {
-    const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
-    const double c = (softcap != 0 ? softcap : scale) / temperature * kLog2e;
+// Address, strides in elements from row to row and from sequence to sequence, and dtype.
+using Place = std::tuple<uintptr_t, int64_t, int64_t, int>;
+
+Rows rows_at(const Place& place) {
+    const auto [data, row_stride, sequence_stride, dtype] = place;
     const int64_t size = size_of(dtype);
-    return {reinterpret_cast<const char*>(data), row_stride * size, sequence_stride * size, dtype, pre, float(c)};
+    return {reinterpret_cast<char*>(data), row_stride * size, sequence_stride * size, dtype};
 }
 
-// The numbers of a family's member and of a gradient, in Job.
+Side side_of(const Rows& rows, double temperature, double scale, double softcap) {
+    const float pre = softcap != 0 ? float(scale / softcap) : 0.0f;
+    return {rows, pre, float((softcap != 0 ? softcap : scale) / temperature * kLog2e)};
+}
+
 void set_divergence(Job& job, double a, double b, double pi, uintptr_t mask, uintptr_t row_scale, uintptr_t loss,
                     uintptr_t stats) {
     job.kind = pi == 1 ? kReverse : pi == 0 ? kForward : kMixture;
@@ -120,37 +135,36 @@ void on_rows(int64_t N, int64_t V, int threads, int64_t scratch, int64_t lists, 
 
 // What a mixture keeps of a row in between.
 int64_t mixture_scratch(const Job& job, int64_t V) {
-    return job.kind == kMixture && job.grad ? (V + kBlock - 1) / kBlock * kBlock : 0;
+    return job.kind == kMixture && job.grad.data ? (V + kBlock - 1) / kBlock * kBlock : 0;
 }
 
 int64_t grain_of(int64_t V) { return std::max<int64_t>(1, kWorkPerThread / 4 / V); }
 
-// Addresses, sizes and strides in elements; 0 for a tensor that is absent. The schema in ops.py says what each means.
-// instruction_set: an index below num_instruction_sets(), or −1 for the best.
-void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_sequence, int student_dtype,
-                     uintptr_t teacher, int64_t teacher_stride, int64_t teacher_sequence, int teacher_dtype, int64_t N,
-                     int64_t T, int64_t V, uintptr_t mask, uintptr_t row_scale, double a, double b, double pi,
-                     double student_temperature, double teacher_temperature, double student_scale, double teacher_scale,
-                     double student_softcap, double teacher_softcap, uintptr_t grad, int64_t grad_stride,
-                     int64_t grad_sequence, int64_t grad_columns, uintptr_t loss, uintptr_t stats, int threads,
-                     int instruction_set) {
-    const int64_t size = size_of(student_dtype);
+// Whether a gradient outgrows the caches, and does not overwrite logits that are in them.
+bool streams(const Rows& grad, const Rows& logits, int64_t elements) {
+    return grad.data && grad.data != logits.data && elements * size_of(grad.dtype) >= kLarge;
+}
+
+// Addresses are 0 where a tensor is absent; of the student's `columns` both sides have V. spec: the numbers of Spec in
+// effopd_kernels/divergence/family.py, below TopKSpec's. instruction_set: an index below num_instruction_sets(), or −1
+// for the best.
+void divergence_rows(Place student, Place teacher, Place grad, int64_t N, int64_t T, int64_t V, int64_t columns,
+                     uintptr_t mask, uintptr_t row_scale, std::array<double, 9> spec, uintptr_t loss, uintptr_t stats,
+                     int threads, int instruction_set) {
+    const auto [a, b, pi, student_temperature, teacher_temperature, student_scale, teacher_scale, student_softcap,
+                teacher_softcap] = spec;
     Job job{};
-    job.student = make_side(student, student_stride, student_sequence, student_dtype, student_temperature,
-                            student_scale, student_softcap);
-    job.teacher = make_side(teacher, teacher_stride, teacher_sequence, teacher_dtype, teacher_temperature,
-                            teacher_scale, teacher_softcap);
+    job.student = side_of(rows_at(student), student_temperature, student_scale, student_softcap);
+    job.teacher = side_of(rows_at(teacher), teacher_temperature, teacher_scale, teacher_softcap);
+    job.grad = rows_at(grad);
     set_divergence(job, a, b, pi, mask, row_scale, loss, stats);
-    job.grad = reinterpret_cast<char*>(grad);
-    job.grad_row_bytes = grad_stride * size;
-    job.grad_sequence_bytes = grad_sequence * size;
-    job.grad_columns = grad_columns;
     job.N = N;
     job.T = T;
     job.V = V;
+    job.columns = columns;
     job.grain = grain_of(V);
     job.chain = student_scale / student_temperature;
-    job.stream = grad && grad != student && N * grad_columns * size >= kLarge;
+    job.stream = streams(job.grad, job.student, N * columns);
     const auto run = chosen(kRuns, instruction_set);
     on_rows(N, V, threads, mixture_scratch(job, V), 0,
             [&](std::atomic<int64_t>& next, float* scratch, int32_t*) { run(job, next, scratch); });
@@ -159,37 +173,34 @@ void divergence_rows(uintptr_t student, int64_t student_stride, int64_t student_
 // As divergence_rows, of logits (N, V) whose teacher (N, k + tail) knows the entries `ids` (N, k), int64, negative for
 // none, and with a tail the rest as one. Without a teacher: log-probabilities of ids (N, 1), with a tail. buckets, fp32
 // and of the teacher's shape, is for the kernel to write to.
-void topk_rows(uintptr_t logits, int64_t stride, int64_t sequence, int dtype, int64_t N, int64_t T, int64_t V,
-               uintptr_t ids, int64_t k, bool tail, uintptr_t teacher, uintptr_t buckets, uintptr_t mask,
-               uintptr_t row_scale, double a, double b, double pi, double temperature, double scale, double softcap,
-               uintptr_t grad, int64_t grad_stride, int64_t grad_sequence, uintptr_t loss, uintptr_t stats, int threads,
-               int instruction_set) {
-    const int64_t size = size_of(dtype), columns = k + tail;
+void topk_rows(Place logits, Place grad, int64_t N, int64_t T, int64_t V, uintptr_t ids, int64_t k, uintptr_t teacher,
+               uintptr_t buckets, uintptr_t mask, uintptr_t row_scale,
+               std::tuple<double, double, double, bool, double, double, double> spec, uintptr_t loss, uintptr_t stats,
+               int threads, int instruction_set) {
+    const auto [a, b, pi, tail, temperature, scale, softcap] = spec;
+    const int64_t columns = k + tail;
     TopkJob topk{};
     for (int64_t i = 0; i < N * k; ++i)  // under torch.compile nobody has looked
         if (const int64_t id = reinterpret_cast<const int64_t*>(ids)[i]; id >= V)
             throw std::out_of_range("ids must be token ids below " + std::to_string(V) + ", got " + std::to_string(id));
-    topk.logits = make_side(logits, stride, sequence, dtype, temperature, scale, softcap);
+    topk.logits = side_of(rows_at(logits), temperature, scale, softcap);
     topk.ids = reinterpret_cast<const int64_t*>(ids);
     topk.k = k;
     topk.tail = tail;
     topk.buckets = reinterpret_cast<float*>(buckets);
-    topk.grad = reinterpret_cast<char*>(grad);
-    topk.row_bytes = grad_stride * size;
-    topk.sequence_bytes = grad_sequence * size;
-    topk.V = V;
+    topk.grad = rows_at(grad);
     topk.T = T;
+    topk.V = V;
     topk.chain = scale / temperature;
-    topk.stream = grad && grad != logits && N * V * size >= kLarge;
+    topk.stream = streams(topk.grad, topk.logits, N * V);
     Job& job = topk.job;
-    job.student = make_side(buckets, columns, 0, kFloat32, 1, 1, 0);
-    job.teacher = make_side(teacher, columns, 0, kFloat32, 1, 1, 0);
+    job.student = side_of(rows_at({buckets, columns, 0, kFloat32}), 1, 1, 0);
+    job.teacher = side_of(rows_at({teacher, columns, 0, kFloat32}), 1, 1, 0);
+    job.grad = rows_at({topk.grad.data ? buckets : 0, columns, 0, kFloat32});
     set_divergence(job, a, b, pi, mask, row_scale, loss, stats);
     if (!teacher) job.kind = kToken;
-    job.grad = grad ? reinterpret_cast<char*>(buckets) : nullptr;
-    job.grad_row_bytes = columns * int64_t(sizeof(float));
-    job.grad_columns = job.V = columns;
     job.N = job.T = N;
+    job.V = job.columns = columns;
     job.grain = grain_of(V);
     job.chain = 1;
     const auto run = chosen(kTopkRuns, instruction_set);

@@ -448,14 +448,6 @@ INLINE void through_cap(const float* tanh, float* g, int count) {
 
 // ---- a row
 
-static int64_t offset(int64_t n, int64_t T, int64_t row_bytes, int64_t sequence_bytes) {
-    return n / T * sequence_bytes + n % T * row_bytes;
-}
-
-static const char* row_of(const Side& side, int64_t n, int64_t T) {
-    return side.data + offset(n, T, side.row_bytes, side.sequence_bytes);
-}
-
 // Logits before the first whole line of what is streamed, as streams write whole lines.
 static int64_t head_of(const char* out, bool stream, int64_t size) {
     return stream ? (64 - uintptr_t(out) % 64) % 64 / size : 0;
@@ -463,13 +455,13 @@ static int64_t head_of(const char* out, bool stream, int64_t size) {
 
 static void one_row(const Job& job, int64_t n, float* scratch) {
     const Side &student = job.student, &teacher = job.teacher;
-    const char *row_s = row_of(student, n, job.T), *row_t = row_of(teacher, n, job.T);
-    char* row_g = job.grad ? job.grad + offset(n, job.T, job.grad_row_bytes, job.grad_sequence_bytes) : nullptr;
+    const char *row_s = student.row(n, job.T), *row_t = teacher.row(n, job.T);
+    char* row_g = job.grad.data ? job.grad.row(n, job.T) : nullptr;
     const int64_t V = job.V, size = size_of(student.dtype);
     if (job.mask && !job.mask[n]) {
         job.loss[n] = 0;
         if (job.stats) job.stats[n] = job.stats[n + job.N] = job.stats[n + 2 * job.N] = 0;
-        if (row_g) memset(row_g, 0, job.grad_columns * size);
+        if (row_g) memset(row_g, 0, job.columns * size);
         return;
     }
     const bool forward = job.kind == kForward;
@@ -529,7 +521,7 @@ static void one_row(const Job& job, int64_t n, float* scratch) {
         }
         store(g, count, student.dtype, out, job.stream);
     }
-    memset(row_g + V * size, 0, (job.grad_columns - V) * size);
+    memset(row_g + V * size, 0, (job.columns - V) * size);
 }
 
 // row(n) for rows drawn `job.grain` at a time from `next`.

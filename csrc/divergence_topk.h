@@ -211,8 +211,8 @@ static void spread(const TopkJob& job, int64_t n, const char* row, char* out, co
 
 static void one_topk_row(const TopkJob& job, int64_t n, float* scratch, int32_t* lists) {
     const int64_t size = size_of(job.logits.dtype);
-    const char* const row = row_of(job.logits, n, job.T);
-    char* const out = job.grad ? job.grad + offset(n, job.T, job.row_bytes, job.sequence_bytes) : nullptr;
+    const char* const row = job.logits.row(n, job.T);
+    char* const out = job.grad.data ? job.grad.row(n, job.T) : nullptr;
     if (job.job.mask && !job.job.mask[n]) {
         one_row(job.job, n, scratch);
         if (out) memset(out, 0, job.V * size);

@@ -29,18 +29,18 @@ def at_the_end(x: torch.Tensor) -> torch.Tensor:
 
 def divergences(N: int, V: int) -> None:
     from effopd_kernels.divergence import ops
+    from effopd_kernels.divergence.family import Spec, TopKSpec
 
     ids, known = torch.zeros(N, 1, dtype=torch.long), torch.full((N, 2), -0.7)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         student, teacher, grad = (at_the_end(torch.randn(N, V).to(dtype)) for _ in range(3))
         for instruction_set in range(native().num_instruction_sets()):
-            rest = {"grad_out": grad, "with_stats": True, "instruction_set": instruction_set}
+            rest = grad, True, instruction_set
             for cap in (0.0, 5.0):
                 for pi in (0.0, 0.5, 1.0):
-                    knobs = 1.0, 1.0, 1.0, 1.0, cap, 0.0
-                    ops._cpp(student, teacher, None, None, 1 - pi, pi, pi, *knobs, **rest)
-                args = 0.0, 1.0, 1.0, V > 1, 1.0, 1.0, cap
-                ops._topk_cpp(student, at_the_end(ids), at_the_end(known[:, : 1 + (V > 1)]), None, None, *args, **rest)
+                    ops._cpp(student, teacher, None, None, Spec(1 - pi, pi, pi, student_softcap=cap), *rest)
+                spec, tops = TopKSpec(0.0, 1.0, 1.0, V > 1, softcap=cap), (ids, known[:, : 1 + (V > 1)])
+                ops._topk_cpp(student, *map(at_the_end, tops), None, None, spec, *rest)
     out = at_the_end(torch.empty(V, N))
     ops.transpose(at_the_end(torch.randn(N, V)), out)
 

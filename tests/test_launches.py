@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from effopd_kernels.divergence import triton_kernels as divergence
 from effopd_kernels.divergence import triton_topk
+from effopd_kernels.divergence.family import Spec, TopKSpec
 from effopd_kernels.extrapolation import triton_kernels as extrapolation
 from effopd_kernels.lowrank import triton_kernels as lowrank
 
@@ -60,9 +61,8 @@ def test_divergence(shape, dtypes, member, stats, compiled):
         (None, None, 0.0, torch.empty_like(student)),
         (torch.ones(N, dtype=torch.bool), torch.ones(N), 30.0, None),
     ):
-        divergence.launch_divergence_rows(
-            student, teacher, mask, row_scale, *member, 1.0, 2.0, 1.0, 1.0, softcap, 0.0, grad, stats
-        )
+        spec = Spec(*member, 1.0, 2.0, student_softcap=softcap)
+        divergence.launch_divergence_rows(student, teacher, mask, row_scale, spec, grad, stats)
     divergence.launch_scale(student, torch.ones(()))
     assert len(compiled) == 3
 
@@ -75,7 +75,7 @@ def test_topk(shape, dtype, k, tail, compiled):
     student, N = torch.zeros(shape, dtype=dtype), torch.Size(shape[:-1]).numel()
     ids, known = torch.arange(k).expand(N, k), torch.zeros(N, k + tail)
     for mask, softcap, grad in ((None, 0.0, torch.empty_like(student)), (torch.ones(N, dtype=torch.bool), 30.0, None)):
-        args = mask, None, 0.0, 1.0, 1.0, tail, 1.0, 2.0, softcap, grad, False
+        args = mask, None, TopKSpec(0.0, 1.0, 1.0, tail, 1.0, 2.0, softcap), grad, False
         triton_topk.launch_topk_rows(student, ids, known, *args)
     assert len(compiled) == 2 * (2 * tail + 2) + 3
 
@@ -83,15 +83,15 @@ def test_topk(shape, dtype, k, tail, compiled):
 def test_rows_of_which_some_are_aligned_are_read_as_those_of_which_none_are(compiled):
     """As views of a padded head's logits beside a fresh gradient: tiles are laid out in the way that they are read."""
     padded, odd = torch.zeros(2, 4224, dtype=BF16)[:, :4113], torch.zeros(2, 4113, dtype=BF16)
-    member, knobs = (0.0, 1.0, 1.0), (1.0,) * 4 + (0.0,) * 2
+    member = 0.0, 1.0, 1.0
     for student, teacher in ((padded, padded), (odd, odd), (odd, padded)):
-        divergence.launch_divergence_rows(student, teacher, None, None, *member, *knobs, torch.empty_like(odd), True)
+        divergence.launch_divergence_rows(student, teacher, None, None, Spec(*member), torch.empty_like(odd), True)
     assert len({kernel.asm["ttgir"] for kernel in compiled}) == 1
     ids, known = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 2)
     found = []
     for student in (padded, odd):
         compiled.clear()
-        args = None, None, *member, True, 1.0, 1.0, 0.0, torch.empty_like(odd), False
+        args = None, None, TopKSpec(*member, True), torch.empty_like(odd), False
         triton_topk.launch_topk_rows(student, ids, known, *args)
         found.append([k.asm["ttgir"] for k in compiled if k.metadata.name in ("_others_kernel", "_spread_kernel")])
     assert found[0] == found[1] and len(found[0]) == 2

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..checks import below_infinity, readable, wide
 from ..gradients import keepable
 from ..launch import uploaded
-from .autograd import DivergenceStats, Spec
-from .family import Divergence
+from .autograd import DivergenceStats
+from .family import Divergence, Spec
 
 COLDEST = 1e-6  # the least temperature: logits that are divided by less may leave the kernels' range
 

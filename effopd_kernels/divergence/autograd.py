@@ -24,20 +24,6 @@ class DivergenceStats(NamedTuple):
     top1_agreement: Tensor
 
 
-class Spec(NamedTuple):
-    """The nine numbers of a row op, in the order of its schema."""
-
-    a: float
-    b: float
-    pi: float
-    student_temperature: float = 1.0
-    teacher_temperature: float = 1.0
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    student_softcap: float = 0.0
-    teacher_softcap: float = 0.0
-
-
 def keeps_graph() -> bool:
     """Whether the backward pass that runs leaves its graph for another; True outside of one."""
     return getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()

@@ -9,6 +9,7 @@ so a divergence is three numbers, and one kernel per language serves all of them
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 from ..checks import below_infinity
 
@@ -29,6 +30,32 @@ class Divergence:
             raise TypeError(f"a divergence is three numbers, got {self}")
         if not (min(self.a, self.b) >= 0 and below_infinity(self.a) and below_infinity(self.b) and 0 <= self.pi <= 1):
             raise ValueError(f"a divergence needs a >= 0, b >= 0, both finite, and 0 <= pi <= 1, got {self}")
+
+
+class Spec(NamedTuple):
+    """The numbers of `effopd::divergence_rows`: the family's, and what makes log-probabilities of logits."""
+
+    a: float
+    b: float
+    pi: float
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    student_softcap: float = 0.0
+    teacher_softcap: float = 0.0
+
+
+class TopKSpec(NamedTuple):
+    """Those of `effopd::topk_rows`, which has no teacher's logits; tail: all that is not known is one entry more."""
+
+    a: float
+    b: float
+    pi: float
+    tail: bool
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float = 0.0
 
 
 REVERSE_KL = Divergence(0.0, 1.0, 1.0)  # KL(q‖p)

@@ -17,15 +17,15 @@ from torch import Tensor
 from ..checks import wide
 from ..native import DTYPES, TRITON, native
 from . import reference
+from .family import Spec, TopKSpec
 
-ARGS = (
-    "Tensor? mask, Tensor? row_scale, float a, float b, float pi, float student_temperature, "
-    "float teacher_temperature, float student_scale, float teacher_scale, float student_softcap, float teacher_softcap"
-)
-TOPK_ARGS = (
-    "Tensor ids, Tensor? known, Tensor? mask, Tensor? row_scale, float a, float b, float pi, bool tail, "
-    "float temperature, float scale, float softcap"
-)
+
+def _schema(tensors: str, spec: type) -> str:
+    return ", ".join([tensors, *(f"{kind.__name__} {name}" for name, kind in spec.__annotations__.items())])
+
+
+ARGS = _schema("Tensor? mask, Tensor? row_scale", Spec)
+TOPK_ARGS = _schema("Tensor ids, Tensor? known, Tensor? mask, Tensor? row_scale", TopKSpec)
 for name, args in (("divergence_rows", f"Tensor teacher, {ARGS}"), ("topk_rows", TOPK_ARGS)):
     args = f"{args}, bool with_grad, bool with_stats"
     torch.library.define(f"effopd::{name}", f"(Tensor student, {args}) -> (Tensor, Tensor, Tensor)")
@@ -39,7 +39,7 @@ _CPU_BLOCK, _BLOCK = 1 << 20, 256 << 20  # bytes of logits in fp64 that the refe
 _KEPT_FROM = 4 << 20  # bytes from which pages are worth keeping (csrc/buffers.cpp)
 
 
-def _by_blocks(definition, logits, per_row, numbers, grad_out, with_stats):
+def _by_blocks(definition, logits, per_row, spec, grad_out, with_stats):
     """`definition` of a few rows at a time, of which it holds a dozen copies."""
     *logits, out = (x if x is None or x.ndim == 3 else x.unsqueeze(0) for x in (*logits, grad_out))
     B, T, V = logits[0].shape
@@ -48,9 +48,7 @@ def _by_blocks(definition, logits, per_row, numbers, grad_out, with_stats):
     for sequence, start in itertools.product(range(B), range(0, max(T, 1), step)):
         rows, at = slice(start, min(start + step, T)), sequence * T
         own = (x if x is None else x[at + rows.start : at + rows.stop] for x in per_row)
-        loss, grad, stats = definition(
-            *(x[sequence, rows] for x in logits), *own, *numbers, with_grad=out is not None, with_stats=with_stats
-        )
+        loss, grad, stats = definition(*(x[sequence, rows] for x in logits), *own, spec, out is not None, with_stats)
         if out is not None:
             out.data[sequence, rows] = grad  # .data, since a raised version takes a view out of its graph
         found.append((loss, loss.new_empty(0) if stats is None else stats))
@@ -58,77 +56,78 @@ def _by_blocks(definition, logits, per_row, numbers, grad_out, with_stats):
     return torch.cat(loss), torch.cat(stats, -1)
 
 
-def _reference(student, teacher, mask, row_scale, *numbers, grad_out, with_stats):
-    rows = (student, teacher), (mask, row_scale), numbers
+def _reference(student, teacher, mask, row_scale, spec, grad_out, with_stats):
+    rows = (student, teacher), (mask, row_scale), spec
     return _by_blocks(reference.divergence_rows, *rows, grad_out, with_stats)
 
 
-def _topk_reference(student, ids, known, mask, row_scale, *numbers, grad_out, with_stats):
-    rows = (student,), (ids, known, mask, row_scale), numbers
+def _topk_reference(student, ids, known, mask, row_scale, spec, grad_out, with_stats):
+    rows = (student,), (ids, known, mask, row_scale), spec
     return _by_blocks(reference.topk_rows, *rows, grad_out, with_stats)
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return 0 if tensor is None else tensor.data_ptr()  # 0 of no elements, too
 
 
-def _place(rows: Tensor | None) -> tuple[int, int, int]:
-    """Address, and strides from one row to the next and from one sequence to the next."""
-    return (0, 0, 0) if rows is None else (rows.data_ptr(), rows.stride(-2), rows.stride(0) if rows.ndim == 3 else 0)
+def _place(rows: Tensor | None) -> tuple[int, int, int, int]:
+    """Address, strides from row to row and from sequence to sequence, and dtype; 0 for all where there are none."""
+    if rows is None:
+        return 0, 0, 0, 0
+    return rows.data_ptr(), rows.stride(-2), rows.stride(0) if rows.ndim == 3 else 0, DTYPES[rows.dtype]
 
 
-def _cpp(student, teacher, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
-    module = native() if {student.dtype, teacher.dtype} <= DTYPES.keys() else None
-    if module is None:
-        return _reference(student, teacher, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
+def _has_kernels(*logits: Tensor | None) -> bool:
+    return all(x is None or x.dtype in DTYPES for x in logits)
+
+
+def _cpp(student, teacher, mask, row_scale, spec, grad_out, with_stats, instruction_set=-1):
+    if native() is None or not _has_kernels(student, teacher):
+        return _reference(student, teacher, mask, row_scale, spec, grad_out, with_stats)
     N, V = student.shape[:-1].numel(), min(student.shape[-1], teacher.shape[-1])
     loss = student.new_empty(N, dtype=torch.float32)
     stats = loss.new_empty((3, N) if with_stats else 0)
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.to(torch.float32).contiguous()
-    module.divergence_rows(
-        *(*_place(student), DTYPES[student.dtype], *_place(teacher), DTYPES[teacher.dtype]),
-        *(N, max(student.shape[-2], 1), V, _address(mask), _address(row_scale), *args),
-        *(*_place(grad_out), student.shape[-1]),
-        *(loss.data_ptr(), stats.data_ptr() if with_stats else 0, torch.get_num_threads(), instruction_set),
-    )
-    return loss, stats
-
-
-def _topk_cpp(student, ids, known, mask, row_scale, *args, grad_out, with_stats, instruction_set=-1):
-    module = native() if student.dtype in DTYPES and (known is None or known.dtype in DTYPES) else None
-    if module is None:
-        return _topk_reference(student, ids, known, mask, row_scale, *args, grad_out=grad_out, with_stats=with_stats)
-    N, V = student.shape[:-1].numel(), student.shape[-1]
-    a, b, pi, tail, *transform = args
-    loss = student.new_empty(N, dtype=torch.float32)
-    stats = loss.new_empty((3, N) if with_stats else 0)
-    buckets = loss.new_empty(N, ids.shape[1] + tail)
-    ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
-    known, row_scale = (x if x is None else x.to(torch.float32).contiguous() for x in (known, row_scale))
-    module.topk_rows(
-        *(*_place(student), DTYPES[student.dtype], N, max(student.shape[-2], 1), V, ids.data_ptr(), ids.shape[1], tail),
-        *(_address(known), buckets.data_ptr(), _address(mask), _address(row_scale), a, b, pi, *transform),
-        *(*_place(grad_out), loss.data_ptr(), stats.data_ptr() if with_stats else 0),
+    native().divergence_rows(
+        *(_place(student), _place(teacher), _place(grad_out), N, max(student.shape[-2], 1), V, student.shape[-1]),
+        *(_address(mask), _address(row_scale), spec, loss.data_ptr(), stats.data_ptr()),
         *(torch.get_num_threads(), instruction_set),
     )
     return loss, stats
 
 
-def _triton(student, teacher, *args, grad_out, with_stats):
-    if not {student.dtype, teacher.dtype} <= DTYPES.keys():
-        return _reference(student, teacher, *args, grad_out=grad_out, with_stats=with_stats)
+def _topk_cpp(student, ids, known, mask, row_scale, spec, grad_out, with_stats, instruction_set=-1):
+    if native() is None or not _has_kernels(student, known):
+        return _topk_reference(student, ids, known, mask, row_scale, spec, grad_out, with_stats)
+    N, V = student.shape[:-1].numel(), student.shape[-1]
+    loss = student.new_empty(N, dtype=torch.float32)
+    stats = loss.new_empty((3, N) if with_stats else 0)
+    buckets = loss.new_empty(N, ids.shape[1] + spec.tail)
+    ids, mask = ids.contiguous(), None if mask is None else mask.contiguous()
+    known, row_scale = (x if x is None else x.to(torch.float32).contiguous() for x in (known, row_scale))
+    native().topk_rows(
+        *(_place(student), _place(grad_out), N, max(student.shape[-2], 1), V, ids.data_ptr(), ids.shape[1]),
+        *(_address(known), buckets.data_ptr(), _address(mask), _address(row_scale), spec),
+        *(loss.data_ptr(), stats.data_ptr(), torch.get_num_threads(), instruction_set),
+    )
+    return loss, stats
+
+
+def _triton(student, teacher, *args):
+    if not _has_kernels(student, teacher):
+        return _reference(student, teacher, *args)
     from .triton_kernels import launch_divergence_rows
 
-    return launch_divergence_rows(student, teacher, *args, grad_out, with_stats)
+    return launch_divergence_rows(student, teacher, *args)
 
 
-def _topk_triton(student, ids, known, *args, grad_out, with_stats):
-    if student.dtype not in DTYPES or not (known is None or known.dtype in DTYPES):
-        return _topk_reference(student, ids, known, *args, grad_out=grad_out, with_stats=with_stats)
+def _topk_triton(student, ids, known, *args):
+    if not _has_kernels(student, known):
+        return _topk_reference(student, ids, known, *args)
     from .triton_topk import launch_topk_rows
 
-    return launch_topk_rows(student, ids, known, *args, grad_out, with_stats)
+    return launch_topk_rows(student, ids, known, *args)
 
 
 def empty_rows(N: int, V: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,29 +159,32 @@ def repeated_id(ids: Tensor, V: int) -> int:
     return int(twice[0]) if twice.numel() else -1
 
 
-def _register(name: str, device: str, launch):
+def _register(name: str, spec: type, device: str, launch):
+    first = -2 - len(spec._fields)  # of the numbers
+
+    def run(student, args, grad):
+        return launch(student, *args[:first], spec(*args[first:-2]), grad, args[-1])
+
     @torch.library.impl(f"effopd::{name}", device)
     def rows(student, *args):
-        *args, with_grad, with_stats = args
         grad = None
-        if with_grad:
+        if args[-2]:
             grad = empty_rows(student.shape[:-1].numel(), student.shape[-1], student).view(student.shape)
-        loss, stats = launch(student, *args, grad_out=grad, with_stats=with_stats)
+        loss, stats = run(student, args, grad)
         return loss, student.new_empty(0) if grad is None else grad, stats
 
     @torch.library.impl(f"effopd::{name}_", device)
     def rows_(student, *args):
-        *args, with_grad, with_stats = args
-        return launch(student, *args, grad_out=student if with_grad else None, with_stats=with_stats)
+        return run(student, args, student if args[-2] else None)
 
 
-_register("divergence_rows", "CompositeExplicitAutograd", _reference)
-_register("divergence_rows", "CPU", _cpp)
-_register("topk_rows", "CompositeExplicitAutograd", _topk_reference)
-_register("topk_rows", "CPU", _topk_cpp)
+_register("divergence_rows", Spec, "CompositeExplicitAutograd", _reference)
+_register("divergence_rows", Spec, "CPU", _cpp)
+_register("topk_rows", TopKSpec, "CompositeExplicitAutograd", _topk_reference)
+_register("topk_rows", TopKSpec, "CPU", _topk_cpp)
 if TRITON:
-    _register("divergence_rows", "CUDA", _triton)
-    _register("topk_rows", "CUDA", _topk_triton)
+    _register("divergence_rows", Spec, "CUDA", _triton)
+    _register("topk_rows", TopKSpec, "CUDA", _topk_triton)
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
@@ -208,28 +210,20 @@ if TRITON:
     torch.library.impl("effopd::scale_", "CUDA", _scale_triton)
 
 
-def _fake_rows(student, teacher, with_stats):
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, teacher))
-    return loss, loss.new_empty((3, loss.shape[0]) if with_stats else 0)
+def _register_fake(name: str, teacher: int):
+    """teacher: which argument after the student is the teacher's."""
+
+    @torch.library.register_fake(f"effopd::{name}_")
+    def rows_(student, *args):
+        known = student if args[teacher] is None else args[teacher]
+        loss = student.new_empty(math.prod(student.shape[:-1]), dtype=wide(student, known))
+        return loss, loss.new_empty((3, loss.shape[0]) if args[-1] else 0)
+
+    @torch.library.register_fake(f"effopd::{name}")
+    def rows(student, *args):
+        loss, stats = rows_(student, *args)
+        return loss, student.new_empty(student.shape if args[-2] else 0), stats
 
 
-@torch.library.register_fake("effopd::divergence_rows_")
-def _(student, teacher, *args):
-    return _fake_rows(student, teacher, args[-1])
-
-
-@torch.library.register_fake("effopd::divergence_rows")
-def _(student, teacher, *args):
-    loss, stats = _fake_rows(student, teacher, args[-1])
-    return loss, student.new_empty(student.shape if args[-2] else 0), stats
-
-
-@torch.library.register_fake("effopd::topk_rows_")
-def _(student, ids, known, *args):
-    return _fake_rows(student, student if known is None else known, args[-1])
-
-
-@torch.library.register_fake("effopd::topk_rows")
-def _(student, ids, known, *args):
-    loss, stats = _fake_rows(student, student if known is None else known, args[-1])
-    return loss, student.new_empty(student.shape if args[-2] else 0), stats
+_register_fake("divergence_rows", 0)
+_register_fake("topk_rows", 1)

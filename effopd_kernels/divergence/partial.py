@@ -24,7 +24,7 @@ from .arguments import (
     row_factor,
 )
 from .autograd import DivergenceStats, reduced_loss
-from .family import REVERSE_KL, Divergence
+from .family import REVERSE_KL, Divergence, TopKSpec
 from .linear import check_side, compute_dtype, run_linear_rows
 from .linear_rows import held_in, may_keep
 from .logits import as_rows, run_rows
@@ -159,7 +159,7 @@ def topk_divergence_loss(
         hint += "; if the student is hidden states, give student_weight too"
     ids, known = _known_entries(teacher_ids, teacher_logprobs, mask_N, V, tail, hint)
     known = known.to(wide(student))
-    numbers = (*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
+    numbers = TopKSpec(*spec[:3], tail, spec.student_temperature, spec.student_scale, spec.student_softcap)
     if student_weight is None:
         run, rows, dtype, keep = _rows, as_rows(student), torch.float32, None
     else:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from ..checks import wide
+from .family import Spec, TopKSpec
 
 FLOOR = -1e4
 
 
-def _transform(logits: Tensor, scale: float, softcap: float, temperature: float) -> tuple[Tensor, Tensor | float]:
+def _transform(logits: Tensor, temperature: float, scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
     """z = softcap·tanh(scale·x/softcap) / temperature (softcap 0: none), up to a shift of the row, and dz/dx.
     Uncapped, x comes relative to the row's largest: a product rounds by its own size, and softmax would subtract the
     largest only after that."""
@@ -45,28 +46,21 @@ def divergence_rows(
     teacher_NV: Tensor,
     mask_N: Tensor | None,
     row_scale_N: Tensor | None,
-    a: float,
-    b: float,
-    pi: float,
-    student_temperature: float = 1.0,
-    teacher_temperature: float = 1.0,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    student_softcap: float = 0.0,
-    teacher_softcap: float = 0.0,
+    spec: Spec,
     with_grad: bool = True,
     with_stats: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Per-row divergence (N,) fp32 (fp64 for fp64 logits), row_scale·dD/dstudent (N, Vs) in the student's dtype, and
     stats (3, N): student entropy, teacher entropy, top-1 agreement. All three are 0 in masked rows."""
+    a, b, pi, *_ = spec
     V = min(student_NV.shape[-1], teacher_NV.shape[-1])  # both are renormalised over the shared prefix
     dtype = wide(student_NV, teacher_NV)
     student, teacher = student_NV[:, :V].to(dtype), teacher_NV[:, :V].to(dtype)
     if mask_N is not None:  # whatever masked rows hold, NaN included, must not leak
         student = student.masked_fill(~mask_N[:, None], 0)
         teacher = teacher.masked_fill(~mask_N[:, None], 0)
-    z_s, slope = _transform(student, student_scale, student_softcap, student_temperature)
-    z_t, _ = _transform(teacher, teacher_scale, teacher_softcap, teacher_temperature)
+    z_s, slope = _transform(student, spec.student_temperature, spec.student_scale, spec.student_softcap)
+    z_t, _ = _transform(teacher, spec.teacher_temperature, spec.teacher_scale, spec.teacher_softcap)
     lq, lp = _log_probs(z_s), _log_probs(z_t)
     q, p, d = lq.exp(), lp.exp(), lp - lq
     less = torch.expm1(-d.abs())  # the smaller of p and q over the larger, minus 1
@@ -105,13 +99,7 @@ def topk_rows(
     known: Tensor | None,
     mask_N: Tensor | None,
     row_scale_N: Tensor | None,
-    a: float,
-    b: float,
-    pi: float,
-    tail: bool,
-    temperature: float = 1.0,
-    scale: float = 1.0,
-    softcap: float = 0.0,
+    spec: TopKSpec,
     with_grad: bool = True,
     with_stats: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -122,7 +110,7 @@ def topk_rows(
 
     The others are summed for themselves: 1 less the sum of the k cancels where these hold nearly everything.
     """
-    (N, V), k = logits_NV.shape, ids_Nk.shape[1]
+    (N, V), k, tail = logits_NV.shape, ids_Nk.shape[1], spec.tail
     dtype = wide(logits_NV, logits_NV if known is None else known)
     logits = logits_NV.to(dtype)
     if mask_N is not None:
@@ -131,7 +119,7 @@ def topk_rows(
     is_known = logits.new_zeros(N, V + 1, dtype=torch.bool).scatter(1, places, True)[:, :V]
     if not tail:  # what the others hold must not matter, and the largest of them would
         logits = logits.masked_fill(~is_known, -math.inf)
-    z, slope = _transform(logits, scale, softcap, temperature)
+    z, slope = _transform(logits, spec.temperature, spec.scale, spec.softcap)
     others = z.masked_fill(is_known, -math.inf)
     rest = others.logsumexp(1, keepdim=True)
     buckets = z.gather(1, ids_Nk.clamp(min=0)).masked_fill(ids_Nk < 0, -math.inf)
@@ -143,8 +131,7 @@ def topk_rows(
             of_others = -(log_probs.exp() * log_probs).sum(1)
         loss, grad, stats = log_prob(buckets, mask_N, row_scale_N, of_others)
     else:
-        rows = buckets, known, mask_N, row_scale_N, a, b, pi
-        loss, grad, stats = divergence_rows(*rows, with_grad=with_grad, with_stats=with_stats)
+        loss, grad, stats = divergence_rows(buckets, known, mask_N, row_scale_N, Spec(*spec[:3]), with_grad, with_stats)
     if not with_grad:
         return loss, None, stats
     dz = logits.new_zeros(N, V + 1).scatter(1, places, grad[:, :k])[:, :V]

@@ -43,6 +43,7 @@ import triton
 import triton.language as tl
 
 from ..launch import on_device, options
+from .family import Spec
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -579,7 +580,7 @@ def tiles(launch: Launch, rows: list[torch.Tensor]) -> tuple[bool, dict[str, int
     return aligned, tiling(launch, itemsize, aligned)
 
 
-def base_two(scale: float, temperature: float, softcap: float) -> tuple[float, float]:
+def base_two(temperature: float, scale: float, softcap: float) -> tuple[float, float]:
     """(c, pre): c times a logit, or times tanh(pre·x·ln2/2) of it under a soft cap, is its log-weight in bits."""
     if softcap:
         return LOG2E.value * softcap / temperature, 2 * LOG2E.value * scale / softcap
@@ -591,15 +592,7 @@ def launch_divergence_rows(
     teacher: torch.Tensor,
     mask: torch.Tensor | None,
     row_scale: torch.Tensor | None,
-    a: float,
-    b: float,
-    pi: float,
-    student_temperature: float,
-    teacher_temperature: float,
-    student_scale: float,
-    teacher_scale: float,
-    student_softcap: float,
-    teacher_softcap: float,
+    spec: Spec,
     grad_out: torch.Tensor | None,
     with_stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -611,8 +604,7 @@ def launch_divergence_rows(
     Returns loss (N,) fp32 and stats (3, N) fp32 (student entropy, teacher entropy, top-1 agreement; empty unless
     with_stats). Nothing here waits for the device, so the launch can be captured in a CUDA graph.
     """
-    if student_scale <= 0 or teacher_scale <= 0:  # the reference of 2^u is the largest x times a positive number
-        raise ValueError(f"logit scales must be positive, got {student_scale} and {teacher_scale}")
+    a, b, pi, *_ = spec
     mask = None if mask is None else mask.contiguous()
     row_scale = None if row_scale is None else row_scale.contiguous()
     *sequences, T, Vs = student.shape
@@ -635,18 +627,19 @@ def launch_divergence_rows(
     count = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
 
     strides = [(t.stride(-2), t.stride(0) if t.ndim == 3 else 0) for t in rows] + [(0, 0)]
-    ks, pre_s = base_two(student_scale, student_temperature, student_softcap)
-    kt, pre_t = base_two(teacher_scale, teacher_temperature, teacher_softcap)
+    ks, pre_s = base_two(spec.student_temperature, spec.student_scale, spec.student_softcap)
+    kt, pre_t = base_two(spec.teacher_temperature, spec.teacher_scale, spec.teacher_softcap)
+    capped = spec.student_softcap != 0, spec.teacher_softcap != 0
     kernel = _divergence_kernel if aligned else _any_divergence_kernel
     with on_device(student.device):
         kernel[((N + (phases - 1) * skew) * phases * S,)](
             student, teacher, grad_out, mask, row_scale, loss, stats, partial, record, count,
             N, T if sequences else None, V, Vs,
             *(row for row, _ in strides[:3]), *(sequence for _, sequence in strides[:3]), skew,
-            ks, kt, pre_s, pre_t, a, b, pi, 1 - pi, student_scale / student_temperature,
-            KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=student_softcap != 0, CAP_T=teacher_softcap != 0,
+            ks, kt, pre_s, pre_t, a, b, pi, 1 - pi, spec.student_scale / spec.student_temperature,
+            KIND=kind.value, GRAD=grad, STATS=with_stats, CAP_S=capped[0], CAP_T=capped[1],
             S=S, S_POW2=triton.next_power_of_2(S), FAST=narrow, LG2=student.is_cuda and not torch.version.hip,
-            **tiling, **launch.options(with_stats, aligned, student_softcap != 0 or teacher_softcap != 0),
+            **tiling, **launch.options(with_stats, aligned, any(capped)),
         )  # fmt: skip
     return loss, stats
 

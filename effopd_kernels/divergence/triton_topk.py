@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ..launch import on_device, options
 from . import reference
+from .family import Spec, TopKSpec
 from .triton_kernels import (
     LN2,
     NEVER,
@@ -234,13 +235,7 @@ def launch_topk_rows(
     known: torch.Tensor | None,
     mask: torch.Tensor | None,
     row_scale: torch.Tensor | None,
-    a: float,
-    b: float,
-    pi: float,
-    tail: bool,
-    temperature: float,
-    scale: float,
-    softcap: float,
+    spec: TopKSpec,
     grad_out: torch.Tensor | None,
     with_stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,6 +245,7 @@ def launch_topk_rows(
     grad_out, of the student's shape, or None receives the gradient, and may be `student` itself. Returns loss (N,) and
     stats (3, N), fp32, as `launch_divergence_rows`. Nothing here waits for the device.
     """
+    *member, tail, temperature, scale, softcap = spec
     *sequences, T, V = student.shape
     N, k = ids.shape
     device = student.device
@@ -263,7 +259,7 @@ def launch_topk_rows(
     rows = [student] if grad_out is None else [student, grad_out]
     aligned, tiling = tiles(launch, rows)
     S, columns = triton.cdiv(V, tiling["SLICE"]), k + tail
-    c, pre = base_two(scale, temperature, softcap)
+    c, pre = base_two(temperature, scale, softcap)
     how = launch.options(False, aligned, softcap != 0)
     places = [(t.stride(-2), t.stride(0) if sequences else 0) for t in rows]
     buckets = torch.zeros(N, columns, dtype=torch.float32, device=device)
@@ -291,10 +287,9 @@ def launch_topk_rows(
             loss, grad, stats = reference.log_prob(buckets, mask, row_scale, record[:, 2] if entropy else None)
             buckets, stats = grad.contiguous(), loss.new_empty(0) if stats is None else stats
         else:
-            loss, stats = launch_divergence_rows(
-                buckets, known.float().contiguous(), mask, row_scale, a, b, pi, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0,
-                None if grad_out is None else buckets, with_stats,
-            )  # fmt: skip
+            over = None if grad_out is None else buckets
+            rows = buckets, known.float().contiguous(), mask, row_scale
+            loss, stats = launch_divergence_rows(*rows, Spec(*member), over, with_stats)
         if grad_out is None:
             return loss, stats
         chain, shape = scale / temperature, (T, k, columns)

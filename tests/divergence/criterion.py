@@ -7,11 +7,14 @@ once to the output's dtype. A gradient element is q·(…): its term carries q f
 the element itself for that of q = 2^u, whose relative error is u's absolute one.
 """
 
+from dataclasses import astuple
+
 import oracle
 import torch
 from torch import Tensor
 
 from effopd_kernels.divergence import FORWARD_KL, REVERSE_KL, jsd, skew_forward_kl, skew_reverse_kl
+from effopd_kernels.divergence.family import Spec, TopKSpec
 
 MEMBERS = {  # by the names of oracle.FAMILY
     "reverse": REVERSE_KL,
@@ -21,7 +24,16 @@ MEMBERS = {  # by the names of oracle.FAMILY
     "skew_reverse(0.1)": skew_reverse_kl(0.1),
 }
 PLAIN = (1.0, 1.0, 1.0, 1.0, 0.0, 0.0)  # temperatures, scales, soft caps: student, teacher
+TOPK_PLAIN = (1.0, 1.0, 0.0)  # temperature, scale, soft cap
 EPS = torch.finfo(torch.float32).eps
+
+
+def spec(member: str, knobs=PLAIN) -> Spec:
+    return Spec(*astuple(MEMBERS[member]), *knobs)
+
+
+def topk_spec(member: str | None, tail: bool = True, knobs=TOPK_PLAIN) -> TopKSpec:
+    return TopKSpec(*astuple(MEMBERS[member or "reverse"]), tail, *knobs)
 
 
 def definition(
@@ -96,7 +108,7 @@ def in_buckets(log_q: Tensor, ids: Tensor, tail: bool) -> Tensor:
     return torch.cat([known, log_q.masked_fill(is_known[:, :-1], -torch.inf).logsumexp(1, keepdim=True)], 1)
 
 
-def assert_topk_accurate(found, member: str | None, student, ids, known, tail=True, knobs=(1.0, 1.0, 0.0)) -> None:
+def assert_topk_accurate(found, member: str | None, student, ids, known, tail=True, knobs=TOPK_PLAIN) -> None:
     """`found` is the (loss, gradient) that a kernel made of these logits and the teacher's log-probabilities of the
     buckets. member None: the loss is the log-probability of ids (N, 1).
 
@@ -137,7 +149,7 @@ def assert_topk_accurate(found, member: str | None, student, ids, known, tail=Tr
     _within(grad, true_grad, eager_grad, term)
 
 
-def assert_entropy_accurate(stats: Tensor, student: Tensor, knobs=(1.0, 1.0, 0.0)) -> None:
+def assert_entropy_accurate(stats: Tensor, student: Tensor, knobs=TOPK_PLAIN) -> None:
     """stats (3, N) that came with log-probabilities of tokens, of these logits. The term is that of a divergence."""
     log_q = oracle.log_probs(student.double(), *knobs)
     mean_depth = -(log_q.exp() * log_q.clamp(min=-1e4)).sum(-1) + 1

@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from divergence.criterion import PLAIN
-from divergence.test_triton import FAMILY, every_route, logits
+from divergence.criterion import spec
+from divergence.test_triton import every_route, logits
 from interpreted import ON_GPU, needs_kernels, run_in_interpreter
 
 from effopd_kernels.divergence import triton_kernels
@@ -93,7 +93,7 @@ def test_results_do_not_depend_on_the_order_of_programs(member, monkeypatch):
 
     def run():
         rows = student.clone()  # the gradient takes their place while other programs read them
-        return *launch_divergence_rows(rows, teacher, mask, None, *FAMILY[member], *PLAIN, rows, True), rows
+        return *launch_divergence_rows(rows, teacher, mask, None, spec(member), rows, True), rows
 
     one_by_one = run()
     monkeypatch.setattr(triton_kernels, "_divergence_kernel", AtOnce(triton_kernels._divergence_kernel))

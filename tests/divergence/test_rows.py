@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from divergence.criterion import MEMBERS, PLAIN, assert_accurate, assert_sharp, definition
+from divergence.criterion import MEMBERS, PLAIN, assert_accurate, assert_sharp, definition, spec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -17,15 +17,14 @@ every_member = pytest.mark.parametrize("member", MEMBERS)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-def run(implementation, student, teacher, member, knobs=PLAIN, mask=None, row_scale=None):
+def run(implementation, student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, out=None):
     """(loss, grad, stats) of one implementation; the gradient's memory is poisoned beforehand."""
-    divergence = MEMBERS[member]
-    args = (student, teacher, mask, row_scale, divergence.a, divergence.b, divergence.pi, *knobs)
-    grad = torch.full(student.shape, math.nan, dtype=student.dtype)
+    grad = torch.full(student.shape, math.nan, dtype=student.dtype) if out is None else out
+    args = student, teacher, mask, row_scale, spec(member, knobs), grad, True
     if implementation == "reference":
-        loss, stats = ops._reference(*args, grad_out=grad, with_stats=True)
+        loss, stats = ops._reference(*args)
     else:
-        loss, stats = ops._cpp(*args, grad_out=grad, with_stats=True, instruction_set=int(implementation[-1]))
+        loss, stats = ops._cpp(*args, instruction_set=int(implementation[-1]))
     return loss, grad, stats
 
 
@@ -292,13 +291,7 @@ def test_sequences_that_lie_apart(implementation, member):
 def test_overwriting_the_student(implementation, member):
     student, teacher = logits(3, 2500, torch.bfloat16), logits(3, 2500, seed=1)
     loss, grad, _ = run(implementation, student, teacher, member)
-    divergence = MEMBERS[member]
-    args = (None, None, divergence.a, divergence.b, divergence.pi, *PLAIN)
-    keywords = {"grad_out": student, "with_stats": False}
-    if implementation == "reference":
-        found, _ = ops._reference(student, teacher, *args, **keywords)
-    else:
-        found, _ = ops._cpp(student, teacher, *args, **keywords, instruction_set=int(implementation[-1]))
+    found, *_ = run(implementation, student, teacher, member, out=student)
     assert torch.equal(found, loss) and torch.equal(student, grad)
 
 

@@ -6,20 +6,13 @@ import math
 
 import pytest
 import torch
-from divergence.criterion import MEMBERS, assert_entropy_accurate, assert_topk_accurate, in_buckets
+from divergence.criterion import TOPK_PLAIN as PLAIN
+from divergence.criterion import assert_entropy_accurate, assert_topk_accurate, in_buckets, spec, topk_spec
+from divergence.test_rows import IMPLEMENTATIONS, every_implementation, logits
 
 from effopd_kernels.divergence import ops
 
-INSTRUCTION_SETS = range(ops.native().num_instruction_sets() if ops.native() else 0)
-IMPLEMENTATIONS = ["reference", *(f"c++ {i}" for i in INSTRUCTION_SETS)]
-PLAIN = (1.0, 1.0, 0.0)  # temperature, scale, soft cap
-
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_route = pytest.mark.parametrize("member", ["reverse", "forward", "jsd(0.3)"])
-
-
-def logits(N, V, dtype=torch.float32, spread=3.0, seed=0):
-    return (torch.randn(N, V, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
 
 
 def teacher(N, V, k, seed=1, spread=3.0, tail=True):
@@ -34,14 +27,12 @@ def run(
     implementation, student, ids, known, member="reverse", tail=True, knobs=PLAIN, mask=None, row_scale=None, out=None
 ):
     """(loss, gradient, stats); the gradient's memory is poisoned beforehand. member None: log-probabilities."""
-    divergence = MEMBERS[member or "reverse"]
-    args = (student, ids, known, mask, row_scale, divergence.a, divergence.b, divergence.pi, tail, *knobs)
     grad = torch.full(student.shape, math.nan, dtype=student.dtype) if out is None else out
-    options = {"grad_out": grad, "with_stats": True}
+    args = student, ids, known, mask, row_scale, topk_spec(member, tail, knobs), grad, True
     if implementation == "reference":
-        loss, stats = ops._topk_reference(*args, **options)
+        loss, stats = ops._topk_reference(*args)
     else:
-        loss, stats = ops._topk_cpp(*args, **options, instruction_set=int(implementation[-1]))
+        loss, stats = ops._topk_cpp(*args, instruction_set=int(implementation[-1]))
     return loss, grad, stats
 
 
@@ -182,9 +173,8 @@ def test_minus_infinity(implementation, spare):
     student.scatter_(1, ids, here)
     check(implementation, student, ids, known, "forward")
     student[0, ids[0, 0]] = -torch.inf
-    dense = ops._reference(
-        in_buckets(student.log_softmax(1), ids, True), known, None, None, 1.0, 0.0, 0.0, grad_out=None, with_stats=False
-    )
+    of_buckets = in_buckets(student.log_softmax(1), ids, True), known
+    dense = ops._reference(*of_buckets, None, None, spec("forward"), None, False)
     loss, grad, _ = run(implementation, student, ids, known, "forward")
     torch.testing.assert_close(loss, dense[0])
     assert grad.isfinite().all()

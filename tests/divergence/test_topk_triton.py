@@ -7,13 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from divergence.criterion import MEMBERS, assert_entropy_accurate, assert_topk_accurate, in_buckets
+from divergence.criterion import TOPK_PLAIN as PLAIN
+from divergence.criterion import assert_entropy_accurate, assert_topk_accurate, in_buckets, topk_spec
+from divergence.test_triton import every_route, logits
 from interpreted import DEVICE, ON_GPU, needs_kernels, round_once, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels, triton_topk
-
-PLAIN = (1.0, 1.0, 0.0)  # temperature, scale, soft cap
-every_route = pytest.mark.parametrize("member", ["reverse", "forward", "jsd(0.3)"])
 
 
 def test_in_interpreter():
@@ -22,19 +21,14 @@ def test_in_interpreter():
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    """The interpreter crosses slices, tiles and blocks of ids with short rows; a GPU runs what is shipped."""
+    """The interpreter crosses slices, tiles and blocks of ids with short rows; a GPU runs what is shipped. See
+    test_triton.py."""
     if not ON_GPU:
-        launch = triton_kernels.LAUNCH["sm_90"]._replace(
-            lanes=8, loads=32, slice=8192, resident=3
-        )  # see test_triton.py
+        launch = triton_kernels.LAUNCH["sm_90"]._replace(lanes=8, loads=32, slice=8192, resident=3)
         monkeypatch.setattr(triton_kernels, "UNALIGNED_LOADS", 128)
         for module in (triton_topk, triton_kernels):
             monkeypatch.setattr(module, "launch_for", lambda device: (launch, 2))
         monkeypatch.setattr(triton_topk, "BLOCK", 16)
-
-
-def logits(*shape, spread=3.0, dtype=torch.float32, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread).to(DEVICE, dtype)
 
 
 def teacher(N, V, k, tail=True):
@@ -46,10 +40,9 @@ def teacher(N, V, k, tail=True):
 
 def run(student, ids, known, member="reverse", tail=True, knobs=PLAIN, mask=None, row_scale=None, out=None):
     """(loss, gradient, stats); the gradient's memory is poisoned beforehand. member None: log-probabilities."""
-    divergence = MEMBERS[member or "reverse"]
     grad = torch.full_like(student, math.nan) if out is None else out
-    args = (student, ids, known, mask, row_scale, divergence.a, divergence.b, divergence.pi, tail, *knobs, grad)
-    loss, stats = triton_topk.launch_topk_rows(*args, True)
+    numbers = topk_spec(member, tail, knobs)
+    loss, stats = triton_topk.launch_topk_rows(student, ids, known, mask, row_scale, numbers, grad, True)
     return loss, grad, stats
 
 
@@ -155,10 +148,7 @@ def test_what_is_no_token_masked_or_minus_infinity():
         args = student, ids, known if tail else known[:, :20]
         found = run(*args, tail=tail, mask=mask, row_scale=scale)
         grad = torch.empty_like(student)
-        divergence = MEMBERS["reverse"]
-        loss, stats = ops._topk_reference(
-            *args, mask, scale, divergence.a, divergence.b, divergence.pi, tail, *PLAIN, grad_out=grad, with_stats=True
-        )
+        loss, stats = ops._topk_reference(*args, mask, scale, topk_spec("reverse", tail), grad, True)
         torch.testing.assert_close(found, (loss, grad, stats), rtol=1e-4, atol=1e-5)
 
 
@@ -169,22 +159,8 @@ def test_known_entries_far_above_the_others():
     temperature = 1 / math.log(2)  # which the kernels multiply by 1: the interpreter's fma rounds its product
     loss, grad, _ = run(student, ids, known, knobs=(temperature, 1.0, 0.0))
     exact = torch.empty_like(student, dtype=torch.float64)
-    divergence = MEMBERS["reverse"]
-    args = (
-        student.double(),
-        ids,
-        known,
-        None,
-        None,
-        divergence.a,
-        divergence.b,
-        divergence.pi,
-        True,
-        temperature,
-        1.0,
-        0.0,
-    )
-    exact_loss, _ = ops._topk_reference(*args, grad_out=exact, with_stats=False)
+    numbers = topk_spec("reverse", True, (temperature, 1.0, 0.0))
+    exact_loss, _ = ops._topk_reference(student.double(), ids, known, None, None, numbers, exact, False)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(grad.double().gather(1, ids), exact.gather(1, ids), rtol=2e-4, atol=0.0)
 

@@ -8,21 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from divergence.criterion import PLAIN, assert_accurate, assert_sharp, definition
+from divergence.criterion import MEMBERS, PLAIN, assert_accurate, assert_sharp, definition, spec
 from interpreted import DEVICE, ON_GPU, needs_gpu, needs_kernels, round_once, run_in_interpreter
 
 from effopd_kernels.divergence import ops, triton_kernels
 from effopd_kernels.divergence.triton_kernels import launch_divergence_rows
 
-FAMILY = {  # a, b, π
-    "reverse": (0.0, 1.0, 1.0),
-    "forward": (1.0, 0.0, 0.0),
-    "jsd(0.3)": (0.3, 0.7, 0.3),
-    "skew_forward(0.1)": (1.0, 0.0, 0.1),
-    "skew_reverse(0.1)": (0.0, 1.0, 0.9),
-}
 ROUTES = ("reverse", "forward", "jsd(0.3)")  # the kernel's three compile-time cases
-every_member = pytest.mark.parametrize("member", FAMILY)
+every_member = pytest.mark.parametrize("member", MEMBERS)
 every_route = pytest.mark.parametrize("member", ROUTES)
 
 
@@ -44,7 +37,7 @@ def run(student, teacher, member, knobs=PLAIN, mask=None, row_scale=None, grad=T
     """(loss, grad, stats); the gradient's memory is poisoned beforehand."""
     if grad and out is None:
         out = torch.full(student.shape, math.nan, dtype=student.dtype, device=student.device)
-    loss, statistics = launch_divergence_rows(student, teacher, mask, row_scale, *FAMILY[member], *knobs, out, stats)
+    loss, statistics = launch_divergence_rows(student, teacher, mask, row_scale, spec(member, knobs), out, stats)
     return loss, out, statistics
 
 
@@ -227,7 +220,7 @@ def test_entries_at_minus_infinity(member, where):
 
 
 @needs_kernels
-@pytest.mark.parametrize("member", [name for name, (_, _, pi) in FAMILY.items() if 0 < pi < 1])
+@pytest.mark.parametrize("member", [name for name, m in MEMBERS.items() if 0 < m.pi < 1])
 def test_mixtures_near_the_teacher(member):
     student = logits(4, 1500, spread=1.0)
     teacher = student + 1e-2 * logits(4, 1500, spread=1.0, seed=1)
