@@ -169,7 +169,7 @@ def evaluate(ours, data, args: OPDConfig, model_args: ModelConfig, comparison: C
     plan = plan_of(ours, comparison, model)
     trials = plan.trials(ours.interventions)
     left = pending(trials, evaluations)
-    validate = Validate(trainer, args, ours.max_prompts)
+    validate = Validate(trainer, ours.max_prompts)
     cost = estimate(model, trials, left, validate)
     notes = notes_on(comparison, plan, loaded=trajectories is not comparison.trajectories)
     if first:

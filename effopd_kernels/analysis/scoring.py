@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..train import OPDTrainer
-from ..train.config import OPDConfig
 from ..train.validation import Validator
 from .edits import EditableModel
 from .evaluations import Evaluation
@@ -20,14 +19,12 @@ class Validate:
         trainer: its student is scored, on its evaluation set. most: score on so many prompts from the first.
     """
 
-    def __init__(self, trainer: OPDTrainer, args: OPDConfig, most: int | None = None):
-        self.trainer, self.batch = trainer, args.per_device_eval_batch_size
-        dataset = trainer.eval_dataset
+    def __init__(self, trainer: OPDTrainer, most: int | None):
+        self.trainer, dataset = trainer, trainer.eval_dataset
         self.dataset = dataset.select(range(min(most or len(dataset), len(dataset))))
         has = {"accuracy": "answer" in dataset.column_names, "teacher_kl": trainer.teacher_model is not None}
         self.metrics = tuple(name for name, possible in has.items() if possible)
-        self.temperature = args.validation_temperature
-        self.validator = self._validator(self.dataset)
+        self.validator = Validator(trainer, self.dataset, self.metrics)
 
     def __call__(self) -> Evaluation:
         found = self.validator()
@@ -35,13 +32,9 @@ class Validate:
 
     def seconds(self) -> float:
         """About how long a call takes, from one batch on each process; the first warms up."""
-        world = self.trainer.accelerator.num_processes
-        few = self.dataset.select(range(min(self.batch * world, len(self.dataset))))
-        once = min((self._validator(few)() for _ in range(2)), key=lambda v: v.seconds).seconds
-        return once * math.ceil(len(self.dataset) / (self.batch * world))
-
-    def _validator(self, dataset) -> Validator:
-        return Validator(self.trainer, dataset, self.metrics, self.batch, self.temperature)
+        together = self.trainer.args.per_device_eval_batch_size * self.trainer.accelerator.num_processes
+        few = Validator(self.trainer, self.dataset.select(range(min(together, len(self.dataset)))), self.metrics)
+        return min(few().seconds for _ in range(2)) * math.ceil(len(self.dataset) / together)
 
 
 def estimate(model: EditableModel, trials: Sequence[Trial], left: Mapping[str, Trial], validate: Validate) -> str:

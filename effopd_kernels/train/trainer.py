@@ -163,7 +163,7 @@ class OPDTrainer(trl.DistillationTrainer):
             scored = args.effopd_score == "eval_metric"
             if scored and args.eval_metric == "accuracy":
                 require_answers(val_dataset, "val_dataset", val_dataset.column_names)
-            self._validators["val"] = self._validator(val_dataset, (args.eval_metric,) * scored)
+            self._validators["val"] = Validator(self, val_dataset, (args.eval_metric,) * scored)
             self.effopd = EffOPDCallback(
                 self._score if scored else None,
                 log=self.log,
@@ -257,16 +257,13 @@ class OPDTrainer(trl.DistillationTrainer):
 
     # ---- validation ---------------------------------------------------------------------------------------------
 
-    def _validator(self, dataset: Dataset, metrics: tuple[str, ...]) -> Validator:
-        return Validator(self, dataset, metrics, self.args.per_device_eval_batch_size, self.args.validation_temperature)
-
     def _evaluator(self, dataset: Dataset) -> Validator:
         """Of accuracy where there are answers, all of them where it is what is asked for."""
         answers = "answer" in dataset.column_names
         if answers and self.args.eval_metric == "accuracy":
             require_answers(dataset, "eval_dataset", dataset.column_names)
         answers = answers and None not in dataset["answer"]
-        return self._validator(dataset, ("accuracy",) * answers + ("teacher_kl",))
+        return Validator(self, dataset, ("accuracy",) * answers + ("teacher_kl",))
 
     def _score(self) -> Scores:
         """The current weights' score on this rank's share of the prompts; the controller merges the ranks'."""

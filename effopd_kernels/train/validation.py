@@ -42,16 +42,12 @@ class Validator:
         trainer: an `OPDTrainer`.
         dataset: prompts, and answers where `accuracy` is measured.
         metrics: which of "accuracy" and "teacher_kl" to measure.
-        batch_size: prompts per generate call.
-        temperature: of sampling; 0 is greedy.
 
     Raises:
         UserError: the trainer has tools or the prompts have images: validation looks at one turn of text.
     """
 
-    def __init__(
-        self, trainer, dataset: datasets.Dataset, metrics: tuple[str, ...], batch_size: int, temperature: float
-    ):
+    def __init__(self, trainer, dataset: datasets.Dataset, metrics: tuple[str, ...]):
         if trainer.tools or {"image", "images"} & set(dataset.column_names):
             raise UserError(
                 "validation neither calls tools nor shows images, so its scores would be of another task: train "
@@ -61,11 +57,11 @@ class Validator:
         self.metrics = metrics
         self.prompts = list(dataset["prompt"])
         self.answers = list(dataset["answer"]) if "accuracy" in metrics else None
-        rows = range(len(self.prompts))
+        rows, batch_size = range(len(self.prompts)), trainer.args.per_device_eval_batch_size
         self.batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
         sampling |= {"repetition_penalty": 1.0, "num_beams": 1}
-        if temperature > 0:
+        if (temperature := trainer.args.validation_temperature) > 0:
             sampling = {"do_sample": True, "temperature": temperature}
         self.generation_config = GenerationConfig(**{**trainer.generation_kwargs, **sampling}, disable_compile=True)
 
