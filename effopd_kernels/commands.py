@@ -1,13 +1,15 @@
 """What the two commands share: output on any terminal, exit codes, one sentence for an error however many ranks find
-it, a full disk, a damaged JSON file, a quiet way out."""
+it, signals, a full disk, a damaged JSON file, a quiet way out."""
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -85,6 +87,20 @@ def _store() -> "dist.Store":
     import torch.distributed as dist
 
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+
+
+@contextmanager
+def handled(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    """The block's signals of these numbers are `handler`'s. Python has signals in the main thread only; a handler that
+    it did not set stays, for it could not be put back."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not None}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager

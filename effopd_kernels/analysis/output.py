@@ -7,11 +7,10 @@ import re
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from ..commands import leave_stdout, written
+from ..commands import handled, leave_stdout, written
 from ..errors import UserError
 from ..extrapolation.adapters import COMPANION
 
@@ -91,19 +90,9 @@ def _runs(pid: int) -> bool:
     return pid != os.getpid()
 
 
-@contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away. Python has signals in the main thread only; a
-    handler that it did not set stays, for it could not be put back.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is None:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def terminated_as_interrupted() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM is what Ctrl-C is, so that what was begun is cleared away."""
+    return handled(signal.default_int_handler, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 it completed is remembered, so that a checkpoint of it can still be written."""
 
 import signal
-import threading
-from contextlib import contextmanager
 
 import torch
 from transformers import TrainerCallback
 
+from ..commands import handled
 from ..extrapolation.interrupts import Deferred
 from ..extrapolation.randomness import SameRandomness
 
@@ -30,21 +29,10 @@ class Interrupts:
             raise KeyboardInterrupt
         self.pending = True
 
-    @contextmanager
     def installed(self):
-        """Handle signals for the duration; one that came in an earlier duration is over. Outside the main thread Python
-        delivers none."""
+        """Handle signals for the duration; one that came in an earlier duration is over."""
         self.pending = False
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        known = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not None]  # others: set in C
-        saved = {s: signal.signal(s, self._handle) for s in known}
-        try:
-            yield self
-        finally:
-            for s, handler in saved.items():
-                signal.signal(s, handler)
+        return handled(self._handle, signal.SIGINT, signal.SIGTERM)
 
 
 class StepGuard(TrainerCallback):
