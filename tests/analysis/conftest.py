@@ -4,7 +4,7 @@ import pytest
 from analysis import planted
 from train.conftest import world  # noqa: F401
 
-from effopd_kernels.analysis import cli
+from effopd_kernels.analysis import cli, figures
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +23,9 @@ def folders(tmp_path_factory):
 def out(folders):
     assert cli.main(planted.two_trajectories(folders, folders / "out")) == 0
     return folders / "out"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Runs whose figures nobody looks at."""
+    monkeypatch.setattr(figures, "save", planted.save_blank)

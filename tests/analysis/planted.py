@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from effopd_kernels.analysis import cli
 from effopd_kernels.analysis.roles import role_of
 
 HERE = Path(__file__).parent
@@ -120,6 +121,11 @@ def two_trajectories(folders: Path, out: Path) -> list[str]:
     rl = ",".join(str(folders / "rl" / f"saved{step}") for step in (1, 2))
     runs = ["--trajectory", f"opd={opd}", f"rl={rl}"]
     return ["updates", f"--base={folders / 'base'}", *runs, f"--output_dir={out}", "--rank=8", "--ks", "1", "4"]
+
+
+def analyse(base: Path, *checkpoints: Path | str, out: Path) -> int:
+    """The exit code of `effopd-analyze updates`; flags may follow the checkpoints."""
+    return cli.main(["updates", *map(str, ("--base", base, "--checkpoints", *checkpoints, "--output_dir", out))])
 
 
 def save_blank(figure, folder: Path, name: str) -> None:

@@ -571,8 +571,7 @@ def test_a_file_that_may_not_be_read_is_named(base, tmp_path, monkeypatch, capsy
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(files, "open", refused, raising=False)
-    arguments = ["updates", "--base", base, "--checkpoints", base, "--output_dir", tmp_path / "out"]
-    assert cli.main([*map(str, arguments)]) == 2
+    assert planted.analyse(base, base, out=tmp_path / "out") == 2
     assert capsys.readouterr().err == f"effopd-analyze: error: {base}/model.safetensors: Permission denied\n"
 
 
@@ -619,8 +618,7 @@ def test_what_is_read_is_not_written_over(base, tmp_path, capsys):
         (base, tmp_path / "run/checkpoint-1/model.safetensors", tmp_path / "link"),
         (base, adapter, adapter / "effopd"),
     ):
-        arguments = ["--base", start, "--checkpoints", checkpoint, "--output_dir", out, "--overwrite_output_dir"]
-        assert cli.main(["updates", *map(str, arguments)]) == 2, out
+        assert planted.analyse(start, checkpoint, "--overwrite_output_dir", out=out) == 2, out
         assert f"--output_dir '{out}' is or holds '" in capsys.readouterr().err
         assert sorted(tmp_path.rglob("*")) == before, out
     check_free(base / "analysis", inputs=[base, "Qwen/Qwen3-0.6B"])

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from tables import read_table
 from tokenizers import Tokenizer, models
 
-from effopd_kernels.analysis import cli, figures, intervention_report
+from effopd_kernels.analysis import figures, intervention_report
 from effopd_kernels.analysis.allocation import _maps
 from effopd_kernels.analysis.embeddings import _histogram, token_reader
 from effopd_kernels.analysis.evaluations import Evaluation, Evaluations, bounds, pending, rows_of
@@ -21,15 +21,17 @@ from effopd_kernels.analysis.plans import INTERVENTIONS, Plan
 
 
 @pytest.fixture
-def report(tmp_path, monkeypatch):
+def base():
+    return planted.base_weights(shapes=layers(3))
+
+
+@pytest.fixture
+def report(undrawn, tmp_path):
     """Writes a base and checkpoints, compares them, and gives the tables' reader and the page's text."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
 
     def compare(base, *checkpoints):
-        planted.write(tmp_path / "base", base)
         paths = [planted.write(tmp_path / f"checkpoint-{i}", c) for i, c in enumerate(checkpoints, 1)]
-        flags = ["--base", tmp_path / "base", "--checkpoints", *paths, "--output_dir", tmp_path / "out"]
-        assert cli.main(["updates", *map(str, flags)]) == 0
+        assert planted.analyse(planted.write(tmp_path / "base", base), *paths, out=tmp_path / "out") == 0
         page = re.sub(r"(<[^>]+>)+", "|", (tmp_path / "out/report.html").read_text())
         return (lambda name: read_table(tmp_path / "out/tables", name)), html.unescape(page)
 
@@ -45,9 +47,8 @@ def layers(count):
     return {n: s for n, s in planted.SHAPES.items() if ".layers." not in n or int(n.split(".")[2]) < count}
 
 
-def test_what_did_not_move_has_no_spectrum(report):
+def test_what_did_not_move_has_no_spectrum(report, base):
     """LoRA on q alone: the MLP's entries are all as they were, and no average is taken of nothing."""
-    base = planted.base_weights(shapes=layers(3))
     read, page = report(base, moved(base, "q_proj.weight"))
     row = {r["group"]: r for r in read("spectra")}
     assert row["MLP"]["unchanged_fraction"] == 1 and math.isnan(row["MLP"]["effective_rank"])
@@ -59,16 +60,14 @@ def test_what_did_not_move_has_no_spectrum(report):
     assert "In the tensors that moved: training " in page
 
 
-def test_where_nothing_moved_shares_are_zero(report):
-    base = planted.base_weights(shapes=layers(3))
+def test_where_nothing_moved_shares_are_zero(report, base):
     read, page = report(base, base)
     assert all(r["share_of_update"] == 0 for r in read("depth"))
     assert "|MLP|training|0|" in page and "put 0%" not in page and "Effective rank" not in page
     assert "No matrix of attention or MLP moved." in page and "No tensor moved." in page
 
 
-def test_a_run_that_ends_where_it_began(report):
-    base = planted.base_weights(shapes=layers(3))
+def test_a_run_that_ends_where_it_began(report, base):
     read, page = report(base, moved(base, ""), base)
     numbers = [
         v for table in ("spectra", "types", "depth", "allocation", "totals") for r in read(table) for v in r.values()
@@ -79,9 +78,8 @@ def test_a_run_that_ends_where_it_began(report):
     assert "|.|" not in page and "of 0 matrices" not in page
 
 
-def test_what_is_not_finite_has_no_norm(report):
+def test_what_is_not_finite_has_no_norm(report, base):
     """A kind of module whose only tensor is infinite did not stay where it was."""
-    base = planted.base_weights(shapes=layers(3))
     current = moved(base, "mlp")
     current["lm_head.weight"][0, 0] = math.inf
     read, page = report(base, current)
@@ -90,9 +88,8 @@ def test_what_is_not_finite_has_no_norm(report):
     assert "|head|–|–|–|" in page and math.isfinite(read("totals")[0]["update_norm"])
 
 
-def test_what_began_at_zero_moved(report):
+def test_what_began_at_zero_moved(report, base):
     """New tokens, and norms that add their weight to one: theirs is no update of relative size 0."""
-    base = planted.base_weights(shapes=layers(3))
     for name in base:
         if "norm" in name:
             base[name].zero_()
@@ -118,8 +115,7 @@ def test_a_middle_third_needs_three_layers(report, count):
     assert ("iddle third of the depth" in page) == (count == 3)
 
 
-def test_the_base_is_blamed_for_its_own_nan(report):
-    base = planted.base_weights(shapes=layers(3))
+def test_the_base_is_blamed_for_its_own_nan(report, base):
     up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
     base[up][3, 4] = math.nan
     current = moved(base, "")
@@ -132,25 +128,22 @@ def test_the_base_is_blamed_for_its_own_nan(report):
     assert {r["group"]: r["matrices"] for r in read("spectra")}["up"] == 2
 
 
-def test_what_is_not_finite_neither_moved_nor_stayed(report):
+def test_what_is_not_finite_neither_moved_nor_stayed(report, base):
     """Nor is it a reason why entries did not change."""
-    base = planted.base_weights(shapes=layers(3))
     broken = {name: torch.full_like(w, math.nan) for name, w in base.items()}
     _, page = report(base, broken)
     assert "0 of 0 tokens that are finite moved in training." in page
     assert "No tensor is finite." in page and "too small" not in page
 
 
-def test_tokens_that_are_not_finite_in_the_base_are_not_counted(report):
-    base = planted.base_weights(shapes=layers(3))
+def test_tokens_that_are_not_finite_in_the_base_are_not_counted(report, base):
     base["model.embed_tokens.weight"][4] = math.nan
     _, page = report(base, moved(base, ""))
     assert "49 of 49 tokens that are finite moved in training." in page
     assert "left out of all sums and averages: model.embed_tokens.weight." in page
 
 
-def test_a_tensor_that_is_not_finite_did_not_move(report):
-    base = planted.base_weights(shapes=layers(3))
+def test_a_tensor_that_is_not_finite_did_not_move(report, base):
     _, page = report(base, base | {"model.norm.weight": base["model.norm.weight"] * math.nan})
     assert "No tensor moved." in page and "In the tensors that moved" not in page
 
@@ -178,9 +171,8 @@ def test_training_may_begin_with_the_rounded_weights():
     assert said.endswith("what rounding to bfloat16 changed, unless training began with the rounded weights.")
 
 
-def test_a_cast_is_not_training(report):
+def test_a_cast_is_not_training(report, base):
     """Of an fp32 base its own bf16 cast differs by nothing but rounding."""
-    base = planted.base_weights(shapes=layers(3))
     cast = {name: w.bfloat16() for name, w in base.items()}
     _, page = report(base, cast, base)
     said = r"\|float32 in the base is bfloat16 in [^ ,]*checkpoint-1: ΔW contains what rounding to bfloat16 changed\."
@@ -188,9 +180,8 @@ def test_a_cast_is_not_training(report):
     assert page.count("in the base is") == 1
 
 
-def test_a_top_percent_is_one_number(report):
+def test_a_top_percent_is_one_number(report, base):
     """Of 64 triplets it is one, in the card and in the curve; 0.64 of one is nothing that a matrix has."""
-    base = planted.base_weights(shapes=layers(3))
     read, page = report(base, moved(base, ""))
     (table,) = (r for r in read("spectra") if r["group"] == "MLP and attention")
     (curve,) = (r for r in read("energy") if r["rank_fraction"] == pytest.approx(0.01))
@@ -234,9 +225,8 @@ def scored(folder, score, metric="accuracy", **steps):
     return rows, html.unescape(re.sub(r"(<[^>]+>)+", "|", (folder / "report.html").read_text()))
 
 
-def test_what_is_looked_at_first(tmp_path, monkeypatch):
+def test_what_is_looked_at_first(undrawn, tmp_path):
     """The first checkpoint, not the last; a tenth of the rank, not a half, its norm as it falls."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
 
     def score(edit):
         right = 0 if edit.trajectory is None else 16
@@ -251,8 +241,7 @@ def test_what_is_looked_at_first(tmp_path, monkeypatch):
     assert "top 10% of the rank recovers: a 50%, b 50%." in page
 
 
-def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "save", planted.save_blank)
+def test_nothing_is_a_share_of_a_loss(undrawn, tmp_path):
     right = {None: 4, "a": 2, "b": 8}  # of eight prompts: a is worse than the base
     rows, page = scored(tmp_path, lambda edit: [float(i < right[edit.trajectory]) for i in range(8)])
     assert all((row["recovered"] is None) == (row["trajectory"] != "b") for row in rows)
@@ -260,9 +249,8 @@ def test_nothing_is_a_share_of_a_loss(tmp_path, monkeypatch):
     assert "The final model of b" not in page and re.search(r"best α recovers: b 100% \(α = 0.25\)\.", page)
 
 
-def test_a_base_whose_logits_overflow_is_reported(tmp_path, monkeypatch):
+def test_a_base_whose_logits_overflow_is_reported(undrawn, tmp_path):
     """Its KL is NaN, which bounds no axis."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
     rows, page = scored(tmp_path, lambda edit: [1.0 if edit.trajectory else math.nan, 0.5])
     assert math.isnan(rows[0]["accuracy"]) and "|A few layers at a time|" in page
     assert "The score of the base is not a finite number (accuracy: 0.75, the base's –)" in page
@@ -289,8 +277,7 @@ def test_an_edit_that_diverged_is_not_the_best():
     assert intervention_report.best_of_each(rows[:1]) == []
 
 
-def test_one_prompt_has_no_shares(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "save", planted.save_blank)
+def test_one_prompt_has_no_shares(undrawn, tmp_path):
     rows, page = scored(tmp_path, lambda edit: [1.0 if edit.trajectory else 2.0], "teacher_kl")
     assert all(row["recovered"] is None and math.isnan(row["teacher_kl_low"]) for row in rows)
     assert (
@@ -301,16 +288,14 @@ def test_one_prompt_has_no_shares(tmp_path, monkeypatch):
     assert low < 1 and high > 2
 
 
-def test_one_checkpoint_is_no_early_one(tmp_path, monkeypatch):
+def test_one_checkpoint_is_no_early_one(undrawn, tmp_path):
     """At its own norm it recovers all of its gain, which says nothing."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
     _, page = scored(tmp_path, lambda edit: [float(edit.trajectory is not None)] * 4, a=((2, 1.0),))
     assert "first checkpoint at the final norm recovers: b 100%." in page
 
 
-def test_nothing_is_a_share_of_noise(tmp_path, monkeypatch):
+def test_nothing_is_a_share_of_noise(undrawn, tmp_path):
     """One answer more of eight is right, which an edit that gains three would have recovered threefold."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
 
     def score(edit):
         right = {None: 4, "a": 5, "b": 8}[edit.trajectory] if edit.alpha != 0.5 else 7
@@ -332,8 +317,7 @@ def test_intervals_of_right_and_wrong_answers():
     assert all(map(math.isnan, bounds([0.5], False)))  # one prompt tells nothing of others
 
 
-def test_a_kl_of_exactly_nothing_is_no_proportion(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "save", planted.save_blank)
+def test_a_kl_of_exactly_nothing_is_no_proportion(undrawn, tmp_path):
     rows, _ = scored(tmp_path, lambda edit: [0.0 if edit.trajectory else 1.0] * 4, "teacher_kl")
     assert all(row["teacher_kl_low"] == row["teacher_kl"] == row["teacher_kl_high"] for row in rows)
 

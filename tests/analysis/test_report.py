@@ -7,7 +7,7 @@ from analysis import chromium, planted
 from tables import read_table
 from torchrun import torchrun
 
-from effopd_kernels.analysis import cli, figures, report
+from effopd_kernels.analysis import figures, report
 
 
 @pytest.mark.skipif(chromium.BINARY is None, reason="no chromium or chrome on this machine")
@@ -62,8 +62,7 @@ def test_on_a_real_run(world, tmp_path):
     config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "effopd_enabled": False}
     make_trainer(world, tmp_path / "run", config=config).train()
     checkpoints = [tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4)]
-    flags = ["--base", world / "student", "--checkpoints", *checkpoints, "--output_dir", tmp_path / "out"]
-    assert cli.main(["updates", *map(str, flags)]) == 0
+    assert planted.analyse(world / "student", *checkpoints, out=tmp_path / "out") == 0
     totals = read_table(tmp_path / "out" / "tables", "totals")
     assert [r["step"] for r in totals] == [2, 4] and totals[1]["update_norm"] > totals[0]["update_norm"] > 0
     aligned = [r for r in read_table(tmp_path / "out" / "tables", "alignment") if r["step"] == 2]

@@ -18,7 +18,7 @@ import numpy
 import pytest
 import torch
 from analysis import planted
-from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, low_rank
+from analysis.planted import ANGLES, PROFILE, SIGMA, TOKENS, analyse, low_rank
 from matplotlib import image
 from tables import read_table
 
@@ -27,12 +27,6 @@ from effopd_kernels.analysis.comparison import compare
 from effopd_kernels.analysis.output import terminated_as_interrupted, whole_folder
 from effopd_kernels.analysis.report import Interval, shown
 from effopd_kernels.analysis.roles import role_of
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Runs whose figures nobody looks at."""
-    monkeypatch.setattr(figures, "save", planted.save_blank)
 
 
 def raising(error):
@@ -111,8 +105,7 @@ def test_paths_of_the_leading_directions(undrawn, folders, out, tmp_path):
     """Three sign-aligned u₁ span a plane, so distances on it are chords of the planted angles."""
     assert len(rows(out, "directions", trajectory="rl")) == 2
     assert all(math.isfinite(r["tsne_1"]) and math.isfinite(r["tsne_2"]) for r in rows(out, "directions"))
-    alone = ["updates", "--base", folders / "base", "--checkpoints", *sorted((folders / "opd").iterdir())]
-    assert cli.main([*map(str, alone), "--output_dir", str(tmp_path / "out"), "--rank", "4"]) == 0
+    assert analyse(folders / "base", *sorted((folders / "opd").iterdir()), "--rank=4", out=tmp_path / "out") == 0
     points = {r["step"]: (r["pca_1"], r["pca_2"]) for r in rows(tmp_path / "out", "directions")}
     for step, angle in ANGLES.items():
         assert math.dist(points[step], points[100]) == pytest.approx(2 * math.sin(math.radians(angle / 2)), abs=1e-3)
@@ -213,15 +206,13 @@ def test_numbers_as_printed(value, text):
 
 
 def test_one_checkpoint_has_no_evolution_and_says_nothing_of_it(undrawn, folders, tmp_path):
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved2"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--rank", "4"]) == 0
+    assert analyse(folders / "base", folders / "rl" / "saved2", "--rank=4", out=tmp_path / "out") == 0
     tables = {path.stem for path in (tmp_path / "out" / "tables").glob("*.csv")}
     assert tables.isdisjoint({"alignment", "directions"}) and "spectra" in tables
 
 
 def test_an_equal_checkpoint_gives_zeros_and_says_so(undrawn, folders, tmp_path, capsys):
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "base", folders / "rl" / "saved2"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    assert analyse(folders / "base", folders / "base", folders / "rl" / "saved2", out=tmp_path / "out") == 0
     assert (
         "equals the base" in capsys.readouterr().err and "equals the base" in (tmp_path / "out/report.html").read_text()
     )
@@ -235,9 +226,7 @@ def test_nan_weights_are_named_and_the_others_reported(undrawn, folders, tmp_pat
     weights = planted.moved(planted.base_weights(), low_rank(100))
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
     weights["model.norm.weight"][0] = math.inf
-    planted.write(tmp_path / "nan", weights)
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", tmp_path / "nan"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    assert analyse(folders / "base", planted.write(tmp_path / "nan", weights), out=tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "model.layers.1.mlp.up_proj.weight, model.norm.weight" in said
     assert [r["tensor"] for r in rows(tmp_path / "out", "tensors") if r["non_finite"]] == [
@@ -250,9 +239,8 @@ def test_nan_weights_are_named_and_the_others_reported(undrawn, folders, tmp_pat
 def test_a_run_that_diverged_at_its_end_is_reported(undrawn, folders, tmp_path, capsys):
     weights = {n: torch.full_like(t, math.nan) for n, t in planted.base_weights().items()}
     diverged = planted.write(tmp_path / "checkpoint-99", weights, step=99)
-    steps = sorted((folders / "opd").glob("checkpoint-*"))[:1]
-    argv = ["updates", f"--base={folders / 'base'}", "--checkpoints", *map(str, steps), str(diverged)]
-    assert cli.main([*argv, f"--output_dir={tmp_path / 'out'}", "--rank=8"]) == 0
+    before, *_ = sorted((folders / "opd").glob("checkpoint-*"))
+    assert analyse(folders / "base", before, diverged, "--rank=8", out=tmp_path / "out") == 0
     assert "NaN or infinite" in capsys.readouterr().err
     assert any(row["non_finite"] == 0 for row in read_table(tmp_path / "out" / "tables", "tensors"))
 
@@ -260,9 +248,7 @@ def test_a_run_that_diverged_at_its_end_is_reported(undrawn, folders, tmp_path, 
 def test_tokens_that_are_not_finite_have_not_moved_most(undrawn, folders, tmp_path):
     weights = planted.moved(planted.base_weights(), low_rank(100))
     weights["model.embed_tokens.weight"][0, 0], weights["model.embed_tokens.weight"][1, 0] = math.nan, math.inf
-    planted.write(tmp_path / "nan", weights)
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", tmp_path / "nan"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    assert analyse(folders / "base", planted.write(tmp_path / "nan", weights), out=tmp_path / "out") == 0
     assert [r["token"] for r in rows(tmp_path / "out", "embedding_top")] == list(TOKENS)
     first, second = rows(tmp_path / "out", "embedding_tokens")[:2]
     assert all(math.isnan(first[column]) for column in ("shift", "relative_shift", "cosine"))
@@ -292,30 +278,27 @@ def test_names_of_bytes_that_are_no_text(undrawn, folders, tmp_path, capsys):
 )
 def test_nothing_is_left_when_interrupted(undrawn, folders, tmp_path, monkeypatch, capsys, error, code, said):
     monkeypatch.setattr(updates, "write_report", raising(error))
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "new" / "out")]) == code
+    assert analyse(folders / "base", folders / "rl" / "saved1", out=tmp_path / "new" / "out") == code
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err.endswith(said + "\n")
 
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_nobody_to_read_what_is_said(undrawn, folders, tmp_path, monkeypatch, closed):
     """Stdout a pipe whose reader is gone, stderr too or closed: the report is there, and that is success."""
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1", "--exact_spectrum"]
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as pipe, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", pipe)
         patch.setattr(sys, "stderr", None if closed else pipe)
-        assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+        assert analyse(folders / "base", folders / "rl" / "saved1", "--exact_spectrum", out=tmp_path / "out") == 0
         sys.stderr.close()
     assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_terminated_is_interrupted(undrawn, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(updates, "write_report", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 130
+    assert analyse(folders / "base", folders / "rl" / "saved1", out=tmp_path / "out") == 130
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is before
 
 
@@ -330,10 +313,9 @@ def test_garbage_is_collected_after_an_import_that_was_interrupted(folders, tmp_
     monkeypatch.setattr(cli, "Painter", nullcontext)
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setitem(sys.modules, "effopd_kernels.analysis.updates", None)  # to import it is an error
-    arguments = ["--base", folders / "base", "--checkpoints", folders / "base", "--output_dir", tmp_path / "out"]
     try:
         with pytest.raises(ImportError):
-            cli.main(["updates", *map(str, arguments)])
+            analyse(folders / "base", folders / "base", out=tmp_path / "out")
         assert gc.isenabled()
     finally:
         gc.enable()
@@ -342,21 +324,20 @@ def test_garbage_is_collected_after_an_import_that_was_interrupted(folders, tmp_
 def test_a_file_that_goes_while_it_is_read_is_named(undrawn, folders, tmp_path, monkeypatch, capsys):
     """Gone, or cut short, between the look at its header and the reading of its tensors."""
     file = shutil.copytree(folders / "rl" / "saved1", tmp_path / "run") / "model.safetensors"
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", file.parent, "--output_dir", tmp_path / "out"]
     for spoil, said in (
         (lambda: os.truncate(file, file.stat().st_size // 2), f"{file}: the file ended inside tensor"),
         (file.unlink, f"{file}: No such file or directory"),
     ):
         whole = file.read_bytes()
         monkeypatch.setattr(updates, "compare", lambda *given, spoil=spoil: (compare(*given), spoil())[0])
-        assert cli.main([*map(str, arguments)]) == 2
+        assert analyse(folders / "base", file.parent, out=tmp_path / "out") == 2
         assert f"effopd-analyze: error: {said}" in capsys.readouterr().err and not (tmp_path / "out").exists()
         file.write_bytes(whole)
 
 
 def test_exact_spectra_are_announced_and_agree(undrawn, folders, out, tmp_path, capsys):
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "opd" / "checkpoint-100"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--exact_spectrum"]) == 0
+    final = folders / "opd" / "checkpoint-100"
+    assert analyse(folders / "base", final, "--exact_spectrum", out=tmp_path / "out") == 0
     assert re.search(r"exact spectra: about \d+ s", capsys.readouterr().err)
     (row,) = rows(tmp_path / "out", "spectra", group="MLP and attention")
     assert row["quantities"] == "exact" and row["effective_rank_error"] == 0
@@ -379,10 +360,8 @@ def test_stacked_and_single_experts_are_matrices(undrawn, tmp_path):
         parts = [planted.directions(32, 24, e + 1, seed=e) for e in range(3)]
         return torch.stack([(e + 1) * u @ v.T for e, (u, v) in enumerate(parts)])
 
-    planted.write(tmp_path / "base", base)
-    planted.write(tmp_path / "moved", planted.moved(base, update))
-    arguments = ["updates", "--base", tmp_path / "base", "--checkpoints", tmp_path / "moved"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    moved = planted.write(tmp_path / "moved", planted.moved(base, update))
+    assert analyse(planted.write(tmp_path / "base", base), moved, out=tmp_path / "out") == 0
     stacked = rows(tmp_path / "out", "tensors", type="expert gate_up")
     assert [(r["expert"], r["rank_above_noise"]) for r in stacked] == [(0, 1), (1, 2), (2, 3)]
     for e, row in enumerate(stacked):
@@ -397,10 +376,9 @@ def test_an_output_folder_is_replaced_only_on_request(undrawn, folders, tmp_path
     (tmp_path / "out" / "tables").mkdir(parents=True)
     for name in ("thesis.txt", "tables/stale.csv"):
         (tmp_path / "out" / name).write_text("x")
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
-    arguments = [*map(str, arguments), "--output_dir", str(tmp_path / "out")]
-    assert cli.main(arguments) == 2 and (tmp_path / "out" / "thesis.txt").exists()
-    assert cli.main([*arguments, "--overwrite_output_dir"]) == 0
+    given = folders / "base", folders / "rl" / "saved1"
+    assert analyse(*given, out=tmp_path / "out") == 2 and (tmp_path / "out" / "thesis.txt").exists()
+    assert analyse(*given, "--overwrite_output_dir", out=tmp_path / "out") == 0
     assert (tmp_path / "out" / "thesis.txt").exists() and (tmp_path / "out" / "report.html").exists()
     assert not (tmp_path / "out" / "tables" / "stale.csv").exists()
     shutil.rmtree(tmp_path / "out")
@@ -412,8 +390,8 @@ def test_replaced_only_when_whole(undrawn, folders, tmp_path, monkeypatch):
     (tmp_path / "out" / "report.html").write_text("old")
 
     monkeypatch.setattr(updates, "write_report", raising(KeyboardInterrupt()))
-    arguments = ["updates", "--base", folders / "base", "--checkpoints", folders / "rl" / "saved1"]
-    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out"), "--overwrite_output_dir"]) == 130
+    given = folders / "base", folders / "rl" / "saved1", "--overwrite_output_dir"
+    assert analyse(*given, out=tmp_path / "out") == 130
     assert (tmp_path / "out" / "report.html").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
