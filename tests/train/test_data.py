@@ -170,19 +170,17 @@ def test_what_datasets_can_read_otherwise_is_refused_with_how_to_make_a_file_of_
 def test_answers_are_required_for_accuracy():
     with pytest.raises(UserError, match=r"needs a column 'answer'.*columns are 'prompt'.*teacher_kl needs none"):
         require_answers(datasets.Dataset.from_dict({"prompt": ["a"]}), "d", ["prompt"])
-    with pytest.raises(UserError, match="no answer in row 1"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": ["1", None]}), "d", [])
     require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [["1", "one"]]}), "d", [])
-    with pytest.raises(UserError, match="no answer in row 0"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [[]]}), "d", [])
-    with pytest.raises(UserError, match="no answer in row 0"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [" "]}), "d", [])
-    with pytest.raises(UserError, match="no answer in row 1"):  # of json.dumps, where pandas had none
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a", "b"], "answer": [1.0, float("nan")]}), "d", [])
-    with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [datetime(2020, 1, 1)]}), "d", [])
-    with pytest.raises(UserError, match="an answer in row 0 that is neither text, a number nor a list of such"):
-        require_answers(datasets.Dataset.from_dict({"prompt": ["a"], "answer": [{"value": "1"}]}), "d", [])
+    for answers, says in (
+        (["1", None], "no answer in row 1"),
+        ([[]], "no answer in row 0"),
+        ([" "], "no answer in row 0"),
+        ([1.0, float("nan")], "no answer in row 1"),  # of json.dumps, where pandas had none
+        ([datetime(2020, 1, 1)], "an answer in row 0 that is neither text, a number nor a list of such"),
+        ([{"value": "1"}], "an answer in row 0 that is neither text, a number nor a list of such"),
+    ):
+        with pytest.raises(UserError, match=says):
+            require_answers(datasets.Dataset.from_dict({"answer": answers}), "d", [])
 
 
 def test_overlong_prompts_are_counted_dropped_or_refused():

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from effopd_kernels.train import grading
-from effopd_kernels.train.grading import extract_answer, is_correct
+from effopd_kernels.train.grading import is_correct
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("The final answer is: $5$. I hope it is correct.", "5"),
         ("#### Step 1\n3 + 4\nThe answer is 7", "7"),
         (r"so \boxed{42", "42"),
+        ("the answer is 3. Wait, the answer is 5", "5"),
         # LaTeX
         (r"so we get \(42\)", "42"),
         (r"The answer is \(42\).", "42"),
@@ -85,6 +86,7 @@ from effopd_kernels.train.grading import extract_answer, is_correct
         ("The answer is 60 km/h, 5 more", "60"),
         # signs and units
         ("There are 3-4 apples", "4"),
+        ("10-3 =", "3"),
         ("so the change is -$5.", "-5"),
         ("−5", "-5"),
         ("it is _42_", "42"),
@@ -195,14 +197,6 @@ def test_right(completion, answer):
 )
 def test_wrong(completion, answer):
     assert not is_correct(completion, answer)
-
-
-def test_the_last_statement_counts():
-    assert extract_answer("the answer is 3. Wait, the answer is 5") == "5"
-
-
-def test_a_minus_between_numbers_is_no_sign():
-    assert extract_answer("10-3 =") == "3"
 
 
 @pytest.mark.timeout(60)  # a few seconds; an expression that backtracks takes hours

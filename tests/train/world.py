@@ -100,16 +100,13 @@ FLAGS = {
 def make_trainer(world: Path, out: Path, *, config: dict | None = None, student=None, teacher=None, **kwargs):
     """An OPDTrainer on this world; `config` overrides FLAGS."""
     from effopd_kernels.train import OPDConfig, OPDTrainer
-    from effopd_kernels.train.data import load_prompts
     from effopd_kernels.train.report import MetricsFile
 
     return OPDTrainer(
         str(world / "student") if student is None else student,
         str(world / "teacher") if teacher is None else teacher,
         OPDConfig(output_dir=str(out), **{**FLAGS, **(config or {})}),
-        train_dataset=load_prompts(str(world / "train.jsonl")),
-        eval_dataset=load_prompts(str(world / "eval.jsonl")),
-        val_dataset=load_prompts(str(world / "val.jsonl")),
+        **{f"{kind}_dataset": load(world / f"{kind}.jsonl") for kind in ("train", "eval", "val")},
         callbacks=[MetricsFile()],
         **kwargs,
     )
