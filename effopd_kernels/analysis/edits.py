@@ -33,7 +33,7 @@ class Edit:
     """Which tensors, and what becomes of them. No names, or α = 0: the base itself."""
 
     trajectory: str | None = None
-    checkpoint: int = -1  # position in the trajectory; -1 is the final one
+    checkpoint: int = 0  # position in the trajectory
     names: tuple[str, ...] = ()
     alpha: float = 1.0
     part: str = "whole"  # "top": the leading ⌈fraction · min(m, n)⌉ triplets of every matrix; "bottom": all but them
@@ -106,7 +106,7 @@ class EditableModel:
     def factor_seconds(self, trajectory: str, checkpoint: int) -> float:
         """About how long factoring every matrix of an update will take: one of median size is timed, and the others
         cost in proportion to m · n · rank."""
-        place = trajectory, checkpoint % len(self.trajectories[trajectory])
+        place = trajectory, checkpoint
         cost = {n: t.numel() * self._rank(t, self.max_fraction) for n, t in self.live.items() if is_matrix(n, t.shape)}
         cost = {name: c for name, c in cost.items() if (*place, name) not in self._factors}
         if not cost:
@@ -124,7 +124,7 @@ class EditableModel:
 
     @torch.no_grad()
     def _write(self, edit: Edit) -> None:
-        place = edit.trajectory, edit.checkpoint % len(self.trajectories[edit.trajectory])
+        place = edit.trajectory, edit.checkpoint
         for name in edit.names:
             param, base = self.live[name], self.base_of(name)
             a, b = self._pair(place, name, base)
