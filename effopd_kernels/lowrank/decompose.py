@@ -228,11 +228,12 @@ def power_of_two(largest: Tensor) -> Tensor:
 
 def _first_basis(x: Difference, start: Tensor | None, settings: Settings) -> Tensor:
     """Q (B, M, L), by the route that was chosen; ``start`` is XᵀX Ω where that was taken."""
-    width = settings.width(x.x[0].shape[1])
+    m = x.x[0].shape[1]
+    width = settings.width(m)
     kept, iterations = settings.kept(width), settings.power_iters
     if settings.route == "exact":
         return routes.exact(x, kept)
-    omega = _omega(x, width, settings)
+    omega = signs.dense(settings.seed, m, width, x.x[0].device, x.dtype).expand(len(x.x), m, width)
     if settings.route == "gram":
         return routes.gram(x, omega, iterations, settings.rank, kept)
     if iterations == 0:
@@ -241,11 +242,6 @@ def _first_basis(x: Difference, start: Tensor | None, settings: Settings) -> Ten
         start = x.gram_apply(omega, fast=True)
     apply, half = functools.partial(x.gram_apply, fast=True), x.dtype == torch.float32
     return routes.iterate(apply, orth.basis(start), iterations - 1, settings.rank, kept, half)
-
-
-def _omega(x: Difference, width: int, settings: Settings) -> Tensor:
-    m = x.x[0].shape[1]
-    return signs.dense(settings.seed, m, width, x.x[0].device, x.dtype).expand(len(x.x), m, width)
 
 
 def _direct(x: Difference, frobenius: Tensor, settings: Settings) -> tuple[RSVD, Rest]:
