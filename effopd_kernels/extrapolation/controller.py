@@ -16,7 +16,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from .dense import DenseWeights
 from .distributed import Ranks
 from .event import Event
 from .interrupts import Deferred
-from .masters import unwrapped
-from .optimizer_policy import copy_of_weights, refuse_copies_of_weights, reset_before_next_step, reset_state
+from .optimizer_policy import check_policy, copy_of_weights, reset_before_next_step, reset_state
 from .records import EffOPDEvent
 from .schedules import alphas_of, budget_of, schedule_of
 from .search import refuse_steps_in_backward
@@ -132,22 +131,12 @@ class EffOPDController:
             raise ValueError('search="candidates" needs score_fn')
         if accept == "paired" and score_fn is None:
             raise ValueError('accept="paired" needs score_fn, one score per prompt: loss_fn gives one number')
-        if not (isinstance(report_s, Real) and report_s > 0):
-            raise ValueError(f"report_s must be a number of seconds above 0, got {report_s!r}")
-        functions = dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed)
-        for name, function in functions.items():
+        for name, function in dict(score_fn=score_fn, loss_fn=loss_fn, on_weights_changed=on_weights_changed).items():
             if function is not None and not callable(function):
                 raise TypeError(f"{name} must be a function, got {function!r}")
         if not (isinstance(max_gradients, Integral) and max_gradients >= 2):
             raise ValueError(f"max_gradients must be an int >= 2, got {max_gradients!r}")
-        if optimizer_policy not in ("keep", "reset"):
-            raise ValueError(f'optimizer_policy must be "keep" or "reset", got {optimizer_policy!r}')
-        if optimizer_policy == "reset" and optimizer is None:
-            raise ValueError('optimizer_policy="reset" needs optimizer')
-        if optimizer is not None:
-            unwrapped(optimizer)  # raises for what is none
-            if optimizer_policy == "keep":
-                refuse_copies_of_weights(optimizer)
+        check_policy(optimizer_policy, optimizer)
         self.due = schedule_of(schedule)
         self.better = acceptance_rule(accept, min_delta, confidence)
         self.score_fn, self.loss_fn = score_fn, loss_fn

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -33,6 +34,8 @@ class Ranks:
     """
 
     def __init__(self, process_group=None, report_s: float = 60.0):
+        if not (isinstance(report_s, Real) and report_s > 0):
+            raise ValueError(f"report_s must be a number of seconds above 0, got {report_s!r}")
         self.report_s = min(report_s, threading.TIMEOUT_MAX)
         self.group, self.size, self.rank = process_group, 1, 0
         if not (dist.is_available() and dist.is_initialized()):

@@ -16,11 +16,16 @@ from .masters import find_masters, is_master, state_owner, unwrapped
 from .shards import local
 
 
-def refuse_copies_of_weights(optimizer) -> None:
-    """Raises ValueError for a schedule-free optimizer, which steps a second copy of the weights and averages it into
-    them: steps after a jump would take it back."""
-    for each in unwrapped(optimizer):
-        if "ScheduleFree" in type(each).__name__:
+def check_policy(policy: str, optimizer) -> None:
+    """Raises ValueError for a policy that is none, "reset" without an optimizer, and "keep" for a schedule-free one,
+    which steps a second copy of the weights and averages it into them: steps after a jump would take it back. TypeError
+    for what is no optimizer."""
+    if policy not in ("keep", "reset"):
+        raise ValueError(f'optimizer_policy must be "keep" or "reset", got {policy!r}')
+    if policy == "reset" and optimizer is None:
+        raise ValueError('optimizer_policy="reset" needs optimizer')
+    for each in unwrapped(optimizer) if optimizer is not None else ():
+        if policy == "keep" and "ScheduleFree" in type(each).__name__:
             raise ValueError(
                 f"{type(each).__name__} keeps a copy of the weights that does not jump, and would undo jumps: use "
                 'optimizer_policy="reset"'
