@@ -33,13 +33,13 @@ from .checkpoint_weights import check_adapter, load_renamed, load_trained_adapte
 from .config import OPDConfig
 from .data import check_open, check_prompts, require_answers
 from .errors import NonFiniteLossError, as_user_error
-from .interrupt import EvaluationDue, Interrupts, StepGuard
 from .ledger import Ledger
 from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
 from .settings import check_settings, write_settings
+from .stopping import EvaluationDue, Interrupts, StepGuard
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
 
