@@ -77,6 +77,17 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3) 
     return folder
 
 
+def lora(folder: Path, factors: Mapping[str, Tensor], **config) -> Path:
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{name}": t.contiguous() for name, t in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
 SIGMA = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
 PROFILE = (1.0, 1.0, 4.0, 4.0, 2.0, 2.0)  # by layer
 ANGLES = {10: 60.0, 50: 30.0, 100: 0.0}  # degrees between a checkpoint's directions and the last one's

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from analysis import planted
+from analysis.planted import lora
 from safetensors.torch import save_file
 
 from effopd_kernels import tensor_files as files
@@ -28,17 +29,6 @@ Q, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.wei
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return planted.write(tmp_path_factory.mktemp("base") / "base", planted.base_weights())
-
-
-def lora(folder, factors, **config):
-    folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(
-        {f"base_model.model.{name}": t.contiguous() for name, t in factors.items()},
-        folder / "adapter_model.safetensors",
-    )
-    return folder
 
 
 def factors(module, m, n, rank=4, seed=0):

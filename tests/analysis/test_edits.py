@@ -1,12 +1,12 @@
 """Edited weights against an fp64 definition, and the base back bit for bit whatever happens."""
 
-import json
 import math
 import os
 import signal
 
 import pytest
 import torch
+from analysis.planted import lora, write
 from safetensors.torch import load_file, save_file
 from transformers import (
     Qwen3MoeConfig,
@@ -63,12 +63,9 @@ def world(request, tmp_path):
         for i in range(2):
             moved = {n: (w + 0.05 * (i + 1) * torch.randn_like(w)).to(w.dtype) for n, w in base.items()}
             weights[trajectory, i] = moved
-            (tmp_path / trajectory / f"checkpoint-{i + 1}").mkdir(parents=True)
-            save_file(moved, tmp_path / trajectory / f"checkpoint-{i + 1}/model.safetensors")
-    (tmp_path / "base").mkdir()
-    save_file(base, tmp_path / "base/model.safetensors")
+            write(tmp_path / trajectory / f"checkpoint-{i + 1}", moved)
     folders = {t: [tmp_path / t / f"checkpoint-{i + 1}" for i in range(2)] for t in ("opd", "rl")}
-    return net, EditableModel(net, compare(tmp_path / "base", folders).trajectories), weights
+    return net, EditableModel(net, compare(write(tmp_path / "base", base), folders).trajectories), weights
 
 
 def plan_for(model):
@@ -129,10 +126,9 @@ def test_the_biases_of_all_experts_have_no_rank(tmp_path):
     experts.down_proj_bias = torch.nn.Parameter(torch.randn(4, 8))
     net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"experts": experts})])})
     name = "layers.0.experts.down_proj_bias"
-    for folder, weight in (("base", experts.down_proj_bias.detach()), ("checkpoint-1", torch.randn(4, 8))):
-        (tmp_path / folder).mkdir()
-        save_file({name: weight}, tmp_path / folder / "model.safetensors")
-    model = EditableModel(net, compare(tmp_path / "base", {"opd": [tmp_path / "checkpoint-1"]}).trajectories)
+    base = write(tmp_path / "base", {name: experts.down_proj_bias.detach()})
+    final = write(tmp_path / "checkpoint-1", {name: (weight := torch.randn(4, 8))})
+    model = EditableModel(net, compare(base, {"opd": [final]}).trajectories)
     assert model.factor_seconds("opd", 0) == 0
     with model.edited(Edit("opd", 0, (name,), part="top", fraction=0.25)):
         torch.testing.assert_close(experts.down_proj_bias.detach(), weight)
@@ -142,10 +138,9 @@ def test_seven_per_cent_of_a_rank_of_a_hundred_are_seven_triplets(tmp_path):
     up = torch.nn.Linear(100, 100, bias=False)
     net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mlp": up})])})
     name, base = "layers.0.mlp.weight", up.weight.detach().clone()
-    for folder, weight in (("base", base), ("checkpoint-1", torch.randn(100, 100))):
-        (tmp_path / folder).mkdir()
-        save_file({name: weight}, tmp_path / folder / "model.safetensors")
-    model = EditableModel(net, compare(tmp_path / "base", {"opd": [tmp_path / "checkpoint-1"]}).trajectories)
+    start = write(tmp_path / "base", {name: base})
+    final = write(tmp_path / "checkpoint-1", {name: torch.randn(100, 100)})
+    model = EditableModel(net, compare(start, {"opd": [final]}).trajectories)
     with model.edited(Edit("opd", 0, (name,), part="top", fraction=0.07)):
         assert torch.linalg.matrix_rank(up.weight.detach() - base, atol=1e-2) == 7
 
@@ -175,8 +170,7 @@ def test_an_update_is_the_files_whatever_the_model_rounds(tmp_path, dtype):
     far = {n: w + 0.1 * torch.randn_like(w) for n, w in base.items()}
     folders = {name: tmp_path / name for name in ("base", "near", "far")}
     for folder, weights in zip(folders.values(), (base, moved, far), strict=True):
-        folder.mkdir()
-        save_file(weights, folder / "model.safetensors")
+        write(folder, weights)
     comparison = compare(folders["base"], {name: [folders[name]] for name in ("near", "far")})
     net.to(dtype)
     before = bits(net)
@@ -293,14 +287,9 @@ def test_a_lora_adapter_is_its_product(tmp_path):
     save_file(base, tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj"
     a, b = torch.randn(3, 16), torch.randn(24, 3)
-    (tmp_path / "adapter").mkdir()
-    save_file(
-        {f"base_model.model.{name}.lora_{k}.weight": v for k, v in (("A", a), ("B", b))},
-        tmp_path / "adapter/adapter_model.safetensors",
-    )
-    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
-    model = EditableModel(net, compare(tmp_path / "model.safetensors", {"lora": [tmp_path / "adapter"]}).trajectories)
+    factors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    adapter = lora(tmp_path / "adapter", factors, r=3, lora_alpha=6)
+    model = EditableModel(net, compare(tmp_path / "model.safetensors", {"lora": [adapter]}).trajectories)
     product = 2 * b @ a
     assert model.norms("lora") == pytest.approx({n: product.norm().item() if name in n else 0 for n in base})
     for alpha in (1.0, 0.5):
@@ -364,11 +353,8 @@ def test_adapters_beside_fused_experts(tmp_path):
     base, a, b = {n: p.detach().clone() for n, p in net.named_parameters()}, torch.randn(2, 8), torch.randn(8, 2)
     names = {"attention": "model.layers.0.self_attn.q_proj", "expert": "model.layers.0.mlp.experts.1.down_proj"}
     for kind, name in names.items():
-        (folder := tmp_path / kind).mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4}))
-        pair = {"A": a[:, : 8 if kind == "attention" else 4].contiguous(), "B": b}
-        named = {f"base_model.model.{name}.lora_{x}.weight": t for x, t in pair.items()}
-        save_file(named, folder / "adapter_model.safetensors")
+        pair = {"A": a[:, : 8 if kind == "attention" else 4], "B": b}
+        lora(tmp_path / kind, {f"{name}.lora_{x}.weight": t for x, t in pair.items()}, r=2, lora_alpha=4)
     comparison = compare(tmp_path / "base", {"lora": [tmp_path / "attention"], "whole": [tmp_path / "base"]})
     trajectories, files = as_the_model_names_them(comparison.trajectories, comparison.base, live_tensors(net))
     model, name = EditableModel(net, trajectories, files=files), f"{names['attention']}.weight"
