@@ -181,6 +181,17 @@ def expected(trainer, **kwargs):
     return sum(losses) / inputs["num_items_in_batch"]
 
 
+def assert_expected(trainer, loss, gradients, **kwargs):
+    trainer.model.zero_grad()
+    theirs = expected(trainer, **kwargs)
+    theirs.backward()
+    torch.testing.assert_close(loss, theirs.float(), rtol=1e-5, atol=1e-6)
+    their_gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    scale = max(g.abs().max() for g in their_gradients.values())
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
+
+
 @pytest.mark.parametrize("student, lora", [*((kind, False) for kind in MISREAD), ("bert (a layer in the head)", True)])
 def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, student, lora):
     tokenizer = tiny.tokenizer_of(world)
@@ -196,14 +207,7 @@ def test_logits_that_trl_misreads_are_used_themselves(world, tmp_path, caplog, s
     padded = student.config.model_type != "recurrent_gemma"  # which would be refused
     ours, our_gradients = loss_and_gradients(trainer, padded=padded)
     assert named in caplog.text and modes == [m.training for m in trainer.model.modules()]
-    trainer.model.zero_grad()
-    theirs = expected(trainer, padded=padded)
-    theirs.backward()
-    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-6)
-    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-    scale = max(g.abs().max() for g in gradients.values())
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(our_gradients[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=name)
+    assert_expected(trainer, ours, our_gradients, padded=padded)
 
 
 def adapted_gpt2(student):
@@ -239,14 +243,7 @@ def test_positions_begin_at_the_prompt(world, tmp_path, caplog, kinds, wrap, com
     assert ("the loss is of full logits" in caplog.text) == any("bert" in kind for kind in kinds)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-    trainer.model.zero_grad()
-    theirs = expected(trainer)
-    theirs.backward()
-    torch.testing.assert_close(loss, theirs.float(), rtol=1e-5, atol=1e-6)
-    scale = max(g.abs().max() for g in gradients.values())
-    for name, gradient in gradients.items():
-        theirs = trainer.model.get_parameter(name).grad
-        torch.testing.assert_close(gradient / scale, theirs / scale, rtol=0, atol=2e-5, msg=name)
+    assert_expected(trainer, loss, gradients)
 
 
 @pytest.mark.parametrize("mixed", [{}, MIXED])
