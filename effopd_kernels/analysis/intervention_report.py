@@ -108,17 +108,13 @@ class View:
                     f"The final model of {t} scores no better than the base ({scores}): there is no gain, so none of "
                     "its edits recovers a share."
                 )
-            elif math.isnan(gain.low):
-                out.append(
-                    f"The final model of {t} scores better than the base ({scores}) on one prompt, which does not tell "
-                    "what others would give: what its edits recover of that has no meaning and is left out; score on "
-                    "more prompts."
-                )
             else:
+                how = f"by no more than the choice of prompts explains, {shown(gain)}"
+                if math.isnan(gain.low):
+                    how = "on one prompt, which does not tell what others would give"
                 out.append(
-                    f"The final model of {t} scores better than the base ({scores}) by no more than the choice of "
-                    f"prompts explains, {shown(gain)}: what its edits recover of that has no meaning and is left out; "
-                    "score on more prompts."
+                    f"The final model of {t} scores better than the base ({scores}) {how}: what its edits recover of "
+                    "that has no meaning and is left out; score on more prompts."
                 )
         return out
 
