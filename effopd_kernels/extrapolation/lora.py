@@ -74,7 +74,8 @@ class LoraWeights:
         self.adapters.check_unmerged()
         self.offered = self.settled if alpha == 1.0 else self._line(alpha)
         self.adapters.install(self.offered)
-        return self._stats()
+        values = (*self._squares(), self.adapters.nonfinite())
+        return [torch.tensor([x], dtype=torch.float32, device="cpu") for x in values]
 
     def write_for_slope(self, alpha: float) -> None:
         """As `write`, such that a backward pass leaves what `slope` needs."""
@@ -163,10 +164,6 @@ class LoraWeights:
         *others, anchor = self.settled
         moved = Term(anchor.coefficient - (alpha - 1.0), anchor.factors)
         return [*others, moved, Term(alpha - 1.0, self.held)]
-
-    def _stats(self) -> list[Tensor]:
-        values = (*self._squares(), self.adapters.nonfinite())
-        return [torch.tensor([x], dtype=torch.float32, device="cpu") for x in values]
 
     def _squares(self) -> tuple[float, float]:
         """‖P_t − P_anchor‖² and ‖P_t‖²."""
