@@ -105,25 +105,21 @@ def test_numbers_may_be_of_any_kind(case):
 
 def test_bad_input(case):
     w0, _, svd = case
-    with pytest.raises(TypeError, match="int64"):
-        low_rank_update(w0.long(), svd)
-    with pytest.raises(TypeError, match="w0 must be a tensor, got RSVD"):
-        low_rank_update(svd, w0)
-    with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
-        low_rank_update(w0, w0)
     with pytest.raises(TypeError, match=r"svd must be an RSVD.*got Tensor"):
         reconstruct(w0)
-    with pytest.raises(TypeError, match="out must be a tensor, got list"):
-        low_rank_update(w0, svd, out=[w0])
-    for other in (w0.to_sparse(), w0.to(torch.float8_e4m3fn)):
-        with pytest.raises(TypeError, match=r"w0 must be .*(dense|bfloat16)"):
-            low_rank_update(other, svd)
-    with pytest.raises(TypeError, match="alpha must be a real number, got '2'"):
-        low_rank_update(w0, svd, alpha="2")
-    with pytest.raises(TypeError, match=r"alpha must be a real number, got a tensor \(\) of torch.complex64"):
-        low_rank_update(w0, svd, alpha=torch.tensor(1j))
-    with pytest.raises(TypeError, match=r"match_norm must be real, got torch\.complex64"):
-        low_rank_update(w0, svd, match_norm=torch.tensor(1j))
+    for given, options, words in (
+        ((w0.long(), svd), {}, "int64"),
+        ((svd, w0), {}, "w0 must be a tensor, got RSVD"),
+        ((w0, w0), {}, r"svd must be an RSVD.*got Tensor"),
+        ((w0.to_sparse(), svd), {}, r"w0 must be .*(dense|bfloat16)"),
+        ((w0.to(torch.float8_e4m3fn), svd), {}, r"w0 must be .*(dense|bfloat16)"),
+        ((w0, svd), {"out": [w0]}, "out must be a tensor, got list"),
+        ((w0, svd), {"alpha": "2"}, "alpha must be a real number, got '2'"),
+        ((w0, svd), {"alpha": torch.tensor(1j)}, r"alpha must be a real number, got a tensor \(\) of torch.complex64"),
+        ((w0, svd), {"match_norm": torch.tensor(1j)}, r"match_norm must be real, got torch\.complex64"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            low_rank_update(*given, **options)
     for options, words in (
         ({"match_norm": torch.ones(3)}, r"one for each matrix, \(2,\), got \(3,\)"),
         ({"rank": 1, "tail": 1}, "not both"),

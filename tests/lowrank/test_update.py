@@ -127,32 +127,27 @@ def test_tied_weights(pair):
 
 def test_mismatched_and_wrong_tensors_are_named(pair):
     current, anchor = pair
-    with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(60, 40\) in anchor"):
-        update_svd(current, anchor | {"a.weight": anchor["a.weight"].mT}, 2)
-    flat = {"a.weight": torch.ones(2400)}
-    with pytest.raises(ValueError, match=r"'a\.weight' is \(2400,\) in current and \(40, 60\) in anchor"):
-        update_svd(current | flat, anchor, 2)
-    with pytest.raises(ValueError, match=r"'a\.weight' is \(40, 60\) in current and \(2400,\) in anchor"):
-        update_svd(current, anchor | flat, 2)
-    with pytest.raises(TypeError, match=r"'a\.weight' in anchor is torch\.int8"):
-        update_svd(current, anchor | {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}, 2)
-    with pytest.raises(TypeError, match=r"current\['x'\].*list"):
-        update_svd({"x": [1.0]}, anchor, 2)
-    with pytest.raises(TypeError, match="names of current must be strings, got 1"):
-        update_svd({1: anchor["a.weight"]}, anchor, 2)
-    with pytest.raises(ValueError, match="include must be a regular expression or a predicate, got array"):
-        update_svd(*pair, 3, include=np.array(["a", "b"]))
-    with pytest.raises(ValueError, match="include must be a regular expression or a predicate, got b'a'"):
-        update_svd(*pair, 3, include=b"a")
-    for device in ("meta:x", "nonsense"):
-        with pytest.raises(ValueError, match=f"device must be one that PyTorch can use here, got '{device}'"):
-            update_svd(*pair, 3, device=device)
-    with pytest.raises(TypeError, match="anchor must be a mapping"):
-        update_svd(current, 3, 2)
-    with pytest.raises(ValueError, match=r"include must be a regular expression or a predicate, got '\('"):
-        update_svd(*pair, 3, include="(")
-    with pytest.raises(ValueError, match=r"rank 5 exceeds min\(m, n\) = 3"):
-        update_svd(current, anchor, 5, clip_rank=False)
+    turned, flat = {"a.weight": anchor["a.weight"].mT}, {"a.weight": torch.ones(2400)}
+    whole_numbers = {"a.weight": torch.zeros(40, 60, dtype=torch.int8)}
+    include, device = "include must be a regular expression or a predicate, got", "device must be one that PyTorch can"
+    for given, options, error, words in (
+        ((current, anchor | turned), {}, ValueError, r"'a\.weight' is \(40, 60\) in current and \(60, 40\) in anchor"),
+        ((current | flat, anchor), {}, ValueError, r"'a\.weight' is \(2400,\) in current and \(40, 60\) in anchor"),
+        ((current, anchor | flat), {}, ValueError, r"'a\.weight' is \(40, 60\) in current and \(2400,\) in anchor"),
+        ((current, anchor | whole_numbers), {}, TypeError, r"'a\.weight' in anchor is torch\.int8"),
+        (({"x": [1.0]}, anchor), {}, TypeError, r"current\['x'\].*list"),
+        (({1: anchor["a.weight"]}, anchor), {}, TypeError, "names of current must be strings, got 1"),
+        ((current, 3), {}, TypeError, "anchor must be a mapping"),
+        (pair, {"include": np.array(["a", "b"])}, ValueError, f"{include} array"),
+        (pair, {"include": b"a"}, ValueError, f"{include} b'a'"),
+        (pair, {"include": "("}, ValueError, rf"{include} '\('"),
+        (pair, {"device": "meta:x"}, ValueError, f"{device} use here, got 'meta:x'"),
+        (pair, {"device": "nonsense"}, ValueError, f"{device} use here, got 'nonsense'"),
+        (pair, {"rank": 5, "clip_rank": False}, ValueError, r"rank 5 exceeds min\(m, n\) = 3"),
+        (pair, {"align_to": torch.ones(2)}, TypeError, "align_to must be a mapping of names to earlier results, got T"),
+    ):
+        with pytest.raises(error, match=words):
+            update_svd(*given, **{"rank": 2} | options)
     assert update_svd({}, {}, 2) == {}
     assert update_svd({"empty": torch.zeros(0, 4)}, {"empty": torch.zeros(0, 4)}, 2)["empty"].S.shape == (0,)
 
@@ -197,11 +192,6 @@ def test_damaged_files_are_named_before_any_work(folders, monkeypatch):
     save_file({"a.weight": torch.zeros(2, 2)}, current / "again.safetensors")
     with pytest.raises(ValueError, match=r"'a\.weight' is in both"):
         update_svd(current, anchor, 2)
-
-
-def test_earlier_results_come_by_name(pair):
-    with pytest.raises(TypeError, match="align_to must be a mapping of names to earlier results, got Tensor"):
-        update_svd(*pair, 2, align_to=torch.ones(2))
 
 
 def test_a_file_of_another_kind_is_not_called_damaged(pair, tmp_path):
