@@ -1,6 +1,5 @@
 """Models and tokenizers from folders and the hub; what is wrong with them is one sentence."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
@@ -92,27 +91,12 @@ def load_model(name: str, **kwargs) -> PreTrainedModel:
     """`from_pretrained` of the class that its config.json names.
 
     Raises:
-        UserError: what `loading_errors_named` names, and a parameter that is not in the files: transformers would draw
-            it at random. Those that are tied, or that the model's class can do without, need not be there.
+        UserError: weights that are damaged, or of another model than their config; options that the model does not
+            have; a parameter that is not in the files: transformers would draw it at random. Those that are tied, or
+            that the model's class can do without, need not be there.
     """
-    with loading_errors_named(name):
-        model, found = create_model_from_path(name, **kwargs | {"output_loading_info": True})
-    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    if lacking := [n for n in parameters if n in found["missing_keys"]]:
-        others = found["unexpected_keys"] and f", and have others, such as '{min(found['unexpected_keys'])}'"
-        raise UserError(
-            f"the weights of '{name}' lack {len(lacking)} of the {len(parameters)} tensors that a "
-            f"{type(model).__name__} has, such as '{lacking[0]}'{others or ''}"
-        )
-    return model
-
-
-@contextmanager
-def loading_errors_named(name: str):
-    """What safetensors and transformers raise for weights that are damaged, or of another model than their config, and
-    for options that the model does not have, as a UserError."""
     try:
-        yield
+        model, found = create_model_from_path(name, **kwargs | {"output_loading_info": True})
     except SafetensorError as e:
         raise UserError(f"the weights of '{name}' cannot be read: {e}") from e
     except RuntimeError as e:
@@ -123,6 +107,14 @@ def loading_errors_named(name: str):
         if "unexpected keyword argument" in str(e):
             raise UserError(f"'{name}' cannot be loaded with the model_init_kwargs given: {e}") from e
         raise UserError(f"no model can be made of what config.json and its like in '{name}' say: {_said(e)}") from e
+    parameters = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    if lacking := [n for n in parameters if n in found["missing_keys"]]:
+        others = found["unexpected_keys"] and f", and have others, such as '{min(found['unexpected_keys'])}'"
+        raise UserError(
+            f"the weights of '{name}' lack {len(lacking)} of the {len(parameters)} tensors that a "
+            f"{type(model).__name__} has, such as '{lacking[0]}'{others or ''}"
+        )
+    return model
 
 
 def _said(error: Exception) -> str:
