@@ -100,12 +100,10 @@ def write_report(summary: dict[str, Any], folder: Path) -> None:
 
 def draw_curves(runs: list[dict[str, Any]], path: Path) -> None:
     """Score against steps, and against generated tokens including validation; accepted jumps are marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, SymmetricalLogLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     by_step, by_token = figure.subplots(1, 2, sharey=True)
     for i, run in enumerate(runs):
         label = f"{run['method']} (lr {run['learning_rate']:g}, seed {run['seed']})"
