@@ -47,9 +47,9 @@ class Findings:
         products = [m.directions for m in tensors if m.directions is not None]
         self.directions: Tensor | None = torch.stack(products).sum(0) if products else None
         self.tokens = next((m.tokens for m in tensors if m.tokens), {})
-        self.layers = depth(comparison.names)
+        layers = depth(comparison.names)
         for row in self.rows:
-            row["third"] = third(row["layer"], self.layers)
+            row["third"] = third(row["layer"], layers)
         broken = dict.fromkeys(row["tensor"] for row in self.rows if math.isnan(row["weight_norm"]))
         notes = list(comparison.notes)
         if broken:
