@@ -395,16 +395,6 @@ def test_weights_that_are_not_finite_are_left_alone():
     assert controller.step(1).skipped == "the weights are not finite"
 
 
-def test_initial_scores_must_be_finite():
-    net = model()
-    controller = EffOPDController(net, Script(net, float("nan")))
-    train(net)
-    current = snapshot(net)
-    with pytest.raises(ValueError, match="not finite for the weights of step 1"):
-        controller.step(1)
-    assert same(net, current)
-
-
 def test_delta_norm_and_virtual_step():
     net = model()
     controller = EffOPDController(net, Script(net, 0.1, 0.2, 0.3, 0.0, 1.0, 0.0))
@@ -628,6 +618,7 @@ def test_scores_of_any_shape(array):
         ([Scores([1.0], seconds="two")], TypeError, "a number of tokens and of seconds, got 0 and 'two'"),
         ([Scores([1.0], tokens=math.nan)], TypeError, "a number of tokens"),
         ([["0.5", "0.6"]], TypeError, "score_fn must return"),
+        ([math.nan], ValueError, "not finite for the weights of step 1"),
         pytest.param([10**400], ValueError, "not finite for the weights of step 1", id="beyond all floats"),
         ([[]], ValueError, "no score"),
         ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),

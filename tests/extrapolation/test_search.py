@@ -228,33 +228,16 @@ def test_a_minimum_of_the_loss_that_scores_worse_is_not_kept():
     assert torch.equal(net["mlp"].weight, current)
 
 
-def test_a_loss_that_rises_costs_one_pass_and_no_score():
-    net, _, _, loss, train = world()
-
-    def never():
-        raise AssertionError("not scored")
-
-    controller = EffOPDController(net, never, search="gradient", loss_fn=lambda: -loss())
-    train()
-    current = net["mlp"].weight.detach().clone()
-    event = controller.step(1)
-    assert event.num_gradients == 1 and "does not fall" in event.skipped and event.val_tokens == 0
-    assert torch.equal(net["mlp"].weight, current)
-
-
 @pytest.mark.parametrize(
-    "factor, options, words",
+    "factor, options, passes, words",
     [
-        (math.nan, {}, "not finite at the current weights"),
-        (
-            1.0,
-            dict(alphas=(64,), max_gradients=2),
-            "no lower loss was found beyond the current weights, in 2 gradients",
-        ),
-        (1.0, dict(max_val_tokens=4), "max_val_tokens is spent"),
+        (math.nan, {}, 1, "not finite at the current weights"),
+        (-1.0, {}, 1, "does not fall beyond the current weights"),
+        (1.0, dict(alphas=(64,), max_gradients=2), 2, "no lower loss was found beyond the current weights, in 2 grad"),
+        (1.0, dict(max_val_tokens=4), 2, "max_val_tokens is spent"),
     ],
 )
-def test_why_an_event_was_skipped(factor, options, words):
+def test_why_an_event_was_skipped(factor, options, passes, words):
     net, _, _, loss, train = world()
 
     def costly():
@@ -263,7 +246,8 @@ def test_why_an_event_was_skipped(factor, options, words):
     controller = EffOPDController(net, lambda: pytest.fail("scored"), search="gradient", loss_fn=costly, **options)
     train()
     current = net["mlp"].weight.detach().clone()
-    assert words in controller.step(1).skipped
+    event = controller.step(1)
+    assert words in event.skipped and (event.num_gradients, event.val_tokens) == (passes, 2 * passes)
     assert torch.equal(net["mlp"].weight, current)
 
 
