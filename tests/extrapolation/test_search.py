@@ -86,10 +86,20 @@ def test_the_search_of_a_saturated_student_ends_near_the_teacher():
     assert points[1].loss > points[0].loss and best(points) == pytest.approx(1.25, abs=0.15)
 
 
-def test_secants_keep_away_from_the_ends_of_a_bracket():
-    """The search would creep away from the near end, were the slope at the far one a thousand times as steep."""
-    points = line_minimum(lambda a: Point(a, -a, -1.0 if a < 3 else 1000.0), 11.0, max_passes=4)
-    assert [p.alpha for p in points] == pytest.approx([1.0, 3.0, 1.2, 1.38])
+@pytest.mark.parametrize(
+    "edge, below, beyond, alphas",
+    [
+        (3, -1.0, 1000.0, [1.0, 3.0, 1.2, 1.38]),
+        (3, -1000.0, 101.0, [1.0, 3.0, 2.8, 2.98]),
+        (5, -1.0, math.nan, [1.0, 3.0, 9.0, 6.0, 4.5]),
+    ],
+    ids=["near", "far", "no slope"],
+)
+def test_secants_keep_away_from_the_ends_of_a_bracket(edge, below, beyond, alphas):
+    """The search would creep away from one end, were the slope at the other much steeper. Where that has none the
+    bracket is halved."""
+    points = line_minimum(lambda a: Point(a, -a, below if a < edge else beyond), 11.0, max_passes=len(alphas))
+    assert [p.alpha for p in points] == pytest.approx(alphas)
 
 
 def world():
@@ -185,8 +195,9 @@ def test_micro_batches_average_and_their_tokens_count():
         net, _, _, loss, train = world()
         controller = EffOPDController(net, None, search="gradient", loss_fn=losses)
         train()
+        before = loss().item()
         event = controller.step(1)
-        assert event.alpha == pytest.approx(6.0, rel=1e-4)
+        assert event.alpha == pytest.approx(6.0, rel=1e-4) and event.score_initial == pytest.approx(-before)
         assert event.val_tokens == tokens * (event.num_gradients + 2)  # and W_t and the minimum as scores
 
 
@@ -253,7 +264,7 @@ def test_why_an_event_was_skipped(factor, options, passes, words):
 
 def test_alphas_below_one_do_not_lead_the_search_backwards():
     net, _, _, loss, train = world()
-    controller = EffOPDController(net, None, search="gradient", loss_fn=loss, alphas=(-1, 11))
+    controller = EffOPDController(net, None, search="gradient", loss_fn=loss, alphas=(-1, 0.5, 11))
     train()
     seen, write = [], controller.weights.write_for_slope
     controller.weights.write_for_slope = lambda alpha: (seen.append(alpha), write(alpha))
