@@ -186,8 +186,9 @@ def test_a_failing_hook_restores_and_does_not_hide_the_first_error():
         controller.step(1)
     assert same(net, current)
     controller.score_fn = Script(net, ValueError("scoring"))
-    with pytest.raises(ValueError, match="scoring"):
+    with pytest.raises(ValueError, match="scoring") as raised:
         controller.step(1)
+    assert str(raised.value.__context__) == "engine gone"  # in the traceback, both
 
 
 def test_a_hook_that_fails_on_another_rank_takes_the_event_back_on_this_one():
@@ -619,6 +620,7 @@ def test_scores_of_any_shape(array):
         ([Scores([1.0], tokens=math.nan)], TypeError, "a number of tokens"),
         ([["0.5", "0.6"]], TypeError, "score_fn must return"),
         ([math.nan], ValueError, "not finite for the weights of step 1"),
+        ([[1.0, math.inf]], ValueError, "not finite for the weights of step 1"),
         pytest.param([10**400], ValueError, "not finite for the weights of step 1", id="beyond all floats"),
         ([[]], ValueError, "no score"),
         ([[0.1, 0.2], [0.5]], ValueError, "1 scores for a candidate and 2 before"),
