@@ -503,9 +503,10 @@ def test_folded_it_is_one_adapter_that_trains_on(options, exclude, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base, tmp_path)
     torch.testing.assert_close(again(ids), before, rtol=1e-5, atol=1e-5)
-    state = controller.weights.state()
+    state, folded = controller.weights.state(), model(ids)
     controller.fold_()  # nothing to fold
     assert all(map(torch.equal, controller.weights.state().values(), state.values()))
+    assert torch.equal(model(ids), folded)
     step(3)
     assert not torch.equal(model(ids), before)
     controller.score_fn = scripted(0, 1, 0)
