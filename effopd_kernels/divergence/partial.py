@@ -129,6 +129,9 @@ def topk_divergence_loss(
     Raises ValueError or TypeError, before any work, for shapes, dtypes or options that do not fit, and on the CPU for
     ids out of range or twice in a token and log-probabilities of more than one in all.
     """
+    student, student_weight, student_bias = map(gathered, (student, student_weight, student_bias))
+    teacher_logprobs, teacher_ids = gathered(teacher_logprobs), gathered(teacher_ids)
+    mask, weight, num_tokens = map(gathered, (mask, weight, num_tokens))
     head = {"student_weight": student_weight, "student_bias": student_bias}
     head = {name: tensor for name, tensor in head.items() if tensor is not None}
     check_float(student=student, teacher_logprobs=teacher_logprobs, **head)
@@ -150,7 +153,6 @@ def topk_divergence_loss(
         raise ValueError("student_bias belongs to the head of student_weight, got it without one")
     spec = make_spec(divergence, temperature, None, student_logit_scale, student_softcap=student_softcap)
     chunk_bytes = chunk_budget(chunk_bytes, student.device)
-    student, mask, weight, num_tokens = map(gathered, (student, mask, weight, num_tokens))
     mask_N, scale_N = row_factor(student, student, mask, weight, reduction, num_tokens)
     check_num_valid(mask_N, num_valid)
     tail = tail and teacher_logprobs.shape[-1] < V
@@ -164,7 +166,7 @@ def topk_divergence_loss(
         run, rows, dtype, keep = _rows, as_rows(student), torch.float32, None
     else:
         run, dtype = _linear_rows, compute_dtype("student_", student, student_weight)
-        rows = _head(student, student_weight, student_bias)
+        rows = student.reshape(-1, student.shape[-1]), student_weight, student_bias
         numbers = (*numbers, dtype, chunk_bytes, num_valid)
         keep = may_keep(rows[0], num_valid, V, dtype, dtype, chunk_bytes) if reduction == "none" else None
         dtype = held_in(rows[0], dtype, dtype)
@@ -209,11 +211,6 @@ def _known_entries(
     return ids, known
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states as (N, D), and the head in full."""
-    return hidden.reshape(-1, hidden.shape[-1]), gathered(weight), gathered(bias)
-
-
 @overload
 def linear_token_logprobs(
     hidden: Tensor, weight: Tensor, ids: Tensor, *,
@@ -254,10 +251,10 @@ def linear_token_logprobs(
     operations instead of three.
     Raises ValueError or TypeError for shapes, dtypes or ids that do not fit.
     """
+    hidden, weight, bias, ids, mask = map(gathered, (hidden, weight, bias, ids, mask))
     check_float(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     _check_ids("ids", ids, hidden.shape[:-1], hidden.device)
     check_side("", hidden, weight, bias)
-    hidden, mask = gathered(hidden), gathered(mask)
     mask_N, _ = row_factor(hidden, hidden, mask, None, "none", None)
     check_num_valid(mask_N, num_valid)
     ids = ids.long().reshape(-1, 1)
@@ -267,7 +264,7 @@ def linear_token_logprobs(
     chunk_bytes = chunk_budget(chunk_bytes, hidden.device)
     dtype = compute_dtype("", hidden, weight)
     numbers = (0.0, 0.0, 1.0, True, *transform, dtype, chunk_bytes, num_valid)
-    tensors = (*_head(hidden, weight, bias), ids, None, mask_N)
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, ids, None, mask_N)
     keep = may_keep(tensors[0], num_valid, weight.shape[0], dtype, dtype, chunk_bytes)
     rows, _, stats = reduced_loss(
         _linear_rows,

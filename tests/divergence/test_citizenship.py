@@ -991,6 +991,10 @@ for loss in (lambda s, **o: divergence_loss(s, wt[:6], **o), lambda s, **o: topk
     apart = {name: distribute_tensor(x, mesh, [Shard(0) if x.ndim else Replicate()]) for name, x in options.items()}
     for student in (w[:6], distribute_tensor(w[:6], mesh, [Shard(0)])):
         assert torch.equal(loss(student, **apart), loss(w[:6], **options))
+for placement in (Replicate(), Shard(0), Shard(1)):  # a teacher's top k, as of logits sharded by tokens or vocabulary
+    shard = lambda x: distribute_tensor(x, mesh, [Shard(0) if x.ndim == 1 and placement.is_shard() else placement])
+    assert torch.equal(topk_divergence_loss(w[:6], *map(shard, top)), topk_divergence_loss(w[:6], *top))
+    assert torch.equal(linear_token_logprobs(h[0], w, shard(ids)), linear_token_logprobs(h[0], w, ids))
 """)
     done = torchrun(script)
     assert done.returncode == 0, done.stdout + done.stderr
