@@ -72,8 +72,10 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
     """A sharded tensor (DTensor) in full on every rank; any other as it is. Its gradient is the ranks' mean: what data
     parallelism makes of their losses, and where all computed the same loss, the gradient of that.
     """
-    if not isinstance(tensor, Tensor) or not hasattr(tensor, "full_tensor"):  # nor has a number, under torch.compile
+    if not isinstance(tensor, Tensor) or not hasattr(tensor, "placements"):  # traced, it has no methods
         return tensor
+    if tensor.dtype == torch.bool:  # which torch.compile gathers into integers, and ~ of those is another mask
+        return gathered(tensor.byte()).bool()
     from torch.distributed.tensor import Partial
 
     full = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)

@@ -1000,6 +1000,37 @@ for placement in (Replicate(), Shard(0), Shard(1)):  # a teacher's top k, as of 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_sharded_logits_heads_and_masks_under_torch_compile(tmp_path):
+    script = tmp_path / "compiled.py"
+    script.write_text("""
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from effopd_kernels.divergence import divergence_loss, linear_divergence_loss
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+h, w, t, mask = torch.randn(6, 8), torch.randn(50, 8), torch.randn(6, 50), torch.arange(6) % 3 > 0
+head, logits = w.clone().requires_grad_(), (h @ w.T).requires_grad_()
+
+def both(logits, head, mask):
+    return divergence_loss(logits, t, mask=mask) + linear_divergence_loss(h, head, h, t.T @ h, mask=mask)
+
+expected = both(logits, head, mask)
+expected.backward()
+given = logits, head, mask
+sharded = [distribute_tensor(x.detach(), mesh, [Shard(x.ndim - 1)]).requires_grad_(x.requires_grad) for x in given]
+loss = torch.compile(both, fullgraph=True)(*sharded)
+loss.backward()
+torch.testing.assert_close(loss, expected)
+for here, whole in zip(sharded[:2], (logits, head)):
+    torch.testing.assert_close(here.grad.full_tensor(), whole.grad)
+""")
+    done = torchrun(script)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- errors
 
 
