@@ -35,6 +35,7 @@ _POSITIONS = re.compile(r"(?:^|[._])(?:wpe|pos|positions?|token_type)[._]")
 _WHOLE = [
     ("other", r"rotary\w*(\.\w+)?|relative_attention_bias|inv_freq"),
     ("norm", r"\w*norm(_?\d+)?(\.\d+)?|\w*layernorm_\w+|norm_\w+|\w+_norm_\w+|(\w+_)?ln(_?\d+)?|ln_[a-z0-9]+"),
+    ("norm", r"\w*_layernorm(\.\w+)+"),  # A.X K2's hold gates
     ("head", r"lm_head(\.decoder)?|predictions\.decoder|embed_out|output_head|output_layer|unembed|shared_head\.head"),
     ("head", r"(?<!\.)(head|output|score)|rwkv\.head"),  # at the top alone
     ("embedding", r"\w*embed\w*(\.\w+)?|wte|wpe|tok_\w+|shared"),
@@ -56,9 +57,9 @@ _IN_MLP = [
     ("gate_up", r"gate_up\w*|wi|dense_h_to_4h_swiglu|w12|w13_weight|input_linear|experts\.fc1"),
     ("gate", r"gate_\w*|linear_gate|w1|w_in\.w_0|wi_0|c_fc_0|linear_1|proj_up_gate|receptance"),
     ("up", r"(proj_)?up\w*|w3|w_in\.w_1|v1|wi_1|c_fc(_1)?|(linear_)?fc1|fc_in|lin1|layer_1|linear_v|key"),
-    ("up", r"dense_h_to_4h|intermediate\.dense"),
+    ("up", r"dense_h_to_4h|intermediate(\.dense)?|(mlp|ffn?|feed_?forward)\.0"),  # the latter: of an nn.Sequential
     ("down", r"(proj_)?down\w*|w2(_weight)?|w_out|wo|c_proj|(linear_)?fc2|fc_out|lin2|layer_2|output_linear|value"),
-    ("down", r"dense_4h_to_h|output\.dense"),
+    ("down", r"dense_4h_to_h|output\.dense|(mlp|ffn?|feed_?forward)\.([23]|output)"),
 ]
 
 

@@ -107,6 +107,13 @@ NAMES = {
     "layers.1.attn.wo_b.weight": Role("o", 1),
     "model.local_decoder.cross_attn_layers.1.q_proj.weight": Role("q", 1),
     "output.weight": Role("head"),
+    # CTRL, ProphetNet, A.X K2, whose norms hold gates
+    "transformer.h.1.ffn.0.weight": Role("up", 1),
+    "transformer.h.1.ffn.2.bias": Role("down", 1),
+    "prophetnet.decoder.layers.1.feed_forward.intermediate.weight": Role("up", 1),
+    "prophetnet.decoder.layers.1.feed_forward.output.weight": Role("down", 1),
+    "model.layers.1.input_layernorm.mlp.fc1.weight": Role("norm", 1),
+    "roberta_prelayernorm.encoder.layer.1.attention.self.query.weight": Role("q", 1),
     # what no rule knows, and layers that are numbered anew
     "mtp.layers.0.self_attn.q_proj.weight": Role("other"),
     "model.layers.1.linear_attn.A_log": Role("other", 1),
