@@ -23,7 +23,8 @@ from .roles import role_of, token_embedding
 from .wording import counted, listed
 
 CHECKPOINT = ("trajectory", "checkpoint", "step", "progress")
-# bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have.
+# bitsandbytes, GPTQ and AWQ, compressed-tensors, MXFP4: their scales have names that the base does not have. Other
+# methods (HQQ, quanto, torchao, AQLM) have other names, but a config that says so.
 _PACKED = re.compile(r"weight(_packed)?$|_blocks$")
 # What transformers once stored and now computes: rotary frequencies, causal masks and the number that masks.
 _FREQUENCIES = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -212,10 +213,14 @@ def _check(base: Checkpoint, other: Checkpoint) -> None:
 
 
 def _check_floating(checkpoint: Checkpoint, other: Checkpoint) -> None:
-    """Raise UserError where a weight is quantised: what is packed by its name or dtype, or floating in the other."""
-    for name, (_, dtype) in checkpoint.shapes.items():
+    """Raise UserError where a weight is quantised: what is packed by its name or dtype, floating in the other, or a
+    matrix of whole numbers in a model whose config says how it is quantised.
+    """
+    said = checkpoint.config.get("quantization_config") is not None
+    for name, (shape, dtype) in checkpoint.shapes.items():
         floating = name in other.shapes and other.shapes[name][1] in FLOATS
-        if dtype not in FLOATS and ("float8" in str(dtype) or _PACKED.search(name) or floating):
+        packed = "float8" in str(dtype) or _PACKED.search(name) or (said and len(shape) > 1)
+        if dtype not in FLOATS and (packed or floating):
             raise UserError(f"{name} of {checkpoint.path} is quantised ({dtype}); dequantise the checkpoint first")
 
 

@@ -496,6 +496,20 @@ def broken(base, tmp):
     }  # fmt: skip
 
 
+def test_a_config_tells_quantised_weights_of_any_name(base, tmp_path):
+    """As HQQ, quanto and torchao call them: beside a model with weights they are not missing tensors, and of two such
+    models the scales alone are no comparison."""
+    weights = planted.base_weights()
+    del weights[Q]
+    module, codes = Q.removesuffix("weight"), torch.ones(64, 32, dtype=torch.uint8)
+    for packed in ("W_q", "weight._data", "_weight_qdata"):
+        own = weights | {f"{module}{packed}": codes, f"{module}scale": torch.ones(64, 1), "steps": torch.ones(2).long()}
+        quantised = planted.write(tmp_path / packed, own, {"quantization_config": {}})
+        for start, run in ((base, quantised), (quantised, base), (quantised, quantised)):
+            with pytest.raises(UserError, match=rf"{packed} of {quantised} is quantised \(torch.uint8\); dequantise"):
+                compare(start, {"run": [run]})
+
+
 @pytest.mark.parametrize(
     "file, command",
     [
