@@ -68,7 +68,7 @@ class _Unsupported(ValueError):
 
 class FileCheckpoint:
     """A safetensors file or a folder of them, of which those are read that transformers would: model.safetensors, else
-    what the index names, else all. Names in the order they lie on disk.
+    what the index names; without one, numbered shards alone, else all. Names in the order they lie on disk.
     """
 
     devices = frozenset({torch.device("cpu")})
@@ -137,12 +137,15 @@ def _shards(path: Path) -> list[Path]:
         return [path / name for name in names]
     found = sorted(file for file in path.glob("*.safetensors") if file.is_file())  # a pipe would be waited for
     if not found:
-        raise FileNotFoundError(f"{path}: no *.safetensors in this folder")
+        # A run's folder, or a model's in the hub's cache, whose files are in snapshots/<commit>.
+        below = sorted({str(f.parent) for depth in ("*", "*/*") for f in path.glob(f"{depth}/*.safetensors")})
+        instead = f"; there are in {', '.join(below[:3])}" if below else ""
+        raise FileNotFoundError(f"{path}: no *.safetensors in this folder{instead}")
     numbered = [match for file in found if (match := _SHARD.fullmatch(file.name))]
     every = {f"{m[1]}{i:0{len(m[2])}}-of-{m[3]}.safetensors" for m in numbered for i in range(1, int(m[3]) + 1)}
     if missing := sorted(every - {file.name for file in found}):
         raise FileNotFoundError(f"{path} lacks shards that the others' names count: {', '.join(missing)}")
-    return found
+    return [path / name for name in sorted(every)] or found  # beside shards lies what is in another format
 
 
 def _header(path: Path) -> dict[str, Entry]:

@@ -158,7 +158,8 @@ def test_sharded_mixed_and_wrapped_checkpoints(base, tmp_path):
 
 
 def test_of_several_files_those_are_read_that_transformers_reads(base, tmp_path):
-    """A shard's index that saving over a sharded folder left behind; the same weights in Mistral's own format."""
+    """A shard's index that saving over a sharded folder left behind; the same weights in Mistral's own format, beside
+    shards too that were downloaded without their index."""
     weights = planted.base_weights()
     stale = planted.write_sharded(tmp_path / "stale", weights)
     shards = sorted(stale.glob("model-*.safetensors"))
@@ -167,8 +168,11 @@ def test_of_several_files_those_are_read_that_transformers_reads(base, tmp_path)
     both = planted.write(tmp_path / "both", weights)
     save_file({"norm.weight": torch.zeros(3), Q: weights[Q] + 1}, both / "consolidated.safetensors")
     save_file(dict.fromkeys([Q], weights[Q]), planted.write_sharded(tmp_path / "more", weights) / "again.safetensors")
-    comparison = compare(base, {"run": [stale, both, tmp_path / "more"]})
-    assert [bool(update(comparison, Q, position=i).any()) for i in range(3)] == [True, False, False]
+    shards = planted.write_sharded(tmp_path / "no_index", weights)
+    (shards / "model.safetensors.index.json").unlink()
+    shutil.copy(both / "consolidated.safetensors", shards)
+    comparison = compare(base, {"run": [stale, both, tmp_path / "more", shards]})
+    assert [bool(update(comparison, Q, position=i).any()) for i in range(4)] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("base_stores", [True, False])
@@ -383,6 +387,8 @@ def broken(base, tmp):
     (garbage / "model.safetensors").write_bytes(b"not safetensors at all")
     (garbage / "pytorch_model.bin").touch()  # no reason to convert: there are safetensors
     (tmp / "empty").mkdir()
+    cache = tmp / "models--someone--model"
+    stored("models--someone--model/snapshots/a1b2", weights)
     (tmp / "used").mkdir()
     (tmp / "used" / "thesis.txt").write_text("x")
     (tmp / "nowhere").symlink_to(tmp / "gone")
@@ -428,7 +434,8 @@ def broken(base, tmp):
     return {
         "no such base": (case(base, start=tmp / "nobody"), "nobody: no such file or folder; give a local folder, hub"),
         "no such checkpoint": (case(tmp / "nobody"), "nobody: no such file or folder"),
-        "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder"),
+        "nothing in it": (case(tmp / "empty"), "empty: no *.safetensors in this folder\n"),
+        "the cache": (case(cache), f"no *.safetensors in this folder; there are in {cache / 'snapshots' / 'a1b2'}\n"),
         "garbage": (case(garbage), "garbage/model.safetensors: damaged or truncated"),
         "missing shard": (case(shard), "names shards that are not there: model-00002-of-00003.safetensors"),
         "no index": (case(unlisted, start=unlisted), "lacks shards that the others' names count: model-00003-of-00003"),
