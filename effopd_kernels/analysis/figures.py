@@ -6,7 +6,10 @@ colours can follow it.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -41,6 +44,8 @@ STYLE = {
 }
 GREY = "#666666"
 WIDTH, HEIGHT, DPI = 4.8, 3.3, 150  # inches, dots per inch
+LEGEND = 0.5  # inches of the height, of two rows
+CHARACTERS = 50  # of a line as wide as the figure
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -65,18 +70,16 @@ class Picture:
 
     def draw(self) -> "Figure":
         """One panel under this module's style; with a legend where two things or more have a label."""
-        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(STYLE):
+        with _style():
             figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
             FigureCanvasAgg(figure)
             axes = figure.subplots()
             globals()[self.kind].__wrapped__(axes, *self.arguments, **self.options)
-            handles, labels = axes.get_legend_handles_labels()
-            if len(labels) > 1:  # above the axes, where no curve can run through it
-                figure.legend(handles, labels, loc="outside upper left", ncols=3, borderaxespad=0, columnspacing=1.4)
+            axes.set_title(_wrapped(axes.get_title("left")))
+            _legend(figure, *axes.get_legend_handles_labels())
         return figure
 
 
@@ -92,14 +95,22 @@ def described(paint: Callable[..., None]) -> Callable[..., Picture]:
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
     """Write ``folder/name.png`` and ``folder/name.svg``."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):  # by the canvases' own methods: ``savefig`` draws everything twice
+    with _style():  # by the canvases' own methods: ``savefig`` draws everything twice
         figure.canvas.print_png(folder / f"{name}.png")
         figure.set_layout_engine("none")  # as laid out now, for both files
         FigureCanvasSVG(figure).print_svg(folder / f"{name}.svg", metadata={"Date": None})
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # said of each letter of a name in each figure
+        yield
 
 
 def look(index: int) -> dict:
@@ -139,6 +150,9 @@ def lines(
             axes.fill_between(x, *ends, color=style["color"], alpha=0.18, linewidth=0)
     if not any(math.isfinite(v) for line in axes.lines for v in line.get_ydata()):
         axes_properties.pop("xscale", None)  # matplotlib has no ticks for a logarithmic axis with no point
+    if axes_properties.get("ylim") == (0, None):  # or a curve that is flat would run along the upper edge
+        axes.update_datalim([(0, 0)], updatex=False)
+        axes.autoscale_view()
     for height, colour in levels:
         axes.axhline(height, color=colour, linestyle=":", linewidth=1.1)
     axes.set(xlabel=x_label, ylabel=y_label, **axes_properties)
@@ -225,6 +239,23 @@ def heat_map(
     axes.spines[:].set_visible(False)
     axes.set(title=title, ylabel=row_label)
     axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.02).outline.set_visible(False)
+
+
+def _legend(figure: "Figure", handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Above the axes, where no curve can run through it, in as many columns as fit; for many rows the figure grows."""
+    for columns in (3, 2, 1) if len(labels) > 1 else ():
+        legend = figure.legend(
+            handles, map(_wrapped, labels), loc="outside upper left", ncols=columns, borderaxespad=0, columnspacing=1.4
+        )
+        size = legend.get_window_extent(figure.canvas.get_renderer())
+        if size.width <= figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + max(0, size.height / DPI - LEGEND))
+            return
+        legend.remove()
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, CHARACTERS)
 
 
 def _label_powers(axis: "Axis") -> None:

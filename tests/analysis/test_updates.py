@@ -167,6 +167,28 @@ def test_powers_on_a_logarithmic_axis():
         assert set(some) <= set(labels) and not any(set(text) & set("$^\\{}") for text in labels), labels
 
 
+def test_long_names_fit_into_the_figure(tmp_path):
+    """All of a legend's, a title's that is one; letters the font lacks are boxes and no warnings."""
+    names = ["on-policy distillation from a teacher of 72 billion parameters", "grpo-lr1e-5-beta0.04", "sft 模型", "x"]
+    drawn = [
+        figures.lines({n: ([0, 1], [0, 1]) for n in names}, "x", "y"),
+        figures.bars(["q"], {n: [1.0] for n in names[1:]}, "y", marks={"share of parameters": [1.0]}),
+        figures.heat_map([[1.0]], ["0"], ["q"], "y", limits=(0, 1), title=names[0], row_label="layer"),
+    ]
+    for picture in drawn:
+        figure = picture.draw()
+        figures.save(figure, tmp_path, picture.kind)
+        texts = [text for legend in figure.legends for text in legend.get_texts()] or [figure.axes[0]._left_title]
+        for box in (text.get_window_extent() for text in texts):
+            assert min(box.min) > 0 and box.x1 < figure.bbox.width and box.y1 < figure.bbox.height
+        assert figure.axes[0].get_window_extent().height > 0.6 * figures.HEIGHT * figure.dpi
+
+
+def test_a_flat_curve_does_not_run_along_the_edge():
+    (axes,) = figures.lines({"a": ([0, 1], [0.33, 0.3301])}, "x", "y", ylim=(0, None)).draw().axes
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1.02 * 0.3301
+
+
 def test_the_report_shows_the_tables_numbers(out):
     page = html.unescape(re.sub(r"<[^>]+>", "|", (out / "report.html").read_text()))
     whole = rows(out, "spectra", trajectory="opd", progress=1.0, group="MLP and attention")[0]
