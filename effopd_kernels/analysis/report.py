@@ -40,7 +40,7 @@ class Section:
     Attributes:
         title, lead: what it is about, and one or two sentences of what was found.
         figures: name of its files → figure.
-        how_to_read: one sentence under the figures.
+        how_to_read: one sentence under the figures, where there are any.
         table: rows of equal keys, each value a number, string, bool, None or `Interval`; keys become the header.
         table_note: one sentence under the table, such as where the rest of its rows are.
     """
@@ -185,7 +185,7 @@ def _section(section: Section, folder: Path) -> str:
     parts = [f'<section id="{_anchor(section.title)}"><h2>{_text(section.title)}</h2>', _paragraph(section.lead)]
     if pictures:
         parts.append(f'<div class="figures">{pictures}</div>')
-    if section.how_to_read:
+    if pictures and section.how_to_read:
         parts.append(f'<p class="how"><b>How to read it.</b> {_text(section.how_to_read)}</p>')
     if section.table:
         parts.append(_table(section.table) + _paragraph(section.table_note, "how"))

@@ -233,6 +233,17 @@ def test_one_checkpoint_has_no_evolution_and_says_nothing_of_it(undrawn, folders
     assert tables.isdisjoint({"alignment", "directions"}) and "spectra" in tables
 
 
+def test_a_section_without_figures_does_not_explain_them(undrawn, tmp_path):
+    """Of a model without layers there are no heat maps, and of its cells nothing is said."""
+    base = planted.base_weights(shapes={"model.norm.weight": (8,), "lm_head.weight": (9, 8)})
+    planted.write(tmp_path / "base", base)
+    planted.write(tmp_path / "run", planted.moved(base, planted.noise(1)))
+    arguments = ["updates", "--base", tmp_path / "base", "--checkpoints", tmp_path / "run"]
+    assert cli.main([*map(str, arguments), "--output_dir", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Where the update went</h2>" in page and "Each cell is" not in page and "A bar is the part" in page
+
+
 def test_an_equal_checkpoint_gives_zeros_and_says_so(undrawn, folders, tmp_path, capsys):
     assert analyse(folders / "base", folders / "base", folders / "rl" / "saved2", out=tmp_path / "out") == 0
     assert (
