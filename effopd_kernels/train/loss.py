@@ -33,7 +33,7 @@ from ..divergence import (
 )
 from ..divergence.arguments import check_positive
 from ..errors import UserError
-from .model_reading import HIDDEN_STATES, Backbone, Padding, gathered_head, look_at, within_peft
+from .model_reading import HIDDEN_STATES, Backbone, Padding, gathered_head, look_at, put_hidden_states, within_peft
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,8 @@ def restore_trl_loss(trainer: DistillationTrainer) -> None:
     if not isinstance(ours, _ComputeLoss):
         return
     del trainer._compute_loss
-    trainer.__dict__.pop(HIDDEN_STATES, None)
+    if trainer.__dict__.get(HIDDEN_STATES) == ours._last_hidden_state:
+        put_hidden_states(trainer, ours.override)
     if ours.replaced is not None:
         trainer._compute_loss = ours.replaced
 
@@ -214,7 +215,7 @@ class _ComputeLoss:
     def __init__(self, trainer: DistillationTrainer, method: types.FunctionType, loss: FusedLoss):
         self.trainer, self.method, self.loss = trainer, method, loss
         self.replaced = vars(trainer).get("_compute_loss")  # which somebody else has put there
-        self.hidden_states = getattr(trainer, HIDDEN_STATES)
+        self.hidden_states = self.override = None  # TRL's method, and what somebody else has put in its place
         self.compute: Callable | None = None
         self.full_logits = False
         self.padding = [Padding.IGNORED, Padding.IGNORED]  # for the student, for the teacher
@@ -229,6 +230,7 @@ class _ComputeLoss:
 
     def _look_at_models(self, student, inputs: dict) -> None:
         """Each rank looks at tokens of its own, and all must go on alike."""
+        self.hidden_states, self.override = getattr(self.trainer, HIDDEN_STATES), vars(self.trainer).get(HIDDEN_STATES)
         seen = gather_object([look_at(student, inputs, self.trainer, self.hidden_states, self._rebuilt_with)])
         misread = list(dict.fromkeys(name for names, _ in seen for name in names))
         self.full_logits = bool(misread)
@@ -242,7 +244,7 @@ class _ComputeLoss:
         if Padding.READ in self.padding:
             self._check_validation()
         if self.full_logits or any(self.padding):
-            setattr(self.trainer, HIDDEN_STATES, self._last_hidden_state)
+            put_hidden_states(self.trainer, self._last_hidden_state)
         self.compute = self._rebuilt_with(self.loss.of_logits if self.full_logits else self.loss)
 
     def _rebuilt_with(self, loss: Callable) -> Callable:

@@ -39,6 +39,13 @@ class Padding(IntEnum):
     READ = 2
 
 
+def put_hidden_states(trainer: DistillationTrainer, method: Callable | None) -> None:
+    """A method of this trainer's own in the place of its class's; None gives the class's back."""
+    vars(trainer).pop(HIDDEN_STATES, None)
+    if method is not None:
+        setattr(trainer, HIDDEN_STATES, method)
+
+
 @torch.no_grad()
 def look_at(
     student: torch.nn.Module, given: dict, trainer: DistillationTrainer, hidden_states: Callable, rebuilt_with: Callable
@@ -83,13 +90,14 @@ def look_at(
     ids = given["completion_ids"][:1, :_TOKENS]
     inputs = {"prompt_ids": ids[:, :1], "completion_ids": ids}
     inputs |= {f"{part}_mask": torch.ones_like(inputs[f"{part}_ids"]) for part in ("prompt", "completion")}
-    setattr(trainer, HIDDEN_STATES, both)
+    override = vars(trainer).get(HIDDEN_STATES)
+    put_hidden_states(trainer, both)
     try:
         with modes_kept(student):
             student.eval()
             rebuilt_with(compare)(student, inputs, None)
     finally:
-        delattr(trainer, HIDDEN_STATES)
+        put_hidden_states(trainer, override)
         torch.clear_autocast_cache()  # of casts without a graph, which torch 2.10 hands to training too
     return misread, padding
 

@@ -315,6 +315,31 @@ def test_another_trainer_keeps_its_loss_and_restoring_undoes(world, tmp_path):
     assert one._compute_loss is mine
 
 
+@pytest.mark.parametrize("kind", ["phi (bias)", "gpt2"])
+@pytest.mark.parametrize("first", ["override", "loss"])
+def test_an_override_of_what_makes_hidden_states_stays(world, tmp_path, kind, first):
+    """Of one trainer, as TRL's methods are of all: the look at the models at the first loss took it away."""
+    tokenizer = tiny.tokenizer_of(world)
+    trainer = trl_trainer(world, tmp_path, *(model_of(kind, tokenizer, seed) for seed in (0, 1)))
+    calls, theirs = [], trainer._get_last_hidden_state
+
+    def own(*args, **kwargs):
+        calls.append(args)
+        return theirs(*args, **kwargs)
+
+    for each in ("loss", "override") if first == "loss" else ("override", "loss"):
+        if each == "loss":
+            use_fused_loss(trainer)
+        else:
+            trainer._get_last_hidden_state = own
+    for _ in range(2):
+        calls.clear()
+        trainer.compute_loss(trainer.model, batch(trainer))
+        assert calls
+    restore_trl_loss(trainer)
+    assert trainer._get_last_hidden_state is own
+
+
 class ScaledHead(torch.nn.Linear):
     """Starts as a plain head."""
 
