@@ -17,7 +17,7 @@ _BOX = r"\\(?:boxed|fbox)\s*\{", r"\\boxed{"  # a box by any name
 _TYPOGRAPHY = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        ("−", "-"),
+        ("[−–]", "-"),
         (r"\\\\|\\[()\[\]:; ]|\\q?quad\b|~|\*\*", " "),
         (r"\\[!,]|\\?[$£€¥]|\^\{?\\circ\}?|°|\\(?:left|right)(?![a-zA-Z])", ""),
         (r"\\%", "%"),
@@ -26,8 +26,10 @@ _TYPOGRAPHY = tuple(
         (r"\\(?:text|math|mbox)[a-z]*\{([^{}]*)\}", r"\1"),
         # 3 \times 10^5 is 3e5
         (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))", r"e\1\2"),
-        (r"(?<=\d)\s*(?=\\[cdt]?frac)", " "),  # 1\frac12 is 1 1/2
-        (r"\\[cdt]?frac\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))", r"\1\2/\3\4"),
+        (r"(?<![\w.^}/)])10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))", r"1e\1\2"),  # and 10^5 is 1e5
+        (r"\\[cdt]frac", r"\\frac"),
+        (r"(?<=\d)\s*(?=\\frac)", " "),  # 1\frac12 is 1 1/2
+        (r"\\frac\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))\s*(?:\{\s*([-\d.,]+)\s*\}|(\d))", r"\1\2/\3\4"),
     )
 )
 # `.*` in front: the last statement counts.
@@ -40,11 +42,15 @@ _UNSIGNED = r"(?:(?:(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)(?:[
 # answers.
 _NUMBER = re.compile(
     r"(?:(?<![\da-zA-Z)\]}%^{/])([-+])|(?<![\d^{/√])(?<![a-zA-Z]_)(?<!(?<![a-zA-Z])[a-zA-Z][-+])"
-    r"(?<!\d\.)(?<![\^{]-)(?<!sqrt))"
+    r"(?<!\d[.:])(?<![\^{]-)(?<!sqrt))"
     rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
 )
-_FACTOR_FOLLOWS = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))")  # the 2 of 2\pi and of 2^10 is no answer
-_TERM = re.compile(r"\d(?:!|[xyzni](?![a-zA-Z\d]))")  # 5! and 5x: five (times) in a sentence, but not in a box
+_PART = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))|:\d")  # follows: the 2 of 2\pi, 2^10 and 2:3 is no answer
+# What a sentence says of its number, a box makes another answer: 5! and 5x; 1, 2 and (1, 2); x > 5 and \pm 5.
+_NO_NUMBER = re.compile(
+    r"\d(?:!|[xyzni](?![a-zA-Z\d])|\s*(?:[)\]]\s*)?(?:[;:]|,(?!\d{3}(?!\d))|or\b)\s*[-+(\[\\\d])"
+    r"|[<>≤≥±]|\\(?:pm|[lg](?:eq?|t))(?![a-z])"
+)
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000, where there is nothing else
 # Around the number that an answer is: the symbol that it is the value of, and its unit, where that is set as text.
 _SYMBOL = re.compile(r"^[a-zA-Z] ?= ?")
@@ -85,7 +91,7 @@ def _marked_or_all(text: str) -> str:
 
 
 def _numbers(text: str) -> list[re.Match]:
-    return [found for found in _NUMBER.finditer(text) if not _FACTOR_FOLLOWS.match(text, found.end())]
+    return [found for found in _NUMBER.finditer(text) if not _PART.match(text, found.end())]
 
 
 def extract_answer(text: str) -> str:
@@ -139,7 +145,9 @@ def _close(given: Decimal, gold: Decimal, rel_tol: float) -> bool:
 
 
 def _normalise(text: str) -> str:
-    """Case, white space (also "x=5", "(1,2)") and closing punctuation folded. The space after a full stop stays."""
+    """Case, white space (also "x=5", "(1,2)"), braces of x^{2} and closing punctuation folded. The space after a full
+    stop stays."""
+    text = re.sub(r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2", text)
     return re.sub(r" ?([^\w\s.]) ?", r"\1", " ".join(text.casefold().split())).rstrip(".!;, ").lstrip()
 
 
@@ -172,9 +180,9 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     """Whether the final answer of `completion` equals that of `answer`, or of one of several.
 
     Integers are compared exactly, other numbers within `rel_tol` (relative); 50% equals 0.5 and 50. Of several numbers
-    after a marker the first counts, or the result of the calculation that it opens. Strings are compared after folding
-    case, white space and closing punctuation; a new sentence, "because" or the text of an option may follow. Of x = 5
-    and of 5\\text{ cm} the number alone is right, too.
+    after a marker the first counts, or the result of the calculation that it opens; of a list in a box, none. Strings
+    are compared after folding case, white space and closing punctuation; a new sentence, "because" or the text of an
+    option may follow. Of x = 5 and of 5\\text{ cm} the number alone is right, too.
     When the `math_verify` package is installed, a mismatch gets a second opinion from it (symbolic equality).
     """
     if isinstance(answer, list):
@@ -183,8 +191,8 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     gold = _marked_or_all(_plain(str(answer)).strip())
     if number := _NUMBER.fullmatch(gold.rstrip(".")):
         stated = extract_answer(completion)
-        term = r"\boxed{" in _plain(completion) and "=" not in stated and _TERM.search(stated)
-        given = None if term else _result(stated)
+        other = r"\boxed{" in _plain(completion) and "=" not in stated and _NO_NUMBER.search(stated)
+        given = None if other else _result(stated)
         right = given is not None and _equal(given, number, rel_tol)
     else:
         stated = _marked_or_all(_plain(completion))

@@ -56,6 +56,8 @@ from effopd_kernels.train.grading import is_correct
         ("the answer is 6.02 x 10^23", "6.02e23"),
         ("6.02 × 10^23 of them", r"6.02 \times 10^{23}"),
         (r"$1.5*10^{3}$ m", "1500"),
+        (r"\boxed{10^{6}}", "1000000"),
+        (r"the answer is $-10^{-2}$", "-0.01"),
         # units glued to a number
         (r"\boxed{5kg}", "5"),
         (r"\boxed{5\text{m}}", "5"),
@@ -89,6 +91,8 @@ from effopd_kernels.train.grading import is_correct
         ("10-3 =", "3"),
         ("so the change is -$5.", "-5"),
         ("−5", "-5"),
+        ("it is –5", "-5"),
+        ("pages 3–5", "5"),
         ("it is _42_", "42"),
         ("it costs €18", "£18"),
         ("50%", "50"),
@@ -102,8 +106,14 @@ from effopd_kernels.train.grading import is_correct
         (r"\boxed{1\ 234\ 567.5}", "1234567.5"),
         ("1 234 567", "1234567"),
         ("10000", "10 000"),
+        (r"\boxed{1,234}", "1234"),
+        (r"\boxed{(5), \text{ i.e. five}}", "5"),
         # strings
         ("(1,2)", "(1, 2)"),
+        (r"\boxed{\left(1, \dfrac{\pi}{2}\right)}", r"(1,\frac{\pi}{2})"),
+        (r"\boxed{3 : 4}", "3:4"),
+        (r"\boxed{x^{2} + \sqrt{2}}", r"x^2+\sqrt2"),
+        (r"\boxed{1010_2}", "1010_{2}"),
         ("x=5", "x = 5"),
         (r"\boxed {5}", "5"),
         (r"\boxed{5}", r"\boxed {5\text{ cm}}"),
@@ -159,6 +169,8 @@ def test_right(completion, answer):
         (r"\boxed{3 \times 10^5}", "3"),
         ("the answer is 6.02 x 10^23", "6.02"),
         (r"\boxed{5!}", "5"),
+        (r"\boxed{\sqrt{10^6}}", "1e6"),
+        (r"\boxed{10^{6}}", "10"),
         (r"\boxed {5!}", "5"),
         (r"\boxed{5x}", "5"),
         (r"\boxed{-\frac{1}{2}x}", "-1/2"),
@@ -172,6 +184,17 @@ def test_right(completion, answer):
         (r"\boxed{43}", r"42\text{ cm}"),
         (r"\boxed{3}", r"3\text{ or }4"),
         ("#### 10 00", "1000"),
+        # one of several, in a box
+        (r"\boxed{3:4}", "3"),
+        (r"{\boxed{3 : 4}}", "4"),
+        ("the ratio is 3:4", "4"),
+        ("the answer is 3:4", "3"),
+        (r"\boxed{1,2}", "1"),
+        (r"\boxed{\left(1, 2\right]}", "1"),
+        (r"\boxed{-1 \text{ or } 2}", "-1"),
+        (r"\boxed{\frac{1}{2}, \frac{1}{3}}", "0.5"),
+        (r"\boxed{x \geq 3}", "3"),
+        (r"\boxed{\pm 3}", "3"),
         # percentages
         ("The answer is 50%", "0.5%"),
         (r"\boxed{100\%}", r"1\%"),
@@ -210,8 +233,11 @@ def test_huge_completions_take_linear_time(monkeypatch):
     texts = [unit * (100_000 // len(unit)) for unit in units]
     texts += [
         start + " " * 100_000
-        for start in ("answer", "answer is", "####", "1", "1 /", r"\frac{1}", "x", "1 x", "1 x 10^")
-    ]
+        for start in (
+            "answer", "answer is", "####", "1", "1 /", r"\frac{1}", "x", "1 x", "1 x 10^", "10", "x^", r"\boxed{1",
+            r"\boxed{1)",
+        )
+    ]  # fmt: skip
     for text in texts:
         assert not is_correct(text, "0.123")
         assert not is_correct(text + "}x", "Paris")
