@@ -214,7 +214,12 @@ def _is_null(dataset: datasets.Dataset, column: str) -> bool:
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    return isinstance(value, list) and all(isinstance(m, dict) and _is_message(m) for m in value)
+
+
+def _is_message(message: dict[str, Any]) -> bool:
+    """A call of tools may have no content; of others templates would write None as the text."""
+    return message.get("role") is not None and (message.get("content") is not None or bool(message.get("tool_calls")))
 
 
 def require_answers(dataset: datasets.Dataset, where: str, found: list[str]) -> None:

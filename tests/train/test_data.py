@@ -48,6 +48,7 @@ def test_verl_parquet_with_messages(tmp_path):
         ('{"prompt": "2020-01-01"}\nnull\n', "empty prompt in row 1"),
         ('{"prompt": 12}\n', "row 0 that is neither text nor a list of chat messages"),
         ('{"prompt": [{"role": "user"}]}\n', "row 0 that is neither text nor a list of chat messages"),
+        ('{"prompt": [{"role": "user", "content": null}]}\n', "row 0 that is neither text nor a list of chat"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, says):
@@ -224,6 +225,12 @@ def test_a_prompt_that_the_tokenizer_ends_is_refused():
     fit_context(datasets.Dataset.from_dict({"prompt": chat}), tokenizer, None, "error", "d")
     with pytest.raises(UserError, match="the tokenizer ends the prompts in 'd' with '<eos>', beyond which nothing is"):
         fit_context(datasets.Dataset.from_dict({"prompt": texts}), tokenizer, None, "error", "d")
+
+
+def test_a_call_of_tools_needs_no_content(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    rows = [{"prompt": [{"role": "user", "content": "2+2", "tool_calls": None}, call]}]
+    assert load_prompts(str(tiny.write_jsonl(tmp_path / "d.jsonl", rows)))["prompt"][0][1] == call
 
 
 def test_tools_that_no_prompt_tells_of_are_said(tmp_path, caplog):
