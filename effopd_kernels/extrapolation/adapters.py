@@ -240,7 +240,10 @@ class Adapters:
     def _check(self, name: str, layer: nn.Module) -> None:
         a, b = layer.lora_A[self.trained], layer.lora_B[self.trained]
         if not isinstance(a, nn.Linear) or self.trained in getattr(layer, "lora_variant", {}):
-            raise ValueError(f"{name} is not plain linear LoRA (W + s·B·A), so its product cannot be extrapolated")
+            raise ValueError(
+                f"{name} is not plain linear LoRA (W + s·B·A), so its product cannot be extrapolated: leave "
+                "DoRA and the like out, or EffOPD"
+            )
         if b.bias is not None:
             raise ValueError(f"{name} has a trained LoRA bias, which a product cannot hold: use lora_bias=False")
         if hasattr(a.weight, "placements"):
