@@ -1,9 +1,12 @@
 """What a run keeps to its end: settings that a checkpoint notes, and a run that is resumed has to have."""
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..commands import json_object
 from ..errors import UserError
@@ -17,11 +20,31 @@ KEPT = (
     "adam_epsilon", "optim", "optim_args", "eval_temperature",
 )  # fmt: skip
 PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in the data is counted in steps
+TEACHER = "teacher"  # by its name, which is another where the folder has moved
+logger = logging.getLogger(__name__)
 
 
-def write_settings(folder: Path, args: OPDConfig) -> None:
-    given = _settings(args)
-    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in (*KEPT, PROMPTS)}))
+def write_settings(folder: Path, args: OPDConfig, teacher: torch.nn.Module) -> None:
+    given = _settings(args) | {TEACHER: _name(teacher)}
+    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in (*KEPT, PROMPTS, TEACHER)}))
+
+
+def compare_teachers(checkpoint: Path, teacher: torch.nn.Module) -> None:
+    """Warns where the run that goes on from `checkpoint` has learnt from a teacher of another name."""
+    file = checkpoint / SETTINGS_NAME
+    was, got = json_object(file).get(TEACHER) if file.is_file() else None, _name(teacher)
+    if was and got and was != got:
+        logger.warning(
+            "checkpoint '%s' learnt from the teacher '%s', and goes on with '%s': if that is another model, begin "
+            "another run with the checkpoint as its student",
+            *(checkpoint, was, got),
+        )
+
+
+def _name(model: torch.nn.Module) -> str:
+    """Where a model was loaded from; empty if it was made otherwise."""
+    name = model.config._name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def check_settings(checkpoint: Path, args: OPDConfig) -> None:

@@ -38,7 +38,7 @@ from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
-from .settings import check_settings, write_settings
+from .settings import check_settings, compare_teachers, write_settings
 from .stopping import EvaluationDue, Interrupts, StepGuard
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
@@ -333,6 +333,8 @@ class OPDTrainer(trl.DistillationTrainer):
             resume_from_checkpoint = str(newest_intact(Path(self.args.output_dir)))
         if resume_from_checkpoint:
             check_settings(Path(resume_from_checkpoint), self.args)
+            if self.is_world_process_zero():
+                compare_teachers(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.teacher_model))
         if self.is_world_process_zero():
             for abandoned in unpublished(Path(self.args.output_dir)):
                 remove(abandoned)
@@ -466,7 +468,7 @@ class OPDTrainer(trl.DistillationTrainer):
             self.state.best_model_checkpoint = str(run_dir / best)
         if self.args.should_save:
             (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
-            write_settings(staged, self.args)
+            write_settings(staged, self.args, self.accelerator.unwrap_model(self.teacher_model))
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
