@@ -303,6 +303,8 @@ class OPDConfig(trl.DistillationConfig):
         _check_generation(self.generation_kwargs or {}, self.use_vllm)
         if self.use_liger_kernel and self.use_cpu:
             raise UserError("--use_liger_kernel needs a GPU, and this run is on the CPU")
+        if self.fp16 and self.use_cpu:  # where accelerate trains in fp32, and says nothing
+            raise UserError("--fp16 needs a GPU, and this run is on the CPU: leave it out, or take --bf16")
         if self.save_on_each_node:
             raise UserError("--save_on_each_node cannot be: a run's checkpoints are in one folder that all nodes share")
         defaults = {f.name: f.default for f in fields(self)}

@@ -264,6 +264,7 @@ def broken_worlds(world, tmp):
         ),
         "stop strings": (case(generation_kwargs='{"stop_strings": ["a"]}'), "stop_strings must be left out"),
         "a word for a number": (case(generation_kwargs='{"top_p": "all"}'), "top_p must be between 0 and 1, got 'all'"),
+        "half precision": (case(fp16=True, use_cpu=True, bf16=False), "--fp16 needs a GPU"),
         "kernels of a GPU": (case(use_liger_kernel=True, use_cpu=True, bf16=False), "--use_liger_kernel needs a GPU"),
         "unknown to the student": (
             case(model_init_kwargs='{"foo": 1}'),
