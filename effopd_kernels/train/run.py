@@ -89,6 +89,10 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
     shared = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     args.model_init_kwargs = {**shared, "revision": model_args.model_revision, **(args.model_init_kwargs or {})}
     args.teacher_model_init_kwargs = {**shared, **(args.teacher_model_init_kwargs or {})}
+    peft_config = trl.get_peft_config(model_args)
+    one = peft_config and peft_config.target_modules  # which TRL takes out of its list, and peft for a pattern
+    if isinstance(one, str) and one.isidentifier():
+        peft_config.target_modules = {one}
     try:
         return OPDTrainer(
             model_args.model_name_or_path,
@@ -100,7 +104,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             processing_class=tokenizer,
             callbacks=[MetricsFile()],
             quantization_config=quantization,
-            peft_config=trl.get_peft_config(model_args),
+            peft_config=peft_config,
         )
     except (OSError, ValueError, ImportError) as e:  # TRL's and transformers' own checks of what they were given
         raise UserError(one_line(e, 400)) from e

@@ -632,6 +632,13 @@ def test_overwriting_drops_the_earlier_runs_saved_model_and_nothing_else(world, 
     assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").is_file()
 
 
+def test_one_module_may_be_adapted(world, tmp_path):
+    """Its name is no pattern of whole names, as which TRL hands peft a single one."""
+    run = {"max_steps": 1, "eval_steps": None, "effopd_enabled": False}
+    assert cli.main([*flags(world, tmp_path, **run), "--use_peft=true", "--lora_target_modules", "q_proj"]) == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+
+
 def test_an_adapter_is_refused_with_how_to_make_a_model_of_it(world, tmp_path, capsys):
     """Of a checkpoint with its jumps beside it, it makes the student that the run wrote at its end."""
     run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "eval_steps": None}
