@@ -22,6 +22,7 @@ PROMPT_NAMES = ("prompt", "problem", "question")
 ANSWER_NAMES = ("answer", "solution")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _BLANK = re.compile(r"\s*")
+_NO_ROWS = "corresponds to no data", "BatchSize must be greater than 0"  # what readers say of a file without any
 logger = logging.getLogger(__name__)
 
 
@@ -55,7 +56,7 @@ def load_prompts(
                 dataset = _with_dates_as_text(dataset, path)
         except Exception as e:
             _check_cache(e)
-            if path.stat().st_size == 0 or "corresponds to no data" in str(e):
+            if path.stat().st_size == 0 or any(said in _innermost(e) for said in _NO_ROWS):
                 raise UserError(f"dataset '{name}' is empty") from e
             # `datasets` wraps a parser's message two or three deep; the innermost says what is wrong with the file.
             raise UserError(f"dataset file '{name}' cannot be read: {_innermost(e)}") from e

@@ -4,6 +4,8 @@ import re
 from datetime import datetime
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers.processors import TemplateProcessing
 
@@ -144,8 +146,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 
 def test_empty_and_missing(tmp_path):
     datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "d.parquet")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "of arrow.parquet")
     (tmp_path / "d.jsonl").write_text("")
-    for name in ("d.parquet", "d.jsonl"):
+    for name in ("d.parquet", "of arrow.parquet", "d.jsonl"):
         with pytest.raises(UserError, match="is empty"):
             load_prompts(str(tmp_path / name))
     with pytest.raises(UserError, match="does not exist"):
