@@ -47,6 +47,7 @@ _DOMAINS = {
         lambda v: v == 0 or COLDEST <= v < math.inf,
         f"positive, or 0 for greedy, finite and no less than {COLDEST}",
     ),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "0 or more, and finite"),
     "top_k": (lambda v: v >= 0, "a number of tokens, or 0 for all"),
     "top_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "min_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),
@@ -72,6 +73,8 @@ _NO_EFFECT = {
     "data_seed": "prompts are drawn by --seed",
     "train_sampling_strategy": "prompts are shuffled, or with --shuffle_dataset false taken as they come",
     "label_smoothing_factor": "the teacher's probabilities are the labels",
+    "bf16_full_eval": "what is validated is computed as in training: --bf16",
+    "fp16_full_eval": "what is validated is computed as in training: --fp16",
 }
 
 

@@ -1,6 +1,7 @@
 """What a run's options become, up to the trainer that is made of them, and what it goes on from."""
 
 import json
+import math
 import shutil
 from itertools import chain, permutations
 from pathlib import Path
@@ -123,6 +124,13 @@ def test_what_generation_does_not_take_is_refused(tmp_path, given, says):
         OPDConfig(str(tmp_path), generation_kwargs=given)
 
 
+@pytest.mark.parametrize("given", [-0.1, math.inf, math.nan])
+def test_weights_that_would_grow_are_refused(tmp_path, given):
+    """torch looks at the weight_decay of an optimizer, and transformers gives each group of parameters its own."""
+    with pytest.raises(UserError, match=r"^--weight_decay must be 0 or more, and finite, got"):
+        OPDConfig(str(tmp_path), weight_decay=given)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -130,6 +138,8 @@ def test_what_generation_does_not_take_is_refused(tmp_path, given, says):
         {"data_seed": 0},
         {"train_sampling_strategy": "group_by_length"},
         {"label_smoothing_factor": 0.1},
+        {"bf16_full_eval": True},
+        {"fp16_full_eval": True},
     ],
 )
 def test_what_would_do_nothing_is_refused(tmp_path, given):
