@@ -260,6 +260,8 @@ class OPDConfig(trl.DistillationConfig):
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
+        if self.report_to is None:  # of YAML; transformers looks for a tracker of that name
+            self.report_to = "none"
         if self.eval_steps is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
         self.do_eval = self.do_eval or self.eval_at_powers_of_two or self.eval_on_start

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -164,6 +165,8 @@ def _read(file: str, parser: trl.TrlParser) -> dict[str, Any]:
     for name in [name for name in config if name in hints]:
         value, action = config[name], actions[name]
         kinds = _kinds(hints[name]) | {type(action.const)} - {NoneType}  # as what a flag without a value means
+        if value is False and any(issubclass(kind, Enum) and "no" in {m.value for m in kind} for kind in kinds):
+            value = config[name] = "no"  # as it was written, of eval_strategy and its like
         if type(value) in _NO_TEXT and type(value) not in kinds:
             raise UserError(f"--{name} in '{file}' takes no {_NO_TEXT[type(value)]}, got {value!r}")
         try:

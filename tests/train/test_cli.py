@@ -427,14 +427,17 @@ def test_a_yaml_file_says_what_flags_would(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(
         "dataset_name: 5\nlearning-rate: 1e-5\neffopd_schedule: [1, 2]\neffopd_alphas: [3, 1e1]\nbf16: 0\n"
         "lora_target_modules: all-linear\nresume_from_checkpoint: no\nmodel_init_kwargs: {revision: '1'}\n"
-        "eval_steps:\nreport_to: [none]\nmax_steps: 3\nenv: {SAID_BY: 5}\n"
+        "eval_steps:\nreport_to: [none]\nmax_steps: 3\nenv: {SAID_BY: 5}\nsave_strategy: no\neval_strategy: off\n"
     )
     data, args, model_args = parse([f"--config={tmp_path / 'run.yaml'}", "--max_steps=4"], seed=5, max_steps=2)
     assert (data.dataset_name, args.learning_rate, args.effopd_alphas, args.bf16) == ("5", 1e-5, [3, 10], False)
     assert args.controller_args()["schedule"] == [1, 2] and model_args.lora_target_modules == "all-linear"
     assert (args.resume_from_checkpoint, args.model_init_kwargs) == (None, {"revision": "1"})
     assert (args.eval_steps, args.report_to, args.max_steps, args.seed) == (None, [], 4, 5)
+    assert args.save_strategy == args.eval_strategy == "no"
     assert os.environ["SAID_BY"] == "5"
+    (tmp_path / "run.yaml").write_text("report_to:\n")
+    assert parse([f"--config={tmp_path / 'run.yaml'}"])[1].report_to == []
 
 
 def test_refusing_loses_nothing(driven):
