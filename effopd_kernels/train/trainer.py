@@ -6,6 +6,7 @@ interfaces is in private_api.py.
 """
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -43,6 +44,7 @@ from .stopping import EvaluationDue, Interrupts, StepGuard
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
 
+logger = logging.getLogger(__name__)
 LEDGER_NAME = "ledger.json"  # inside each checkpoint folder
 _OF_OPTIONS = ValueError, TypeError, ImportError  # what an optimizer's and a schedule's options make libraries raise
 
@@ -371,6 +373,11 @@ class OPDTrainer(trl.DistillationTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         self._check_generation_config()  # nothing is trained yet, and transformers has made its tokens the tokenizer's
+        if any(p.dtype == torch.float16 for p in self.model.parameters() if p.requires_grad):
+            logger.warning(
+                "the student's weights are float16, in which small gradients, their squares and Adam's epsilon are 0: "
+                "load it as float32 or bfloat16 (--dtype)"
+            )
         with as_user_error("the optimizer cannot be made with the options given", *_OF_OPTIONS):
             return super().create_optimizer(*args, **kwargs)
 

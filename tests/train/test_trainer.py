@@ -801,3 +801,10 @@ def test_weights_saved_under_other_names_are_read_back(world, tmp_path, config, 
         load()
         expected = saved.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_weights_in_half_precision_are_warned_of(world, tmp_path, caplog):
+    for dtype, said in ("bfloat16", 0), ("float16", 1):
+        config = {"model_init_kwargs": {"dtype": dtype}, "effopd_enabled": False, "max_steps": 1}
+        make_trainer(world, tmp_path, config=config).train()
+        assert caplog.text.count("weights are float16, in which") == said
