@@ -1,6 +1,7 @@
 """A run of `effopd-train`: what is checked before it, what it is made of and what it leaves behind."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
             "--eval_dataset_name and --dataset_name are both '%s': the student is trained on what is called held out",
             data.dataset_name,
         )
+    if not model_args.use_peft and (given := _lora_options(model_args)):
+        logger.warning("--%s has no effect without --use_peft: all weights of the student are trained", given[0])
     check_trackers(args.report_to)
     held_out = _held_out(data, args)
     with PartialState().main_process_first():  # the others read what the first has downloaded
@@ -125,6 +128,12 @@ def _check_names(data: DataArguments, args: OPDConfig, model_args: trl.ModelConf
             f"--eval_dataset_name and --val_dataset_name are both '{given[0]}': prompts that score EffOPD's candidates "
             "are not held out"
         )
+
+
+def _lora_options(model_args: trl.ModelConfig) -> list[str]:
+    """Those of LoRA that are not as by default."""
+    of_lora = (f for f in fields(model_args) if f.name.startswith("lora_") or f.name in ("use_rslora", "use_dora"))
+    return [f.name for f in of_lora if getattr(model_args, f.name) != f.default]
 
 
 class HeldOut(NamedTuple):

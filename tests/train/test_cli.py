@@ -642,6 +642,14 @@ def test_one_module_may_be_adapted(world, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
 
 
+def test_options_of_lora_alone_make_no_adapter(world, tmp_path, caplog):
+    run = {"max_steps": 1, "eval_steps": None, "effopd_enabled": False}
+    said = "has no effect without --use_peft: all weights of the student are trained"
+    for given, count in ([], 0), (["--lora_r=4"], 1):
+        assert cli.main([*flags(world, tmp_path / f"{count}", **run), *given]) == 0
+        assert caplog.text.count(f"--lora_r {said}") == caplog.text.count(said) == count
+
+
 def test_an_adapter_is_refused_with_how_to_make_a_model_of_it(world, tmp_path, capsys):
     """Of a checkpoint with its jumps beside it, it makes the student that the run wrote at its end."""
     run = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "eval_steps": None}
