@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -20,31 +21,34 @@ KEPT = (
     "adam_epsilon", "optim", "optim_args", "eval_temperature",
 )  # fmt: skip
 PROMPTS = "prompts_per_step"  # kept too, whatever it is made of: the place in the data is counted in steps
-TEACHER = "teacher"  # by its name, which is another where the folder has moved
+NOTED = "noted"  # what a run should keep, though it may go by another name, as a folder that has moved
 logger = logging.getLogger(__name__)
 
 
-def write_settings(folder: Path, args: OPDConfig, teacher: torch.nn.Module) -> None:
-    given = _settings(args) | {TEACHER: _name(teacher)}
-    (folder / SETTINGS_NAME).write_text(json.dumps({name: given[name] for name in (*KEPT, PROMPTS, TEACHER)}))
+def write_settings(folder: Path, args: OPDConfig, noted: dict[str, str]) -> None:
+    given = _settings(args)
+    kept = {name: given[name] for name in (*KEPT, PROMPTS)}
+    (folder / SETTINGS_NAME).write_text(json.dumps({**kept, NOTED: noted}))
 
 
-def compare_teachers(checkpoint: Path, teacher: torch.nn.Module) -> None:
-    """Warns where the run that goes on from `checkpoint` has learnt from a teacher of another name."""
+def note(teacher: torch.nn.Module, prompts: dict[str, list]) -> dict[str, str]:
+    """Where a teacher was loaded from, empty if it was made otherwise, and checksums of the held-out prompts."""
+    name = teacher.config._name_or_path
+    sums = {what: f"{len(rows)} prompts of checksum {crc32(repr(rows).encode()):08x}" for what, rows in prompts.items()}
+    return {"teacher": str(Path(name).resolve()) if name and Path(name).is_dir() else name, **sums}
+
+
+def compare_noted(checkpoint: Path, noted: dict[str, str]) -> None:
+    """Warns where the run that goes on from `checkpoint` had another of what is noted: its curve would be of two."""
     file = checkpoint / SETTINGS_NAME
-    was, got = json_object(file).get(TEACHER) if file.is_file() else None, _name(teacher)
-    if was and got and was != got:
-        logger.warning(
-            "checkpoint '%s' learnt from the teacher '%s', and goes on with '%s': if that is another model, begin "
-            "another run with the checkpoint as its student",
-            *(checkpoint, was, got),
-        )
-
-
-def _name(model: torch.nn.Module) -> str:
-    """Where a model was loaded from; empty if it was made otherwise."""
-    name = model.config._name_or_path
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+    was = json_object(file).get(NOTED, {}) if file.is_file() else {}
+    for what, got in noted.items():
+        if got and was.get(what) not in (None, "", got):
+            logger.warning(
+                "checkpoint '%s' was made with %s '%s', and goes on with '%s': if that is another, begin another run "
+                "with the checkpoint as its student",
+                *(checkpoint, what, was[what], got),
+            )
 
 
 def check_settings(checkpoint: Path, args: OPDConfig) -> None:

@@ -39,7 +39,7 @@ from .loading import load_student, load_teacher
 from .loss import FusedLoss, use_fused_loss
 from .output_dir import check_shared, sole_run
 from .private_api import check_private_api
-from .settings import check_settings, compare_teachers, write_settings
+from .settings import check_settings, compare_noted, note, write_settings
 from .stopping import EvaluationDue, Interrupts, StepGuard
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
 from .validation import TeacherLoss, Validator, evaluating
@@ -336,7 +336,7 @@ class OPDTrainer(trl.DistillationTrainer):
         if resume_from_checkpoint:
             check_settings(Path(resume_from_checkpoint), self.args)
             if self.is_world_process_zero():
-                compare_teachers(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.teacher_model))
+                compare_noted(Path(resume_from_checkpoint), self._noted())
         if self.is_world_process_zero():
             for abandoned in unpublished(Path(self.args.output_dir)):
                 remove(abandoned)
@@ -359,6 +359,10 @@ class OPDTrainer(trl.DistillationTrainer):
                 raise KeyboardInterrupt
             self._check_last_update()
             return output
+
+    def _noted(self) -> dict[str, str]:
+        prompts = {f"{name}_dataset": v.prompts for name, v in self._validators.items() if name != "val"}
+        return note(self.accelerator.unwrap_model(self.teacher_model), prompts)
 
     def _forget_unfinished_step(self) -> None:
         """An earlier `train` may have been interrupted between two micro-batches; TRL would go on with its rollouts."""
@@ -475,7 +479,7 @@ class OPDTrainer(trl.DistillationTrainer):
             self.state.best_model_checkpoint = str(run_dir / best)
         if self.args.should_save:
             (staged / LEDGER_NAME).write_text(json.dumps(self.ledger.state_dict()))
-            write_settings(staged, self.args, self.accelerator.unwrap_model(self.teacher_model))
+            write_settings(staged, self.args, self._noted())
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from effopd_kernels.train import OPDConfig, UserError, cli, output_dir, run
 from effopd_kernels.train.checkpoint import damage, newest_intact, publish
 from effopd_kernels.train.output_dir import LOCK_NAME, acquire, release
-from effopd_kernels.train.settings import KEPT, check_settings, compare_teachers
+from effopd_kernels.train.settings import KEPT, check_settings, compare_noted
 from train import checkpoint_run
 from train import world as tiny
 from train.world import make_trainer
@@ -143,15 +143,22 @@ def test_what_a_run_keeps_to_its_end_is_asked_for_again(two_checkpoints, tmp_pat
     check_settings(checkpoint, OPDConfig(str(tmp_path), **{**tiny.FLAGS, **changed}))
 
 
-def test_another_teacher_is_told_of(two_checkpoints, world, tmp_path, caplog):
-    """The folder may have moved, so it is no error; the same one by another path is not mentioned."""
+def test_another_teacher_and_other_held_out_prompts_are_told_of(two_checkpoints, world, tmp_path, caplog):
+    """A folder may have moved, so it is no error; the same one by another path is not mentioned."""
     checkpoint = two_checkpoints / "checkpoint-2"
     moved = shutil.copytree(world / "teacher", tmp_path / "moved")
     for name, said in ((world / "student" / ".." / "teacher", 0), (moved, 1)):
         trainer = make_trainer(world, tmp_path / "out", teacher=str(name), config={"max_steps": 2})
         trainer.train(resume_from_checkpoint=str(checkpoint))
-        assert caplog.text.count(f"from the teacher '{world / 'teacher'}', and goes on with '{moved}'") == said
-    compare_teachers(tiny.HERE, trainer.teacher_model)  # an older version's notes none
+        assert caplog.text.count(f"with teacher '{world / 'teacher'}', and goes on with '{moved}'") == said
+    noted = json.loads((checkpoint / "settings.json").read_text())["noted"]
+    trainer._validators["eval"].prompts[0] += "?"
+    other = trainer._noted()["eval_dataset"]
+    compare_noted(checkpoint, trainer._noted())
+    assert f"with eval_dataset '{noted['eval_dataset']}', and goes on with '{other}'" in caplog.text
+    before = caplog.text
+    compare_noted(tiny.HERE, trainer._noted())  # an older version's notes none
+    assert caplog.text == before and noted["eval_dataset"] != other
 
 
 def test_a_checkpoint_of_weights_alone_is_no_one_to_resume_from(world, tmp_path):
