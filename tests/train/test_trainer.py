@@ -236,6 +236,15 @@ class SignalAt(TrainerCallback):
             self._fire()
 
 
+def interrupted(trainer, point, step, immediate=True, **resume):
+    """Trains until a Ctrl-C; `immediate` or, as with several processes, acted upon at the end of its step."""
+    trainer.interrupts.immediate = immediate
+    trainer.add_callback(SignalAt(trainer, point, step))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(**resume)
+    return trainer
+
+
 SIX_STEPS = {"max_steps": 6, "eval_steps": 2}
 
 
@@ -251,10 +260,7 @@ def whole(world, tmp_path_factory):
     ("point", "last_completed"), [("rollout", 3), ("loss", 3), ("update", 4), ("validation", 4), ("evaluation", 4)]
 )
 def test_ctrl_c_leaves_a_checkpoint_of_the_last_completed_step(whole, world, tmp_path, point, last_completed):
-    stopped = make_trainer(world, tmp_path / "stopped", config=SIX_STEPS)
-    stopped.add_callback(SignalAt(stopped, point, step=4))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stopped = interrupted(make_trainer(world, tmp_path / "stopped", config=SIX_STEPS), point, step=4)
     checkpoints = sorted(p.name for p in (tmp_path / "stopped").iterdir() if p.is_dir())
     assert checkpoints == [f"checkpoint-{last_completed}"]
     folder = tmp_path / "stopped" / checkpoints[0]
@@ -277,21 +283,15 @@ def test_a_trainer_that_was_interrupted_goes_on_without_the_rollouts_of_the_step
     whole = make_trainer(world, tmp_path / "whole", config=config | {"effopd_enabled": False})
     whole.train()
     stopped = make_trainer(world, tmp_path / "stopped", config=config | {"effopd_enabled": False})
-    stopped.add_callback(SignalAt(stopped, "micro-batch", step=2))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    interrupted(stopped, "micro-batch", step=2)
     stopped.train(resume_from_checkpoint=True)
     assert_same_weights(weights(stopped), weights(whole))
     assert history(stopped) == history(whole)
 
 
 def test_told_to_stop_once_a_trainer_stops_once(world, tmp_path):
-    """Where, as with several processes, a signal is acted upon at the end of its step."""
     trainer = make_trainer(world, tmp_path, config={"max_steps": 3, "effopd_enabled": False})
-    trainer.interrupts.immediate = False
-    trainer.add_callback(SignalAt(trainer, "loss", step=1))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    interrupted(trainer, "loss", step=1, immediate=False)
     assert trainer.state.global_step == 1
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
@@ -301,10 +301,7 @@ def test_told_to_stop_once_a_trainer_stops_once(world, tmp_path):
 def test_told_to_stop_in_the_last_step_several_processes_leave_a_checkpoint(whole, world, tmp_path, point):
     when, point = {"eval_strategy": "epoch"} if "epoch" in point else {"eval_steps": 2}, point.split()[-1]
     trainer = make_trainer(world, tmp_path, config={"max_steps": 2, "eval_steps": None, **when})
-    trainer.interrupts.immediate = False
-    trainer.add_callback(SignalAt(trainer, point, step=2))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    interrupted(trainer, point, step=2, immediate=False)
     resumed = make_trainer(world, tmp_path, config=SIX_STEPS)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(whole))
@@ -316,10 +313,7 @@ def test_told_to_stop_at_an_evaluation_without_gain_several_processes_leave_a_ch
     best = {"save_strategy": "best", "metric_for_best_model": "eval_teacher_kl", "greater_is_better": True}
     best |= {"eval_strategy": when, "eval_steps": 3, "eval_at_powers_of_two": True}
     trainer = make_trainer(world, tmp_path, config=best | {"max_steps": 3, "effopd_enabled": False})
-    trainer.interrupts.immediate = False
-    trainer.add_callback(SignalAt(trainer, "loss", step=2))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    interrupted(trainer, "loss", step=2, immediate=False)
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
@@ -329,10 +323,7 @@ def test_ctrl_c_in_the_first_step_after_resuming_leaves_the_checkpoint_as_it_was
     whole = make_trainer(world, tmp_path, config=config)
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-3")
-    stopped = make_trainer(world, tmp_path, config=config)
-    stopped.add_callback(SignalAt(stopped, "rollout", step=3))
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train(resume_from_checkpoint=True)
+    interrupted(make_trainer(world, tmp_path, config=config), "rollout", step=3, resume_from_checkpoint=True)
     resumed = make_trainer(world, tmp_path, config=config)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(whole))
