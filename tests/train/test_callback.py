@@ -193,20 +193,17 @@ def test_the_state_of_another_run_is_not_taken(world, tmp_path):
     resumed.train(resume_from_checkpoint=str(kept))
 
 
-def test_nothing_to_move_is_said_before_training(world, tmp_path):
+@pytest.mark.parametrize(
+    "callbacks, says",
+    [([{"include": "no_such_parameter"}], "no_such_parameter"), ([{}, {}], "the trainer has two EffOPDCallbacks")],
+)
+def test_nothing_to_move_or_a_second_callback_is_said_before_training(world, tmp_path, callbacks, says):
     trainer = plain_trainer(world, tmp_path)
-    trainer.add_callback(EffOPDCallback(lambda: [0.0], include="no_such_parameter"))
-    with pytest.raises(UserError, match="no_such_parameter"):
+    for options in callbacks:
+        trainer.add_callback(EffOPDCallback(lambda: [0.0], **options))
+    with pytest.raises(UserError, match=says):
         trainer.train()
     assert trainer.state.global_step == 0
-
-
-def test_a_second_callback_is_refused(world, tmp_path):
-    trainer = plain_trainer(world, tmp_path)
-    for _ in range(2):
-        trainer.add_callback(EffOPDCallback(lambda: [0.0]))
-    with pytest.raises(UserError, match="the trainer has two EffOPDCallbacks"):
-        trainer.train()
 
 
 def test_a_callback_that_comes_after_training_began_is_refused(world, tmp_path):
