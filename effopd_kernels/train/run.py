@@ -14,12 +14,13 @@ from ..commands import written
 from ..errors import UserError, one_line
 from .checkpoint import damage, newest_intact
 from .config import OPDConfig
-from .data import check_tokenizers, fit_context, load_prompts, split_off
+from .data import load_prompts, split_off
 from .loading import check_no_adapter, load_config, load_tokenizer
 from .options import DataArguments
 from .output_dir import WriteOver, check_inputs_stay, check_output_dir, check_shared, sole_run
 from .report import MetricsFile, run_summary, saved_step, write_report
 from .settings import check_settings
+from .tokenizing import check_tokenizers, fit_context
 from .trainer import OPDTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def build_trainer(data: DataArguments, args: OPDConfig, model_args: trl.ModelCon
         trains: false for a trainer that evaluates alone.
 
     Raises:
-        UserError: see `data.py`, `OPDConfig` and the checks here.
+        UserError: see `data.py`, `tokenizing.py`, `OPDConfig` and the checks here.
     """
     _check_names(data, args, model_args)
     if trains and data.eval_dataset_name and _same_prompts(data):

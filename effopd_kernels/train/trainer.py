@@ -32,7 +32,7 @@ from .callback import EffOPDCallback
 from .checkpoint import STAGING, checkpoint_name, newest_intact, publish, remove, saved_steps, unpublished
 from .checkpoint_weights import check_adapter, load_renamed, load_trained_adapter
 from .config import OPDConfig
-from .data import check_open, check_prompts, require_answers
+from .data import check_prompts, require_answers
 from .errors import NonFiniteLossError, as_user_error
 from .ledger import Ledger
 from .loading import load_student, load_teacher
@@ -42,6 +42,7 @@ from .private_api import check_private_api
 from .settings import check_settings, compare_noted, note, write_settings
 from .stopping import EvaluationDue, Interrupts, StepGuard
 from .student import disable_dropout, dropout_told, finite_logits, input_hooks_kept
+from .tokenizing import check_open
 from .validation import TeacherLoss, Validator, evaluating
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import torch
 
 from effopd_kernels.train import OPDConfig, UserError, loading, run
 from effopd_kernels.train.checkpoint import newest_intact, publish
-from effopd_kernels.train.data import prompt_length
 from effopd_kernels.train.options import parse
+from effopd_kernels.train.tokenizing import prompt_length
 from train import world as tiny
 from train.test_cli import flags
 
