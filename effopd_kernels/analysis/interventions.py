@@ -213,8 +213,9 @@ def check(ours: InterventionArguments, data: DataArguments, args: OPDConfig) -> 
 
 SAMPLING = (
     "max_completion_length", "top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs",
-    "chat_template_kwargs", "per_device_eval_batch_size", "seed",
+    "chat_template_kwargs", "per_device_eval_batch_size", "seed", "use_vllm",
 )  # fmt: skip
+ARITHMETIC = "bf16", "fp16"  # autocast's
 
 
 def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args: ModelConfig) -> dict[str, Any]:
@@ -230,8 +231,9 @@ def settings_of(comparison: Comparison, ours, data, args: OPDConfig, model_args:
         "prompts": ours.max_prompts or "all",
         "eval metric": args.eval_metric,
         "temperature": args.validation_temperature,
-        **{name.replace("_", " "): getattr(args, name) for name in SAMPLING},
+        **{name.replace("_", " "): getattr(args, name) for name in (*SAMPLING, *ARITHMETIC)},
         "dtype": model_args.dtype,
+        "attn implementation": model_args.attn_implementation,
     }
 
 

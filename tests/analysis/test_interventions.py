@@ -529,9 +529,14 @@ def test_help_in_ascii(monkeypatch):
     assert stopped.value.code == 0 and "? of `scale`" in out.buffer.getvalue().decode("ascii")
 
 
-def test_other_settings_do_not_mix(finished, trained, capfd):
-    assert main(arguments(trained, finished, "--seed", "3")) == 2
-    assert "holds evaluations with other settings (seed was 42, is now 3)" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    "option, value, said",
+    [("seed", "3", "seed was 42, is now 3"), ("bf16", "true", "bf16 was False, is now True"),
+     ("attn_implementation", "eager", "attn implementation was None, is now 'eager'")],
+)  # fmt: skip
+def test_other_settings_do_not_mix(finished, trained, capfd, option, value, said):
+    assert main(arguments(trained, finished, f"--{option}", value)) == 2
+    assert f"holds evaluations with other settings ({said})" in capfd.readouterr().err
 
 
 def test_a_folder_is_itself_however_it_is_typed(trained, monkeypatch):
