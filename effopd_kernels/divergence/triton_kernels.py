@@ -201,11 +201,12 @@ def _reduce(mx, lx, my, ly, a, c, bx, by, EXACT: tl.constexpr, PAIR: tl.constexp
 
 @triton.jit
 def _statistics(
-    x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-    EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
+    x_side, y_side, cols0, begin, end, V, slot, S, EXACT: tl.constexpr, PAIR: tl.constexpr, STATS: tl.constexpr,
     LANES: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Online pass over columns [begin, end) of a row, partial sums into its slot; False if an infinity spoiled them."""
+    x_row, kx, pre_x, CAP_X = x_side
+    y_row, ky, pre_y, CAP_Y = y_side
     zero = tl.zeros([LANES], tl.float32)
     mx, my = zero + NOTHING, zero + NOTHING
     lx, ly, a, c, bx, by = zero, zero, zero, zero, zero, zero
@@ -262,23 +263,6 @@ def _statistics(
         tl.store(slot + 11 * S, tl.min(tl.where(best_x == top_x1, arg_x, 2147483647), 0).to(tl.float32))
         tl.store(slot + 12 * S, tl.min(tl.where(best_y == top_y1, arg_y, 2147483647), 0).to(tl.float32))
     return tl.abs(a1 + bx1 + by1) < float("inf")
-
-
-@triton.jit
-def _slice_statistics(
-    x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-    PAIR: tl.constexpr, STATS: tl.constexpr, CAP_X: tl.constexpr, CAP_Y: tl.constexpr,
-    LANES: tl.constexpr, STAGES: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """Infinities are rare: only a slice that meets one is read again with the care they need."""
-    if not _statistics(
-        x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-        False, PAIR, STATS, CAP_X, CAP_Y, LANES, STAGES, POLICY,
-    ):  # fmt: skip
-        _statistics(
-            x_row, y_row, cols0, begin, end, V, kx, ky, pre_x, pre_y, slot, S,
-            True, PAIR, STATS, CAP_X, CAP_Y, LANES, STAGES, POLICY,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -394,10 +378,12 @@ def _mixture(x, y, u_ref, v_ref, ks, kt, log_ls, log_lt, a, b, pi, rho, FAST: tl
 
 @triton.jit
 def _gradient(
-    s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, rho, factor, ms, ls, mt, lt, mean,
-    floor, EXACT: tl.constexpr, KIND: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, LANES: tl.constexpr,
-    STAGES: tl.constexpr, FAST: tl.constexpr, LG2: tl.constexpr,
+    student, teacher, g_row, cols0, begin, end, V, Vs, a, b, pi, rho, factor, ms, ls, mt, lt, mean, floor,
+    EXACT: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr,
+    LG2: tl.constexpr,
 ):  # fmt: skip
+    s_row, ks, pre_s, CAP_S = student
+    t_row, kt, pre_t, CAP_T = teacher
     TILE: tl.constexpr = cols0.shape[0] * cols0.shape[1]
     whole = begin if EXACT else begin + tl.maximum(tl.minimum(end, V) - begin, 0) // TILE * TILE
     for MASKED in tl.static_range(1 if EXACT else 0, 2):
@@ -463,6 +449,7 @@ def _divergence_kernel(
     sequence, place = _place_of(row, T)
     s_row = student_ptr + sequence * student_sequence + place * student_stride
     t_row = teacher_ptr + sequence * teacher_sequence + place * teacher_stride
+    student, teacher = (s_row, ks, pre_s, CAP_S), (t_row, kt, pre_t, CAP_T)  # what is known of a side: see `base_two`
     record = record_ptr + row64 * RECORD
     begin = piece * SLICE
     stop = tl.minimum(begin + SLICE, V)
@@ -472,16 +459,11 @@ def _divergence_kernel(
     if phase == 0:
         if live:
             slots = partial_ptr + row64 * (PARTIALS * S)
-            if KIND == FORWARD:
-                _slice_statistics(
-                    t_row, s_row, cols0, begin, stop, V, kt, ks, pre_t, pre_s, slots + piece, S,
-                    True, STATS, CAP_T, CAP_S, LANES, STAGES, KEEP,
-                )  # fmt: skip
-            else:
-                _slice_statistics(
-                    s_row, t_row, cols0, begin, stop, V, ks, kt, pre_s, pre_t, slots + piece, S,
-                    not MIXED, STATS, CAP_S, CAP_T, LANES, STAGES, KEEP,
-                )  # fmt: skip
+            x, y = (teacher, student) if KIND == FORWARD else (student, teacher)
+            columns = cols0, begin, stop, V, slots + piece, S
+            # Infinities are rare: only a slice that meets one is read again with the care they need.
+            if not _statistics(x, y, *columns, False, not MIXED, STATS, LANES, STAGES, KEEP):
+                _statistics(x, y, *columns, True, not MIXED, STATS, LANES, STAGES, KEEP)
             if _arrive(count_ptr + 1 + row) == S - 1:
                 k = tl.arange(0, S_POW2)
                 _finish_statistics(slots, k, k < S, S, record, loss_ptr + row, stats_ptr + row, N, a, b, KIND, STATS)
@@ -530,8 +512,8 @@ def _divergence_kernel(
             for EXACT in tl.static_range(2):
                 if infinities == EXACT:
                     _gradient(
-                        s_row, t_row, g_row, cols0, begin, end, V, Vs, ks, kt, pre_s, pre_t, a, b, pi, rho, factor,
-                        ms, ls, mt, lt, mean, floor, EXACT, KIND, CAP_S, CAP_T, LANES, STAGES, FAST, LG2,
+                        student, teacher, g_row, cols0, begin, end, V, Vs, a, b, pi, rho, factor, ms, ls, mt, lt, mean,
+                        floor, EXACT, KIND, LANES, STAGES, FAST, LG2,
                     )  # fmt: skip
         else:
             for start in range(begin, end, TILE):
