@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from effopd_kernels.divergence.linear_rows import TILES
+from effopd_kernels.divergence.head_products import TILES
 
 PEERS = ("torch", "triton", "numpy", "scikit-learn", "transformers", "trl", "liger-kernel")
 PATIENCE, ENOUGH = 30, 0.02  # seconds

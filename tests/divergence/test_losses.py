@@ -14,10 +14,10 @@ from effopd_kernels.divergence import (
     REVERSE_KL,
     Divergence,
     divergence_loss,
+    head_products,
     jsd,
     linear_divergence_loss,
     linear_reverse_kl_loss,
-    linear_rows,
     reference,
     reverse_kl_loss,
     skew_forward_kl,
@@ -483,12 +483,12 @@ def test_trl_as_witness(beta, divergence):
 @given(total=st.integers(0, 5000), limit=st.integers(0, 3000))
 @settings(deadline=None)
 def test_pieces_are_few_and_cover_all(total, limit):
-    found = linear_rows.pieces(total, limit)
+    found = head_products.pieces(total, limit)
     assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(total))
     sizes = [piece.stop - piece.start for piece in found]
     assert len(sizes) == -(-total // max(limit, 1)) and all(0 < size <= max(limit, 1) for size in sizes)
 
 
 def test_pieces_are_whole_tiles_where_they_fit():
-    assert linear_rows.pieces(8192, 3139) == [slice(0, 2816), slice(2816, 5632), slice(5632, 8192)]
-    assert linear_rows.pieces(3000, 700) == [slice(i, i + 600) for i in range(0, 3000, 600)]
+    assert head_products.pieces(8192, 3139) == [slice(0, 2816), slice(2816, 5632), slice(5632, 8192)]
+    assert head_products.pieces(3000, 700) == [slice(i, i + 600) for i in range(0, 3000, 600)]

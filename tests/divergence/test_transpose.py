@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effopd_kernels.divergence import linear_rows, ops
+from effopd_kernels.divergence import head_products, ops
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -34,29 +34,29 @@ def test_products_with_a_head(N, D, V, operands, results, transposes, widened, m
     """Both orders of operands, in one block and in several, with rows to pad and without; where the processor has a
     GEMM of bf16 and where it has not.
     """
-    monkeypatch.setattr(linear_rows, "BLOCK", 1 << 18)
-    monkeypatch.setattr(linear_rows, "TRANSPOSES", transposes)
-    monkeypatch.setattr(linear_rows, "_product_dtype", lambda dtype, *_: torch.float32 if widened else dtype)
+    monkeypatch.setattr(head_products, "BLOCK", 1 << 18)
+    monkeypatch.setattr(head_products, "TRANSPOSES", transposes)
+    monkeypatch.setattr(head_products, "_product_dtype", lambda dtype, *_: torch.float32 if widened else dtype)
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     hidden, head, grad = (torch.randn(s).to(dtypes[operands]) for s in ((N, D), (V, D), (N, V)))
     bias = torch.randn(V).to(dtypes[operands])
     rtol = 2**-7 if results == "bf16" else 1e-5
 
     logits = torch.full((N, V), torch.nan, dtype=dtypes[results])
-    linear_rows.project(logits, hidden, head, bias)
+    head_products.project(logits, hidden, head, bias)
     exact = hidden.double() @ head.double().T + bias.double()
     torch.testing.assert_close(logits.double(), exact, rtol=rtol, atol=8 * rtol)
 
-    found, exact = linear_rows.hidden_gradient(grad, head), grad.double() @ head.double()
+    found, exact = head_products.hidden_gradient(grad, head), grad.double() @ head.double()
     rtol_h = 1e-5 if widened or operands == "fp32" else 2**-7
     torch.testing.assert_close(found.double(), exact, rtol=rtol_h, atol=rtol_h * V**0.5)
 
     if operands == results or results == "fp32":
         acc = torch.full((V, D), torch.nan, dtype=dtypes[results])
-        linear_rows.add_product(acc, grad, hidden, first=True)
+        head_products.add_product(acc, grad, hidden, first=True)
         exact = grad.double().T @ hidden.double()
         torch.testing.assert_close(acc.double(), exact, rtol=rtol, atol=8 * rtol)
-        linear_rows.add_product(acc, grad, hidden, first=False)
+        head_products.add_product(acc, grad, hidden, first=False)
         torch.testing.assert_close(acc.double(), 2 * exact, rtol=rtol, atol=8 * rtol)
 
 
@@ -67,14 +67,14 @@ def test_bf16_is_multiplied_where_that_is_faster(supported, tiles, outruns, monk
     """By PyTorch at all, and by a processor with matrix tiles, or vectors whose products of bf16 outrun fp32's; and for
     few rows, where a head is cast for nothing.
     """
-    cpu, bf16, many = torch.device("cpu"), torch.bfloat16, linear_rows.FEW + 1
+    cpu, bf16, many = torch.device("cpu"), torch.bfloat16, head_products.FEW + 1
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
-    monkeypatch.setattr(linear_rows, "TILES", tiles)
-    monkeypatch.setattr(linear_rows, "native", lambda: SimpleNamespace(multiplies_bf16=lambda: outruns))
+    monkeypatch.setattr(head_products, "TILES", tiles)
+    monkeypatch.setattr(head_products, "native", lambda: SimpleNamespace(multiplies_bf16=lambda: outruns))
     expected = bf16 if supported and (tiles or outruns) else torch.float32
-    assert linear_rows._product_dtype(bf16, many, cpu) == expected
-    assert linear_rows._product_dtype(bf16, linear_rows.FEW, cpu) == (bf16 if supported else torch.float32)
-    monkeypatch.setattr(linear_rows, "native", lambda: None)  # then PyTorch is asked alone
-    assert linear_rows._product_dtype(bf16, many, cpu) == (bf16 if supported else torch.float32)
-    assert linear_rows._product_dtype(bf16, many, torch.device("cuda")) == bf16
-    assert linear_rows._product_dtype(torch.float64, many, cpu) == torch.float64
+    assert head_products._product_dtype(bf16, many, cpu) == expected
+    assert head_products._product_dtype(bf16, head_products.FEW, cpu) == (bf16 if supported else torch.float32)
+    monkeypatch.setattr(head_products, "native", lambda: None)  # then PyTorch is asked alone
+    assert head_products._product_dtype(bf16, many, cpu) == (bf16 if supported else torch.float32)
+    assert head_products._product_dtype(bf16, many, torch.device("cuda")) == bf16
+    assert head_products._product_dtype(torch.float64, many, cpu) == torch.float64
