@@ -69,25 +69,8 @@ def test_opcheck_rows(dtype, with_grad, masked):
 def test_opcheck_linear(dtype, needs, num_valid, keep):
     h_s, w_s, h_t, w_t = heads(dtype)
     bias = random(V, dtype=dtype)
-    args = (
-        h_s,
-        w_s,
-        bias,
-        h_t,
-        w_t,
-        None,
-        MASK,
-        None,
-        *NUMBERS,
-        dtype,
-        dtype,
-        torch.float32,
-        3000,
-        num_valid,
-        *needs,
-        True,
-        keep,
-    )
+    tensors = h_s, w_s, bias, h_t, w_t, None, MASK, None
+    args = *tensors, *NUMBERS, dtype, dtype, torch.float32, 3000, num_valid, *needs, True, keep
     torch.library.opcheck(torch.ops.effopd.linear_divergence_rows.default, args)
     kept, needs_head = random(N if num_valid is None else num_valid, V, dtype=dtype), (needs[0], needs[1])
     args = kept, h_s, w_s, bias, MASK, random(N), dtype, num_valid, *needs_head
@@ -778,30 +761,19 @@ def test_logits_of_another_dtype_than_the_products_are_not_rounded_where_gradien
 @pytest.mark.parametrize("masked", [False, True])
 def test_losses_export_with_any_number_of_tokens(reduction, masked):
     class Losses(torch.nn.Module):
-        def forward(self, s, t, w, mask):
+        def forward(self, s, t, w, mask, ids):
             options = {"reduction": reduction, "mask": mask if masked else None}
-            return divergence_loss(s, t, **options), linear_divergence_loss(s, w, t, w, **options)
+            losses = divergence_loss(s, t, **options), linear_divergence_loss(s, w, t, w, **options)
+            return *losses, linear_token_logprobs(s, w, ids, mask=options["mask"])
 
     w, tokens = random(11, 8), torch.export.Dim("tokens", min=2, max=64)
-    examples = [(random(n, 8), random(n, 8, seed=1), w, torch.arange(n) % 3 > 0) for n in (12, 5)]
-    dynamic = {0: tokens}, {0: tokens}, None, {0: tokens}
+    examples = [
+        (random(n, 8), random(n, 8, seed=1), w, (ids := torch.arange(n)) % 3 > 0, ids % 11) for n in (12, 5, 20)
+    ]
+    dynamic = {0: tokens}, {0: tokens}, None, {0: tokens}, {0: tokens}
     exported = torch.export.export(Losses(), examples[0], dynamic_shapes=dynamic, strict=False)
     for example in examples:
         torch.testing.assert_close(exported.module()(*example), Losses()(*example))
-
-
-def test_exports_with_any_number_of_tokens():
-    class Loss(torch.nn.Module):
-        def forward(self, h, w, ids):
-            return linear_token_logprobs(h, w, ids)
-
-    ids, tokens = torch.arange(12), torch.export.Dim("tokens", min=2, max=64)
-    exported = torch.export.export(
-        Loss(), (random(12, D), random(V, D), ids), dynamic_shapes=({0: tokens}, None, {0: tokens}), strict=False
-    )
-    for n in (5, 12, 20):
-        args = random(n, D), random(V, D), torch.arange(n)
-        torch.testing.assert_close(exported.module()(*args), linear_token_logprobs(*args))
 
 
 @pytest.mark.parametrize("call", [divergence_loss, linear_divergence_loss])

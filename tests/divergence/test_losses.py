@@ -231,16 +231,8 @@ def test_no_tokens(shape, reduction):
     weight = torch.randn(50, 4, requires_grad=True)
     for options in ({}, {"num_valid": 0}, {"num_valid": mask.numel() + 2}):
         hidden.grad = weight.grad = None
-        loss, stats = linear_divergence_loss(
-            hidden,
-            weight,
-            hidden.detach(),
-            weight.detach(),
-            mask=mask,
-            reduction=reduction,
-            return_stats=True,
-            **options,
-        )
+        options |= {"mask": mask, "reduction": reduction, "return_stats": True}
+        loss, stats = linear_divergence_loss(hidden, weight, hidden.detach(), weight.detach(), **options)
         loss.sum().backward()
         assert loss.sum() == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
         assert stats.divergence.shape == shape and (stats.divergence == 0).all()
@@ -373,13 +365,8 @@ def test_masks_and_weights_may_be_strided():
 def test_mixed_dtypes(dtype, teacher_dtype):
     heads = Heads(dtype=dtype, teacher_dtype=teacher_dtype)
     hidden, weight, bias = heads.inputs()
-    loss = linear_divergence_loss(
-        hidden,
-        weight,
-        *heads.teacher,
-        student_bias=bias,
-        logits_dtype=torch.float32 if dtype != torch.float64 else None,
-    )
+    logits_dtype = torch.float32 if dtype != torch.float64 else None
+    loss = linear_divergence_loss(hidden, weight, *heads.teacher, student_bias=bias, logits_dtype=logits_dtype)
     loss.backward()
     assert (hidden.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (dtype,) * 3
     expected = oracle.value_and_grad(

@@ -26,6 +26,14 @@ def random(*shape, seed=0, spread=2.0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * spread
 
 
+@pytest.fixture
+def projected(monkeypatch):
+    """How many rows each product with the head has had."""
+    rows, project = [], linear_rows.project
+    monkeypatch.setattr(linear_rows, "project", lambda out, *rest: (rows.append(len(out)), project(out, *rest)))
+    return rows
+
+
 def teacher(k, seed=1, dtype=torch.float64):
     log_p = torch.log_softmax(random(N, V, seed=seed), -1)
     known, ids = log_p.topk(k)
@@ -168,16 +176,8 @@ def test_token_logprobs():
         *tensors,
     )
     leaves = [x.clone().requires_grad_() for x in tensors]
-    found = linear_token_logprobs(
-        leaves[0],
-        leaves[1],
-        ids.int(),
-        bias=leaves[2],
-        temperature=0.9,
-        logit_scale=0.8,
-        softcap=4.0,
-        chunk_bytes=V * 40,
-    )
+    options = {"bias": leaves[2], "temperature": 0.9, "logit_scale": 0.8, "softcap": 4.0, "chunk_bytes": V * 40}
+    found = linear_token_logprobs(*leaves[:2], ids.int(), **options)
     (found * upstream).sum().backward()
     torch.testing.assert_close((found * upstream, *(x.grad for x in leaves)), expected)
     assert torch.autograd.gradcheck(lambda h, w: linear_token_logprobs(h, w, ids), leaves[:2])
@@ -201,10 +201,8 @@ def test_token_logprobs_and_the_entropy_around_them(masked):
 
 @pytest.mark.parametrize("num_valid", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_token_logprobs_of_masked_tokens_are_zero(frozen, num_valid, monkeypatch):
+def test_token_logprobs_of_masked_tokens_are_zero(frozen, num_valid, projected):
     """Whatever they hold and whatever comes from upstream; they are not projected."""
-    projected, project = [], linear_rows.project
-    monkeypatch.setattr(linear_rows, "project", lambda out, *rest: (projected.append(len(out)), project(out, *rest)))
     kept, ids = (torch.arange(N) % 3 != 1).view(2, 3), torch.arange(N).view(2, 3)
     head = random(V, D, seed=4).requires_grad_(not frozen)
     clean = random(2, 3, D).requires_grad_()
@@ -313,15 +311,8 @@ def test_what_masked_tokens_hold_does_not_matter_where_the_mask_cannot_be_read()
 
 
 @pytest.mark.parametrize("count", [0, 2, N])
-def test_masked_tokens_leave_before_the_work(count, monkeypatch):
+def test_masked_tokens_leave_before_the_work(count, projected):
     """From hidden states they are not projected; and where there is a result per token, theirs is zero."""
-    projected, project = [], linear_rows.project
-
-    def counted(out, hidden, *head):
-        projected.append(len(hidden))
-        project(out, hidden, *head)
-
-    monkeypatch.setattr(linear_rows, "project", counted)
     _, known, ids = (x.view(2, 3, -1) for x in teacher(5))
     student, weight = random(2, 3, V).requires_grad_(), random(2, 3).exp()
     kept = (torch.arange(N) < count).view(2, 3).flip(1)
@@ -386,9 +377,7 @@ def test_promised_tokens_in_chunks_and_the_head_s_gradient():
 
 
 @pytest.mark.parametrize("call", ["topk", "token"])
-def test_chunks_are_as_large_as_chunk_bytes(call, monkeypatch):
-    projected, project = [], linear_rows.project
-    monkeypatch.setattr(linear_rows, "project", lambda out, *rest: (projected.append(len(out)), project(out, *rest)))
+def test_chunks_are_as_large_as_chunk_bytes(call, projected):
     _, known, ids = teacher(5)
     options = {"chunk_bytes": 2 * V * 8}  # two rows of logits in fp64
     if call == "topk":
