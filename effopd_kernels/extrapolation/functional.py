@@ -14,7 +14,7 @@ from ..gradients import transformed
 from ..launch import uploaded
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .arguments import as_float, listed
-from .shards import local
+from .shards import local, part_of
 
 Alpha = float | Sequence[float] | Tensor
 Tensors = Iterable[Tensor]
@@ -83,8 +83,9 @@ def extrapolate_(
     columns = [params, anchors, currents, masters]
     alike = cpu.alike(*columns)
     if not alike:
-        columns = [[None if t is None else local(t) for t in ts] for ts in columns]
+        whole, columns = columns, [[None if t is None else local(t) for t in ts] for ts in columns]
         _check(*columns)
+        _check_placements(*whole)
     apart = _plainly_apart(*columns)
     if not apart:
         _check_memory(*columns)
@@ -256,6 +257,20 @@ def _check(params, anchors, currents, masters) -> None:
                 raise ValueError(
                     f"{name}[{i}] has shape {tuple(tensor.shape)} on {tensor.device}, params[{i}] "
                     f"{tuple(param.shape)} on {param.device} (local shards, for DTensors)"
+                )
+
+
+def _check_placements(params, anchors, currents, masters) -> None:
+    """Raises ValueError for DTensors of which this rank holds different parts, be they of one shape."""
+    for name, tensors in (("anchors", anchors), ("currents", currents), ("masters", masters)):
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if not (hasattr(tensor, "placements") and hasattr(param, "placements")):
+                continue
+            here, wanted = part_of(tensor).offset, part_of(param).offset
+            if here != wanted:
+                raise ValueError(
+                    f"of {name}[{i}] this rank holds what begins at {here}, of params[{i}] at {wanted}: "
+                    "place them alike"
                 )
 
 

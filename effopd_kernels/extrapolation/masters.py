@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .selection import plain_name
-from .shards import local
+from .shards import local, part_of
 
 
 def unwrapped(optimizer) -> list:
@@ -159,14 +159,15 @@ def is_master(master: Tensor, param: Tensor) -> bool:
 
 
 def _could_be_master(master: Tensor, param: Tensor) -> bool:
-    there = master.shape == param.shape and master.device == param.device
+    there = part_of(master) == part_of(param) and master.device == param.device
     return there and master.is_floating_point() and master.element_size() > param.element_size()
 
 
 def _described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    placed = f", placed {value.placements}" if hasattr(value, "placements") else ""
+    return f"{tuple(value.shape)} {value.dtype} on {value.device}{placed}"
 
 
 def _rounds_to(master: Tensor, param: Tensor) -> bool:

@@ -178,6 +178,31 @@ def lists_of_dtensors():
         return right and "partial sums" in str(error), stats.weight_sq.item(), expected[rows].square().sum().item()
 
 
+def placed_otherwise():
+    """What is said of anchors and masters of which this rank holds the parameter's part, another of its shape, one of
+    another shape and all."""
+    mesh, said = dist.init_device_mesh("cpu", (2,)), []
+    whole = torch.ones(4, 4)
+    param = distribute_tensor(whole.bfloat16(), mesh, [Shard(0)])
+    for other in (
+        distribute_tensor(whole, mesh, [Shard(0)]),
+        distribute_tensor(whole, dist.DeviceMesh("cpu", [1, 0]), [Shard(0)]),
+        distribute_tensor(whole, mesh, [Shard(1)]),
+        whole,
+    ):
+        for action in (
+            lambda t: extrapolate_([param], [t], [param], 3.0),
+            lambda t: EffOPDController({"mlp.w": param}, lambda: 0.0, masters={"mlp.w": t}),
+        ):
+            try:
+                action(other)
+            except ValueError as error:
+                said.append(str(error))
+            else:
+                said.append("right")
+    return said
+
+
 def different_settings():
     """What this rank is told of each setting that rank 1 alone has another value of."""
     (net, optimizer), said = build(sharded=False, mixed=False), []
@@ -260,6 +285,7 @@ def main(folder, case):
     results = {}
     if case == "equal":
         results["dtensors"] = lists_of_dtensors()
+        results["placed otherwise"] = placed_otherwise()
         results["settings"] = different_settings()
         results["partial sums"] = partial_sums()
         results["stages"] = stages(folder)
