@@ -91,7 +91,8 @@ class EffOPDController:
     Raises:
         ValueError: an option is out of range, or not the same on all ranks, no parameter matches, or masters names no
             parameter, leaves one out, or has what is not the master of one; search="gradient" where optimizers step
-            in the backward pass; optimizer_policy="keep" for a schedule-free optimizer; a model sharded by FSDP1.
+            in the backward pass; optimizer_policy="keep" for a schedule-free optimizer; a model sharded by FSDP1; a
+            rank that is not in process_group.
         TypeError: optimizer is no optimizer, or for optimizer_policy="reset" no torch.optim.Optimizer, wrapped or
             not; masters is no mapping; a function argument is not callable. OSError: anchor_dir cannot be written to,
             or has no room.

@@ -41,6 +41,8 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return
         self.size, self.rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+        if self.rank < 0:
+            raise ValueError("this rank is not in process_group: construct the controller on those that are")
         if self.size > 1 and process_group is None:
             self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 

@@ -203,6 +203,15 @@ def placed_otherwise():
     return said
 
 
+def outside():
+    """What a rank hears that is not in the group."""
+    first = dist.new_group([0])
+    try:
+        EffOPDController({"mlp.w": torch.zeros(4)}, lambda: 0.0, process_group=first)
+    except ValueError as error:
+        return str(error)
+
+
 def different_settings():
     """What this rank is told of each setting that rank 1 alone has another value of."""
     (net, optimizer), said = build(sharded=False, mixed=False), []
@@ -286,6 +295,7 @@ def main(folder, case):
     if case == "equal":
         results["dtensors"] = lists_of_dtensors()
         results["placed otherwise"] = placed_otherwise()
+        results["outside"] = outside()
         results["settings"] = different_settings()
         results["partial sums"] = partial_sums()
         results["stages"] = stages(folder)

@@ -103,6 +103,11 @@ def test_anchors_and_masters_placed_otherwise_than_their_parameter_are_refused(r
             assert words.endswith(f"got (4, 4) torch.float32 on cpu{placed}")
 
 
+def test_a_rank_outside_of_the_group_is_told(ranks):
+    said = "this rank is not in process_group: construct the controller on those that are"
+    assert [rank["outside"] for rank in ranks] == [None, said]
+
+
 @pytest.mark.parametrize("case", ["plain", "reset"])
 def test_a_sharded_run_resumes_bit_for_bit(ranks, case):
     """Stopped after an event, and a jump at that: the moments it resets are reset by the step after."""
