@@ -40,7 +40,7 @@ def main(args: argparse.Namespace, painter: Painter | None = None) -> Path:
     if args.rank < 1 or min(args.ks) < 1:
         raise UserError(f"--rank and --ks must be positive, got {args.rank} and {args.ks}")
     ks = tuple(sorted({min(k, args.rank) for k in args.ks}))
-    with terminated_as_interrupted(), _ranks() as ranks:
+    with _ranks() as ranks, terminated_as_interrupted():  # while torch waits for ranks, none of Python's runs
         options = Options(args.rank, ks, args.exact_spectrum, seed=args.seed, device=_device(args.device, ranks))
         comparison = _checked(args, trajectories, ranks)
         if ranks.rank == 0 and options.exact:

@@ -1,6 +1,7 @@
 """The report where it is read: in a real browser, on a phone, in print; and from real training."""
 
 import csv
+import time
 
 import pytest
 from analysis import chromium, planted
@@ -74,3 +75,20 @@ def test_on_a_real_run(world, tmp_path):
 
 def test_a_dozen_trajectories_look_different():
     assert len({str(figures.look(i)) for i in range(12)}) == 12
+
+
+def test_a_rank_whose_others_died_before_they_met_ends_when_it_is_told_to(folders, tmp_path):
+    """And not when torchrun, after half a minute, kills it."""
+    script = tmp_path / "dies.py"
+    script.write_text("""
+import os, sys, time
+from effopd_kernels.analysis import cli
+if os.environ["RANK"] == "1":
+    time.sleep(6)
+    os._exit(1)
+cli.main(sys.argv[1:])
+""")
+    began = time.perf_counter()
+    result = torchrun(script, *planted.two_trajectories(folders, tmp_path / "dead"))
+    assert result.returncode != 0 and time.perf_counter() - began < 30
+    assert not (tmp_path / "dead").exists()
