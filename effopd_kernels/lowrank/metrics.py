@@ -108,7 +108,7 @@ def spectral_metrics(
     check_seed(seed)
     top = triplet_count(top_fraction, min(a.shape[-2:]))
     bases = [None] * a.shape[:-2].numel() if base is None else list(as_batch(base))
-    sampling = Sampling(int(probes), min(LEAST_STEPS, int(steps)), int(steps), int(seed)) if method == "slq" else None
+    sampling = Sampling(int(probes), LEAST_STEPS, int(steps), int(seed)) if method == "slq" else None
     rows = [spectrum_and_metrics(x, y, top, sampling)[1] for x, y in zip(as_batch(a), bases, strict=True)]
     return _stacked(rows, a, sampling is not None)
 
