@@ -116,6 +116,13 @@ def test_degenerate_matrices(method):
     assert spectral_metrics(torch.empty(0, 3, 4), method=method).effective_rank.shape == (0,)
 
 
+@pytest.mark.parametrize("method", ["exact", "slq"])
+def test_metrics_of_what_is_trained_are_constants(method):
+    a, base = bf16_pair(40, 60, 2, 1e-2)
+    metrics = spectral_metrics(a.requires_grad_(), base=base.requires_grad_(), method=method)
+    assert not any(value.requires_grad for value in metrics[:-1])
+
+
 def test_metrics_do_not_depend_on_scale_or_batch():
     a = spectrum("polynomial", 40, 60).float()
     batch = spectral_metrics(torch.stack([a, a * 1e-25, a * 1e30]).unsqueeze(0))

@@ -12,7 +12,7 @@ import torch
 from lowrank.matrices import assert_certified, bf16_pair
 from safetensors.torch import save_file
 
-from effopd_kernels.lowrank import Flag, batched_rsvd, load, save, update_svd
+from effopd_kernels.lowrank import Flag, batched_rsvd, load, save, update, update_svd
 
 SHAPES = {"a.weight": (40, 60), "b.weight": (60, 40), "c.weight": (40, 60), "small.weight": (3, 50)}
 
@@ -67,8 +67,6 @@ def test_folders_give_the_same_bits(pair, folders):
 
 def test_reads_one_pair_ahead_and_no_more(pair):
     """Streaming: when a matrix is factored at most the next pair has been read."""
-    from effopd_kernels.lowrank import update
-
     reads, factored = [], []
 
     class Watched(dict):
@@ -85,6 +83,16 @@ def test_reads_one_pair_ahead_and_no_more(pair):
     finally:
         update._factor = original
     assert reads == names
+
+
+def test_on_a_cpu_as_many_pairs_are_held_as_fit(pair, monkeypatch):
+    held = []
+    monkeypatch.setattr(update, "side_by_side", lambda f, groups, at_once: (held.append(at_once), map(f, groups))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for limit in (1, 3 * 2 * 2400 * 2, 1 << 30):  # a, b and c are the largest, in bf16
+        monkeypatch.setattr(update, "HELD_BYTES", limit)
+        update_svd(*pair, 2)
+    assert held == [1, 3, 8]
 
 
 def test_include_and_strict(pair):
