@@ -227,17 +227,16 @@ def test_a_rank_that_failed_does_not_wait_for_the_others_for_good():
     assert Ranks(report_s=math.inf).report(OSError())  # longer than a thread can wait
 
 
-def test_hook_sees_every_change_and_the_end():
+@pytest.mark.parametrize("last, changes", [(0.0, (3, 5, 3)), (0.3, (3, 5))], ids=["worse", "better"])
+def test_hook_sees_every_change_and_the_end(last, changes):
     net = model()
-    seen = []
-    controller = EffOPDController(
-        net, Script(net, 0.1, 0.2, 0.0), on_weights_changed=lambda: seen.append(snapshot(net))
-    )
+    seen, script = [], Script(net, 0.1, 0.2, last)
+    controller = EffOPDController(net, script, alphas=(3, 5), on_weights_changed=lambda: seen.append(snapshot(net)))
     anchor = snapshot(net)
     train(net)
     current = snapshot(net)
     controller.step(1)
-    for weights, alpha in zip(seen, (3, 5, 3), strict=True):
+    for weights, alpha in zip(seen, changes, strict=True):
         assert all(torch.equal(weights[n], w) for n, w in expected(anchor, current, alpha).items())
 
 
@@ -386,6 +385,16 @@ def test_a_candidate_that_overflows_is_not_scored():
     assert event.alpha == 5.0 and event.num_candidates == 2  # 7 · 10,000 is beyond fp16
     assert event.candidates[-1].score is None
     assert same(net, expected(anchor, current, 5.0))
+
+
+def test_an_event_after_one_whose_candidate_overflowed_can_afford_w_t_and_a_candidate():
+    net = model(torch.float16)
+    controller = EffOPDController(net, lambda: Scores([0.0], tokens=100), alphas=(7,), max_val_tokens=250)
+    with torch.no_grad():
+        net["mlp"].bias.fill_(10_000.0)
+    assert controller.step(1).val_tokens == 100 and not controller.events[0].num_candidates
+    train(net)
+    assert controller.step(2).skipped == "max_val_tokens is spent"
 
 
 def test_weights_that_are_not_finite_are_left_alone():
