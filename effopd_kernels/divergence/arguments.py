@@ -1,12 +1,10 @@
 """What the public functions share: checks before any work, the reduction's factor per row, the answer's shape.
 
-The options are listed once more for type checkers: whether a loss comes alone or in a pair hangs on `return_stats` (or
-`return_entropy`), and that takes an overload for each case.
+To type checkers they return Any: whether a loss comes alone or in a pair hangs on `return_stats` (or `return_entropy`).
 """
 
 import math
 from numbers import Integral, Real
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -18,54 +16,6 @@ from .autograd import DivergenceStats
 from .family import Divergence, Spec
 
 COLDEST = 1e-6  # the least temperature: logits that are divided by less may leave the kernels' range
-
-
-class TokenOptions(TypedDict, total=False):
-    mask: Tensor | None
-    weight: Tensor | None
-    reduction: str
-    num_tokens: int | float | Tensor | None
-
-
-class LogitsOptions(TokenOptions, total=False):
-    temperature: float
-    teacher_temperature: float | None
-    inplace: bool
-
-
-class LinearOptions(TokenOptions, total=False):
-    student_bias: Tensor | None
-    teacher_bias: Tensor | None
-    student_logit_scale: float
-    teacher_logit_scale: float
-    student_softcap: float | None
-    teacher_softcap: float | None
-    temperature: float
-    teacher_temperature: float | None
-    chunk_bytes: int | None
-    logits_dtype: torch.dtype | None
-    num_valid: int | None
-
-
-class TopKOptions(TokenOptions, total=False):
-    student_weight: Tensor | None
-    student_bias: Tensor | None
-    student_logit_scale: float
-    student_softcap: float | None
-    tail: bool
-    temperature: float
-    chunk_bytes: int | None
-    num_valid: int | None
-
-
-class LogprobOptions(TypedDict, total=False):
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    mask: Tensor | None
-    chunk_bytes: int | None
-    num_valid: int | None
 
 
 def gathered(tensor: Tensor | None) -> Tensor | None:

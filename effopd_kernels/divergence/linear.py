@@ -1,26 +1,15 @@
 """Divergences straight from hidden states and the two heads. N tokens, V vocabulary, D hidden size."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import FLOATS, check_float
-from .arguments import (
-    LinearOptions,
-    answer,
-    check_num_valid,
-    chunk_budget,
-    gathered,
-    make_spec,
-    row_factor,
-)
-from .autograd import DivergenceStats, reduced_loss
+from .arguments import answer, check_num_valid, chunk_budget, gathered, make_spec, row_factor
+from .autograd import reduced_loss
 from .family import REVERSE_KL, Divergence
 from .linear_rows import held_in, may_keep, student_bytes  # and defines effopd::linear_divergence_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def run_linear_rows(op: str, tensors, row_scale, spec, needs, with_stats, keep=False):
@@ -59,21 +48,6 @@ def check_side(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise ValueError(f"{prefix}bias must be ({weight.shape[0]},) as {prefix}weight has it, got {tuple(bias.shape)}")
 
 
-@overload
-def linear_divergence_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    divergence: Divergence = ..., *, return_stats: Literal[False] = False, **options: "Unpack[LinearOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def linear_divergence_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    divergence: Divergence = ..., *, return_stats: Literal[True], **options: "Unpack[LinearOptions]",
-) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-@overload
-def linear_divergence_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor,
-    divergence: Divergence = ..., *, return_stats: bool, **options: "Unpack[LinearOptions]",
-) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def linear_divergence_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -97,7 +71,7 @@ def linear_divergence_loss(
     chunk_bytes: int | None = None,
     logits_dtype: torch.dtype | None = None,
     num_valid: int | None = None,
-):
+) -> Any:
     """`divergence_loss` of softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap), never holding the logits.
 
     student_hidden (..., Ds), student_weight (Vs, Ds), student_bias (Vs,) and the teacher's likewise: leading shapes
@@ -168,23 +142,8 @@ def linear_divergence_loss(
     return answer(loss, rows, stats, shape, reduction, return_stats)
 
 
-@overload
-def linear_reverse_kl_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    return_stats: Literal[False] = False, **options: "Unpack[LinearOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def linear_reverse_kl_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    return_stats: Literal[True], **options: "Unpack[LinearOptions]",
-) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-@overload
-def linear_reverse_kl_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
-    return_stats: bool, **options: "Unpack[LinearOptions]",
-) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def linear_reverse_kl_loss(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **options
-):
+) -> Any:
     """KL(student ‖ teacher): `linear_divergence_loss` with REVERSE_KL, and its options."""
     return linear_divergence_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, REVERSE_KL, **options)

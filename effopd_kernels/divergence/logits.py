@@ -1,18 +1,15 @@
 """Divergences from logits. N tokens, V vocabulary."""
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_float, steps_overlap
 from . import ops  # noqa: F401  (defines torch.ops.effopd.divergence_rows)
-from .arguments import LogitsOptions, answer, gathered, make_spec, row_factor
-from .autograd import DivergenceStats, in_kept_backward, reduced_loss
+from .arguments import answer, gathered, make_spec, row_factor
+from .autograd import in_kept_backward, reduced_loss
 from .family import REVERSE_KL, Divergence
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def run_rows(op: str, tensors, row_scale, spec, needs, with_stats):
@@ -81,21 +78,6 @@ def as_rows(*sides: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.reshape(-1, x.shape[-1]) for x in sides)
 
 
-@overload
-def divergence_loss(
-    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
-    return_stats: Literal[False] = False, **options: "Unpack[LogitsOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def divergence_loss(
-    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
-    return_stats: Literal[True], **options: "Unpack[LogitsOptions]",
-) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-@overload
-def divergence_loss(
-    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence = ..., *,
-    return_stats: bool, **options: "Unpack[LogitsOptions]",
-) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def divergence_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -109,7 +91,7 @@ def divergence_loss(
     num_tokens: int | float | Tensor | None = None,
     return_stats: bool = False,
     inplace: bool = False,
-):
+) -> Any:
     """Divergence between student and teacher over the vocabulary; the teacher is a constant.
 
     student_logits (..., Vs), teacher_logits (..., Vt): fp32, bf16, fp16 or fp64, not necessarily alike; where the
@@ -159,21 +141,6 @@ def divergence_loss(
     return answer(loss, rows, stats, shape, reduction, return_stats)
 
 
-@overload
-def reverse_kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *,
-    return_stats: Literal[False] = False, **options: "Unpack[LogitsOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def reverse_kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *,
-    return_stats: Literal[True], **options: "Unpack[LogitsOptions]",
-) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-@overload
-def reverse_kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *,
-    return_stats: bool, **options: "Unpack[LogitsOptions]",
-) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, **options):
+def reverse_kl_loss(student_logits: Tensor, teacher_logits: Tensor, **options) -> Any:
     """KL(student ‖ teacher): `divergence_loss` with REVERSE_KL, and its options."""
     return divergence_loss(student_logits, teacher_logits, REVERSE_KL, **options)

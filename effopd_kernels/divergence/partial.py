@@ -6,32 +6,19 @@ that divergence is at most the full one; it is never negative, but for rounding 
 it is the full one.
 """
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_float, readable, wide
-from .arguments import (
-    LogprobOptions,
-    TopKOptions,
-    answer,
-    as_floats,
-    check_num_valid,
-    chunk_budget,
-    gathered,
-    make_spec,
-    row_factor,
-)
-from .autograd import DivergenceStats, reduced_loss
+from .arguments import answer, as_floats, check_num_valid, chunk_budget, gathered, make_spec, row_factor
+from .autograd import reduced_loss
 from .family import REVERSE_KL, Divergence, TopKSpec
 from .linear import check_side, compute_dtype, run_linear_rows
 from .linear_rows import held_in, may_keep
 from .logits import as_rows, run_rows
 from .ops import repeated_id
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def _rows(*args):
@@ -76,21 +63,6 @@ def _check_mass(logprobs: Tensor) -> None:
             )
 
 
-@overload
-def topk_divergence_loss(
-    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
-    return_stats: Literal[False] = False, **options: "Unpack[TopKOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def topk_divergence_loss(
-    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
-    return_stats: Literal[True], **options: "Unpack[TopKOptions]",
-) -> tuple[Tensor, DivergenceStats]: ...  # fmt: skip
-@overload
-def topk_divergence_loss(
-    student: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor, divergence: Divergence = ..., *,
-    return_stats: bool, **options: "Unpack[TopKOptions]",
-) -> Tensor | tuple[Tensor, DivergenceStats]: ...  # fmt: skip
 def topk_divergence_loss(
     student: Tensor,
     teacher_logprobs: Tensor,
@@ -110,7 +82,7 @@ def topk_divergence_loss(
     return_stats: bool = False,
     chunk_bytes: int | None = None,
     num_valid: int | None = None,
-):
+) -> Any:
     """Divergence from a teacher of whom k log-probabilities per token are known, in fp32, or fp64 for an fp64 student.
 
     student: logits (..., V), or with student_weight (V, D) (and student_bias (V,)) hidden states (..., D), whose logits
@@ -211,19 +183,6 @@ def _known_entries(
     return ids, known
 
 
-@overload
-def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *,
-    return_entropy: Literal[False] = False, **options: "Unpack[LogprobOptions]",
-) -> Tensor: ...  # fmt: skip
-@overload
-def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *, return_entropy: Literal[True], **options: "Unpack[LogprobOptions]",
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@overload
-def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, *, return_entropy: bool, **options: "Unpack[LogprobOptions]",
-) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -237,7 +196,7 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
     num_valid: int | None = None,
-):
+) -> Any:
     """Log-probabilities (...) of the tokens ids (...), from hidden (..., D) and weight (V, D), without N×V logits; in
     fp32, or fp64 for fp64.
 

@@ -1,10 +1,8 @@
 """The losses among PyTorch's own mechanisms: ops, compilation, autocast, autograd, sharding; and their errors."""
 
-import inspect
 import math
 import subprocess
 import sys
-import typing
 from fractions import Fraction
 
 import numpy as np
@@ -19,7 +17,6 @@ from torchrun import torchrun
 from effopd_kernels.divergence import (
     FORWARD_KL,
     Divergence,
-    arguments,
     divergence_loss,
     jsd,
     linear,
@@ -192,29 +189,6 @@ def test_compiles_with_inductor():
     expected = student.detach().requires_grad_()
     divergence_loss(expected, teacher).backward()
     torch.testing.assert_close(student.grad, expected.grad)
-
-
-# ---- type checkers
-
-
-@pytest.mark.parametrize(
-    "function, options",
-    [
-        (divergence_loss, arguments.LogitsOptions),
-        (linear_divergence_loss, arguments.LinearOptions),
-        (topk_divergence_loss, arguments.TopKOptions),
-        (linear_token_logprobs, arguments.LogprobOptions),
-    ],
-)
-def test_type_checkers_see_every_option(function, options):
-    """Its name, its type and nothing else; top-k passes those of tokens on."""
-    told = typing.get_type_hints(options)
-    hints = typing.get_type_hints(function)
-    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    if function is topk_divergence_loss:
-        own += typing.get_type_hints(arguments.TokenOptions)
-        hints |= typing.get_type_hints(arguments.TokenOptions)
-    assert told == {name: hints[name] for name in own if not name.startswith("return_")}
 
 
 # ---- inference mode
