@@ -14,7 +14,7 @@ from ..gradients import transformed
 from ..launch import uploaded
 from . import cpu, ops, reference  # noqa: F401  (ops registers torch.ops.effopd.extrapolate*)
 from .arguments import as_float, listed
-from .shards import local, part_of
+from .shards import local, placed_alike
 
 Alpha = float | Sequence[float] | Tensor
 Tensors = Iterable[Tensor]
@@ -261,17 +261,11 @@ def _check(params, anchors, currents, masters) -> None:
 
 
 def _check_placements(params, anchors, currents, masters) -> None:
-    """Raises ValueError for DTensors of which this rank holds different parts, be they of one shape."""
+    """Raises ValueError for DTensors placed otherwise than their parameter, be their local shards of its shape."""
     for name, tensors in (("anchors", anchors), ("currents", currents), ("masters", masters)):
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if not (hasattr(tensor, "placements") and hasattr(param, "placements")):
-                continue
-            here, wanted = part_of(tensor).offset, part_of(param).offset
-            if here != wanted:
-                raise ValueError(
-                    f"of {name}[{i}] this rank holds what begins at {here}, of params[{i}] at {wanted}: "
-                    "place them alike"
-                )
+            if not placed_alike(tensor, param):
+                raise ValueError(f"{name}[{i}] is placed {tensor.placements}, params[{i}] {param.placements}")
 
 
 def _plainly_apart(params, anchors, currents, masters) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .selection import plain_name
-from .shards import local, part_of
+from .shards import local, placed_alike
 
 
 def unwrapped(optimizer) -> list:
@@ -159,7 +159,8 @@ def is_master(master: Tensor, param: Tensor) -> bool:
 
 
 def _could_be_master(master: Tensor, param: Tensor) -> bool:
-    there = part_of(master) == part_of(param) and master.device == param.device
+    there = master.shape == param.shape and master.device == param.device
+    there = there and placed_alike(master, param) and local(master).shape == local(param).shape
     return there and master.is_floating_point() and master.element_size() > param.element_size()
 
 

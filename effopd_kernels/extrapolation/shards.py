@@ -21,6 +21,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
+def placed_alike(*tensors: Tensor) -> bool:
+    """Whether those that are DTensors have the same placements: every rank gives the same answer, where the parts that
+    ranks hold may coincide on some of them alone."""
+    placements = [t.placements for t in tensors if hasattr(t, "placements")]
+    return all(each == placements[0] for each in placements)
+
+
 class Part(NamedTuple):
     """A box of a tensor of shape `whole`: it begins at `offset` and has `shape`; each an int per dimension."""
 

@@ -179,15 +179,15 @@ def lists_of_dtensors():
 
 
 def placed_otherwise():
-    """What is said of anchors and masters of which this rank holds the parameter's part, another of its shape, one of
-    another shape and all."""
-    mesh, said = dist.init_device_mesh("cpu", (2,)), []
-    whole = torch.ones(4, 4)
-    param = distribute_tensor(whole.bfloat16(), mesh, [Shard(0)])
+    """What is said of anchors and masters placed as the parameter is, otherwise with shards of its shards' shape, and
+    of another, and not at all."""
+    mesh, said = dist.init_device_mesh("cpu", (2, 1)), []
+    whole, rows = torch.ones(4, 4), [Shard(0), Replicate()]
+    param = distribute_tensor(whole.bfloat16(), mesh, rows)
     for other in (
-        distribute_tensor(whole, mesh, [Shard(0)]),
-        distribute_tensor(whole, dist.DeviceMesh("cpu", [1, 0]), [Shard(0)]),
-        distribute_tensor(whole, mesh, [Shard(1)]),
+        distribute_tensor(whole, mesh, rows),
+        distribute_tensor(whole, mesh, [Shard(0), Shard(1)]),
+        distribute_tensor(whole, mesh, [Shard(1), Replicate()]),
         whole,
     ):
         for action in (

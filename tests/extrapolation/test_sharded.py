@@ -91,15 +91,13 @@ def test_extrapolate_on_dtensors_writes_local_shards_and_communicates_nothing(ra
 
 
 def test_anchors_and_masters_placed_otherwise_than_their_parameter_are_refused(ranks):
-    for rank, (alike, master, *said) in enumerate(each["placed otherwise"] for each in ranks):
+    rows, both, columns = "(Shard(dim=0), Replicate())", "(Shard(dim=0), Shard(dim=1))", "(Shard(dim=1), Replicate())"
+    for alike, master, *said in (rank["placed otherwise"] for rank in ranks):
         assert alike == master == "right"
-        begins = [(2 * r, 0) for r in (1 - rank, rank)]
-        assert said[0] == (
-            "of anchors[0] this rank holds what begins at {}, of params[0] at {}: place them alike".format(*begins)
-        )
+        assert said[0] == f"anchors[0] is placed {both}, params[0] {rows}"
         assert said[2].startswith("anchors[0] has shape (4, 2)") and said[4].startswith("anchors[0] has shape (4, 4)")
-        for words, placed in zip(said[1::2], [", placed (Shard(dim=0),)", ", placed (Shard(dim=1),)", ""], strict=True):
-            assert words.startswith("masters: mlp.w is (4, 4) torch.bfloat16 on cpu, placed (Shard(dim=0),), so its")
+        for words, placed in zip(said[1::2], [f", placed {both}", f", placed {columns}", ""], strict=True):
+            assert words.startswith(f"masters: mlp.w is (4, 4) torch.bfloat16 on cpu, placed {rows}, so its master")
             assert words.endswith(f"got (4, 4) torch.float32 on cpu{placed}")
 
 
