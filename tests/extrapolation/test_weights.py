@@ -343,11 +343,12 @@ def test_an_optimizer_that_steps_something_else_is_refused():
     [[], "adamw", 0.1, torch.optim.AdamW, [torch.optim.SGD(model().parameters()), "adamw"]],
     ids=["empty", "text", "number", "class", "among others"],
 )
-def test_what_is_no_optimizer_is_refused_at_construction(wrong):
+@pytest.mark.parametrize("policy", ["keep", "reset"])
+def test_what_is_no_optimizer_is_refused_at_construction(wrong, policy):
     last = wrong[-1] if wrong and isinstance(wrong, list) else wrong
     kind = "the class AdamW" if isinstance(last, type) else f"a {type(last).__name__}"
     with pytest.raises(TypeError, match=f"with param_groups, or a list of them, got {kind}"):
-        EffOPDController(model(), lambda: 0.0, optimizer=wrong)
+        EffOPDController(model(), lambda: 0.0, optimizer=wrong, optimizer_policy=policy)
 
 
 @pytest.fixture(params=[1, 2])
