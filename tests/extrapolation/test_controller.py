@@ -534,6 +534,7 @@ def test_state_of_other_weights_is_refused():
         (dict(max_val_tokens=True), "max_val_tokens"),
         (dict(max_val_tokens="1000"), "max_val_tokens"),
         (dict(max_gradients=1), "max_gradients must be an int >= 2"),
+        (dict(max_gradients=2.5), "max_gradients must be an int >= 2"),
         (dict(alphas=(0.5, -1), search="gradient", loss_fn=float), "alphas must reach above 1"),
         (dict(score_fn=None, accept="paired", search="gradient", loss_fn=float), 'accept="paired" needs score_fn'),
         (dict(include="nothing"), "no parameter to extrapolate"),

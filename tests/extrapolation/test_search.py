@@ -90,16 +90,21 @@ def test_the_search_of_a_saturated_student_ends_near_the_teacher():
 @pytest.mark.parametrize(
     "edge, below, beyond, alphas",
     [
-        (3, -1.0, 1000.0, [1.0, 3.0, 1.2, 1.38]),
-        (3, -1000.0, 101.0, [1.0, 3.0, 2.8, 2.98]),
-        (5, -1.0, math.nan, [1.0, 3.0, 9.0, 6.0, 4.5]),
+        (3, -1.0, (-3, 1000.0), [1.0, 3.0, 1.2, 1.38]),
+        (3, -1000.0, (-3, 101.0), [1.0, 3.0, 2.8, 2.98]),
+        (5, -1.0, (-5, math.nan), [1.0, 3.0, 9.0, 6.0, 4.5]),
+        (5, -1.0, (math.nan, -1.0), [1.0, 3.0, 9.0, 6.0, 4.5]),
     ],
-    ids=["near", "far", "no slope"],
+    ids=["near", "far", "no slope", "no loss"],
 )
 def test_secants_keep_away_from_the_ends_of_a_bracket(edge, below, beyond, alphas):
-    """The search would creep away from one end, were the slope at the other much steeper. Where that has none the
-    bracket is halved."""
-    points = line_minimum(lambda a: Point(a, -a, below if a < edge else beyond), 11.0, max_passes=len(alphas))
+    """The search would creep away from one end, were the slope at the other much steeper. Where that has none, or no
+    loss, the bracket is halved."""
+
+    def evaluate(a):
+        return Point(a, -a, below) if a < edge else Point(a, *beyond)
+
+    points = line_minimum(evaluate, 11.0, max_passes=len(alphas))
     assert [p.alpha for p in points] == pytest.approx(alphas)
 
 
