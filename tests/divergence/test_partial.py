@@ -505,3 +505,9 @@ def test_errors_name_what_does_not_fit(call, words):
     with pytest.raises((ValueError, TypeError)) as error:
         call()
     assert words in str(error.value)
+
+
+def test_a_token_by_itself():
+    student, (logprobs, ids) = torch.randn(7), torch.randn(7).log_softmax(-1).topk(3)
+    one = (x[None] for x in (student, logprobs, ids))
+    assert torch.equal(topk_divergence_loss(student, logprobs, ids), topk_divergence_loss(*one))

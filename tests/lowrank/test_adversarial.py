@@ -493,3 +493,10 @@ def test_clipped_rank():
     assert svd.S.shape == (9,) and svd.flags & Flag.CLIPPED
     assert batched_rsvd(a, 9, clip_rank=True).flags == 0
     torch.testing.assert_close(low_rank_part(a, 10, clip_rank=True), a)
+
+
+@pytest.mark.parametrize("power_iters", [0, 2])
+def test_a_matrix_of_zeros_among_others(power_iters):
+    a = torch.stack([torch.randn(100, 80), torch.zeros(100, 80)])
+    svd = batched_rsvd(a, 4, route="subspace", power_iters=power_iters)
+    assert svd.S[0].all() and not svd.S[1].any()
