@@ -146,8 +146,8 @@ def _close(given: Decimal, gold: Decimal, rel_tol: float) -> bool:
 
 def _normalise(text: str) -> str:
     """Case, white space (also "x=5", "(1,2)"), braces of x^{2} and closing punctuation folded. The space after a full
-    stop stays."""
-    text = re.sub(r"([\^_]|\\sqrt)\s*\{(\w+)\}", r"\1\2", text)
+    stop stays. Braces are put in, not taken out: x^{2y} is not x^2y."""
+    text = re.sub(r"([\^_]|\\sqrt)\s*(\d+|[^\W\d_])", r"\1{\2}", text)
     return re.sub(r" ?([^\w\s.]) ?", r"\1", " ".join(text.casefold().split())).rstrip(".!;, ").lstrip()
 
 
