@@ -45,10 +45,10 @@ _NUMBER = re.compile(
     r"(?<!\d[.:eE])(?<![\^{]-)(?<!sqrt))"
     rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
 )
-_PART = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))|:\d")  # follows: the 2 of 2\pi, 2^10 and 2:3 is no answer
+_PART = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))|:(?!00)\d")  # follows: the 2 of 2\pi, 2^10 and 2:3 is no answer
 # What a sentence says of its number, a box makes another answer: 5! and 5x; 1, 2 and (1, 2); x > 5 and \pm 5.
 _NO_NUMBER = re.compile(
-    r"\d(?:!|[xyzni](?![a-zA-Z\d])|\s*(?:[)\]]\s*)?(?:[;:]|,(?!\d{3}(?!\d))|or\b)\s*[-+(\[\\\d])"
+    r"\d(?:!|[xyzni](?![a-zA-Z\d])|\s*(?:[)\]]\s*)?(?:;|:(?!00)|,(?!\d{3}(?!\d))|or\b)\s*[-+(\[\\\d])"
     r"|[<>≤≥±]|\\(?:pm|[lg](?:eq?|t))(?![a-z])"
 )
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000, where there is nothing else

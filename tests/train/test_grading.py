@@ -93,6 +93,8 @@ from effopd_kernels.train.grading import is_correct
         ("−5", "-5"),
         ("it is –5", "-5"),
         ("pages 3–5", "5"),
+        ("the answer is 7:00 PM", "7"),
+        (r"\boxed{7:00}", "7"),
         ("it is _42_", "42"),
         ("it costs €18", "£18"),
         ("50%", "50"),
