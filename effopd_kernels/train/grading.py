@@ -46,11 +46,12 @@ _NUMBER = re.compile(
     rf"(\d+ (?=\d+\s*/\s*\d))?({_UNSIGNED})(?:\s*/\s*(-?{_UNSIGNED}))?(\s*%)?"
 )
 _PART = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))|:(?!00)\d")  # follows: the 2 of 2\pi, 2^10 and 2:3 is no answer
-# What a sentence says of its number, a box makes another answer: 5! and 5x; 1, 2 and (1, 2); x > 5 and \pm 5.
-_NO_NUMBER = re.compile(
-    r"\d(?:!|[xyzni](?![a-zA-Z\d])|\s*(?:[)\]]\s*)?(?:;|:(?!00)|,(?!\d{3}(?!\d))|or\b)\s*[-+(\[\\\d])"
-    r"|[<>≤≥±]|\\(?:pm|[lg](?:eq?|t))(?![a-z])"
-)
+# What a sentence says of its number, a box makes another answer: 5! and 5x, and what stands beside it: the rest of a
+# list, as in 1, 2 and (1, 2), or a bound, as in x > 5 and \pm 5.
+_TERM = re.compile(r"\d(?:!|[xyzni](?![a-zA-Z\d]))")
+_BOUND = r"(?:[<>≤≥≠±]|\\(?:pm|[lgn]eq?(?:slant)?|[lg]t)(?![a-z]))"
+_BEFORE = re.compile(rf"{_BOUND}\s*$")
+_AFTER = re.compile(rf"\s*(?:[)\]]\s*)?(?:(?:[;,]|:(?!00)|or)[-+(\[\s]*[\d\\]|{_BOUND})")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000, where there is nothing else
 # Around the number that an answer is: the symbol that it is the value of, and its unit, where that is set as text.
 _SYMBOL = re.compile(r"^[a-zA-Z] ?= ?")
@@ -115,6 +116,16 @@ def _result(text: str) -> re.Match | None:
             break
         result = found
     return result
+
+
+def _says_more(text: str, number: re.Match, rel_tol: float) -> bool:
+    """Whether a box has more than `number`, and so another answer. Two forms of one value, 1/2 or 0.5, are no list."""
+    if _TERM.search(text) and "=" not in text:
+        return True
+    if not _BEFORE.search(text[: number.start()]) and not _AFTER.match(text, number.end()):
+        return False
+    forms = _numbers(text)
+    return len(forms) == 1 or not all(_equal(form, number, rel_tol) for form in forms)
 
 
 def _values(number: re.Match) -> list[Decimal]:
@@ -191,9 +202,10 @@ def is_correct(completion: str, answer: str | float | list[str | float], rel_tol
     gold = _marked_or_all(_plain(str(answer)).strip())
     if number := _NUMBER.fullmatch(gold.rstrip(".")):
         stated = extract_answer(completion)
-        other = r"\boxed{" in _plain(completion) and "=" not in stated and _NO_NUMBER.search(stated)
-        given = None if other else _result(stated)
+        given = _result(stated)
         right = given is not None and _equal(given, number, rel_tol)
+        if right and r"\boxed{" in _plain(completion):
+            right = not _says_more(stated, given, rel_tol)
     else:
         stated = _marked_or_all(_plain(completion))
         right = _says(stated, gold) or _is_value(stated, str(answer), rel_tol)

@@ -110,6 +110,9 @@ from effopd_kernels.train.grading import is_correct
         ("10000", "10 000"),
         (r"\boxed{1,234}", "1234"),
         (r"\boxed{(5), \text{ i.e. five}}", "5"),
+        (r"\boxed{\frac{1}{2} \text{ or } 0.5}", "0.5"),
+        (r"\boxed{5\text{, since }3<4}", "5"),
+        (r"\boxed{x = 5 \quad (n \ge 1)}", "5"),
         # strings
         ("(1,2)", "(1, 2)"),
         (r"\boxed{\left(1, \dfrac{\pi}{2}\right)}", r"(1,\frac{\pi}{2})"),
@@ -177,6 +180,7 @@ def test_right(completion, answer):
         (r"\boxed{\sqrt{10^6}}", "6"),
         ("n-10^3", "3"),
         (r"\boxed{10^2.5}", "100"),
+        (r"\boxed{110^2}", "1100"),
         (r"\boxed{\sqrt{2x}}", r"\sqrt{2}x"),
         (r"\boxed{x^{2y}}", "x^2y"),
         (r"\boxed{2^{n}m}", "2^{nm}"),
@@ -203,6 +207,11 @@ def test_right(completion, answer):
         (r"\boxed{-1 \text{ or } 2}", "-1"),
         (r"\boxed{\frac{1}{2}, \frac{1}{3}}", "0.5"),
         (r"\boxed{x \geq 3}", "3"),
+        (r"\boxed{x \geqslant 3}", "3"),
+        (r"\boxed{3 < x}", "3"),
+        (r"\boxed{x = 1, 2}", "1"),
+        (r"\boxed{(1), (2)}", "1"),
+        (r"\boxed{x = \pm 3}", "3"),
         (r"\boxed{\pm 3}", "3"),
         # percentages
         ("The answer is 50%", "0.5%"),
@@ -249,4 +258,5 @@ def test_huge_completions_take_linear_time(monkeypatch):
     ]  # fmt: skip
     for text in texts:
         assert not is_correct(text, "0.123")
+        is_correct(text, "1")
         assert not is_correct(text + "}x", "Paris")
