@@ -50,6 +50,8 @@ def test_verl_parquet_with_messages(tmp_path):
         ('{"prompt": 12}\n', "row 0 that is neither text nor a list of chat messages"),
         ('{"prompt": [{"role": "user"}]}\n', "row 0 that is neither text nor a list of chat messages"),
         ('{"prompt": [{"role": "user", "content": null}]}\n', "row 0 that is neither text nor a list of chat"),
+        ('{"prompt": [{"role": "user", "content": null, "tool_calls": null}]}\n', "row 0 that is neither text nor"),
+        ('{"prompt": [{"role": null, "content": "a"}]}\n', "row 0 that is neither text nor a list of chat"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, says):
