@@ -362,7 +362,8 @@ class OPDTrainer(trl.DistillationTrainer):
             return output
 
     def _noted(self) -> dict[str, str]:
-        prompts = {f"{name}_dataset": v.prompts for name, v in self._validators.items() if name != "val"}
+        held_out = {where: v for where, v in self._validators.items() if where != "val"}  # those of a dict by argument
+        prompts = {"eval_dataset" if where == "eval" else where: v.prompts for where, v in held_out.items()}
         return note(self.accelerator.unwrap_model(self.teacher_model), prompts)
 
     def _forget_unfinished_step(self) -> None:

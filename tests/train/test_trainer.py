@@ -740,6 +740,7 @@ def test_several_held_out_datasets(world, tmp_path):
     parts = str(world / "student"), str(world / "teacher"), config
     trainer = OPDTrainer(*parts, train_dataset=rows, eval_dataset=DatasetDict(a=first, b=unanswered))
     trainer.train()
+    assert trainer._noted().keys() == {"teacher", "eval_dataset['a']", "eval_dataset['b']"}
     logged = {name for record in trainer.state.log_history for name in record}
     assert {"eval_a_accuracy", "eval_a_teacher_kl", "eval_b_teacher_kl"} <= logged and "eval_b_accuracy" not in logged
     metrics = trainer.evaluate(metric_key_prefix="test")
