@@ -338,6 +338,11 @@ def test_an_override_of_what_makes_hidden_states_stays(world, tmp_path, kind, fi
         assert calls
     restore_trl_loss(trainer)
     assert trainer._get_last_hidden_state is own
+    use_fused_loss(trainer)
+    trainer.compute_loss(trainer.model, batch(trainer))
+    trainer._get_last_hidden_state = theirs  # in the place of what is there now
+    restore_trl_loss(trainer)
+    assert trainer._get_last_hidden_state is theirs
 
 
 class ScaledHead(torch.nn.Linear):
