@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -340,6 +341,17 @@ def test_a_handler_that_python_did_not_set_stays(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     with terminated_as_interrupted():
         assert signal.signal(signal.SIGTERM, before) is before
+
+
+def test_signals_are_left_alone_outside_the_main_thread():
+    """Where Python lets no handler be set."""
+
+    def work():
+        with terminated_as_interrupted():
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(work).result() is signal.getsignal(signal.SIGTERM)
 
 
 def test_garbage_is_collected_after_an_import_that_was_interrupted(folders, tmp_path, monkeypatch):
