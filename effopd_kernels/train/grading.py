@@ -47,11 +47,12 @@ _NUMBER = re.compile(
 )
 _PART = re.compile(r"\s*(?:[\^√π]|\\(?:pi|sqrt|frac))|:(?!00)\d")  # follows: the 2 of 2\pi, 2^10 and 2:3 is no answer
 # What a sentence says of its number, a box makes another answer: 5! and 5x, and what stands beside it: the rest of a
-# list, as in 1, 2 and (1, 2), or a bound, as in x > 5 and \pm 5.
+# list, as in 1, 2 and (1, 2), a bound, as in x > 5 and \pm 5, or of a sum or product, as in 3+\sqrt{2} and 12\log 2.
 _TERM = re.compile(r"\d(?:!|[xyzni](?![a-zA-Z\d]))")
 _BOUND = r"(?:[<>≤≥≠±]|\\(?:pm|[lgn]eq?(?:slant)?|[lg]t)(?![a-z]))"
 _BEFORE = re.compile(rf"{_BOUND}\s*$")
-_AFTER = re.compile(rf"\s*(?:[)\]]\s*)?(?:(?:[;,]|:(?!00)|or)[-+(\[\s]*[\d\\]|{_BOUND})")
+_MORE = r"(?:\+\s*[\w\\(]|\\(?:log|ln)(?![a-z]))"
+_AFTER = re.compile(rf"\s*(?:[)\]]\s*)?(?:(?:[;,]|:(?!00)|or)[-+(\[\s]*[\d\\]|{_BOUND}|{_MORE})")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # 10 000, where there is nothing else
 # Around the number that an answer is: the symbol that it is the value of, and its unit, where that is set as text.
 _SYMBOL = re.compile(r"^[a-zA-Z] ?= ?")

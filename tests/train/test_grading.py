@@ -64,6 +64,7 @@ from effopd_kernels.train.grading import is_correct
         (r"\boxed{5\text{ in}}", "5"),
         (r"\boxed{5\%}", "5"),
         (r"\boxed{5x = 10}", "10"),
+        (r"\boxed{2 + 3 = 5}", "5"),
         ("The answer is 5!", "5"),
         ("The answer is 5x as many", "5"),
         # options
@@ -213,6 +214,9 @@ def test_right(completion, answer):
         (r"\boxed{(1), (2)}", "1"),
         (r"\boxed{x = \pm 3}", "3"),
         (r"\boxed{\pm 3}", "3"),
+        (r"\boxed{3+\sqrt{2}}", "3"),
+        (r"\boxed{12\log 2}", "12"),
+        (r"\boxed{2 + 3}", "2"),
         # percentages
         ("The answer is 50%", "0.5%"),
         (r"\boxed{100\%}", r"1\%"),
