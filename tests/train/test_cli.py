@@ -635,11 +635,12 @@ def test_overwriting_drops_the_earlier_runs_saved_model_and_nothing_else(world, 
     assert not (out / "model.safetensors").exists() and (out / "adapter_model.safetensors").is_file()
 
 
-def test_one_module_may_be_adapted(world, tmp_path, caplog):
+@pytest.mark.parametrize("given, adapted", [("q_proj", ["q_proj"]), (".*q_proj", ".*q_proj")])
+def test_one_module_may_be_adapted(world, tmp_path, caplog, given, adapted):
     """Its name is no pattern of whole names, as which TRL hands peft a single one."""
     run = {"max_steps": 1, "eval_steps": None, "effopd_enabled": False}
-    assert cli.main([*flags(world, tmp_path, **run), "--use_peft=true", "--lora_target_modules", "q_proj"]) == 0
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+    assert cli.main([*flags(world, tmp_path, **run), "--use_peft=true", "--lora_target_modules", given]) == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == adapted
     assert "has no effect without --use_peft" not in caplog.text
 
 
