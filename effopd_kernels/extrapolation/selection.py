@@ -18,9 +18,10 @@ DEFAULT_INCLUDE = (
     r"(?i)(^|[._])(mlps?|mlp_block|ffns?|ff\d?|ffwd|feed_?forward|DenseReluDense|moe|experts?)\.",
     r"(^|\.)(fc[12]|\d+\.linear[12]|(intermediate|output)(_query)?\.dense)\.",
 )
-# Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm.
+# Judged on the module that holds the tensor (its last two components): DBRX's norm_attn_norm is not a norm. But
+# A.X K2's layer norms hold an MLP, which gates what they give.
 DEFAULT_EXCLUDE = (
-    r"(?i)norm[^.]*(\.[^.]+)?$",
+    r"(?i)norm[^.]*(\.[^.]+)?$|_layernorm\.",
     r"(^|[._])ln\d*(_[^.]+)?\.[^.]+$",
     r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|embed_out|output_head)(\.|$)",
     r"rotary|relative_attention_bias",

@@ -30,6 +30,7 @@ MOVES = dedent("""
     model.cross_attn_layers.0.q_proj.weight
     base_model.model.model.layers.0.self_attn.q_proj.modules_to_save.default.weight
     layers.0.linear1.weight decoder.layers.3.linear2.bias layers.0.multihead_attn.in_proj_weight
+    roberta_prelayernorm.encoder.layer.0.output.dense.weight
     blocks.0.feedforward.w1.weight blocks.0.MLP.0.weight blocks.0.FeedForward.net.weight h.0.ffwd.2.weight
 """).split()
 
@@ -50,6 +51,7 @@ STAYS = dedent("""
     cls.predictions.transform.dense.weight lm_head.dense.weight
     base_model.model.model.layers.0.self_attn.q_norm.modules_to_save.default.weight
     base_model.model.model.layers.0.self_attn.q_norm.original_module.weight
+    model.layers.0.input_layernorm.mlp.fc1.weight model.layers.0.input_layernorm.norm.weight
 """).split()
 
 
