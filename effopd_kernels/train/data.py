@@ -128,6 +128,8 @@ def _conversion(path: Path) -> str:
         loaded = f"load_from_disk('{path}')['train']"
     elif (path / "dataset_info.json").is_file():
         loaded = f"load_from_disk('{path}')"
+    elif any(any(path.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*.jsonl", "*/*.jsonl")):  # the hub's
+        loaded = f"load_dataset('{path}', split='train')"
     else:
         return ""
     return f"; datasets.{loaded}.to_json('{path}.jsonl') makes one"

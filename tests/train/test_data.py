@@ -158,12 +158,16 @@ def test_empty_and_missing(tmp_path):
         load_prompts(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["csv", "disk", "splits"])
+@pytest.mark.parametrize("kind", ["csv", "disk", "splits", "hub"])
 def test_what_datasets_can_read_otherwise_is_refused_with_how_to_make_a_file_of_it(tmp_path, kind):
     dataset = datasets.Dataset.from_dict({"prompt": ["2+2", "3+3"], "answer": ["4", "6"]})
     given = tmp_path / {"csv": "d.csv"}.get(kind, "d")
     if kind == "csv":
         dataset.to_csv(given)
+    elif kind == "hub":
+        for shard in range(2):
+            dataset.select([shard]).to_parquet(given / "data" / f"train-{shard:05}-of-00002.parquet")
+        dataset.select([0]).to_parquet(given / "data" / "test-00000-of-00001.parquet")
     else:
         (dataset if kind == "disk" else datasets.DatasetDict(train=dataset)).save_to_disk(given)
     with pytest.raises(UserError, match=r"neither a hub id nor .*; datasets\..* makes one") as error:
