@@ -26,12 +26,25 @@ def gathered(tensor: Tensor | None) -> Tensor | None:
         return tensor
     if tensor.dtype == torch.bool:  # which torch.compile gathers into integers, and ~ of those is another mask
         return gathered(tensor.byte()).bool()
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Partial, Replicate
 
-    full = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
-    if full.requires_grad:
-        full.register_hook(lambda grad: grad / tensor.device_mesh.size())
-    return full
+    # By steps that torch.compile traces: in torch 2.10 it does neither `full_tensor` with placements nor hooks.
+    ndim = tensor.device_mesh.ndim
+    full = tensor.redistribute(placements=[Replicate()] * ndim).to_local(grad_placements=[Partial()] * ndim)
+    return _MeanGradient.apply(full, tensor.device_mesh.size())
+
+
+class _MeanGradient(torch.autograd.Function):
+    """A tensor as it is; the sum over ranks of its gradient becomes their mean."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.ranks, None
 
 
 def check_positive(**numbers: float) -> None:
